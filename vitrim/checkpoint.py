@@ -1,0 +1,225 @@
+"""Saves a cut model so that a stock library, or `load`, gives it back, and proves it in a fresh process.
+
+An output folder is written beside its final place and renamed into it only when it is complete and verified. Nothing is
+pickled. Reloading needs the plan's widths alone; tensors stand once, in model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vitrim.errors import CheckpointError, OutputError
+from vitrim.models.load import Origin, build_empty
+from vitrim.models.stock import stock_args, write_stock
+from vitrim.models.taps import evaluating
+from vitrim.surgery import reshape_
+from vitrim.types import Plan
+
+WEIGHTS, CONFIG, ABOUT = "model.safetensors", "config.json", "vitrim.json"
+
+# Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
+STOCK_CHECK = """
+import sys
+sys.modules["vitrim"] = None
+import timm
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+"""
+OWN_CHECK = """
+import sys, vitrim
+model = vitrim.load(sys.argv[1]).eval()
+"""
+COMPARE = """
+import torch
+from safetensors.torch import load_file
+probe = load_file(sys.argv[2])
+with torch.inference_mode():
+    output = model(probe["images"])
+error = float((output - probe["output"]).abs().max())
+scale = float(probe["output"].abs().max())
+assert error <= 1e-4 * max(scale, 1e-6), f"outputs differ by {error:.3g} at scale {scale:.3g}"
+print(error / max(scale, 1e-30))
+"""
+
+
+@contextmanager
+def staged_output(out: Path) -> Iterator[Path]:
+    """A fresh folder beside `out` that is renamed to it at the end, and removed if anything fails before.
+
+    Raises:
+        OutputError: `out` exists already, or its parent can't be written to.
+    """
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"{out}: exists already; choose another output folder or remove this one.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OutputError(
+            f"{out}: can't be written ({error.strerror}); choose a folder that you may write to."
+        ) from None
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        staging.rename(out)
+    except OSError as error:
+        raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> bool:
+    """Write weights, config and plan into a folder.
+
+    Args:
+        folder: an existing folder, normally one of `staged_output`.
+        student: the cut model.
+        origin: how the uncut model is built.
+        plan: what was cut.
+
+    Returns:
+        Whether the stock library can load the folder by itself.
+    """
+    model_args = stock_args(student, origin, plan.widths.values())
+    if model_args is not None:
+        write_stock(student, folder, model_args)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors writes 0600
+    about = {
+        "format": "vitrim/1",
+        "stock": model_args is not None,
+        "origin": origin.to_json(),
+        "plan": plan.without_tensors().to_json(),
+        "plan_sha256": plan.sha256,
+    }
+    write_json(folder / ABOUT, about)
+    return model_args is not None
+
+
+def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """Load a model that vitrim wrote, whatever its widths.
+
+    Args:
+        path: the output folder.
+        model: the uncut model, for one that no library can build; it is reshaped in place.
+
+    Returns:
+        The cut model in eval mode.
+
+    Raises:
+        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`.
+    """
+    path = Path(path)
+    about = read_about(path)
+    plan = Plan.from_json(about["plan"])
+    student = model if model is not None else build_empty(Origin.from_json(about["origin"]))
+    reshape_(student, plan.edits)
+    try:
+        tensors = load_file(path / WEIGHTS)
+        student.load_state_dict(tensors, assign=True)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path / WEIGHTS}: does not fit the plan or is damaged ({reason}).") from None
+    return student.eval()
+
+
+def is_output(path: str | Path) -> bool:
+    """Whether a path is a folder that vitrim wrote."""
+    return (Path(path) / ABOUT).is_file()
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The contents of vitrim.json.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        about = json.loads((path / ABOUT).read_text())
+        if about["format"] == "vitrim/1" and {"origin", "plan", "stock"} <= about.keys():
+            return about
+        reason = f"its format is {about['format']!r}; this version reads 'vitrim/1'"
+    except FileNotFoundError:
+        reason = f"has no {ABOUT}; pass a folder that vitrim wrote"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{ABOUT} is damaged ({error!r})"
+    raise CheckpointError(f"{path}: {reason}.")
+
+
+def verify(folder: Path, student: nn.Module, images_BCHW: Tensor, *, stock: bool) -> float:
+    """Load a folder in a fresh process and compare its outputs with the model in memory.
+
+    Args:
+        folder: what `save` wrote.
+        student: the model in memory.
+        images_BCHW: a few images to compare on.
+        stock: load with the stock library, vitrim not importable; otherwise with `load`.
+
+    Returns:
+        Largest difference relative to the largest output.
+
+    Raises:
+        OutputError: the folder does not load, or loads to something else.
+    """
+    with evaluating(student):
+        device = next(student.parameters()).device
+        output = student(images_BCHW.to(device))
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch) / "probe.safetensors"
+        save_file({"images": images_BCHW.cpu().contiguous(), "output": output.cpu().clone()}, probe)
+        code = (STOCK_CHECK if stock else OWN_CHECK) + COMPARE
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code, str(folder), str(probe)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().split("\n") or ["no message"])[-1]
+        raise OutputError(f"{folder}: written, but does not load back to the same outputs ({reason}).")
+    return float(done.stdout.split()[-1])
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON with a fixed layout, so that equal values give equal bytes."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain values beside `path`, then rename: a crash leaves the previous state whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    torch.save(dict(state), beside)
+    beside.replace(path)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"{path}: can't be read ({reason}); start again without resume.") from None
+
+
+def _umask() -> int:
+    """The process's file mode mask; reading it means setting it for a moment."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

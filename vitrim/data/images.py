@@ -1,0 +1,280 @@
+"""Every source of images becomes one map-style dataset of preprocessed tensors.
+
+Folders of images, parquet files, Hugging Face datasets, torch datasets and loaders, plain iterables and the
+word "digits" all open as an `ImageSet`. Images are decoded when they are asked for, one at a time; one that
+can't be decoded is counted and left out, never replaced. Nothing here downloads, caches on disk or shuffles
+on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vitrim.data.sources import ALLOWED, READ_ERRORS, Rows, open_rows
+from vitrim.errors import DataError
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Batch(NamedTuple):
+    """Images, their labels (int64, -1 where unknown) and how many were left out as unreadable.
+
+    `num_skipped` is a plain int: `Tensor.to` helpers such as accelerate's pass it through unchanged.
+    """
+
+    images_BCHW: Tensor
+    labels_B: Tensor
+    num_skipped: int
+
+
+class ImageSet(Dataset):
+    """A map-style dataset of preprocessed images: item i is (image_CHW, label), or None if unreadable.
+
+    PIL images go through the transform (without one: scaled to 0..1 at their own size); tensors are taken as
+    already preprocessed, by the transform and by augmentation alike.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        name: str,
+        transform: Transform | None = None,
+        indices: Sequence[int] | None = None,
+        seed: int | None = None,
+    ):
+        self.name = name
+        self._rows = rows
+        self._transform = transform
+        self._indices = range(len(rows)) if indices is None else indices
+        self._seed = seed
+        self._epoch = 0
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the source gives a class for its images."""
+        return self._rows.has_labels
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
+        try:
+            return self._load(range(len(self))[index])
+        except READ_ERRORS:
+            return None
+
+    def problem(self, index: int) -> str | None:
+        """Why item `index` can't be read, in words; None if it can."""
+        try:
+            self._load(index)
+        except READ_ERRORS as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def with_transform(self, transform: Transform | None) -> ImageSet:
+        """The same images behind another transform, without augmentation."""
+        return ImageSet(self._rows, name=self.name, transform=transform, indices=self._indices)
+
+    def augmented(self, augment: Transform, seed: int) -> ImageSet:
+        """The same images behind a random transform.
+
+        Item i of epoch e is drawn under a seed made of (seed, e, i): the same for any order and number of
+        workers.
+        """
+        return ImageSet(self._rows, name=self.name, transform=augment, indices=self._indices, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that augmentation draws for; call it before iterating over a loader."""
+        self._epoch = epoch
+
+    def spaced(self, num_images: int) -> ImageSet:
+        """At most `num_images`, evenly spaced, so that a source sorted by class keeps all its classes."""
+        size = min(num_images, len(self))
+        indices = [self._indices[i * len(self) // size] for i in range(size)]
+        return ImageSet(
+            self._rows, name=self.name, transform=self._transform, indices=indices, seed=self._seed
+        )
+
+    def loader(
+        self, *, batch_size: int, indices: Sequence[int] | Sampler[int] | None = None, num_workers: int = 0
+    ) -> DataLoader:
+        """A loader of `Batch`, in the order of `indices` (default: all, in order).
+
+        Corrupt images are left out and counted in `num_skipped`, so a batch may be smaller than `batch_size`.
+        A batch without any readable image is not yielded: its count moves to the batch after it (or before,
+        at the end). A loader rebuilt from the parts of this one (accelerate's `prepare`) yields such a batch
+        as 0 images.
+        """
+        return _Loader(
+            self,
+            batch_size=batch_size,
+            sampler=indices,
+            num_workers=num_workers,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(
+                0
+            ),  # else every pass would draw from the global generator
+        )
+
+    def _load(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._rows.read(self._indices[index])
+        if isinstance(image, Image.Image):
+            with _seeded(self._seed, self._epoch, index):
+                image = (self._transform or _to_unit_range)(image.convert("RGB"))
+        if not (isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()):
+            got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise DataError(f"{self.name}: item {index} is {got}; use PIL images or float tensors (C, H, W).")
+        return image, label
+
+
+def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
+    """Stack what could be read and count the rest; without any readable image the shape is (0, 3, 0, 0)."""
+    readable = [item for item in items if item is not None]
+    labels_B = torch.tensor([label for _, label in readable], dtype=torch.int64)
+    images_BCHW = _stack([image for image, _ in readable]) if readable else torch.empty(0, 3, 0, 0)
+    return Batch(images_BCHW, labels_B, len(items) - len(readable))
+
+
+def open_images(
+    source: Any, *, transform: Transform | None = None, split: str = "train", limit: int | None = None
+) -> ImageSet:
+    """Open any source of images as an `ImageSet`.
+
+    Args:
+        source: a folder of images (any depth; the names of first-level sub-folders are labels if every image
+            lies in one of two or more), a `.parquet` file or a folder of them, a folder written by
+            `save_to_disk`, a `datasets.Dataset` or `DatasetDict`, a torch `Dataset` or `DataLoader`, "digits"
+            (scikit-learn's 8x8 digits), or any other iterable of tensors, PIL images or pairs with a label. A
+            4-d tensor is a batch.
+        transform: from a PIL image to a tensor (C, H, W); see `transform_for`.
+        split: which part of a source that has parts: "digits", `DatasetDict`, parquet files named after
+            splits.
+        limit: at most this many images: the first of an iterable, evenly spaced ones of anything else.
+
+    Returns:
+        The images. Other iterables than the above are collected in memory; the rest is read when asked for.
+
+    Raises:
+        DataError: the source is missing, empty or of another kind, or the limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; use 1 or more, or None for all images.")
+    if isinstance(source, ImageSet):
+        images = source if transform is None else source.with_transform(transform)
+    else:
+        rows, name = open_rows(source, split=split, limit=limit)
+        if not len(rows):
+            raise DataError(f"{name}: no images found; {ALLOWED}.")
+        images = ImageSet(rows, name=name, transform=transform)
+    return images if limit is None else images.spaced(limit)
+
+
+def first_images(
+    image_set: ImageSet, num_images: int, *, seed: int, batch_size: int = 64
+) -> tuple[list[Tensor], int]:
+    """Read images in a seeded random order, leaving out what can't be decoded.
+
+    Args:
+        image_set: where to draw from, without replacement.
+        num_images: how many readable images to return; fewer if the set has fewer.
+        seed: of the order.
+        batch_size: images per returned batch (the last may be smaller).
+
+    Returns:
+        Batches (B, C, H, W), and how many images were met and left out.
+
+    Raises:
+        DataError: not one image could be read.
+    """
+    order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed)).tolist()
+    images, num_skipped = [], 0
+    for index in order:
+        if len(images) >= num_images:
+            break
+        item = image_set[index]
+        if item is None:
+            num_skipped += 1
+        else:
+            images.append(item[0])
+    if not images:
+        reason = image_set.problem(order[0]) if order else "the set is empty"
+        raise DataError(
+            f"{image_set.name}: none of {num_skipped} images could be read ({reason}); check the files."
+        )
+    return [_stack(images[i : i + batch_size]) for i in range(0, len(images), batch_size)], num_skipped
+
+
+def split_indices(num_images: int, *, num_held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split 0..num_images-1 at random into (rest, held out), both sorted, disjoint and fixed by the seed.
+
+    Raises:
+        DataError: `num_held_out` would leave nothing, or is negative.
+    """
+    if not 0 <= num_held_out < num_images:
+        raise DataError(
+            f"split: asked to hold out {num_held_out} of {num_images} images; use 0..{num_images - 1}."
+        )
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
+
+
+class _Loader(DataLoader):
+    """Leaves out batches without images and moves their count of corrupt images to a neighbour."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        ready: Batch | None = None
+        num_pending = 0
+        for batch in super().__iter__():
+            if not len(batch.images_BCHW):
+                num_pending += batch.num_skipped
+                continue
+            if ready is not None:
+                yield ready
+            ready = batch._replace(num_skipped=batch.num_skipped + num_pending)
+            num_pending = 0
+        if ready is not None:
+            yield ready._replace(num_skipped=ready.num_skipped + num_pending)
+
+
+@contextmanager
+def _seeded(seed: int | None, epoch: int, index: int) -> Iterator[None]:
+    """Draw from generators of this item alone, and put the global ones back; None leaves them as they are."""
+    if seed is None:
+        yield
+        return
+    digest = hashlib.blake2b(f"{seed},{epoch},{index}".encode(), digest_size=7).digest()
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(
+            int.from_bytes(digest, "big")
+        )  # torch.manual_seed would reseed CUDA too
+        random.seed(digest)  # timm's own transforms draw from here
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def _to_unit_range(image: Image.Image) -> Tensor:
+    from torchvision.transforms.functional import to_tensor
+
+    return to_tensor(image)
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise DataError(
+            f"a batch has images of shapes {shapes[0]} and {shapes[-1]}; pass transform=transform_for(model)."
+        )
+    return torch.stack(list(images))

@@ -1,0 +1,317 @@
+"""Where images come from: each source as rows that are read one at a time, not yet transformed.
+
+Rows hand out PIL images or tensors with a label (-1 where unknown) and raise one of READ_ERRORS for an image
+that can't be decoded. Preprocessing, counting and batching are in `images.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+import re
+import struct
+import sys
+import warnings
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from vitrim.errors import DataError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "jpeg", "png", "webp", "picture", "photo")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "y")
+SPLIT_WORDS = {"train", "test", "validation", "valid", "val"}
+ALLOWED = (
+    "pass a folder of images, a .parquet file or a folder of them, a datasets.Dataset or where it was saved, "
+    "a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
+)
+NUM_DIGITS_TRAIN = 1437  # of 1797; the test part has 360
+PARQUET_CACHE_BYTES = (
+    512 * 2**20
+)  # encoded row groups kept, in each process; CIFAR-10's 50,000 images take 114 MB
+READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)  # PIL raises SyntaxError for broken PNG chunks
+DECODE_ERRORS = (*READ_ERRORS, Image.DecompressionBombWarning, ValueError, EOFError, IndexError, struct.error)
+
+
+class Rows(Protocol):
+    """Images by number."""
+
+    has_labels: bool
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> tuple[Any, int]:
+        """The image (PIL or tensor) and the label of one row; raises one of READ_ERRORS."""
+        ...
+
+
+def open_rows(source: Any, *, split: str, limit: int | None) -> tuple[Rows, str]:
+    """Find out what a source is and return its rows and a name to show.
+
+    Raises:
+        DataError: the source is missing, has no such split or is of no known kind.
+    """
+    if isinstance(source, str) and source == "digits":
+        return _digits(split), f"digits ({split})"
+    if isinstance(source, str | Path):
+        return _open_path(Path(source), split), str(source)
+    name = type(source).__name__
+    hugging_face = sys.modules.get("datasets")  # whoever holds one of its objects has imported it
+    if hugging_face is not None and isinstance(source, hugging_face.DatasetDict | hugging_face.Dataset):
+        return _HuggingFace(_choose_split(source, split, name), name), name
+    if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
+        source = source.dataset
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        return _Items(source, name), name
+    if isinstance(source, Iterable):
+        return _Items(_collect(source, limit), name), name
+    raise DataError(f"{name}: not a source of images; {ALLOWED}.")
+
+
+def _open_path(path: Path, split: str) -> Rows:
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; {ALLOWED}.")
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise DataError(f"{path}: not a .parquet file; {ALLOWED}.")
+        return _Parquet([path])
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        import datasets
+
+        return _HuggingFace(_choose_split(datasets.load_from_disk(path), split, str(path)), str(path))
+    files = sorted(f for f in path.rglob("*") if not f.name.startswith(".") and f.is_file())
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    if parquet and not images:
+        return _Parquet(_files_of_split(parquet, path, split))
+    return _Files(images, path)
+
+
+class _Files:
+    """Image files of a folder; sub-folders are classes if each image lies in one of two or more."""
+
+    def __init__(self, files: Sequence[Path], root: Path):
+        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        self.has_labels = len(classes) > 1 and all(file.parent.parent == root for file in files)
+        self._files = files
+        self._class_of = {name: label for label, name in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, row: int) -> tuple[Image.Image, int]:
+        file = self._files[row]
+        return _decode(file), self._class_of[file.parent.name] if self.has_labels else -1
+
+
+class _Parquet:
+    """Rows of parquet files: opening reads footers, reading keeps whole row groups while they fit the cache.
+
+    Files are opened anew for each row group, so that forked workers never share a file position.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        self._groups: list[tuple[Path, int]] = []
+        self._starts = [0]
+        self._columns: list[str] = []
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+        for path in files:
+            try:
+                with parquet.ParquetFile(path) as file:
+                    self._columns = self._columns or _find_columns(file.schema_arrow, str(path))
+                    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(
+                    f"{path}: not a readable parquet file ({error}); write or download it again."
+                ) from None
+            for group, size in enumerate(sizes):
+                self._groups.append((path, group))
+                self._starts.append(self._starts[-1] + size)
+        self.has_labels = len(self._columns) > 1
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": OrderedDict()}  # spawned workers fill their own
+
+    def read(self, row: int) -> tuple[Image.Image, int]:
+        group = bisect_right(self._starts, row) - 1
+        table = self._table(group).slice(row - self._starts[group], 1)
+        return _read_cells(table, self._columns, self._groups[group][0].parent)
+
+    def _table(self, group: int) -> Any:
+        from pyarrow import parquet
+
+        if group not in self._cache:
+            path, number = self._groups[group]
+            with parquet.ParquetFile(path) as file:
+                table = file.read_row_group(number, columns=self._columns, use_threads=False)
+            while (
+                self._cache
+                and table.nbytes + sum(t.nbytes for t in self._cache.values()) > PARQUET_CACHE_BYTES
+            ):
+                self._cache.popitem(last=False)
+            self._cache[group] = table
+        self._cache.move_to_end(group)
+        return self._cache[group]
+
+
+class _HuggingFace:
+    """Rows of a `datasets.Dataset`, memory-mapped; decoded here, so that a corrupt image can be left out."""
+
+    def __init__(self, dataset: Any, name: str):
+        self._rows = dataset.with_format("arrow")
+        self._columns = _find_columns(dataset.features.arrow_schema, name)
+        self.has_labels = len(self._columns) > 1
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, row: int) -> tuple[Image.Image, int]:
+        return _read_cells(self._rows[row : row + 1], self._columns, Path())
+
+
+class _Items:
+    """Items of a torch Dataset or of a list: images (tensors or PIL), pairs with a label, or dicts."""
+
+    def __init__(self, items: Any, name: str):
+        if not hasattr(items, "__len__"):
+            raise DataError(f"{name}: has no length; give it a __len__ or pass an iterable.")
+        self._items = items
+        self.has_labels = any(self._label_of_first(row) >= 0 for row in range(min(8, len(items))))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def read(self, row: int) -> tuple[Any, int]:
+        image, label = _unpack(self._items[row])
+        return image, _as_label(label)
+
+    def _label_of_first(self, row: int) -> int:
+        try:
+            return self.read(row)[1]
+        except READ_ERRORS:
+            return -1  # a corrupt image among the first tells nothing about labels; the next one does
+
+
+def _digits(split: str) -> _Items:
+    """scikit-learn's handwritten digits as RGB images of 8x8 pixels."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    parts = {"train": slice(None, NUM_DIGITS_TRAIN), "test": slice(NUM_DIGITS_TRAIN, None)}
+    if split not in parts:
+        raise DataError(f"digits: no split {split!r}; use 'train' or 'test'.")
+    digits: Any = load_digits()
+    pixels = np.round(digits.images[parts[split]] * (255 / 16)).astype(np.uint8)
+    images = [Image.fromarray(np.stack([image] * 3, axis=-1)) for image in pixels]
+    return _Items(list(zip(images, digits.target[parts[split]].tolist(), strict=True)), "digits")
+
+
+def _collect(source: Iterable[Any], limit: int | None) -> list[tuple[Any, Any]]:
+    """The first `limit` images of an iterable, batches taken apart."""
+    return list(islice((pair for item in source for pair in _unbatch(item)), limit))
+
+
+def _unbatch(item: Any) -> Iterable[tuple[Any, Any]]:
+    image, label = _unpack(item)
+    if not (isinstance(image, Tensor) and image.ndim == 4):
+        return [(image, label)]
+    has_labels = isinstance(label, Tensor | Sequence) and len(label) == len(image)
+    return zip(image, label if has_labels else [-1] * len(image), strict=True)
+
+
+def _unpack(item: Any) -> tuple[Any, Any]:
+    """Image and label of an item: an image, a sequence that starts with both, or a dict that names them."""
+    if isinstance(item, Mapping):
+        image = next((item[key] for key in IMAGE_COLUMNS if key in item), None)
+        return image, next((item[key] for key in LABEL_COLUMNS if key in item), -1)
+    if isinstance(item, tuple | list):
+        return item[0], item[1] if len(item) > 1 else -1
+    return item, -1
+
+
+def _as_label(value: Any) -> int:
+    """A class number, or -1 for whatever is none (captions, one-hot rows, None)."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return -1
+
+
+def _choose_split(dataset: Any, split: str, name: str) -> Any:
+    if not isinstance(dataset, Mapping):
+        return dataset
+    if split not in dataset:
+        raise DataError(f"{name}: no split {split!r}; use one of {sorted(dataset)}.")
+    return dataset[split]
+
+
+def _files_of_split(files: Sequence[Path], root: Path, split: str) -> Sequence[Path]:
+    """The files with the split's name as a word of their path; all of them if no path names any split."""
+    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower())) for file in files}
+    chosen = [file for file in files if split in words[file]]
+    others = sorted(set().union(*words.values()) & SPLIT_WORDS)
+    if not chosen and others:
+        raise DataError(f"{root}: no parquet file of split {split!r}; use one of {others}, or pass one file.")
+    return chosen or files
+
+
+def _find_columns(schema: Any, where: str) -> list[str]:
+    """Names of the image column and, where there is one, of the label column of an arrow schema."""
+    from pyarrow import types
+
+    def holds_bytes(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    images = [field.name for field in schema if holds_bytes(field.type)]
+    named = [name for name in images if name.lower() in IMAGE_COLUMNS]
+    if not named and len(images) != 1:
+        raise DataError(
+            f"{where}: columns {schema.names} have {len(images)} candidates for the image; "
+            "have one column of encoded images (bytes, or a struct with bytes) named 'image'."
+        )
+    numbers = [field.name for field in schema if types.is_integer(field.type)]
+    labels = [name for name in LABEL_COLUMNS if name in numbers]
+    labels += [name for name in numbers if name.lower().endswith("label")]
+    return [*(named or images)[:1], *labels[:1]]
+
+
+def _read_cells(table: Any, columns: Sequence[str], root: Path) -> tuple[Image.Image, int]:
+    """Image and label of a table of one row."""
+    cell, label = [table.column(name)[0].as_py() for name in columns] + [None] * (2 - len(columns))
+    if isinstance(cell, Mapping):
+        cell = root / (cell.get("path") or "") if cell["bytes"] is None else cell["bytes"]
+    if cell is None:
+        raise OSError("the cell is empty")
+    return _decode(cell), _as_label(label)
+
+
+def _decode(encoded: bytes | Path) -> Image.Image:
+    """Decode an image file or its bytes; whatever PIL raises for a broken or oversized one, raise OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on metadata; the pixels are what counts
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+                return image.convert("RGB")
+    except DECODE_ERRORS as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,89 @@
+"""Preprocessing and augmentation of PIL images, as a timm `pretrained_cfg` describes them.
+
+Evaluation preprocessing is timm's own; the augmentations are label-free and torchvision's, so all their
+randomness comes from torch's generator, which `ImageSet.augmented` seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from vitrim.data.images import Transform
+from vitrim.errors import DataError, RecipeError
+
+Strength = Literal["none", "light", "strong"]
+
+
+def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
+    """The evaluation preprocessing of a model: resize, centre crop, normalise.
+
+    Args:
+        model_or_cfg: a timm model, or a timm `pretrained_cfg` with at least `input_size`; timm's defaults
+            (ImageNet statistics, bicubic, crop_pct 0.875) fill in what is missing.
+
+    Raises:
+        DataError: the model says nothing about its preprocessing.
+    """
+    from timm.data.transforms_factory import create_transform
+
+    return create_transform(**_data_config(model_or_cfg), is_training=False)  # type: ignore[return-value]
+
+
+def augment_for(
+    model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength, *, flip: bool = True
+) -> Transform:
+    """A label-free training augmentation of PIL images that ends in tensors of the model's size, normalised.
+
+    Args:
+        model_or_cfg: as for `transform_for`.
+        strength: "none" is the evaluation preprocessing; "light" resizes as evaluation does, pads by 1/8 with
+            a reflection and crops at random; "strong" crops 30% to 100% of the area and jitters colour
+            mildly.
+        flip: mirror half of the images ("light" and "strong"); off for digits, text or anything with a
+            handedness.
+
+    Raises:
+        DataError: the model says nothing about its preprocessing.
+        RecipeError: unknown strength.
+    """
+    from torchvision import transforms as tv
+
+    if strength not in ("none", "light", "strong"):
+        raise RecipeError(f"augment: unknown strength {strength!r}; use 'none', 'light' or 'strong'.")
+    if strength == "none":
+        return transform_for(model_or_cfg)
+    config = _data_config(model_or_cfg)
+    height, width = config["input_size"][-2:]
+    mode = tv.InterpolationMode(config["interpolation"])
+    if strength == "strong":
+        steps: list[Any] = [tv.RandomResizedCrop((height, width), scale=(0.3, 1.0), interpolation=mode)]
+        steps.append(tv.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2))
+    else:
+        keep_ratio = height == width and config["crop_mode"] != "squash"
+        scaled = [int(side / config["crop_pct"]) for side in (height, width)]
+        steps = [tv.Resize(scaled[0] if keep_ratio else scaled, interpolation=mode)]
+        padding = (width // 8, height // 8)
+        steps.append(tv.RandomCrop((height, width), padding=padding, padding_mode="reflect"))
+    steps += [tv.RandomHorizontalFlip()] if flip else []
+    return tv.Compose([*steps, tv.ToTensor(), tv.Normalize(config["mean"], config["std"])])
+
+
+def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """Input size, statistics and crop in timm's words."""
+    from timm.data.config import resolve_data_config
+
+    is_model = isinstance(model_or_cfg, nn.Module)
+    cfg = getattr(model_or_cfg, "pretrained_cfg", None) if is_model else model_or_cfg
+    if not isinstance(cfg, Mapping) or "input_size" not in cfg:
+        got = type(model_or_cfg).__name__
+        raise DataError(f"{got}: no input_size to preprocess for; pass a dict with input_size, mean and std.")
+    config = resolve_data_config(pretrained_cfg=dict(cfg))
+    built_for = getattr(getattr(model_or_cfg, "patch_embed", None), "img_size", None)
+    if (
+        built_for is not None
+    ):  # timm leaves the config's size alone when a model is created with another img_size
+        config["input_size"] = (config["input_size"][0], *built_for)
+    return config

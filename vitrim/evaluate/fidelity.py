@@ -1,0 +1,239 @@
+"""How close a student's features are to its teacher's: relative error, cosine, agreement, retrieval.
+
+No labels are needed. Sums are streamed in float64 with running means, so any number of images fits in memory
+and a large common offset of the features costs no digits. Nothing here trains or changes a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize
+
+from vitrim.errors import DataError, ModelError
+from vitrim.models.taps import FeaturesAt, evaluating, features, logits, num_classes, num_prefix_tokens
+from vitrim.types import Features
+
+
+class TokenComparison:
+    """Streams the relative error and the mean cosine of a student's tokens S against a teacher's tokens T.
+
+    Relative error is ||S - T||^2 / ||T - mean(T)||^2: 0 is identical, 1 is predicting the mean. The spread
+    around the mean is merged from batch to batch (Chan's update), not taken as a difference of large sums.
+    """
+
+    def __init__(self):
+        self.num_tokens = 0
+        self._error = 0.0
+        self._spread = 0.0
+        self._cosine = 0.0
+        self._mean_D: Tensor | None = None
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:
+        """Add tokens; both tensors have the same shape, with the feature width last."""
+        teacher_ND = _float64(teacher.flatten(0, -2))
+        student_ND = _float64(student.flatten(0, -2)).to(teacher_ND.device)
+        count, mean_D = len(teacher_ND), teacher_ND.mean(0)
+        shift_D = mean_D if self._mean_D is None else mean_D - self._mean_D
+        total = self.num_tokens + count
+        self._error += float((student_ND - teacher_ND).square().sum())
+        self._cosine += float(cosine_similarity(student_ND, teacher_ND, dim=-1).sum())
+        self._spread += float((teacher_ND - mean_D).square().sum())
+        self._spread += float(shift_D.square().sum()) * self.num_tokens * count / total
+        self._mean_D = mean_D - shift_D * (self.num_tokens / total)
+        self.num_tokens = total
+
+    @property
+    def relative_error(self) -> float:
+        """The relative error so far; infinite if the teacher is constant and the student differs from it."""
+        if self._spread == 0:
+            return 0.0 if self._error == 0 else float("inf")
+        return self._error / self._spread
+
+    @property
+    def cosine(self) -> float:
+        """The mean cosine so far."""
+        return self._cosine / self.num_tokens
+
+
+def fidelity(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final"
+) -> dict[str, float]:
+    """Compare the features of two models on the same images.
+
+    Args:
+        student: the model to judge.
+        teacher: the reference, with the same feature width.
+        batches: tensors (B, C, H, W), or tuples that start with one (such as `Batch`).
+        at: features behind ("final") or in front of ("pre_norm") the final norm.
+
+    Returns:
+        `relative_error` and `cosine` of all tokens together (patches, and the pooled vector where it is a
+        token of its own), `pooled_relative_error`, `pooled_cosine`; with patch tokens
+        `patches_relative_error`, `patches_cosine`; `top1_agreement` (0..1) if both have a head with as many
+        classes; `num_images`.
+
+    Raises:
+        DataError: there was no image.
+        ModelError: the features of the two have different shapes.
+    """
+    compared: dict[str, TokenComparison] = {}
+    num_images, num_agreed = 0, 0
+    has_heads = 0 < num_classes(teacher) == num_classes(student)
+    with evaluating(student, teacher):
+        for images in _images(batches):
+            pairs = [(model, images.to(_device(model))) for model in (student, teacher)]
+            mine, theirs = (_kinds(model, features(model, moved, at=at)) for model, moved in pairs)
+            _check_shapes(mine, theirs)
+            for kind in theirs:
+                compared.setdefault(kind, TokenComparison()).update(mine[kind], theirs[kind])
+            num_images += len(images)
+            num_agreed += _count_agreed(*(logits(*pair) for pair in pairs)) if has_heads else 0
+    if not num_images:
+        raise DataError("fidelity: no images to compare on; pass at least one batch.")
+    result = {f"{kind}relative_error": tokens.relative_error for kind, tokens in compared.items()}
+    result |= {f"{kind}cosine": tokens.cosine for kind, tokens in compared.items()}
+    result |= {"top1_agreement": num_agreed / num_images} if has_heads else {}
+    return {**result, "num_images": num_images}
+
+
+def block_fidelity(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[Any], block_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Compare each block's output, to see where along the depth the two models part.
+
+    The outputs of all named blocks are held for one batch, from both models: keep batches small.
+
+    Args:
+        student: the model to judge.
+        teacher: the reference, with the same block names.
+        batches: tensors (B, C, H, W), or tuples that start with one (such as `Batch`).
+        block_names: dotted paths of modules that return a tensor, or a tuple that starts with one; the
+            feature width is the last dimension. Of a module that runs several times, the last run counts.
+
+    Returns:
+        One dict for each name, in the given order: `block`, `relative_error`, `cosine`.
+
+    Raises:
+        DataError: there was no image.
+        ModelError: a block is missing, did not run, or its outputs differ in shape.
+    """
+    compared = {name: TokenComparison() for name in block_names}
+    with evaluating(student, teacher), ExitStack() as hooks:
+        mine, theirs = (_catch_outputs(model, block_names, hooks) for model in (student, teacher))
+        for images in _images(batches):
+            for model in (student, teacher):
+                features(model, images.to(_device(model)))
+            _check_shapes(mine, theirs)
+            for name in block_names:
+                if name not in mine:
+                    raise ModelError(f"{name}: did not run in the forward pass; name a block that does.")
+                compared[name].update(mine.pop(name), theirs.pop(name))
+    if not all(tokens.num_tokens for tokens in compared.values()):
+        raise DataError("block_fidelity: no images to compare on; pass at least one batch.")
+    return [
+        {"block": name, "relative_error": tokens.relative_error, "cosine": tokens.cosine}
+        for name, tokens in compared.items()
+    ]
+
+
+def retrieval_recall(
+    student_BD: Tensor, teacher_BD: Tensor, ks: Sequence[int] = (1, 5, 10), *, chunk_size: int = 1024
+) -> dict[str, float]:
+    """Search an index built by the teacher with the student's queries; row i should find row i, by cosine.
+
+    Rows that tie count as in a random order of the tie, so features that collapsed to one point get the
+    recall of guessing.
+
+    Args:
+        student_BD: one query per image.
+        teacher_BD: one entry per image, in the same order.
+        ks: how many results to look at.
+        chunk_size: queries compared at a time.
+
+    Returns:
+        `recall@k` in 0..1 for each k.
+
+    Raises:
+        DataError: the shapes differ or there is no row.
+    """
+    if student_BD.shape != teacher_BD.shape or not len(teacher_BD):
+        shapes = f"{tuple(student_BD.shape)} and {tuple(teacher_BD.shape)}"
+        raise DataError(f"retrieval: got features of shapes {shapes}; pass the same images to both models.")
+    index_BD = normalize(teacher_BD.float(), dim=1)
+    hits = dict.fromkeys(ks, 0.0)
+    for start in range(0, len(index_BD), chunk_size):
+        queries_QD = normalize(student_BD[start : start + chunk_size].float().to(index_BD.device), dim=1)
+        similar_QB = queries_QD @ index_BD.T
+        own_Q1 = similar_QB.diagonal(start)[:, None]
+        num_better_Q = (similar_QB > own_Q1).sum(1)
+        num_tied_Q = (similar_QB == own_Q1).sum(1)  # itself included
+        for k in ks:
+            hits[k] += float(((k - num_better_Q) / num_tied_Q).clamp(0, 1).sum())
+    return {f"recall@{k}": hits[k] / len(index_BD) for k in ks}
+
+
+def _kinds(model: nn.Module, found: Features) -> dict[str, Tensor]:
+    """Tokens (B, tokens, D) by the prefix of their results; a pooled vector that is a mean is no token."""
+    pooled = found.pooled_BD[:, None]
+    if found.patches_BND is None:
+        return {"": pooled, "pooled_": pooled}
+    has_token = num_prefix_tokens(model) > 0
+    everything = torch.cat([pooled, found.patches_BND], dim=1) if has_token else found.patches_BND
+    return {"": everything, "pooled_": pooled, "patches_": found.patches_BND}
+
+
+def _check_shapes(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    got, want = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (mine, theirs))
+    if got != want:
+        raise ModelError(
+            f"the student gives {got}, the teacher {want}; compare models of one width and size."
+        )
+
+
+def _count_agreed(student_BC: Tensor | None, teacher_BC: Tensor | None) -> int:
+    if student_BC is None or teacher_BC is None:
+        raise ModelError("a model counts classes and returns no scores; set num_classes to 0 to skip them.")
+    return int((student_BC.argmax(1).to(teacher_BC.device) == teacher_BC.argmax(1)).sum())
+
+
+def _catch_outputs(model: nn.Module, block_names: Sequence[str], hooks: ExitStack) -> dict[str, Tensor]:
+    """A dict that each forward pass fills with the blocks' outputs, for as long as `hooks` is open."""
+    caught: dict[str, Tensor] = {}
+
+    def hook_for(name: str):
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            caught[name] = output[0] if isinstance(output, tuple | list) else output
+
+        return hook
+
+    for name in block_names:
+        try:
+            block = model.get_submodule(name)
+        except AttributeError:
+            raise ModelError(
+                f"{type(model).__name__}: no block {name!r}; see model.named_modules()."
+            ) from None
+        hooks.callback(block.register_forward_hook(hook_for(name)).remove)
+    return caught
+
+
+def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
+    """The images of each batch that has some."""
+    for batch in batches:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        if len(images):
+            yield images
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (Apple's MPS)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -1,0 +1,89 @@
+"""DGMR, diversity-guided MLP reduction (arXiv 2506.08591), as published and as we carry it further.
+
+As published, the units kept are those whose input weights span the most (greedy Gram-Schmidt); biases and output weights play
+no part. Ours asks what the units do: forward selection by orthogonal least squares on what the block should put out.
+Repair of the kept weights is not done here; it is the same for every method.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from vitrim.errors import RecipeError
+from vitrim.methods.registry import MethodOptions, register
+from vitrim.ops.forward_selection import select_on_moments
+from vitrim.ops.gram_schmidt import select_units
+from vitrim.ops.least_squares import moments
+from vitrim.types import MlpWeights, SiteView, Stats
+
+SelectOn = Literal["weights", "activations", "outputs"]
+
+
+class DgmrOptions(MethodOptions):
+    """`select_on`: what the units are told apart by; None takes outputs where there are images, else weights."""
+
+    select_on: SelectOn | None = None
+
+
+class DgmrPaperOptions(MethodOptions):
+    """The published criterion; it looks at input weights alone."""
+
+    select_on: Literal["weights"] = "weights"
+
+
+PAPER = "DGMR: Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
+
+
+@register(
+    "dgmr-paper",
+    options=DgmrPaperOptions,
+    needs="weights",
+    paper=PAPER,
+    arxiv="2506.08591",
+    summary="Gram-Schmidt on input weights, kept weights unchanged",
+    repairs=False,
+)
+@register(
+    "dgmr",
+    options=DgmrOptions,
+    needs="images",
+    paper=PAPER,
+    arxiv="2506.08591",
+    summary="forward selection on the block's output, closed-form repair with feedback, local refit",
+    repairs=True,
+)
+def select(view: SiteView, options: DgmrOptions | DgmrPaperOptions) -> Tensor:
+    """Indices of the units to keep, in pick order.
+
+    Args:
+        view: the site's weights and, for `activations` and `outputs`, its calibration sums.
+        options: what to select on.
+
+    Raises:
+        RecipeError: `activations` or `outputs` was asked for without images.
+    """
+    select_on = options.select_on or ("weights" if view.stats is None else "outputs")
+    if select_on == "weights":
+        return select_units(view.weights.input_rows, view.num_keep)
+    if view.stats is None:
+        raise RecipeError(f"options.select_on={select_on!r} needs images; pass data, or use select_on='weights'.")
+    if select_on == "activations":
+        return _by_activations(view.stats, view.weights, view.num_keep)
+    return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
+
+
+def _by_activations(stats: Stats, weights: MlpWeights, num_keep: int) -> Tensor:
+    """Pivoted Cholesky of the hidden second moment, each unit scaled by the norm of its output column."""
+    gram_HH, _ = moments(stats, centred=weights.output_bias_D is not None)
+    scale_H = weights.output_DH.norm(dim=0).to(gram_HH)
+    return select_on_moments(gram_HH * scale_H * scale_H[:, None], num_keep)
+
+
+def _by_outputs(stats: Stats, weights: MlpWeights, num_keep: int, scale_D: Tensor | None) -> Tensor:
+    """Forward selection on the target; output channels count as much as the layer scale lets through."""
+    gram_HH, cross_HD = moments(stats, centred=weights.output_bias_D is not None)
+    if scale_D is not None:
+        cross_HD = cross_HD * scale_D.to(cross_HD)
+    return select_on_moments(gram_HH, num_keep, cross_HD=cross_HD)

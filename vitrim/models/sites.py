@@ -1,0 +1,153 @@
+"""Finds the MLPs of a model by structure and naming, and confirms each by a dead-unit test.
+
+Foreign classes are never named: an MLP is a pair (or triple) of linear layers with known names whose shapes fit together.
+What the names promise is then checked by running the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from vitrim.errors import SiteNotFoundError
+from vitrim.surgery import confirm_site
+from vitrim.types import MlpKind, MlpSite
+
+# (gate, value, output) below a container; gate None: plain, or packed where the value projection is twice as tall.
+NAMES: tuple[tuple[str | None, str, str], ...] = (
+    ("fc1_g", "fc1_x", "fc2"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w2", "w3"),
+    ("w1", "w3", "w2"),
+    (None, "fc1", "fc2"),
+    (None, "c_fc", "c_proj"),
+    (None, "w12", "w3"),
+    (None, "weights_in", "weights_out"),
+    (None, "linear1", "linear2"),
+    (None, "lin1", "lin2"),
+    (None, "up_proj", "down_proj"),
+    (None, "intermediate.dense", "output.dense"),
+    (None, "0", "3"),
+    (None, "0", "2"),
+)
+NORM_NAMES = ("norm", "ffn_ln", "sub_ln", "ln")
+
+
+def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, ...]:
+    """Find every MLP of a model, in the order of its modules.
+
+    Args:
+        model: any module; parameters on the meta device are found but can't be confirmed by running.
+        scope: dotted path of the subtree to search, such as the vision tower of a VLM.
+
+    Returns:
+        One site an MLP, each confirmed by a dead-unit test (once for each distinct kind of container and shape).
+
+    Raises:
+        SiteNotFoundError: the scope does not exist, or holds no MLP.
+    """
+    prefix = scope or ""
+    try:
+        root = model.get_submodule(prefix)
+    except AttributeError:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise SiteNotFoundError(f"scope {prefix!r}: no such module; the top level has {children}.") from None
+    found: list[MlpSite] = []
+    claimed: set[str] = set()
+    confirmed: dict[tuple, bool] = {}
+    for name, module in root.named_modules(prefix=prefix):
+        site = _match(module, name)
+        if site is None or site.output in claimed:
+            continue
+        signature = (type(module), site.kind, site.d_model, site.d_hidden)
+        if signature not in confirmed:
+            confirmed[signature] = confirm_site(model, site)
+        if confirmed[signature]:
+            claimed.add(site.output)
+            found.append(site)
+    if not found:
+        num_modules = sum(1 for _ in root.modules())
+        raise SiteNotFoundError(
+            f"no MLP found in {type(model).__name__} ({num_modules} modules seen); vitrim knows linear layers named "
+            f"{', '.join('/'.join(part for part in names if part) for names in NAMES)}."
+        )
+    mlp_weights = {f"{name}.weight" for site in found for name in (site.value, site.gate, site.output) if name}
+    return tuple(replace(site, block=_block_of(model, site, mlp_weights)) for site in found)
+
+
+def _match(container: nn.Module, path: str) -> MlpSite | None:
+    """The site that a container's linear layers form, if they do."""
+    for gate_name, value_name, output_name in NAMES:
+        names = [name for name in (gate_name, value_name, output_name) if name]
+        layers = [_linear(container, name) for name in names]
+        if any(layer is None for layer in layers):
+            continue
+        *firsts, output = [tuple(layer.weight.shape) for layer in layers if layer is not None]
+        d_out, d_hidden = output
+        if any(width != d_out for _, width in firsts) or d_hidden < 2:
+            continue
+        kind = _kind([height for height, _ in firsts], d_hidden)
+        if kind is None or (value_name == "0" and not _is_sequential_mlp(container, output_name)):
+            continue
+        full = {name: f"{path}.{name}" if path else name for name in names}
+        norm = _inner_norm(container, d_hidden)
+        return MlpSite(
+            path=path,
+            kind=kind,
+            d_model=d_out,
+            d_hidden=d_hidden,
+            gate=full[gate_name] if gate_name else None,
+            value=full[value_name],
+            output=full[output_name],
+            norm=None if norm is None else (f"{path}.{norm}" if path else norm),
+        )
+    return None
+
+
+def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
+    """What the heights of the input projections say about an MLP."""
+    if heights == [d_hidden, d_hidden]:
+        return "split_gated"
+    if heights == [d_hidden]:
+        return "plain"
+    return "packed_gated" if heights == [2 * d_hidden] else None
+
+
+def _linear(container: nn.Module, name: str) -> nn.Module | None:
+    """A linear layer below a container, by name; its weight is (out, in)."""
+    try:
+        layer = container.get_submodule(name)
+    except AttributeError:
+        return None
+    weight, features = getattr(layer, "weight", None), (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0))
+    return layer if weight is not None and tuple(weight.shape) == features else None
+
+
+def _is_sequential_mlp(container: nn.Module, output_name: str) -> bool:
+    """Whether a numbered container is linear, activation (and dropout), linear with no parameters in between."""
+    between = [container.get_submodule(str(i)) for i in range(1, int(output_name))]
+    return isinstance(container, nn.Sequential) and not any(any(True for _ in m.parameters()) for m in between)
+
+
+def _inner_norm(container: nn.Module, d_hidden: int) -> str | None:
+    """Name of a norm over the hidden units inside the MLP."""
+    for name in NORM_NAMES:
+        shape = getattr(getattr(container, name, None), "normalized_shape", None)
+        if shape is not None and tuple(shape) == (d_hidden,):
+            return name
+    return None
+
+
+def _block_of(model: nn.Module, site: MlpSite, mlp_weights: set[str]) -> str:
+    """The transformer block of a site: the nearest element of a list of modules that also holds other matrices."""
+    parts = site.path.split(".")
+    for depth in range(len(parts), 0, -1):
+        path = ".".join(parts[:depth])
+        parent = model.get_submodule(".".join(parts[: depth - 1]))
+        if not isinstance(parent, nn.ModuleList | nn.Sequential):
+            continue
+        module = model.get_submodule(path)
+        if any(p.ndim > 1 and f"{path}.{name}" not in mlp_weights for name, p in module.named_parameters()):
+            return path
+    return site.path

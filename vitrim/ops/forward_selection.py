@@ -1,0 +1,78 @@
+"""Selection of hidden units from second moments alone; the activations are never needed again.
+
+`select_on_moments` without a target is pivoted Cholesky of the Gram matrix: it picks what pivoted Gram-Schmidt of the
+(never stored) activations would pick. With a target it is forward selection by orthogonal least squares: each pick is
+the unit that lowers the squared error of the best linear prediction of the target the most.
+
+Shapes: H hidden units, D model width, K picks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrim.ops.gram_schmidt import check_num_keep, working_dtype
+
+
+def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None = None) -> Tensor:
+    """Pick hidden units greedily by what they add to a span or to a linear prediction.
+
+    Args:
+        gram_HH: H'H of the hidden activations (centred where the output projection has a bias), (H, H).
+        num_keep: K in 1..H; past the rank, a new round restarts from the units not yet taken.
+        cross_HD: H'T with the targets, (H, D); None selects on the activations alone.
+
+    Returns:
+        int64 indices (K,), in pick order, no repeats; a tie goes to the lowest index.
+
+    Raises:
+        BudgetError: num_keep is outside 1..H.
+
+    Paper: orthogonal least squares (Chen, Cowan and Grant, 1991); Gram-Schmidt on activations is also in Subspace
+    Node Pruning, arXiv 2405.17506. O(K H (K + D)) time.
+    """
+    check_num_keep(num_keep, gram_HH.shape[0])
+    dtype = working_dtype(gram_HH.device)
+    gram_HH = gram_HH.to(dtype)
+    cross_HD = None if cross_HD is None else cross_HD.to(dtype)
+    left = torch.arange(gram_HH.shape[0], device=gram_HH.device)
+    picked: list[Tensor] = []
+    while (missing := num_keep - sum(len(part) for part in picked)) > 0:
+        cross_RD = None if cross_HD is None else cross_HD[left]
+        order = _one_round(gram_HH[left][:, left], cross_RD, missing)
+        if len(order) == 0:  # only units that are constant are left; nothing tells them apart
+            order = torch.arange(missing, device=left.device)
+        picked.append(left[order])
+        mask = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        mask[order] = False
+        left = left[mask]
+    return torch.cat(picked).cpu()
+
+
+def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int) -> Tensor:
+    """Greedy picks until `limit`, or until no unit has anything left outside the span of the picked ones."""
+    num_units = gram_RR.shape[0]
+    factor_KR = gram_RR.new_zeros(min(limit, num_units), num_units)  # rows of the Cholesky factor, picked so far
+    diagonal_R = gram_RR.diagonal().clone()
+    # Below this share of its own energy a unit's remainder is rounding noise of the downdates.
+    floor_R = diagonal_R * num_units * torch.finfo(gram_RR.dtype).eps
+    taken = torch.zeros(num_units, dtype=torch.bool, device=gram_RR.device)
+    residual_RD = None if cross_RD is None else cross_RD.clone()
+    picks: list[int] = []
+    while len(picks) < len(factor_KR):
+        usable = (diagonal_R > floor_R) & ~taken
+        if not bool(usable.any()):
+            break
+        scores_R = diagonal_R if residual_RD is None else residual_RD.square().sum(1) / diagonal_R
+        pick = int(scores_R.masked_fill(~usable, -1.0).argmax())
+        done = factor_KR[: len(picks)]
+        pivot = diagonal_R[pick].sqrt()
+        column_R = (gram_RR[pick] - done[:, pick] @ done) / pivot
+        factor_KR[len(picks)] = column_R
+        if residual_RD is not None:
+            residual_RD = residual_RD - torch.outer(column_R, residual_RD[pick] / pivot)
+        diagonal_R = diagonal_R - column_R.square()
+        taken[pick] = True
+        picks.append(pick)
+    return torch.tensor(picks, dtype=torch.int64, device=gram_RR.device)

@@ -1,0 +1,68 @@
+"""Ridge least squares from streamed moments: the output projection that makes the most of the kept units.
+
+The ridge pulls towards the weights that are there, not towards zero, so a huge ridge changes nothing and the fit on the
+calibration data is never worse than leaving the weights alone.
+
+Shapes: H hidden units, K kept units, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrim.types import Stats
+
+
+def centred_moments(stats: Stats) -> tuple[Tensor, Tensor]:
+    """Covariances, times the token count, of the hidden activations (H, H) and with the target (H, D)."""
+    gram_HH = stats.hidden_HH - torch.outer(stats.hidden_H, stats.hidden_H) / stats.num_tokens
+    cross_HD = stats.cross_HD - torch.outer(stats.hidden_H, stats.target_D) / stats.num_tokens
+    return gram_HH, cross_HD
+
+
+def moments(stats: Stats, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Gram and cross moments, centred where a bias will absorb the means."""
+    return centred_moments(stats) if centred else (stats.hidden_HH, stats.cross_HD)
+
+
+def fit_output(
+    stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """Fit the output projection of the kept units to the target.
+
+    Args:
+        stats: streamed sums over calibration tokens.
+        keep: indices of the kept units, (K,).
+        weight_DK: the kept columns as they are now, (D, K); the ridge pulls towards them.
+        bias_D: the bias as it is now, or None: then no bias is fitted either.
+        ridge: penalty relative to the mean energy of a kept unit.
+
+    Returns:
+        Weight (D, K) and bias (D,) or None, float64.
+
+    Paper: ridge compensation for ViTs is in CORP, arXiv 2602.05243; least-squares recovery in arXiv 2405.17506.
+    O(K^3 + K^2 D).
+    """
+    gram_HH, cross_HD = moments(stats, centred=bias_D is not None)
+    gram_KK, cross_KD = gram_HH[keep][:, keep], cross_HD[keep]
+    start_KD = weight_DK.to(gram_KK).T
+    penalty = ridge * gram_KK.diagonal().mean().clamp(min=torch.finfo(gram_KK.dtype).tiny)
+    factor = torch.linalg.cholesky(gram_KK + penalty * torch.eye(len(keep)).to(gram_KK))
+    weight_KD = start_KD + torch.cholesky_solve(cross_KD - gram_KK @ start_KD, factor)
+    if bias_D is None:
+        return weight_KD.T, None
+    bias = (stats.target_D - stats.hidden_H[keep] @ weight_KD) / stats.num_tokens
+    return weight_KD.T, bias
+
+
+def squared_error(stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> float:
+    """Mean squared error per token of a linear prediction of the target, from the moments alone."""
+    weight_KD = weight_DK.to(stats.cross_HD).T
+    hidden_K, gram_KK, cross_KD = stats.hidden_H[keep], stats.hidden_HH[keep][:, keep], stats.cross_HD[keep]
+    error = stats.target_square - 2 * (weight_KD * cross_KD).sum() + (weight_KD * (gram_KK @ weight_KD)).sum()
+    if bias_D is not None:
+        bias_D = bias_D.to(stats.target_D)
+        prediction_D = hidden_K @ weight_KD
+        error = error + 2 * bias_D @ (prediction_D - stats.target_D) + stats.num_tokens * bias_D @ bias_D
+    return float(error) / stats.num_tokens
