@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitrim.models.taps import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
-from vitrim.surgery import submodule
+from vitrim.surgery import mlp_output, submodule
 from vitrim.types import MlpSite, Stats
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,11 +35,16 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteVisit:
-    """What calibration has seen of one MLP; `scale_D` is the layer scale that follows it, None where there is no fixed one."""
+    """What calibration has seen of one MLP.
+
+    `scale_D` is the layer scale that follows it, None where there is no fixed one. `stands_alone`: the MLP can be run on
+    tokens by itself, outside its block.
+    """
 
     site: MlpSite
     stats: Stats
     scale_D: Tensor | None
+    stands_alone: bool
     fit: Tokens
     held_out: Tokens
 
@@ -206,7 +211,22 @@ def _visit(
         rows = torch.randperm(len(target_ND), generator=generator)[: limits[part]].to(target_ND.device)
         samples[part].append((ours["input"][rows].cpu(), target_ND[rows].cpu()))
     pools = {part: _join(pairs or samples["fit"]) for part, pairs in samples.items()}
-    return SiteVisit(site=site, stats=sums.done(), scale_D=scale_D, fit=pools["fit"], held_out=pools["held_out"])
+    return SiteVisit(
+        site=site,
+        stats=sums.done(),
+        scale_D=scale_D,
+        stands_alone=_stands_alone(student.model, site, student.observe(site, 0)),
+        fit=pools["fit"],
+        held_out=pools["held_out"],
+    )
+
+
+def _stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:
+    """Whether running the MLP on its caught inputs gives the outputs it gave inside its block."""
+    with evaluating(model):
+        again_ND = mlp_output(model, site, seen["input"][:64].to(submodule(model, site.output).weight.dtype))
+    expected_ND = seen["mlp"][:64]
+    return bool((again_ND - expected_ND).abs().max() <= 1e-3 * expected_ND.abs().max())
 
 
 def _join(pairs: list[tuple[Tensor, Tensor]]) -> Tokens:

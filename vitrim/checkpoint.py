@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, OutputError
-from vitrim.models.load import Origin, build_empty
+from vitrim.models.load import Origin, build_empty, load_model, origin_of
 from vitrim.models.stock import stock_args, write_stock
 from vitrim.models.taps import evaluating
 from vitrim.surgery import reshape_
 from vitrim.types import Plan
 
 WEIGHTS, CONFIG, ABOUT = "model.safetensors", "config.json", "vitrim.json"
+RECOVERY_STATE = "recover.pt"
 
 # Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
 STOCK_CHECK = """
@@ -56,30 +57,43 @@ print(error / max(scale, 1e-30))
 
 
 @contextmanager
-def staged_output(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out` that is renamed to it at the end, and removed if anything fails before.
+def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Path]]:
+    """A folder beside `out` that becomes `out` at the end, and a place for what a stopped run needs to go on.
+
+    Args:
+        out: the folder to write.
+        resume: keep what an earlier, stopped run left in that place.
+
+    Yields:
+        The folder to write the output into, and the folder for resumable state. Both are gone afterwards, but for the state
+        of a run that was stopped while it recovered.
 
     Raises:
         OutputError: `out` exists already, or its parent can't be written to.
     """
-    out = Path(out)
     if out.exists():
         raise OutputError(f"{out}: exists already; choose another output folder or remove this one.")
+    made = [parent for parent in out.parents if not parent.exists()]
+    work = out.with_name(f".{out.name}.partial")
+    folder = work / "output"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        shutil.rmtree(folder if resume else work, ignore_errors=True)
+        folder.mkdir(parents=True)
     except OSError as error:
-        raise OutputError(
-            f"{out}: can't be written ({error.strerror}); choose a folder that you may write to."
-        ) from None
+        raise OutputError(f"{out}: can't be written ({error.strerror}); choose a folder you may write to.") from None
     try:
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        staging.rename(out)
+        yield folder, work
+        folder.rename(out)
+        (work / RECOVERY_STATE).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not (work / RECOVERY_STATE).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> bool:
@@ -136,6 +150,21 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path / WEIGHTS}: does not fit the plan or is damaged ({reason}).") from None
     return student.eval()
+
+
+def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
+    """A model and how it was built, from a module, a name, or a folder (vitrim's own or timm's).
+
+    Raises:
+        ModelError: no such model.
+        CheckpointError: the folder is vitrim's and damaged.
+    """
+    if isinstance(model, nn.Module):
+        return model, origin_of(model)
+    path = model.removeprefix("local-dir:")
+    if not is_output(path):
+        return load_model(model)
+    return load(path), Origin.from_json(read_about(Path(path))["origin"])
 
 
 def is_output(path: str | Path) -> bool:

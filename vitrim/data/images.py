@@ -85,7 +85,7 @@ class ImageSet(Dataset):
         """The same images behind another transform, without augmentation."""
         return ImageSet(self._rows, name=self.name, transform=transform, indices=self._indices)
 
-    def augmented(self, augment: Transform, seed: int) -> ImageSet:
+    def augmented(self, augment: Transform | None, seed: int) -> ImageSet:
         """The same images behind a random transform.
 
         Item i of epoch e is drawn under a seed made of (seed, e, i): the same for any order and number of
@@ -100,9 +100,13 @@ class ImageSet(Dataset):
     def spaced(self, num_images: int) -> ImageSet:
         """At most `num_images`, evenly spaced, so that a source sorted by class keeps all its classes."""
         size = min(num_images, len(self))
-        indices = [self._indices[i * len(self) // size] for i in range(size)]
+        return self.subset([i * len(self) // size for i in range(size)])
+
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """The images at these places, in this order."""
+        chosen = [self._indices[i] for i in indices]
         return ImageSet(
-            self._rows, name=self.name, transform=self._transform, indices=indices, seed=self._seed
+            self._rows, name=self.name, transform=self._transform, indices=chosen, seed=self._seed
         )
 
     def loader(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,13 @@ class Origin:
             raise CheckpointError(f"origin: damaged or incomplete ({error}).") from None
 
 
-def load_model(source: str) -> tuple[nn.Module, Origin]:
+def load_model(source: str, *, weights: bool = True) -> tuple[nn.Module, Origin]:
     """Load a pretrained model in eval mode.
 
     Args:
         source: `timm/NAME` (downloads the weights), or `local-dir:PATH` / a path to a folder with timm's
             `config.json` and `model.safetensors`.
+        weights: without, only the architecture is built, with parameters on the meta device; nothing is downloaded.
 
     Returns:
         The model and how it was built.
@@ -61,11 +63,11 @@ def load_model(source: str) -> tuple[nn.Module, Origin]:
     if source.startswith("timm/"):
         name = source.removeprefix("timm/")
         _check_timm_name(name)
-        model = _create(name, source)
+        model = _create(name, source, weights)
     else:
         folder = Path(source.removeprefix("local-dir:"))
         _check_folder(folder, source)
-        model = _create(f"local-dir:{folder}", source)
+        model = _create(f"local-dir:{folder}", source, weights)
     return model.eval(), origin_of(model, name=source)
 
 
@@ -116,12 +118,14 @@ def build_empty(origin: Origin) -> nn.Module:
         return timm.create_model(origin.architecture, pretrained=False, **origin.model_args).eval()
 
 
-def _create(name: str, source: str) -> nn.Module:
+def _create(name: str, source: str, weights: bool) -> nn.Module:
     """timm's factory, with its failures in one line."""
     import timm
+    from accelerate import init_empty_weights
 
     try:
-        return timm.create_model(name, pretrained=True)
+        with nullcontext() if weights else init_empty_weights(include_buffers=False):
+            return timm.create_model(name, pretrained=weights)
     except Exception as error:  # timm, the hub client and safetensors each raise their own kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise ModelError(

@@ -100,6 +100,7 @@ def _match(container: nn.Module, path: str) -> MlpSite | None:
             gate=full[gate_name] if gate_name else None,
             value=full[value_name],
             output=full[output_name],
+            has_bias=getattr(layers[-2], "bias", None) is not None,
             norm=None if norm is None else (f"{path}.{norm}" if path else norm),
         )
     return None

@@ -13,6 +13,9 @@ from vitrim.calibrate import SiteVisit
 from vitrim.surgery import mlp_output, submodule
 from vitrim.types import MlpSite
 
+# A held-out error below this share of the target's energy is rounding: nothing is left to refit.
+EXACT = 1e-9
+
 
 def refit_(
     student: nn.Module, visit: SiteVisit, *, num_steps: int = 150, batch_tokens: int = 4096, lr: float = 1e-3, seed: int = 0
@@ -31,13 +34,15 @@ def refit_(
         Mean squared error on held-out tokens before and after.
     """
     site = visit.site
-    parameters = site_parameters(student, site)
+    parameters = list(_site_parameters(student, site).values())
     device = parameters[0].device
     scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(device)
     inputs, targets = visit.fit.inputs_ND, visit.fit.targets_ND
     with torch.no_grad():
         before = _held_out_error(student, visit, scale_D)
-        best, best_error = [p.clone() for p in parameters], before
+        start = [p.clone() for p in parameters]
+    if before <= EXACT * float(targets.square().sum(1).mean()):
+        return before, before
     frozen = [p.requires_grad for p in parameters]
     for p in parameters:
         p.requires_grad_(True)
@@ -54,8 +59,8 @@ def refit_(
         schedule.step()
     with torch.no_grad():
         after = _held_out_error(student, visit, scale_D)
-        if not after < best_error:
-            for p, kept in zip(parameters, best, strict=True):
+        if not after < before:
+            for p, kept in zip(parameters, start, strict=True):
                 p.copy_(kept)
     for p, flag in zip(parameters, frozen, strict=True):
         p.requires_grad_(flag)
@@ -63,10 +68,15 @@ def refit_(
     return before, min(before, after)
 
 
-def site_parameters(model: nn.Module, site: MlpSite) -> list[nn.Parameter]:
-    """The parameters of a site's layers, in a fixed order."""
-    names = [name for name in (site.gate, site.value, site.norm, site.output) if name is not None]
-    return [p for name in names for p in submodule(model, name).parameters(recurse=False)]
+def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
+    """Copies of the parameters of a site's layers, by full name, in a fixed order."""
+    return {name: p.detach().clone() for name, p in _site_parameters(model, site).items()}
+
+
+def _site_parameters(model: nn.Module, site: MlpSite) -> dict[str, nn.Parameter]:
+    paths = [path for path in (site.gate, site.value, site.norm, site.output) if path is not None]
+    found = ((path, submodule(model, path).named_parameters(recurse=False)) for path in paths)
+    return {f"{path}.{name}": p for path, parameters in found for name, p in parameters}
 
 
 def _held_out_error(student: nn.Module, visit: SiteVisit, scale_D: Tensor | float) -> float:

@@ -1,7 +1,7 @@
 """What is left of a model: its features against the original's, and what they are good for."""
 
-from vitrim.evaluate.classify import extract, knn_top1, linear_probe_top1, top1
-from vitrim.evaluate.fidelity import block_fidelity, fidelity, retrieval_recall
+from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
+from vitrim.metrics.fidelity import block_fidelity, fidelity, retrieval_recall
 
 __all__ = [
     "block_fidelity",

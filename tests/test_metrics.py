@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from vitrim.errors import DataError, ModelError
-from vitrim.evaluate.classify import extract, knn_top1, linear_probe_top1, top1
-from vitrim.evaluate.fidelity import TokenComparison, block_fidelity, fidelity, retrieval_recall
+from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
+from vitrim.metrics.fidelity import TokenComparison, block_fidelity, fidelity, retrieval_recall
 from vitrim.models.taps import features
 
 

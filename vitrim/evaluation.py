@@ -1,0 +1,157 @@
+"""Measures a student beside its teacher: how close the features are, what they are good for, and what they cost."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.checkpoint import open_model
+from vitrim.cost import count_macs, measure_latency, num_parameters, peak_memory_mib
+from vitrim.cut import versions
+from vitrim.data import Batch, open_images, split_indices, transform_for
+from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
+from vitrim.metrics.fidelity import fidelity, retrieval_recall
+from vitrim.models.load import Origin
+from vitrim.models.taps import num_classes
+
+Model = nn.Module | str
+
+
+def evaluate(
+    student: Model,
+    teacher: Model,
+    data: Any,
+    *,
+    index: Any = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    latency: bool = True,
+    device: str = "auto",
+    split: str = "test",
+) -> dict[str, Any]:
+    """Compare two models on images.
+
+    Args:
+        student: the small model: a module, a name, or a folder that vitrim wrote.
+        teacher: the model to compare with.
+        data: images to judge on, of any kind that `compress` takes; labels are used where there are any.
+        index: labelled images for kNN and the linear probe to learn from; without, a seeded 80% of `data`.
+        limit: at most this many images of each.
+        batch_size: images a forward pass.
+        latency: time both models, too.
+        device: `auto`, or a torch device.
+        split: which part of a data source that has parts.
+
+    Returns:
+        `fidelity` of the student's features (with recall of its queries in the teacher's index), and for `student` and
+        `teacher` each: parameters, MACs, memory, latency, and with labels kNN, linear probe and top-1 in percent.
+
+    Raises:
+        ModelError, DataError: a model or the images can't be read.
+    """
+    (student_model, _), (teacher_model, origin) = open_model(student), open_model(teacher)
+    for model in (student_model, teacher_model):
+        model.to(resolve_device(device))
+    transform = transform_of(teacher_model, origin)
+    images = open_images(data, transform=transform, split=split, limit=limit)
+    batches = list(images.loader(batch_size=batch_size))
+    learn = None if index is None else list(open_images(index, transform=transform, limit=limit).loader(batch_size=batch_size))
+    pair = {"student": student_model, "teacher": teacher_model}
+    result: dict[str, Any] = {"fidelity": compare(student_model, teacher_model, batches)}
+    for name, model in pair.items():
+        result[name] = cost_of(model, batches[0].images_BCHW, latency=latency) | quality_of(model, batches, learn)
+    result["num_skipped"] = sum(batch.num_skipped for batch in batches)
+    return result
+
+
+def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+    """Fidelity and retrieval: the student's queries in the teacher's index of the same images."""
+    found = fidelity(student, teacher, batches)
+    mine, theirs = (extract(model, batches)[0] for model in (student, teacher))
+    return {**found, **retrieval_recall(mine, theirs, tuple(k for k in (1, 5, 10) if k <= len(mine)))}
+
+
+def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> dict[str, Any]:
+    """Parameters, MACs for one image, peak memory at the batch given, and latency at batch 1, 8 and 32."""
+    costs: dict[str, Any] = {
+        "parameters": num_parameters(model),
+        "macs": count_macs(model, images_BCHW[:1]),
+        "peak_memory_mib": peak_memory_mib(model, images_BCHW[:8]),
+    }
+    if latency:
+        costs["latency"] = measure_latency(model, images_BCHW.shape[1:])
+    return costs
+
+
+def quality_of(model: nn.Module, batches: Sequence[Batch], learn: Sequence[Batch] | None) -> dict[str, float]:
+    """kNN, linear probe and top-1 in percent, as far as labels and the model allow."""
+    labels = torch.cat([batch.labels_B for batch in batches])
+    if int((labels >= 0).sum()) < 2:
+        return {}
+    pooled, labels = extract(model, batches)
+    if learn is None:
+        rest, held = split_indices(len(pooled), num_held_out=max(1, len(pooled) // 5), seed=0)
+        train, test = (pooled[rest], labels[rest]), (pooled[held], labels[held])
+    else:
+        train, test = extract(model, learn), (pooled, labels)
+    scores = {"knn": 100 * knn_top1(*train, *test, k=min(20, len(train[0])))}
+    if len(train[1][train[1] >= 0].unique()) > 1:
+        scores["linear_probe"] = 100 * linear_probe_top1(*train, *test)
+    return scores | top1_of(model, batches)
+
+
+def transform_of(model: nn.Module, origin: Origin) -> Any:
+    """The preprocessing that comes with a model, or None: then data must be tensors, or images of the right size."""
+    if getattr(model, "pretrained_cfg", None):
+        return transform_for(model)
+    return transform_for(origin.preprocessing) if origin.preprocessing else None
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device by name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def measure(
+    model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None
+) -> dict[str, Any]:
+    """Cost of a model, and its top-1 where the images have labels and it has a head."""
+    if sample is None and "input_size" not in origin.preprocessing:
+        return {"parameters": num_parameters(model)}
+    sample = random_images(origin) if sample is None else sample
+    found = cost_of(model, sample, latency=True)
+    return found | (top1_of(model, batches) if batches else {})
+
+
+def top1_of(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+    """Top-1 in percent, where the images have labels that the model has a head for; else nothing."""
+    highest = max(int(batch.labels_B.max()) for batch in batches)
+    return {"top1": 100 * top1(model, batches)} if num_classes(model) > highest >= 0 else {}
+
+
+def random_images(origin: Origin, count: int = 8) -> Tensor:
+    """Noise of the size that a model takes."""
+    return torch.randn(count, *origin.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
+
+
+def environment() -> dict[str, str]:
+    """Versions, machine, time and command: provenance, kept apart from the plan."""
+    return {
+        **versions(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,0 +1,264 @@
+"""The main job, told in order: load, find the MLPs, cut, recover, measure, save, report."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitrim.checkpoint import RECOVERY_STATE, open_model, save, staged_output, verify, write_json
+from vitrim.cut import cut_, resume_cut_, save_cut
+from vitrim.data import Batch, ImageSet, augment_for, first_images, open_images, split_indices
+from vitrim.errors import DataError, RecipeError
+from vitrim.evaluation import compare, environment, measure, random_images, resolve_device, top1_of, transform_of
+from vitrim.metrics.fidelity import block_fidelity
+from vitrim.models.load import Origin
+from vitrim.models.sites import find_mlps
+from vitrim.recipe import Recipe, RecoverOptions
+from vitrim.recover.distill import recover_
+from vitrim.report import write_report
+from vitrim.report.collect import collect
+from vitrim.types import Plan
+
+# A tenth of the images, at most this many, is held out to judge on and is in nothing else.
+MAX_HELD_OUT = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What `compress` gives back; `out` is None where nothing was written."""
+
+    model: nn.Module
+    plan: Plan
+    metrics: Mapping[str, Any]
+    out: Path | None
+
+
+def compress(
+    model: nn.Module | str,
+    *,
+    data: Any = None,
+    method: str = "dgmr",
+    width_ratio: float | None = None,
+    keep_ratio: float | None = None,
+    width: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+    recover: int | Mapping[str, Any] | RecoverOptions | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    scope: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    resume: bool = False,
+) -> Result:
+    """Make a pretrained vision transformer smaller.
+
+    Args:
+        model: a module (left unchanged), `timm/NAME`, `local-dir:PATH`, or a folder that vitrim wrote.
+        data: images to learn from, labels not needed: a folder, parquet, a dataset or loader, "digits". None: no repair.
+        method: name of a registered method; `vitrim methods` lists them.
+        width_ratio: hidden width as a multiple of the model width (the paper's r); 1.0 where no budget is given.
+        keep_ratio: share of each MLP's units to keep.
+        width: units to keep in each MLP.
+        recipe: a Recipe or a YAML file; other arguments that are given win over it.
+        recover: None, a number of distillation steps, or options as in a recipe.
+        out: folder to write; it must not exist.
+        seed: makes two runs equal.
+        device: `auto`, or a torch device.
+        scope: dotted path of the subtree to cut.
+        options: the method's own options.
+        quiet: show no progress.
+        resume: continue a run into `out` that was stopped.
+
+    Returns:
+        The small model on the CPU, the plan, the metrics and the folder.
+
+    Raises:
+        VitrimError: the input is wrong; nothing is written.
+    """
+    given = {
+        "model": _name(model),
+        "data": _name(data),
+        "method": method,
+        "width_ratio": width_ratio,
+        "keep_ratio": keep_ratio,
+        "width": width,
+        "recover": _as_recover(recover),
+        "seed": seed,
+        "device": device,
+        "scope": scope,
+        "options": options,
+    }
+    chosen = _recipe(recipe, given)
+    teacher, origin = open_model(model)
+    source = data if data is not None else chosen.data
+    images = None if source is None else open_images(source, transform=transform_of(teacher, origin))
+    if images is None and chosen.recover is not None:
+        raise RecipeError("recover: distillation needs images; pass data.")
+    if out is None:
+        return _run(teacher, origin, images, chosen, folder=None, work=None, quiet=quiet, resume=False)
+    out = Path(out)
+    with staged_output(out, resume=resume) as (folder, work):
+        result = _run(teacher, origin, images, chosen, folder=folder, work=work, quiet=quiet, resume=resume)
+    return Result(model=result.model, plan=result.plan, metrics=result.metrics, out=out)
+
+
+def _run(
+    original: nn.Module,
+    origin: Origin,
+    images: ImageSet | None,
+    recipe: Recipe,
+    *,
+    folder: Path | None,
+    work: Path | None,
+    quiet: bool,
+    resume: bool,
+) -> Result:
+    """The story: cut, judge, recover, judge again, write."""
+    started, device = time.monotonic(), resolve_device(recipe.device)
+    teacher = copy.deepcopy(original).to(device).eval().requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    sites = find_mlps(teacher, scope=recipe.scope)
+    split = None if images is None else _split(images, recipe)
+    cut = resume_cut_(student, recipe, work) if resume and work else None
+    if cut is None:
+        cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=quiet)
+        if work is not None and recipe.recover is not None:
+            save_cut(student, cut, recipe, work)
+    stages = [_judge(student, teacher, split, cut.plan)]
+    sample = split.held_out[0].images_BCHW if split else None
+    recovery = None
+    if split is not None and recipe.recover is not None:
+        recovery = recover_(
+            student,
+            teacher,
+            split.train.augmented(_augment(original, origin, recipe.recover), recipe.seed),
+            held_out=[batch.images_BCHW for batch in split.held_out],
+            options=recipe.recover,
+            seed=recipe.seed,
+            state=None if work is None else work / RECOVERY_STATE,
+            resume=resume,
+            quiet=quiet,
+        )
+        stages.append(_judge(student, teacher, split, cut.plan))
+    metrics: dict[str, Any] = {
+        "model": origin.name,
+        "method": recipe.method,
+        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in cut.plan.edits},
+        "images": split.counts if split else {},
+        "before": measure(teacher, origin, sample, split and split.held_out),
+        "after": measure(student, origin, sample, split and split.held_out),
+        "after_cut": stages[0],
+        "after_recovery": stages[1] if recovery else None,
+        "cut_errors": {path: dict(errors) for path, errors in cut.errors.items()},
+        "recovery": None if recovery is None else dict(recovery.__dict__),
+        "notes": list(cut.notes),
+        "environment": environment(),
+    }
+    teacher, student = teacher.cpu(), student.cpu()
+    if folder is not None:
+        _write(folder, teacher, student, origin, cut.plan, recipe, metrics, sample)
+    metrics["seconds"] = round(time.monotonic() - started, 1)
+    return Result(model=student, plan=cut.plan, metrics=metrics, out=folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    """Images by what they are for."""
+
+    train: ImageSet
+    calibration: list[Tensor]
+    held_out: list[Batch]
+    counts: dict[str, int]
+
+
+def _split(images: ImageSet, recipe: Recipe) -> _Split:
+    """Hold some images out, and draw the calibration images from the rest."""
+    num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
+    rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
+    train = images.subset(rest)
+    options = recipe.calibrate
+    batches, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
+    judged = images.subset(held) if held else train
+    held_out = [batch for batch in judged.loader(batch_size=options.batch_size) if len(batch.images_BCHW)]
+    if not held_out:
+        raise DataError(f"{images.name}: none of the {len(judged)} held-out images could be read; check the files.")
+    num_skipped += sum(batch.num_skipped for batch in held_out)
+    counts = {
+        "train": len(train),
+        "calibration": sum(map(len, batches)),
+        "held_out": sum(len(batch.images_BCHW) for batch in held_out),
+        "skipped": num_skipped,
+    }
+    return _Split(train=train, calibration=batches, held_out=held_out, counts=counts)
+
+
+def _judge(student: nn.Module, teacher: nn.Module, split: _Split | None, plan: Plan) -> dict[str, Any] | None:
+    """How close the student is on held-out images, as a whole and block by block."""
+    if split is None:
+        return None
+    blocks = list(dict.fromkeys(edit.site.block for edit in plan.edits))
+    return {
+        "fidelity": compare(student, teacher, split.held_out),
+        "blocks": block_fidelity(student, teacher, split.held_out, blocks),
+        **top1_of(student, split.held_out),
+    }
+
+
+def _augment(model: nn.Module, origin: Origin, options: RecoverOptions) -> Any:
+    """The training augmentation for a model's own preprocessing; tensors are passed as they are."""
+    known = model if getattr(model, "pretrained_cfg", None) else origin.preprocessing
+    return augment_for(known, options.augment, flip=options.flip) if known else None
+
+
+def _write(
+    folder: Path,
+    teacher: nn.Module,
+    student: nn.Module,
+    origin: Origin,
+    plan: Plan,
+    recipe: Recipe,
+    metrics: dict[str, Any],
+    sample: Tensor | None,
+) -> None:
+    """Weights, plan, recipe, metrics and report; the weights are loaded back in a fresh process before this returns."""
+    stock = save(folder, student, origin=origin, plan=plan)
+    metrics["stock"] = stock
+    if origin.library is not None:
+        probe = sample if sample is not None else random_images(origin)
+        metrics["reload_difference"] = verify(folder, student, probe[:4], stock=stock)
+    (folder / "recipe.yaml").write_text(recipe.dump())
+    write_json(folder / "metrics.json", metrics)
+    write_report(folder / "report.html", collect(teacher, student, origin, plan, recipe, metrics, sample))
+
+
+def _recipe(recipe: Recipe | str | Path | None, given: Mapping[str, Any]) -> Recipe:
+    """The recipe given, or an empty one, with the arguments that were given over it."""
+    if recipe is None or isinstance(recipe, Recipe):
+        base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
+    else:
+        base = Recipe.load(recipe).model_dump(exclude_unset=True)
+    budgets = {"width_ratio", "keep_ratio", "width"}
+    if any(given[key] is not None for key in budgets):
+        base = {key: value for key, value in base.items() if key not in budgets}
+    defaults = {"method": "dgmr", "seed": 0, "device": "auto"}
+    wins = {key: value for key, value in given.items() if value is not None and value != defaults.get(key, ...)}
+    return Recipe.parse({**base, **wins})
+
+
+def _as_recover(recover: int | Mapping[str, Any] | RecoverOptions | None) -> Any:
+    """Options of recovery; a number means steps."""
+    return {"steps": recover} if isinstance(recover, int) else recover
+
+
+def _name(value: Any) -> str | None:
+    """How a recipe names a model or a data source: strings and paths as they are, objects by their kind."""
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    return f"<{type(value).__name__}>"

@@ -1,0 +1,79 @@
+"""Progress of long work: a bar on a terminal, plain lines anywhere else, always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Seconds between plain lines where there is no terminal.
+PLAIN_INTERVAL_S = 10.0
+
+
+class Progress:
+    """A running count with a few words beside it; `advance` it as work is done."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done, self.words = title, total, 0, ""
+        self.started = time.monotonic()
+
+    def advance(self, num_done: int = 1, words: str = "") -> None:
+        """Count work as done and change the words."""
+        self.done += num_done
+        self.words = words or self.words
+        self.show()
+
+    def show(self) -> None:
+        """Bring what is seen up to date; the base class shows nothing."""
+
+
+class _Plain(Progress):
+    """One line every now and then."""
+
+    last = 0.0
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if now - self.last < PLAIN_INTERVAL_S and self.done < self.total:
+            return
+        self.last, spent = now, now - self.started
+        left = f", {spent / self.done * (self.total - self.done):.0f} s left" if 0 < self.done < self.total else ""
+        words = f" {self.words}" if self.words else ""
+        print(f"{self.title}: {self.done}/{self.total}{left}{words}", file=sys.stderr, flush=True)
+
+
+class _Bar(Progress):
+    """A rich bar with the time left."""
+
+    def __init__(self, title: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        super().__init__(title, total)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bars = Bars(*columns, TextColumn("{task.fields[words]}"), console=Console(stderr=True))
+        self.task = self.bars.add_task(title, total=total, words="")
+
+    def show(self) -> None:
+        self.bars.update(self.task, completed=self.done, words=self.words)
+
+
+@contextmanager
+def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Progress]:
+    """Show progress while a block runs.
+
+    Args:
+        title: what is being done, in a word or two.
+        total: units of work.
+        quiet: show nothing.
+    """
+    if quiet:
+        yield Progress(title, total)
+    elif sys.stderr.isatty():
+        bar = _Bar(title, total)
+        with bar.bars:
+            yield bar
+    else:
+        yield _Plain(title, total)
