@@ -85,17 +85,18 @@ def compress(
     given = {
         "model": _name(model),
         "data": _name(data),
-        "method": method,
+        "method": method if recipe is None or method != "dgmr" else None,
         "width_ratio": width_ratio,
         "keep_ratio": keep_ratio,
         "width": width,
         "recover": _as_recover(recover),
-        "seed": seed,
-        "device": device,
+        "seed": seed or None,
+        "device": device if device != "auto" else None,
         "scope": scope,
         "options": options,
     }
-    chosen = _recipe(recipe, given)
+    base = recipe if isinstance(recipe, Recipe) else Recipe() if recipe is None else Recipe.load(recipe)
+    chosen = base.updated(given)
     teacher, origin = open_model(model)
     source = data if data is not None else chosen.data
     images = None if source is None else open_images(source, transform=transform_of(teacher, origin))
@@ -236,20 +237,6 @@ def _write(
     (folder / "recipe.yaml").write_text(recipe.dump())
     write_json(folder / "metrics.json", metrics)
     write_report(folder / "report.html", collect(teacher, student, origin, plan, recipe, metrics, sample))
-
-
-def _recipe(recipe: Recipe | str | Path | None, given: Mapping[str, Any]) -> Recipe:
-    """The recipe given, or an empty one, with the arguments that were given over it."""
-    if recipe is None or isinstance(recipe, Recipe):
-        base = {} if recipe is None else recipe.model_dump(exclude_unset=True)
-    else:
-        base = Recipe.load(recipe).model_dump(exclude_unset=True)
-    budgets = {"width_ratio", "keep_ratio", "width"}
-    if any(given[key] is not None for key in budgets):
-        base = {key: value for key, value in base.items() if key not in budgets}
-    defaults = {"method": "dgmr", "seed": 0, "device": "auto"}
-    wins = {key: value for key, value in given.items() if value is not None and value != defaults.get(key, ...)}
-    return Recipe.parse({**base, **wins})
 
 
 def _as_recover(recover: int | Mapping[str, Any] | RecoverOptions | None) -> Any:

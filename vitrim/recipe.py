@@ -19,6 +19,9 @@ from vitrim.models.taps import FeaturesAt
 from vitrim.types import MlpSite
 
 
+BUDGETS = {"width_ratio", "keep_ratio", "width"}
+
+
 class _Options(BaseModel):
     """Frozen, and an unknown key is an error."""
 
@@ -77,9 +80,12 @@ class RecoverOptions(_Options):
 
 
 class Recipe(_Options):
-    """One run: a model, a method, a width, and what follows the cut."""
+    """One run: a model, a method, a width, and what follows the cut.
 
-    model: str
+    `repair` is None for the method's own habit, False for none, True or options for the closed-form repair.
+    """
+
+    model: str | None = None
     data: str | None = None
     method: str = "dgmr"
     options: dict[str, Any] = Field(default_factory=dict)
@@ -89,14 +95,14 @@ class Recipe(_Options):
     round_to: int = Field(8, ge=1)
     scope: str | None = None
     calibrate: CalibrateOptions = CalibrateOptions()  # type: ignore[call-arg]
-    repair: RepairOptions | None | Literal["auto"] = "auto"
+    repair: RepairOptions | bool | None = None
     recover: RecoverOptions | None = None
     seed: int = Field(0, ge=0)
     device: str = "auto"
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
-        given = [name for name in ("width_ratio", "keep_ratio", "width") if getattr(self, name) is not None]
+        given = [name for name in sorted(BUDGETS) if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give exactly one of width_ratio, keep_ratio and width, not {' and '.join(given)}")
         return self
@@ -131,15 +137,31 @@ class Recipe(_Options):
         find_method(recipe.method).parse_options(recipe.options)
         return recipe
 
+    def updated(self, given: Mapping[str, Any]) -> Recipe:
+        """This recipe with other values over it; None leaves a key as it is, a new budget replaces the old one.
+
+        Raises:
+            RecipeError: the result is not a valid recipe.
+        """
+        wins = {key: value for key, value in given.items() if value is not None}
+        base = self.model_dump(exclude_unset=True)
+        if BUDGETS & wins.keys():
+            base = {key: value for key, value in base.items() if key not in BUDGETS}
+        for key in ("repair", "recover", "calibrate", "options"):
+            if isinstance(base.get(key), dict) and isinstance(wins.get(key), Mapping):
+                wins[key] = {**base[key], **wins[key]}
+        return self.parse({**base, **wins})
+
     def dump(self) -> str:
         """The recipe as YAML; `load` gives it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def repair_options(self) -> RepairOptions | None:
         """The repair to run: what was asked for, or the method's own habit."""
-        if self.repair == "auto":
-            return RepairOptions() if find_method(self.method).repairs else None  # type: ignore[call-arg]
-        return self.repair
+        if isinstance(self.repair, RepairOptions):
+            return self.repair
+        wanted = find_method(self.method).repairs if self.repair is None else self.repair
+        return RepairOptions() if wanted else None  # type: ignore[call-arg]
 
     def width_of(self, site: MlpSite) -> int:
         """How many hidden units of a site stay.

@@ -31,6 +31,7 @@ from vitrim.types import Features
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
+FIRST_RATE = 3
 
 
 class Interrupted(VitrimError):
@@ -183,23 +184,29 @@ class _Run:
         self.ema = [p.detach().clone() for p in self.parameters] if self.options.ema else []
 
     def _find_rate(self, quiet: bool) -> float:
-        """Short runs from the same start at falling rates, each with the full schedule; stops when it gets worse."""
+        """Short runs from the same start, each with a full schedule, downhill from the middle of the range."""
         num_steps = max(8, min(30, self.num_steps // 10))
         start = copy.deepcopy(self.student.state_dict())
-        errors: dict[float, float] = {}
-        with progress("range test", len(RATES), quiet=quiet or not self.is_main) as bar:
-            for rate in RATES:
+        errors: dict[int, float] = {}
+
+        def error_of(index: int) -> float:
+            if index not in errors:
                 for batches in self.batches(0, num_steps):
-                    self.train_step(batches, lr=rate * _shape(self.step, num_steps, self.options.warmup_ratio))
-                errors[rate] = self._held_out_error()
+                    self.train_step(batches, lr=RATES[index] * _shape(self.step, num_steps, self.options.warmup_ratio))
+                errors[index] = self._held_out_error()
                 self.student.load_state_dict(start)
                 self.optimizer.state.clear()
                 self.step = 0
-                bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")
-                if errors[rate] > 1.05 * min(errors.values()):
-                    break
-        self.result.rate_test = {f"{rate:g}": error for rate, error in errors.items()}
-        return min(errors, key=errors.__getitem__)
+                bar.advance(1, f"rate {RATES[index]:g}: error {errors[index]:.4f}")
+            return errors[index]
+
+        with progress("range test", len(RATES), quiet=quiet or not self.is_main) as bar:
+            best = FIRST_RATE
+            for direction in (1, -1):
+                while 0 <= best + direction < len(RATES) and error_of(best + direction) < error_of(best):
+                    best += direction
+        self.result.rate_test = {f"{RATES[i]:g}": error for i, error in sorted(errors.items())}
+        return RATES[best]
 
     def batches(self, first: int, last: int | None = None) -> Iterator[list[Tensor]]:
         """This process's images for steps `first`..`last`, a list of micro-batches each."""
