@@ -148,9 +148,7 @@ def write_model(model: torch.nn.Module, out: Path) -> None:
 def main() -> None:
     """Train, write, load what was written, measure that."""
     parser = argparse.ArgumentParser(description="Train the small digits ViT that ships with vitrim.")
-    parser.add_argument(
-        "--out", type=Path, default=Path("vitrim/assets/digits-vit"), help="directory to write"
-    )
+    parser.add_argument("--out", type=Path, default=Path("vitrim/assets/digits-vit"), help="directory to write")
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")

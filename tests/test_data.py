@@ -43,9 +43,7 @@ TRUNCATED_JPEG = encoded(picture(7, (64, 64)), "JPEG")[:900]
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Two classes of two images each."""
-    for number, (name, label) in enumerate(
-        [("b.png", "cat"), ("a.png", "cat"), ("d.bmp", "ant"), ("c.png", "ant")]
-    ):
+    for number, (name, label) in enumerate([("b.png", "cat"), ("a.png", "cat"), ("d.bmp", "ant"), ("c.png", "ant")]):
         (tmp_path / label).mkdir(exist_ok=True)
         picture(number).save(tmp_path / label / name)
     return tmp_path
@@ -92,10 +90,7 @@ def test_corrupt_images_are_none_and_counted(damaged):
 
 def test_batches_without_images_pass_their_count_on(damaged):
     images = open_images(damaged)
-    found = [
-        (len(b.images_BCHW), b.num_skipped)
-        for b in images.loader(batch_size=1, indices=[0, 3, 1, 2, 6, 4, 7])
-    ]
+    found = [(len(b.images_BCHW), b.num_skipped) for b in images.loader(batch_size=1, indices=[0, 3, 1, 2, 6, 4, 7])]
     assert found == [(1, 2), (1, 0), (1, 2)]
     assert list(images.loader(batch_size=2, indices=[0, 3])) == []
     empty = collate([None, None])

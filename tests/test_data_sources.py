@@ -86,9 +86,7 @@ def write_parquet(path: Path, images, labels=None, *, as_struct=True, group_rows
 @pytest.mark.parametrize("as_struct", [True, False])
 def test_parquet_reads_across_row_groups_in_any_order(tmp_path, as_struct, monkeypatch):
     monkeypatch.setattr(sources, "PARQUET_CACHE_BYTES", 2500)  # two of the four groups
-    write_parquet(
-        tmp_path / "x.parquet", [encoded(picture(i)) for i in range(7)], list(range(7)), as_struct=as_struct
-    )
+    write_parquet(tmp_path / "x.parquet", [encoded(picture(i)) for i in range(7)], list(range(7)), as_struct=as_struct)
     images = open_images(tmp_path / "x.parquet")
     assert len(images) == 7 and images.has_labels
     for i in (6, 0, 3, 3, 5, 1, 2, 4, 0):
@@ -165,12 +163,8 @@ def test_cifar10_parquet_opens_quickly_and_matches_its_rows():
 @pytest.fixture(scope="module")
 def hugging_face():
     datasets = pytest.importorskip("datasets")
-    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)] + [
-        {"bytes": b"junk", "path": None}
-    ]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
-    )
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)] + [{"bytes": b"junk", "path": None}]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     return datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 2, 0, 1]}, features=features)
 
 
@@ -230,9 +224,7 @@ def test_torch_datasets_and_loaders_keep_tensors_as_they_are():
 
 
 def test_torch_dataset_of_pil_images_with_errors():
-    images = open_images(
-        Pairs([OSError("broken"), (picture(1).convert("L"), 1), {"image": picture(2), "label": 2}])
-    )
+    images = open_images(Pairs([OSError("broken"), (picture(1).convert("L"), 1), {"image": picture(2), "label": 2}]))
     assert images[0] is None and images.has_labels
     assert images[1][0].shape == (3, 10, 12) and images[2][1] == 2
     with pytest.raises(KeyError):

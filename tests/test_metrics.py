@@ -183,10 +183,7 @@ def test_block_fidelity_errors_leave_no_hooks(student, teacher, batches):
 
 
 def naive_recall(student_BD, teacher_BD, k) -> float:
-    s, t = (
-        x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1)[:, None]
-        for x in (student_BD, teacher_BD)
-    )
+    s, t = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1)[:, None] for x in (student_BD, teacher_BD))
     hits = [i in np.argsort(-(t @ s[i]), kind="stable")[:k] for i in range(len(s))]
     return float(np.mean(hits))
 
@@ -196,18 +193,14 @@ def test_retrieval_recall_equals_a_naive_search():
     teacher_BD = torch.randn(50, 6, generator=generator)
     student_BD = 3 * teacher_BD + 2 * torch.randn(50, 6, generator=generator)
     found = retrieval_recall(student_BD, teacher_BD, ks=(1, 5, 10), chunk_size=17)
-    assert found == pytest.approx(
-        {f"recall@{k}": naive_recall(student_BD, teacher_BD, k) for k in (1, 5, 10)}
-    )
+    assert found == pytest.approx({f"recall@{k}": naive_recall(student_BD, teacher_BD, k) for k in (1, 5, 10)})
     assert 0 < found["recall@1"] < found["recall@10"]
     assert retrieval_recall(teacher_BD, teacher_BD) == {"recall@1": 1, "recall@5": 1, "recall@10": 1}
 
 
 def test_retrieval_with_collapsed_features_is_guessing():
     teacher_BD = torch.ones(20, 3)
-    assert retrieval_recall(teacher_BD, teacher_BD, ks=(1, 5)) == pytest.approx(
-        {"recall@1": 0.05, "recall@5": 0.25}
-    )
+    assert retrieval_recall(teacher_BD, teacher_BD, ks=(1, 5)) == pytest.approx({"recall@1": 0.05, "recall@5": 0.25})
     with pytest.raises(DataError, match=r"\(20, 3\) and \(19, 3\)"):
         retrieval_recall(teacher_BD, teacher_BD[1:])
 
@@ -284,9 +277,7 @@ def test_linear_probe_ignores_unknown_labels_and_needs_two_classes():
 
 def labelled_batches(batches, num_classes=5):
     generator = torch.Generator().manual_seed(3)
-    return [
-        (images, torch.randint(num_classes, (len(images),), generator=generator), 0) for images in batches
-    ]
+    return [(images, torch.randint(num_classes, (len(images),), generator=generator), 0) for images in batches]
 
 
 def test_top1_counts_right_answers_among_known_labels(teacher, batches):

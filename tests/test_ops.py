@@ -165,7 +165,10 @@ def test_a_fit_is_never_worse_than_no_repair_and_the_error_from_moments_is_exact
     hidden = torch.randn(60, 8, generator=generator, dtype=torch.float64)
     target = torch.randn(60, 3, generator=generator, dtype=torch.float64)
     keep = torch.randperm(8, generator=generator)[:4]
-    start, bias = torch.randn(3, 4, generator=generator, dtype=torch.float64), torch.randn(3, generator=generator)
+    start, bias = (
+        torch.randn(3, 4, generator=generator, dtype=torch.float64),
+        torch.randn(3, generator=generator),
+    )
     stats = stats_of(hidden, target)
     weight, new_bias = fit_output(stats, keep, start, bias, ridge=ridge)
     before, after = squared_error(stats, keep, start, bias), squared_error(stats, keep, weight, new_bias)

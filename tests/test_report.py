@@ -32,10 +32,7 @@ def data():
             "cosine CLS": {"before": 1.0, "after_cut": 0.91, "after": 0.9731},
             "top-1 (%)": {"before": 81.1, "after_cut": None, "after": 79.2},
         },
-        sites=[
-            {"path": f"blocks.{i}.mlp", "kind": "plain", "width_before": 384, "width_after": 96}
-            for i in range(6)
-        ],
+        sites=[{"path": f"blocks.{i}.mlp", "kind": "plain", "width_before": 384, "width_after": 96} for i in range(6)],
         block_errors=[{"block": i, "after_cut": 0.1 + 0.04 * i, "after": 0.02 * (i + 1)} for i in range(6)],
         residual_curves={
             f"blocks.{i}.mlp": {
@@ -220,9 +217,7 @@ def test_foreign_text_is_escaped(tmp_path, data):
     curves = {evil: {"residual": [1.0, 0.5, 0.0], "num_units": 8, "cut": 4}}
     sites = [{"path": evil, "kind": evil, "width_before": 4, "width_after": 2}]
     hostile = replace(data, model=evil, method=evil, command=evil, residual_curves=curves, sites=sites)
-    text = render(
-        tmp_path / "r.html", replace(hostile, recipe_yaml=evil, environment={evil: evil}, notes=[evil])
-    )
+    text = render(tmp_path / "r.html", replace(hostile, recipe_yaml=evil, environment={evil: evil}, notes=[evil]))
     assert evil not in text and not Page(text).find("script")
     assert "&lt;script&gt;" in text
 

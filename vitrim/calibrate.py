@@ -1,8 +1,8 @@
 """Walks a model block by block over calibration images and sums up what each MLP sees and should put out.
 
-The teacher runs on its own stream of tokens, the student on its own, so a block is seen exactly when the blocks before it
-are already cut. Foreign forwards are never copied: the first block's inputs are caught by a hook and each block module is
-then called on them. Where blocks are no chain (between Swin's stages, say) the model itself is run up to the block.
+The teacher runs on its own stream of tokens, the student on its own, so a block is seen exactly when the blocks before
+it are already cut. Foreign forwards are never copied: the first block's inputs are caught by a hook and each block
+module is then called on them. Where blocks are no chain (between Swin's stages) the model is run up to the block.
 Activations are not stored; only the current block's streams and a bounded sample of tokens for the refit are.
 
 Shapes: N tokens, H hidden units, D model width.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from vitrim.models.taps import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
-from vitrim.surgery import mlp_output, submodule
+from vitrim.surgery import mlp_output, submodule, weight_of
 from vitrim.types import MlpSite, Stats
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,8 +38,8 @@ class Tokens:
 class SiteVisit:
     """What calibration has seen of one MLP.
 
-    `scale_D` is the layer scale that follows it, None where there is no fixed one. `stands_alone`: the MLP can be run on
-    tokens by itself, outside its block.
+    `scale_D` is the layer scale that follows it, None where there is no fixed one. `stands_alone`: the MLP can be run
+    on tokens by itself, outside its block.
     """
 
     site: MlpSite
@@ -85,11 +86,11 @@ def walk(
 def layer_scale(model: nn.Module, site: MlpSite, call: Call) -> Tensor | None:
     """The fixed diagonal between an MLP's output and its block's output, found by probing.
 
-    A known offset is added to the output projection's output: behind a residual sum with a layer scale the block's output
-    moves by that scale, everywhere and in proportion. Any other answer (a norm in between) gives None.
+    A known offset is added to the output projection's output: behind a residual sum with a layer scale the block's
+    output moves by that scale, everywhere and in proportion. Any other answer (a norm in between) gives None.
     """
     block, output = submodule(model, site.block), submodule(model, site.output)
-    width = submodule(model, site.output).weight.shape[0]
+    width = weight_of(model, site.output).shape[0]
     signs = torch.where(torch.arange(width) % 3 == 0, -0.5, 1.0)
     with evaluating(model):
         base = first_tensor(block(*call[0], **call[1])).float()
@@ -98,7 +99,11 @@ def layer_scale(model: nn.Module, site: MlpSite, call: Call) -> Tensor | None:
         answers = []
         for offset in (torch.ones(width), signs):
             offset = offset.to(base.device)
-            handle = output.register_forward_hook(lambda _, args, out, offset=offset: out + offset.to(out.dtype))
+
+            def add(_: nn.Module, args: Any, out: Any, offset: Tensor = offset) -> Tensor:
+                return out + offset.to(out.dtype)
+
+            handle = output.register_forward_hook(add)
             try:
                 moved = first_tensor(block(*call[0], **call[1])).float() - base
             finally:
@@ -174,10 +179,14 @@ class _Stream:
         """Run the block on a batch; its output, and the MLP's input, hidden activations and output, as (N, width)."""
         seen: dict[str, Tensor] = {}
         value, output = submodule(self.model, site.value), submodule(self.model, site.output)
-        handles = [
-            value.register_forward_pre_hook(lambda _, args: seen.update(input=args[0])),
-            output.register_forward_hook(lambda _, args, out: seen.update(hidden=args[0], mlp=out)),
-        ]
+
+        def see_input(_: nn.Module, args: Any) -> None:
+            seen["input"] = args[0]
+
+        def see_output(_: nn.Module, args: Any, out: Any) -> None:
+            seen["hidden"], seen["mlp"] = args[0], out
+
+        handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
         args, kwargs = self.call(index)
         try:
             with evaluating(self.model):
@@ -224,7 +233,7 @@ def _visit(
 def _stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:
     """Whether running the MLP on its caught inputs gives the outputs it gave inside its block."""
     with evaluating(model):
-        again_ND = mlp_output(model, site, seen["input"][:64].to(submodule(model, site.output).weight.dtype))
+        again_ND = mlp_output(model, site, seen["input"][:64].to(weight_of(model, site.output).dtype))
     expected_ND = seen["mlp"][:64]
     return bool((again_ND - expected_ND).abs().max() <= 1e-3 * expected_ND.abs().max())
 
@@ -287,7 +296,7 @@ def _links(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[bool
     """For each block, whether its arguments are the previous block's, with the first replaced by that one's output."""
     seen = _record(model, blocks, images)
     links = [False]
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in pairwise(blocks):
         (old_args, old_kwargs), output = seen[before]
         (args, kwargs), _ = seen[after]
         links.append(bool(args) and _same((args[0], args[1:], kwargs), (output, old_args[1:], old_kwargs)))

@@ -65,8 +65,8 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
         resume: keep what an earlier, stopped run left in that place.
 
     Yields:
-        The folder to write the output into, and the folder for resumable state. Both are gone afterwards, but for the state
-        of a run that was stopped while it recovered.
+        The folder to write the output into, and the folder for resumable state. Both are gone afterwards, but for the
+        state of a run that was stopped while it recovered.
 
     Raises:
         OutputError: `out` exists already, or its parent can't be written to.

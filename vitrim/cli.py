@@ -147,7 +147,9 @@ def compress(
     _print_summary(summarise(result.metrics))
     for note in result.metrics["notes"]:
         console.print(f"note: {note}")
-    how = f'timm.create_model("local-dir:{out}", pretrained=True)' if result.metrics["stock"] else f'vitrim.load("{out}")'
+    how = (
+        f'timm.create_model("local-dir:{out}", pretrained=True)' if result.metrics["stock"] else f'vitrim.load("{out}")'
+    )
     console.print(f"Written and verified by loading it in a fresh process: {how}\nReport: {out / 'report.html'}")
 
 
@@ -187,7 +189,8 @@ def evaluate(
     rows = [(n, _number(found["teacher"][n]), _number(found["student"][n])) for n in names]
     for size in found["teacher"].get("latency", {}):
         times = [found[who]["latency"][size] for who in ("teacher", "student")]
-        rows.append((f"latency batch {size} (ms, IQR)", *(f"{t['median_ms']:.2f} ({t['iqr_ms']:.2f})" for t in times)))
+        shown = [f"{t['median_ms']:.2f} ({t['iqr_ms']:.2f})" for t in times]
+        rows.append((f"latency batch {size} (ms, IQR)", shown[0], shown[1]))
     _print_table(("measure", "original", "small"), rows)
 
 
@@ -242,7 +245,13 @@ def _print_summary(rows: Mapping[str, Mapping[str, float | None]]) -> None:
     from vitrim.report.figures import format_number
 
     cells = [
-        (name, *("–" if row[when] is None else format_number(row[when], name=name) for when in ("before", "after_cut", "after")))
+        (
+            name,
+            *(
+                "-" if row[when] is None else format_number(row[when], name=name)
+                for when in ("before", "after_cut", "after")
+            ),
+        )
         for name, row in rows.items()
     ]
     _print_table(("", "original", "after the cut", "after recovery"), cells)

@@ -176,9 +176,7 @@ class _LiveStorages(TorchDispatchMode):
 def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
     from torch.utils.benchmark import Timer
 
-    timer = Timer(
-        "model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads()
-    )
+    timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
     timer.timeit(1)  # warm-up: allocator, kernel choice, clocks
     run = timer.blocked_autorange(min_run_time=min_run_time_s)
     return {

@@ -1,6 +1,7 @@
 """Cuts a student block after block: a method selects, least squares repairs, surgery cuts, a short refit settles.
 
-This is the one place where the four meet. It decides nothing itself and touches no module but through surgery and refit.
+This is the one place where the four meet. It decides nothing itself and touches no module but through surgery and
+refit.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def _visits(
     if batches is None or (repair is None and method.needs == "weights"):
         yield from ((site, None) for site in sites)
         return
-    repair = repair or RepairOptions(feedback=0.0)  # type: ignore[call-arg]
+    repair = repair or RepairOptions(feedback=0.0)
     num_held_out = max(1, len(batches) // 10) if len(batches) > 1 else 0
     for visit in walk(
         teacher,

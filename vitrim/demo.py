@@ -31,14 +31,20 @@ def run_demo(out: Path, *, steps: int, console: Console) -> dict[str, Any]:
         model = f"local-dir:{folder}"
         found = inspect(model)
         share = found.parameters["mlp"] / found.parameters["total"]
-        console.print(f"A ViT trained on digits: {found.parameters['total']:,} parameters, {share:.0%} in {len(found.sites)} MLPs.")
+        console.print(f"Digits ViT: {found.parameters['total']:,} parameters, {share:.0%} in {len(found.sites)} MLPs.")
         console.print("Cutting every MLP from 384 to 96 hidden units with 1,437 unlabelled training images ...")
         compress(model, data="digits", width_ratio=1.0, recover={"steps": steps, "batch_size": 64}, out=out)
         small = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         console.print(f"Reloaded with plain timm: timm.create_model('local-dir:{out}', pretrained=True)")
         measured = evaluate(small, model, "digits", index="digits", split="test")
     table = Table("360 test digits", "original", "small", title="Before and after")
-    names = {"parameters": "parameters", "macs": "MACs per image", "top1": "top-1 (%)", "knn": "kNN (%)", "linear_probe": "linear probe (%)"}
+    names = {
+        "parameters": "parameters",
+        "macs": "MACs per image",
+        "top1": "top-1 (%)",
+        "knn": "kNN (%)",
+        "linear_probe": "linear probe (%)",
+    }
     for key, name in names.items():
         before, after = (measured[who][key] for who in ("teacher", "student"))
         table.add_row(name, *(f"{v:,}" if isinstance(v, int) else f"{v:.2f}" for v in (before, after)))

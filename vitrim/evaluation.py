@@ -63,7 +63,11 @@ def evaluate(
     transform = transform_of(teacher_model, origin)
     images = open_images(data, transform=transform, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
-    learn = None if index is None else list(open_images(index, transform=transform, limit=limit).loader(batch_size=batch_size))
+    learn = (
+        None
+        if index is None
+        else list(open_images(index, transform=transform, limit=limit).loader(batch_size=batch_size))
+    )
     pair = {"student": student_model, "teacher": teacher_model}
     result: dict[str, Any] = {"fidelity": compare(student_model, teacher_model, batches)}
     for name, model in pair.items():
@@ -124,9 +128,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def measure(
-    model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None
-) -> dict[str, Any]:
+def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None) -> dict[str, Any]:
     """Cost of a model, and its top-1 where the images have labels and it has a head."""
     if sample is None and "input_size" not in origin.preprocessing:
         return {"parameters": num_parameters(model)}

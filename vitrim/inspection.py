@@ -56,7 +56,7 @@ def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
     sites = find_mlps(model, scope=scope)
     total, mlp = num_parameters(model), sum(site_parameters(site, site.d_hidden) for site in sites)
     predicted = {
-        ratio: predict_parameters(total, sites, Recipe(model=name, width_ratio=ratio))  # type: ignore[call-arg]
+        ratio: predict_parameters(total, sites, Recipe(model=name, width_ratio=ratio))
         for ratio in WIDTH_RATIOS
         if all(ratio * site.d_model <= site.d_hidden for site in sites)
     }

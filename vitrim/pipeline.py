@@ -15,7 +15,15 @@ from vitrim.checkpoint import RECOVERY_STATE, open_model, save, staged_output, v
 from vitrim.cut import cut_, resume_cut_, save_cut
 from vitrim.data import Batch, ImageSet, augment_for, first_images, open_images, split_indices
 from vitrim.errors import DataError, RecipeError
-from vitrim.evaluation import compare, environment, measure, random_images, resolve_device, top1_of, transform_of
+from vitrim.evaluation import (
+    compare,
+    environment,
+    measure,
+    random_images,
+    resolve_device,
+    top1_of,
+    transform_of,
+)
 from vitrim.metrics.fidelity import block_fidelity
 from vitrim.models.load import Origin
 from vitrim.models.sites import find_mlps
@@ -61,7 +69,7 @@ def compress(
 
     Args:
         model: a module (left unchanged), `timm/NAME`, `local-dir:PATH`, or a folder that vitrim wrote.
-        data: images to learn from, labels not needed: a folder, parquet, a dataset or loader, "digits". None: no repair.
+        data: images to learn from, no labels: a folder, parquet, a dataset or loader, "digits". None: no repair.
         method: name of a registered method; `vitrim methods` lists them.
         width_ratio: hidden width as a multiple of the model width (the paper's r); 1.0 where no budget is given.
         keep_ratio: share of each MLP's units to keep.

@@ -18,7 +18,6 @@ from vitrim.methods import find_method
 from vitrim.models.taps import FeaturesAt
 from vitrim.types import MlpSite
 
-
 BUDGETS = {"width_ratio", "keep_ratio", "width"}
 
 
@@ -34,9 +33,9 @@ class CalibrateOptions(_Options):
     `views` draws that many augmented views of each image beside the image itself, where images are few.
     """
 
-    num_images: int = Field(2000, ge=1)
-    batch_size: int = Field(64, ge=1)
-    views: int = Field(0, ge=0)
+    num_images: int = Field(default=2000, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    views: int = Field(default=0, ge=0)
 
 
 class RepairOptions(_Options):
@@ -46,31 +45,31 @@ class RepairOptions(_Options):
     block's target corrects; `refit_steps` bounds the refit's time.
     """
 
-    ridge: float = Field(1e-4, gt=0)
-    feedback: float = Field(0.5, ge=0, le=1)
+    ridge: float = Field(default=1e-4, gt=0)
+    feedback: float = Field(default=0.5, ge=0, le=1)
     refit: bool = True
-    refit_steps: int = Field(150, ge=1)
-    refit_lr: float = Field(3e-3, gt=0)
-    max_tokens: int = Field(65_536, ge=256)
+    refit_steps: int = Field(default=150, ge=1)
+    refit_lr: float = Field(default=3e-3, gt=0)
+    max_tokens: int = Field(default=65_536, ge=256)
 
 
 class RecoverOptions(_Options):
     """Label-free distillation. One of `steps` and `epochs` says how long; `lr` None runs a short range test."""
 
-    steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int = Field(128, ge=1)
-    lr: float | None = Field(None, gt=0)
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=128, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     weight_decay: tuple[float, float] = (0.0, 0.0)
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     precision: Literal["auto", "no", "bf16"] = "auto"
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     augment: Literal["none", "light", "strong"] = "light"
     flip: bool = False
     features_at: FeaturesAt = "final"
-    num_validations: int = Field(10, ge=1)
-    num_workers: int = Field(0, ge=0)
+    num_validations: int = Field(default=10, ge=1)
+    num_workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_length(self) -> RecoverOptions:
@@ -89,15 +88,15 @@ class Recipe(_Options):
     data: str | None = None
     method: str = "dgmr"
     options: dict[str, Any] = Field(default_factory=dict)
-    width_ratio: float | None = Field(None, gt=0)
-    keep_ratio: float | None = Field(None, gt=0, le=1)
+    width_ratio: float | None = Field(default=None, gt=0)
+    keep_ratio: float | None = Field(default=None, gt=0, le=1)
     width: int | None = None
-    round_to: int = Field(8, ge=1)
+    round_to: int = Field(default=8, ge=1)
     scope: str | None = None
-    calibrate: CalibrateOptions = CalibrateOptions()  # type: ignore[call-arg]
+    calibrate: CalibrateOptions = CalibrateOptions()
     repair: RepairOptions | bool | None = None
     recover: RecoverOptions | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     device: str = "auto"
 
     @model_validator(mode="after")
@@ -161,7 +160,7 @@ class Recipe(_Options):
         if isinstance(self.repair, RepairOptions):
             return self.repair
         wanted = find_method(self.method).repairs if self.repair is None else self.repair
-        return RepairOptions() if wanted else None  # type: ignore[call-arg]
+        return RepairOptions() if wanted else None
 
     def width_of(self, site: MlpSite) -> int:
         """How many hidden units of a site stay.
@@ -201,7 +200,9 @@ def _explain(error: Mapping[str, Any]) -> str:
     if error["type"] != "extra_forbidden":
         return f"{path}: {error['msg']} (got {error['input']!r:.80})" if path else str(error["msg"])
     close = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.6)
-    return f"unknown key {path!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known_keys())}.")
+    return f"unknown key {path!r}; " + (
+        f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known_keys())}."
+    )
 
 
 def known_keys() -> list[str]:

@@ -1,14 +1,15 @@
 """The only writer of modules: turns edits into smaller modules and smaller state dicts.
 
 Every edit has two halves. `reshape_` changes a module tree (also on the meta device); `transform` changes a mapping
-from names to tensors, read lazily. Pruning a live model, loading a compressed checkpoint and pruning file to file are the
-same two halves in different order. Nothing here decides what to cut.
+from names to tensors, read lazily. Pruning a live model, loading a compressed checkpoint and pruning file to file
+are the same two halves in different order. Nothing here decides what to cut.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,22 +73,20 @@ def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[
 
 def read_weights(model: nn.Module, site: MlpSite) -> MlpWeights:
     """The canonical view of a site's weights; views and copies, never to be written to."""
-    value, output = submodule(model, site.value), submodule(model, site.output)
     gate_weight = gate_bias = None
-    value_weight, value_bias = value.weight.detach(), _bias(value)
+    value_weight, value_bias = weight_of(model, site.value), _bias(model, site.value)
     if site.kind == "packed_gated":
         gate_weight, value_weight = value_weight.chunk(2)
         gate_bias, value_bias = (None, None) if value_bias is None else value_bias.chunk(2)
     elif site.gate is not None:
-        gate = submodule(model, site.gate)
-        gate_weight, gate_bias = gate.weight.detach(), _bias(gate)
+        gate_weight, gate_bias = weight_of(model, site.gate), _bias(model, site.gate)
     return MlpWeights(
         value_HD=value_weight,
         value_bias_H=value_bias,
         gate_HD=gate_weight,
         gate_bias_H=gate_bias,
-        output_DH=output.weight.detach(),
-        output_bias_D=_bias(output),
+        output_DH=weight_of(model, site.output),
+        output_bias_D=_bias(model, site.output),
     )
 
 
@@ -101,15 +100,22 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         kind = type(model).__name__
-        raise SiteNotFoundError(
-            f"{path}: no such module in {kind}; the plan was made for another model."
-        ) from None
+        raise SiteNotFoundError(f"{path}: no such module in {kind}; the plan was made for another model.") from None
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    """A layer's weight without its graph, (out, in); writing to it writes to the layer."""
+    return cast(Tensor, submodule(model, path).weight).detach()
 
 
 def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
-    """What a site's output projection puts out for given MLP inputs, (N, D), with the model's own activation between."""
+    """What a site's output projection puts out for MLP inputs (N, D), with the model's own activation between."""
     caught: list[Tensor] = []
-    hook = submodule(model, site.output).register_forward_hook(lambda _, args, output: caught.append(output))
+
+    def catch(_: nn.Module, args: Any, output: Any) -> None:
+        caught.append(output)
+
+    hook = submodule(model, site.output).register_forward_hook(catch)
     try:
         _run(submodule(model, site.path), _relative(site), tokens_ND[None])
     finally:
@@ -123,7 +129,7 @@ def confirm_site(model: nn.Module, site: MlpSite) -> bool:
     A norm over the hidden units is bypassed for the comparison: removal changes its statistics, by design.
     """
     container = model.get_submodule(site.path) if site.path else model
-    weight = submodule(model, site.output).weight
+    weight = weight_of(model, site.output)
     if weight.is_meta:
         return True
     container = copy.deepcopy(container).float().eval()
@@ -133,7 +139,7 @@ def confirm_site(model: nn.Module, site: MlpSite) -> bool:
     tokens = torch.randn(1, 4, site.d_model, generator=torch.Generator().manual_seed(0)).to(weight.device)
     keep = tuple(range(0, site.d_hidden, 2))
     with torch.no_grad():
-        container.get_submodule(local.output).weight[:, 1::2] = 0
+        weight_of(container, local.output)[:, 1::2] = 0
         masked = _run(container, local, tokens)
         apply_(container, [KeepUnits(site=local, keep=keep)])
         try:
@@ -201,7 +207,7 @@ def _resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
         setattr(module, attribute, (size,) if attribute == "normalized_shape" else size)
 
 
-def _bias(module: nn.Module) -> Tensor | None:
-    """A module's bias without its graph, if it has one."""
-    bias = getattr(module, "bias", None)
+def _bias(model: nn.Module, path: str) -> Tensor | None:
+    """A layer's bias without its graph, if it has one."""
+    bias = getattr(submodule(model, path), "bias", None)
     return None if bias is None else bias.detach()

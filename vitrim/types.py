@@ -25,8 +25,8 @@ class MlpSite:
     """One MLP of a model: where it is and what its tensors are called.
 
     `value`, `gate`, `output` and `norm` are dotted module paths from the root of the model. A packed gated MLP
-    has no `gate` of its own: its `value` projection holds the gate rows first, then the value rows. `has_bias` speaks of
-    the input projections; `block` is the transformer block around the MLP.
+    has no `gate` of its own: its `value` projection holds the gate rows first, then the value rows. `has_bias`
+    speaks of the input projections; `block` is the transformer block around the MLP.
     """
 
     path: str

@@ -105,9 +105,7 @@ class ImageSet(Dataset):
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """The images at these places, in this order."""
         chosen = [self._indices[i] for i in indices]
-        return ImageSet(
-            self._rows, name=self.name, transform=self._transform, indices=chosen, seed=self._seed
-        )
+        return ImageSet(self._rows, name=self.name, transform=self._transform, indices=chosen, seed=self._seed)
 
     def loader(
         self, *, batch_size: int, indices: Sequence[int] | Sampler[int] | None = None, num_workers: int = 0
@@ -125,9 +123,7 @@ class ImageSet(Dataset):
             sampler=indices,
             num_workers=num_workers,
             collate_fn=collate,
-            generator=torch.Generator().manual_seed(
-                0
-            ),  # else every pass would draw from the global generator
+            generator=torch.Generator().manual_seed(0),  # else every pass would draw from the global generator
         )
 
     def _load(self, index: int) -> tuple[Tensor, int]:
@@ -183,9 +179,7 @@ def open_images(
     return images if limit is None else images.spaced(limit)
 
 
-def first_images(
-    image_set: ImageSet, num_images: int, *, seed: int, batch_size: int = 64
-) -> tuple[list[Tensor], int]:
+def first_images(image_set: ImageSet, num_images: int, *, seed: int, batch_size: int = 64) -> tuple[list[Tensor], int]:
     """Read images in a seeded random order, leaving out what can't be decoded.
 
     Args:
@@ -212,9 +206,7 @@ def first_images(
             images.append(item[0])
     if not images:
         reason = image_set.problem(order[0]) if order else "the set is empty"
-        raise DataError(
-            f"{image_set.name}: none of {num_skipped} images could be read ({reason}); check the files."
-        )
+        raise DataError(f"{image_set.name}: none of {num_skipped} images could be read ({reason}); check the files.")
     return [_stack(images[i : i + batch_size]) for i in range(0, len(images), batch_size)], num_skipped
 
 
@@ -225,9 +217,7 @@ def split_indices(num_images: int, *, num_held_out: int, seed: int) -> tuple[lis
         DataError: `num_held_out` would leave nothing, or is negative.
     """
     if not 0 <= num_held_out < num_images:
-        raise DataError(
-            f"split: asked to hold out {num_held_out} of {num_images} images; use 0..{num_images - 1}."
-        )
+        raise DataError(f"split: asked to hold out {num_held_out} of {num_images} images; use 0..{num_images - 1}.")
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
@@ -259,9 +249,7 @@ def _seeded(seed: int | None, epoch: int, index: int) -> Iterator[None]:
     digest = hashlib.blake2b(f"{seed},{epoch},{index}".encode(), digest_size=7).digest()
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            int.from_bytes(digest, "big")
-        )  # torch.manual_seed would reseed CUDA too
+        torch.default_generator.manual_seed(int.from_bytes(digest, "big"))  # torch.manual_seed would reseed CUDA too
         random.seed(digest)  # timm's own transforms draw from here
         try:
             yield

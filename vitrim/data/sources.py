@@ -34,9 +34,7 @@ ALLOWED = (
     "a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
 )
 NUM_DIGITS_TRAIN = 1437  # of 1797; the test part has 360
-PARQUET_CACHE_BYTES = (
-    512 * 2**20
-)  # encoded row groups kept, in each process; CIFAR-10's 50,000 images take 114 MB
+PARQUET_CACHE_BYTES = 512 * 2**20  # encoded row groups kept, in each process; CIFAR-10's 50,000 images take 114 MB
 READ_ERRORS = (
     OSError,
     SyntaxError,
@@ -136,9 +134,7 @@ class _Parquet:
                     self._columns = self._columns or _find_columns(file.schema_arrow, str(path))
                     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
-                raise DataError(
-                    f"{path}: not a readable parquet file ({error}); write or download it again."
-                ) from None
+                raise DataError(f"{path}: not a readable parquet file ({error}); write or download it again.") from None
             for group, size in enumerate(sizes):
                 self._groups.append((path, group))
                 self._starts.append(self._starts[-1] + size)
@@ -162,10 +158,7 @@ class _Parquet:
             path, number = self._groups[group]
             with parquet.ParquetFile(path) as file:
                 table = file.read_row_group(number, columns=self._columns, use_threads=False)
-            while (
-                self._cache
-                and table.nbytes + sum(t.nbytes for t in self._cache.values()) > PARQUET_CACHE_BYTES
-            ):
+            while self._cache and table.nbytes + sum(t.nbytes for t in self._cache.values()) > PARQUET_CACHE_BYTES:
                 self._cache.popitem(last=False)
             self._cache[group] = table
         self._cache.move_to_end(group)

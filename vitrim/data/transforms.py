@@ -32,9 +32,7 @@ def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
     return create_transform(**_data_config(model_or_cfg), is_training=False)  # type: ignore[return-value]
 
 
-def augment_for(
-    model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength, *, flip: bool = True
-) -> Transform:
+def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength, *, flip: bool = True) -> Transform:
     """A label-free training augmentation of PIL images that ends in tensors of the model's size, normalised.
 
     Args:
@@ -82,8 +80,6 @@ def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"{got}: no input_size to preprocess for; pass a dict with input_size, mean and std.")
     config = resolve_data_config(pretrained_cfg=dict(cfg))
     built_for = getattr(getattr(model_or_cfg, "patch_embed", None), "img_size", None)
-    if (
-        built_for is not None
-    ):  # timm leaves the config's size alone when a model is created with another img_size
+    if built_for is not None:  # timm leaves the config's size alone when a model is created with another img_size
         config["input_size"] = (config["input_size"][0], *built_for)
     return config

@@ -1,8 +1,8 @@
 """DGMR, diversity-guided MLP reduction (arXiv 2506.08591), as published and as we carry it further.
 
-As published, the units kept are those whose input weights span the most (greedy Gram-Schmidt); biases and output weights play
-no part. Ours asks what the units do: forward selection by orthogonal least squares on what the block should put out.
-Repair of the kept weights is not done here; it is the same for every method.
+As published, the units kept are those whose input weights span the most (greedy Gram-Schmidt); biases and output
+weights play no part. Ours asks what the units do: forward selection by orthogonal least squares on what the block
+should put out. Repair of the kept weights is not done here; it is the same for every method.
 """
 
 from __future__ import annotations

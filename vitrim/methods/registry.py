@@ -29,8 +29,8 @@ Select = Callable[[SiteView, Any], Tensor]
 class Method:
     """A registered method.
 
-    `needs` tells whether it looks at calibration images; `repairs` whether the closed-form repair follows by default, which
-    it does not where a paper's own procedure is reproduced.
+    `needs` tells whether it looks at calibration images; `repairs` whether the closed-form repair follows by
+    default, which it does not where a paper's own procedure is reproduced.
     """
 
     name: str

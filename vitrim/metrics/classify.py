@@ -151,9 +151,7 @@ def linear_probe_top1(
     return _fit_and_score(train_ND, train_labels, test_ND, test_labels, c=c)
 
 
-def _fit_and_score(
-    train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test_labels: Tensor, *, c: float
-) -> float:
+def _fit_and_score(train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test_labels: Tensor, *, c: float) -> float:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -190,9 +190,7 @@ def _kinds(model: nn.Module, found: Features) -> dict[str, Tensor]:
 def _check_shapes(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     got, want = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (mine, theirs))
     if got != want:
-        raise ModelError(
-            f"the student gives {got}, the teacher {want}; compare models of one width and size."
-        )
+        raise ModelError(f"the student gives {got}, the teacher {want}; compare models of one width and size.")
 
 
 def _count_agreed(student_BC: Tensor | None, teacher_BC: Tensor | None) -> int:
@@ -215,9 +213,7 @@ def _catch_outputs(model: nn.Module, block_names: Sequence[str], hooks: ExitStac
         try:
             block = model.get_submodule(name)
         except AttributeError:
-            raise ModelError(
-                f"{type(model).__name__}: no block {name!r}; see model.named_modules()."
-            ) from None
+            raise ModelError(f"{type(model).__name__}: no block {name!r}; see model.named_modules().") from None
         hooks.callback(block.register_forward_hook(hook_for(name)).remove)
     return caught
 

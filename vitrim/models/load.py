@@ -109,7 +109,7 @@ def build_empty(origin: Origin) -> nn.Module:
     """
     if origin.library != "timm":
         raise CheckpointError(
-            f"{origin.name}: no library can build this model; build it yourself and pass it: vitrim.load(path, model=...)."
+            f"{origin.name}: no library can build this model; build it and pass it: vitrim.load(path, model=...)."
         )
     import timm
     from accelerate import init_empty_weights
@@ -119,7 +119,7 @@ def build_empty(origin: Origin) -> nn.Module:
 
 
 def _create(name: str, source: str, weights: bool) -> nn.Module:
-    """timm's factory, with its failures in one line."""
+    """Timm's factory, with its failures in one line."""
     import timm
     from accelerate import init_empty_weights
 
@@ -147,9 +147,7 @@ def _check_timm_name(name: str) -> None:
 def _check_folder(folder: Path, source: str) -> None:
     """Refuse a path that is no folder in timm's layout."""
     if not folder.is_dir():
-        raise ModelError(
-            f"{source}: no such model; use timm/NAME, local-dir:PATH, or a folder that vitrim wrote."
-        )
+        raise ModelError(f"{source}: no such model; use timm/NAME, local-dir:PATH, or a folder that vitrim wrote.")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: has no {name}; a model folder holds config.json and model.safetensors.")

@@ -1,6 +1,6 @@
 """Finds the MLPs of a model by structure and naming, and confirms each by a dead-unit test.
 
-Foreign classes are never named: an MLP is a pair (or triple) of linear layers with known names whose shapes fit together.
+Foreign classes are never named: an MLP is a pair (or triple) of linear layers with known names whose shapes fit.
 What the names promise is then checked by running the MLP.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from vitrim.errors import SiteNotFoundError
-from vitrim.surgery import confirm_site
+from vitrim.surgery import confirm_site, weight_of
 from vitrim.types import MlpKind, MlpSite
 
 # (gate, value, output) below a container; gate None: plain, or packed where the value projection is twice as tall.
@@ -83,7 +83,7 @@ def _match(container: nn.Module, path: str) -> MlpSite | None:
         layers = [_linear(container, name) for name in names]
         if any(layer is None for layer in layers):
             continue
-        *firsts, output = [tuple(layer.weight.shape) for layer in layers if layer is not None]
+        *firsts, output = [weight_of(container, name).shape for name in names]
         d_out, d_hidden = output
         if any(width != d_out for _, width in firsts) or d_hidden < 2:
             continue
@@ -121,7 +121,10 @@ def _linear(container: nn.Module, name: str) -> nn.Module | None:
         layer = container.get_submodule(name)
     except AttributeError:
         return None
-    weight, features = getattr(layer, "weight", None), (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0))
+    weight, features = (
+        getattr(layer, "weight", None),
+        (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)),
+    )
     return layer if weight is not None and tuple(weight.shape) == features else None
 
 

@@ -1,4 +1,4 @@
-"""Writes a cut model back as a checkpoint that the stock library loads on its own, where its config can say the widths."""
+"""Writes a cut model back as a checkpoint that the stock library loads, where its config can say the widths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def stock_args(student: nn.Module, origin: Origin, widths: Collection[int]) -> M
         candidate = replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
         try:
             built = build_empty(candidate).state_dict()
-        except (TypeError, ValueError, AssertionError):  # the architecture has no mlp_ratio, or refuses this one
+        except (
+            TypeError,
+            ValueError,
+            AssertionError,
+        ):  # the architecture has no mlp_ratio, or refuses this one
             continue
         if {name: tuple(tensor.shape) for name, tensor in built.items()} == shapes:
             return candidate.model_args

@@ -1,7 +1,7 @@
 """Features of a vision encoder, as CLS or pooled vector plus patch tokens, before or after its final norm.
 
-One small adapter for each way in which libraries hand features out: timm's `forward_features`, transformers' model outputs,
-and any module that returns a tensor. No foreign `forward` is copied.
+One small adapter for each way in which libraries hand features out: timm's `forward_features`, transformers'
+model outputs, and any module that returns a tensor. No foreign `forward` is copied.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Recovers a cut model's features by distilling the original into it, on images without labels.
 
-The loop is plain: step s sees the same images under the same augmentation for any number of processes, the learning rate
-is a function of s, and everything else is in the saved state, so a stopped run continues bit for bit on one process.
-What comes back is the best state on held-out images, the untrained start included: recovery never makes a model worse.
+The loop is plain: step s sees the same images under the same augmentation for any number of processes, the learning
+rate is a function of s, and everything else is in the saved state, so a stopped run continues bit for bit on one
+process. What comes back is the best state on held-out images, the untrained start included: recovery never makes a
+model worse.
 """
 
 from __future__ import annotations
@@ -100,7 +101,10 @@ def recover_(
 def _loop(run: _Run, state: Path | None, quiet: bool, on_validation: Callable[[int, float], None] | None) -> None:
     """Steps from where the run stands to its end, with validation, state and Ctrl-C."""
     every = max(1, run.num_steps // run.options.num_validations)
-    with _stop_on_interrupt() as stop, progress("distil", run.num_steps, quiet=quiet or not run.is_main) as bar:
+    with (
+        _stop_on_interrupt() as stop,
+        progress("distil", run.num_steps, quiet=quiet or not run.is_main) as bar,
+    ):
         bar.done = run.step
         for batches in run.batches(run.step):
             loss = run.train_step(batches)
@@ -133,7 +137,13 @@ class _Run:
     ) -> None:
         from accelerate import Accelerator
 
-        self.student, self.teacher, self.images, self.options, self.seed = student, teacher, images, options, seed
+        self.student, self.teacher, self.images, self.options, self.seed = (
+            student,
+            teacher,
+            images,
+            options,
+            seed,
+        )
         self.device = next(student.parameters()).device
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.is_main = self.accelerator.is_main_process
@@ -218,7 +228,9 @@ class _Run:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(len(self.images), generator=generator).tolist()
             stop = min(self.steps_per_epoch, offset + last - step)
-            parts = [order[i * self.global_batch : (i + 1) * self.global_batch][rank::world] for i in range(offset, stop)]
+            parts = [
+                order[i * self.global_batch : (i + 1) * self.global_batch][rank::world] for i in range(offset, stop)
+            ]
             self.images.set_epoch(epoch)
             flat = [part[i : i + micro] for part in parts for i in range(0, len(part), micro)]
             sizes = [math.ceil(len(part) / micro) for part in parts]
@@ -261,9 +273,7 @@ class _Run:
 
     def _autocast(self) -> Any:
         wanted = self.options.precision
-        on = wanted == "bf16" or (
-            wanted == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        on = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     def validate(self, loss: float) -> float:

@@ -1,4 +1,4 @@
-"""The label-free loss of DGMR: mean squared error on the CLS or pooled vector plus the same on patch tokens, one to one."""
+"""The label-free loss of DGMR: mean squared error on the CLS or pooled vector plus that on patch tokens, 1:1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class FeatureModel(nn.Module):
 
     def __init__(self, model: nn.Module, at: FeaturesAt) -> None:
         super().__init__()
-        self.model, self.at = model, at
+        self.model = model
+        self.at: FeaturesAt = at
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pooled vector and patch tokens."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit
-from vitrim.surgery import mlp_output, submodule
+from vitrim.surgery import mlp_output, submodule, weight_of
 from vitrim.types import MlpSite
 
 # A held-out error below this share of the target's energy is rounding: nothing is left to refit.
@@ -18,7 +18,13 @@ EXACT = 1e-9
 
 
 def refit_(
-    student: nn.Module, visit: SiteVisit, *, num_steps: int = 150, batch_tokens: int = 4096, lr: float = 1e-3, seed: int = 0
+    student: nn.Module,
+    visit: SiteVisit,
+    *,
+    num_steps: int = 150,
+    batch_tokens: int = 4096,
+    lr: float = 1e-3,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Refit one MLP in place; never worse on the held-out tokens.
 
@@ -81,7 +87,7 @@ def _site_parameters(model: nn.Module, site: MlpSite) -> dict[str, nn.Parameter]
 
 def _held_out_error(student: nn.Module, visit: SiteVisit, scale_D: Tensor | float) -> float:
     """Mean squared error on the held-out tokens, in chunks."""
-    total, device = 0.0, submodule(student, visit.site.output).weight.device
+    total, device = 0.0, weight_of(student, visit.site.output).device
     pairs = zip(visit.held_out.inputs_ND.split(8192), visit.held_out.targets_ND.split(8192), strict=True)
     for inputs, targets in pairs:
         error = (mlp_output(student, visit.site, inputs.to(device)) - targets.to(device)) * scale_D

@@ -41,11 +41,15 @@ def collect(
         sample: preprocessed images to show, or None.
     """
     recovery = metrics["recovery"]
-    stages = [metrics["after_cut"], metrics["after_recovery"] or metrics["after_cut"]]
-    blocks = [] if stages[0] is None else [
-        {"block": cut["block"], "after_cut": cut["relative_error"], "after": end["relative_error"]}
-        for cut, end in zip(stages[0]["blocks"], stages[1]["blocks"], strict=True)
-    ]
+    stages: list[Any] = [metrics["after_cut"], metrics["after_recovery"] or metrics["after_cut"]]
+    blocks = (
+        []
+        if stages[0] is None
+        else [
+            {"block": cut["block"], "after_cut": cut["relative_error"], "after": end["relative_error"]}
+            for cut, end in zip(stages[0]["blocks"], stages[1]["blocks"], strict=True)
+        ]
+    )
     latency = {
         when: {int(size): row["median_ms"] for size, row in metrics[when]["latency"].items()}
         for when in ("before", "after")
@@ -77,7 +81,11 @@ def summarise(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """The before/after table of a run: row name to its values before, after the cut and after recovery."""
     before, after, cut, end = (metrics[key] for key in ("before", "after", "after_cut", "after_recovery"))
     rows: dict[str, dict[str, float | None]] = {}
-    for name, key in (("parameters", "parameters"), ("MACs per image", "macs"), ("peak memory (MiB)", "peak_memory_mib")):
+    for name, key in (
+        ("parameters", "parameters"),
+        ("MACs per image", "macs"),
+        ("peak memory (MiB)", "peak_memory_mib"),
+    ):
         if key in before:
             rows[name] = {"before": before[key], "after_cut": after[key], "after": after[key]}
     for size in before.get("latency", {}):
@@ -88,8 +96,12 @@ def summarise(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         for name, key in FIDELITY_ROWS.items():
             if key in cut["fidelity"]:
                 value = None if end is None else end["fidelity"][key]
-                rows[name] = {"before": exact.get(key, 1.0), "after_cut": cut["fidelity"][key], "after": value}
-    if "top1" in before:
+                rows[name] = {
+                    "before": exact.get(key, 1.0),
+                    "after_cut": cut["fidelity"][key],
+                    "after": value,
+                }
+    if cut is not None and "top1" in cut:
         now = None if end is None else end["top1"]
         rows["top-1 (%)"] = {"before": before["top1"], "after_cut": cut["top1"], "after": now}
     return rows

@@ -369,9 +369,7 @@ def _finish(figure: Figure, *, key: str, legend: tuple[tuple[str, str], ...] = (
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": key}):
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=nothing, bbox_inches="tight", pad_inches=0.03
-        )
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing, bbox_inches="tight", pad_inches=0.03)
     root = re.search(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>(.*)</svg>', buffer.getvalue(), flags=re.DOTALL)
     assert root is not None
     body = re.sub(r"<style.*?</style>", "", root[2], flags=re.DOTALL)

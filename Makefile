@@ -1,0 +1,40 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLBACKEND := Agg
+
+.PHONY: demo test check docs bench clean
+
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## install, then cut a ViT that comes with vitrim to half its size
+	rm -rf vitrim-demo
+	$(BIN)/vitrim demo --out vitrim-demo
+
+test: check  ## install, lint, type-check, build the docs, run every test
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: $(VENV)/.test  ## everything but the tests: format, lint, types, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+
+docs: $(VENV)/.test  ## serve the documentation on localhost
+	$(BIN)/mkdocs serve
+
+bench: $(VENV)/.test  ## the numbers in the README; needs ../shared
+	$(BIN)/python benchmarks/recovery.py
+
+clean:
+	rm -rf $(VENV) vitrim-demo build dist site
