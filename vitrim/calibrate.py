@@ -75,7 +75,7 @@ def walk(
         One visit a site.
     """
     blocks = _forward_order(teacher, sites, batches[0][:2])
-    streams = [_Stream(model, blocks, batches) for model in (teacher, student)]
+    streams = [_Stream(teacher, blocks, batches, frozen=True), _Stream(student, blocks, batches, frozen=False)]
     for index, block in enumerate(blocks):
         for stream in streams:
             stream.enter(index)
@@ -151,10 +151,14 @@ class _Sums:
 
 
 class _Stream:
-    """The arguments with which one model's current block is called, batch by batch, kept on the CPU."""
+    """The arguments with which one model's current block is called, batch by batch, kept on the CPU.
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor]) -> None:
-        self.model, self.blocks, self.batches = model, blocks, batches
+    A frozen model's block outputs, seen while its MLPs are observed, are the next block's inputs: it never runs twice.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor], *, frozen: bool) -> None:
+        self.model, self.blocks, self.batches, self.frozen = model, blocks, batches, frozen
+        self.outputs: dict[int, Tensor] = {}
         self.device = next(model.parameters()).device
         self.calls: list[Call] = []
         self.chained = _links(model, blocks, batches[0][:2].to(self.device))
@@ -165,10 +169,13 @@ class _Stream:
             previous = submodule(self.model, self.blocks[index - 1])
             with evaluating(self.model):
                 for i, (args, kwargs) in enumerate(self.calls):
-                    output = first_tensor(previous(*_to(args, self.device), **_to(kwargs, self.device)))
-                    self.calls[i] = ((output.cpu(), *args[1:]), kwargs)
+                    output = self.outputs.pop(i, None)
+                    if output is None:
+                        output = first_tensor(previous(*_to(args, self.device), **_to(kwargs, self.device))).cpu()
+                    self.calls[i] = ((output, *args[1:]), kwargs)
         else:
             block = self.blocks[index]
+            self.outputs.clear()
             self.calls = [_to(_catch_call(self.model, block, batch.to(self.device)), "cpu") for batch in self.batches]
 
     def call(self, index: int) -> Call:
@@ -191,6 +198,8 @@ class _Stream:
         try:
             with evaluating(self.model):
                 seen["block"] = first_tensor(submodule(self.model, site.block)(*args, **kwargs))
+            if self.frozen:
+                self.outputs[index] = seen["block"].cpu()
         finally:
             for handle in handles:
                 handle.remove()

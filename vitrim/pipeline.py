@@ -29,7 +29,6 @@ from vitrim.models.load import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import recover_
-from vitrim.report import write_report
 from vitrim.report.collect import collect
 from vitrim.types import Plan
 
@@ -237,6 +236,8 @@ def _write(
     sample: Tensor | None,
 ) -> None:
     """Weights, plan, recipe, metrics and report; the weights are loaded back in a fresh process before this returns."""
+    from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
+
     stock = save(folder, student, origin=origin, plan=plan)
     metrics["stock"] = stock
     if origin.library is not None:

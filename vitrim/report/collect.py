@@ -12,7 +12,7 @@ from vitrim.models.load import Origin
 from vitrim.models.taps import evaluating, features
 from vitrim.ops.gram_schmidt import residual_curve, select_units
 from vitrim.recipe import Recipe
-from vitrim.report import ReportData
+from vitrim.report.data import ReportData
 from vitrim.surgery import read_weights
 from vitrim.types import Plan
 

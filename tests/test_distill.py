@@ -1,0 +1,205 @@
+"""Recovery by distillation: what it must never do, and that a stopped run goes on bit for bit."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vitrim.data import ImageSet, open_images
+from vitrim.models.sites import find_mlps
+from vitrim.recipe import RecoverOptions
+from vitrim.recover.distill import Interrupted, _shape, recover_
+from vitrim.recover.losses import feature_loss
+from vitrim.surgery import apply_
+from vitrim.types import Features, KeepUnits
+
+
+def make_teacher() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3
+    )
+    return model.eval()
+
+
+def make_student(teacher: torch.nn.Module, width: int = 16) -> torch.nn.Module:
+    student = copy.deepcopy(teacher)
+    apply_(student, [KeepUnits(site=site, keep=tuple(range(width))) for site in find_mlps(student)])
+    return student
+
+
+def make_images(num_images: int = 48) -> ImageSet:
+    images = torch.randn(num_images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return open_images([(image, index % 3) for index, image in enumerate(images)])
+
+
+HELD_OUT = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))]
+
+
+def run(student, teacher, **kwargs):
+    options = RecoverOptions(
+        **{"steps": 6, "batch_size": 8, "lr": 1e-3, "num_validations": 3, **kwargs.pop("options", {})}
+    )
+    images = kwargs.pop("images", None) or make_images()
+    return recover_(student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, **kwargs)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_loss_is_the_sum_of_two_means_and_zero_for_equal_features():
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = (
+        Features(
+            pooled_BD=torch.randn(2, 4, generator=generator), patches_BND=torch.randn(2, 3, 4, generator=generator)
+        )
+        for _ in range(2)
+    )
+    slow = sum(
+        float(((a - b) ** 2).sum()) / a.numel()
+        for a, b in ((mine.pooled_BD, theirs.pooled_BD), (mine.patches_BND, theirs.patches_BND))
+    )
+    assert float(feature_loss(mine, theirs)) == pytest.approx(slow, rel=1e-6)
+    assert float(feature_loss(mine, mine)) == 0
+
+
+def test_recovery_brings_the_student_closer_and_leaves_the_teacher_alone():
+    teacher = make_teacher()
+    student = make_student(teacher)
+    before = weights(teacher)
+    result = run(student, teacher, options={"steps": 40})
+    assert result.best_error < 0.8 * result.curve[0]["relative_error"]
+    assert_equal(before, teacher.state_dict())
+    assert all(p.grad is None for p in [*teacher.parameters(), *student.parameters()])
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_recovery_never_returns_worse_than_the_start():
+    teacher = make_teacher()
+    student = make_student(teacher)
+    start = weights(student)
+    result = run(student, teacher, options={"lr": 10.0})
+    assert result.best_step == 0
+    assert_equal(start, student.state_dict())
+
+
+def test_labels_change_nothing():
+    plain = make_images(16)
+    results = []
+    for labels in (None, [0] * 16, list(range(16))):
+        items = [plain[i][0] if labels is None else (plain[i][0], labels[i]) for i in range(16)]
+        teacher = make_teacher()
+        student = make_student(teacher)
+        run(student, teacher, images=open_images(items))
+        results.append(weights(student))
+    assert_equal(results[0], results[1])
+    assert_equal(results[0], results[2])
+
+
+def test_accumulation_equals_one_large_batch():
+    results = []
+    for options in ({"batch_size": 16}, {"batch_size": 4, "accumulate": 4}):
+        teacher = make_teacher()
+        student = make_student(teacher)
+        run(student, teacher, options={**options, "steps": 3, "lr": 1e-4})
+        results.append(student(HELD_OUT[0]))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, ema):
+    teacher = make_teacher()
+    whole, stopped = make_student(teacher), make_student(teacher)
+    options = {"steps": 9, "num_validations": 9, "ema": ema}
+    expected = run(whole, teacher, options=options)
+
+    def interrupt(step, error):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    state = tmp_path / "recover.pt"
+    with pytest.raises(Interrupted, match=r"step [45] of 9"):
+        run(stopped, teacher, options=options, state=state, on_validation=interrupt)
+    again = make_student(teacher)
+    result = run(again, teacher, options=options, state=state, resume=True)
+    assert_equal(weights(whole), weights(again))
+    assert result.curve == expected.curve
+
+
+def test_the_rate_is_found_by_a_range_test_that_leaves_no_trace():
+    teacher = make_teacher()
+    student = make_student(teacher)
+    found = run(student, teacher, options={"lr": None, "steps": 20})
+    assert str(found.lr) in {str(float(rate)) for rate in found.rate_test}
+    assert found.rate_test[f"{found.lr:g}"] == min(found.rate_test.values())
+    again = make_student(teacher)
+    run(again, teacher, options={"lr": found.lr, "steps": 20})
+    assert_equal(weights(student), weights(again))
+
+
+def test_unreadable_images_are_left_out(tmp_path):
+    images = make_images(16)
+    broken = [images[i][0] for i in range(16)]
+    broken[3] = broken[4] = "not an image"
+    teacher = make_teacher()
+    student = make_student(teacher)
+    result = run(
+        student, teacher, images=open_images(torch.utils.data.Subset(broken, range(16))), options={"batch_size": 2}
+    )
+    assert len(result.curve) == 4
+
+
+def test_features_before_the_norm_train_neither_norm_nor_head():
+    teacher = make_teacher()
+    student = make_student(teacher)
+    start = weights(student)
+    run(student, teacher, options={"features_at": "pre_norm"})
+    changed = {name for name in start if not torch.equal(start[name], student.state_dict()[name])}
+    assert changed and not any(name.startswith(("norm.", "head.")) for name in changed)
+
+
+def test_the_rate_rises_then_falls_to_nothing():
+    shape = [_shape(step, 100, 0.1) for step in range(100)]
+    assert shape[9] == shape[10] == 1.0 and shape[0] == pytest.approx(0.1) and shape[-1] < 1e-3
+    assert shape[:10] == sorted(shape[:10]) and shape[10:] == sorted(shape[10:], reverse=True)
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, torch
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            torch.set_num_threads(1)
+            from test_distill import *
+            teacher = make_teacher()
+            student = make_student(teacher)
+            result = run(student, teacher, options={{"lr": 1e-4}})
+            if int(os.environ.get("RANK", 0)) == 0:
+                torch.save(weights(student), sys.argv[1])
+            """
+        )
+    )
+    alone, together = tmp_path / "alone.pt", tmp_path / "together.pt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    for command, out in (([sys.executable], alone), (launch, together)):
+        done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(path, weights_only=True) for path in (alone, together))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=2e-5, rtol=1e-4)

@@ -1,0 +1,131 @@
+"""The documentation keeps its word: recipes load, Python blocks run, command lines parse, make targets exist.
+
+A block is left alone (compiled or parsed, not run) behind a comment `<!-- needs: ... -->` that says what it would need.
+The Python blocks of a page run in order, in one fresh process and an empty folder, as a reader would type them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from cyclopts import CycloptsError
+
+from vitrim.cli import app
+from vitrim.methods import METHODS
+from vitrim.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*DOCS, *(path for path in [ROOT / "README.md"] if path.exists())]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$", re.M | re.S)
+NEEDS = re.compile(r"<!-- needs: [^>]+ -->\s*$")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page; `line` is where its code starts."""
+
+    language: str
+    code: str
+    line: int
+    runs: bool
+
+
+def blocks_of(page: Path, *languages: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        indent = len(match["indent"])
+        code = "".join(line[indent:] or "\n" for line in match["code"].splitlines(keepends=True))
+        line = text.count("\n", 0, match.start("code")) + 1
+        found.append(Block(match["language"], code, line, NEEDS.search(text[: match.start()]) is None))
+    return [block for block in found if block.language in languages]
+
+
+def commands_of(page: Path) -> list[tuple[int, list[str]]]:
+    """Line number and words of every command of the shell blocks; in a console, what stands behind a prompt."""
+    commands = []
+    for block in blocks_of(page, "bash", "console", "sh", "shell"):
+        lines = block.code.replace("\\\n", " ").splitlines()
+        if block.language == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        for text in lines:
+            words = shlex.split(text, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if words:
+                commands.append((block.line, [words[0].removeprefix(".venv/bin/"), *words[1:]]))
+    return commands
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipe_loads(path: Path):
+    recipe = Recipe.load(path)
+    assert path.name.startswith(f"{recipe.method}_")
+    assert len(path.read_text().splitlines()) <= 25
+
+
+def test_every_method_has_a_recipe():
+    assert {Recipe.load(path).method for path in RECIPES} >= METHODS.keys()
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name)
+def test_yaml_blocks_are_recipes(page: Path):
+    for block in blocks_of(page, "yaml"):
+        Recipe.parse(yaml.safe_load(block.code), where=f"{name(page)}:{block.line}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_blocks_compile(page: Path):
+    for block in blocks_of(page, "python"):
+        compile("\n" * (block.line - 1) + block.code, name(page), "exec")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.runs for b in blocks_of(page, "python"))], ids=name)
+def test_python_blocks_run(page: Path, tmp_path: Path):
+    script = ""
+    for block in blocks_of(page, "python"):
+        if block.runs:  # at its own line, so that a traceback points into the page
+            script += "\n" * (block.line - 1 - script.count("\n")) + block.code
+    (tmp_path / "work").mkdir()
+    (tmp_path / page.name).write_text(script, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / page.name)],
+        cwd=tmp_path / "work",
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{name(page)}:\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_command_lines_parse(page: Path):
+    for line, (command, *arguments) in commands_of(page):
+        where = f"{name(page)}, block at line {line}: {command} {' '.join(arguments)}"
+        if command == "vitrim":
+            try:
+                app.parse_args(arguments, exit_on_error=False, print_error=False)
+            except CycloptsError as error:
+                pytest.fail(f"{where}\n{error}")
+            for before, value in zip(arguments, arguments[1:], strict=False):
+                if before == "--recipe" and value.startswith("recipes/"):
+                    assert (ROOT / value).is_file(), where
+        if command == "make":
+            targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+            assert {word for word in arguments if "=" not in word} <= targets, where

@@ -1,0 +1,51 @@
+"""What a report shows, as plain values: no model, no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """What a report shows; whatever is empty or None is left out of the page.
+
+    Attributes:
+        model: name of the model.
+        method: name of the method.
+        command: the command line that made the smaller model.
+        summary: row name to {"before", "after_cut", "after"}; a value may be None. The headline and the size
+            bars read the rows "parameters", "MACs per image", "relative error" and "cosine CLS".
+        sites: one {"path", "kind", "width_before", "width_after"} for each cut MLP.
+        block_errors: one {"block", "after_cut", "after"} for each block, relative squared errors.
+        residual_curves: site path to {"residual", "num_units", "cut"}; an optional "picks" says after how
+            many picks each fraction of "residual" holds (without it they are even from 0 to num_units).
+        recovery: {"step", "relative_error"} and {"step", "loss"} points.
+        latency: "before" and "after", each from batch size to milliseconds.
+        images: pictures in 0..1, (B, 3, H, W), up to 8.
+        teacher_patches: patch tokens of the original for these images, (B, N, D).
+        student_patches: patch tokens of the smaller model, (B, N, D).
+        grid: rows and columns of patches.
+        recipe_yaml: the recipe as text.
+        environment: library and machine names to versions.
+        notes: sentences for the reader.
+    """
+
+    model: str
+    method: str
+    command: str
+    summary: dict[str, dict[str, float | None]]
+    sites: list[dict[str, Any]]
+    block_errors: list[dict[str, Any]]
+    residual_curves: dict[str, dict[str, Any]]
+    recovery: list[dict[str, float]]
+    latency: dict[str, dict[int, float]]
+    images: Tensor | None
+    teacher_patches: Tensor | None
+    student_patches: Tensor | None
+    grid: tuple[int, int] | None
+    recipe_yaml: str
+    environment: dict[str, str]
+    notes: list[str]

@@ -1,0 +1,97 @@
+"""The report of one compression: a single self-contained HTML page, pictures first.
+
+It takes plain values, so it can be made (and tested) without a model. It measures nothing and knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from vitrim.errors import OutputError
+from vitrim.report import figures
+from vitrim.report.data import ReportData
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Write the page; an older file at `path` is replaced only once the new one is complete.
+
+    Args:
+        path: the HTML file to write; missing directories are made.
+        data: what to show.
+
+    Raises:
+        OutputError: the file can't be written, or patch tokens and grid do not fit.
+    """
+    page = _render(data)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(page, encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: can't write the report ({error}); choose another path.") from None
+
+
+def _render(data: ReportData) -> str:
+    """The page as text."""
+    candidates = [
+        figures.draw_size(data.summary),
+        figures.draw_block_errors(data.block_errors),
+        figures.draw_residuals(data.residual_curves),
+        figures.draw_recovery(data.recovery),
+        figures.draw_latency(data.latency),
+        figures.draw_patches(data.images, data.teacher_patches, data.student_patches, data.grid),
+    ]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((resources.files(__name__) / "page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        data=data,
+        headline=_headline(data),
+        pictures=[picture for picture in candidates if picture is not None],
+        rows=[_summary_row(name, row) for name, row in data.summary.items()],
+    )
+
+
+def _headline(data: ReportData) -> Markup:
+    """One sentence: how much smaller, how close. Says only what was measured."""
+    size, close = [], []
+    for name, noun in (("parameters", "parameters"), ("MACs per image", "MACs")):
+        row = data.summary.get(name, {})
+        before, after = row.get("before"), figures.final_value(row)
+        if before and after is not None:
+            word = "fewer" if after <= before else "more"
+            percent = f"{100 * abs(before - after) / before:.0f}%"
+            size.append(Markup("<b>{} {}</b> {}").format(percent, word, noun))
+    cosine = figures.final_value(data.summary.get("cosine CLS", {}))
+    error = figures.final_value(data.summary.get("relative error", {}))
+    if cosine is not None:
+        close.append(Markup("CLS cosine <b>{}</b>").format(f"{cosine:.3f}"))
+    if error is not None:
+        close.append(Markup("relative error <b>{}</b>").format(f"{error:.2g}"))
+    clauses = [Markup(" and ").join(size)] if size else []
+    if close:
+        clauses.append(Markup(" and ").join(close) + Markup(" against the original"))
+    name = Markup("{}: ").format(data.model) if clauses else Markup("{}").format(data.model)
+    return name + Markup(", with ").join(clauses) + Markup(".")
+
+
+def _summary_row(name: str, row: Mapping[str, float | None]) -> dict[str, str]:
+    """The cells of one row: the values, and the change where one makes sense."""
+    before, after = row.get("before"), figures.final_value(row)
+    change = ""
+    if before is not None and after is not None:
+        if "%" in name:
+            change = figures.format_change(after - before, " points")
+        elif before > 0 and "error" not in name and "cosine" not in name:
+            change = figures.format_change(100 * (after / before - 1), "%")
+    cells = {key: figures.format_number(row.get(key), name=name) for key in ("before", "after_cut", "after")}
+    return {"name": name, "change": change, **cells}
