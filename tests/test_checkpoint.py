@@ -121,11 +121,11 @@ def test_files_may_be_read_by_others(tmp_path):
 
 def test_an_output_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "out"
-    with pytest.raises(ZeroDivisionError), staged_output(out) as (folder, work):
+    with pytest.raises(ZeroDivisionError), staged_output(out) as (folder, _):
         (folder / "half").write_text("written")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with staged_output(out) as (folder, work):
+    with staged_output(out) as (folder, _):
         (folder / "file").write_text("written")
         assert not out.exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -135,10 +135,10 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_stopped_recovery_is_kept_for_resume_and_removed_when_not_wanted(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), staged_output(out) as (folder, work):
+    with pytest.raises(KeyboardInterrupt), staged_output(out) as (_, work):
         save_state(work / "recover.pt", {"step": 3})
         raise KeyboardInterrupt
-    with staged_output(out, resume=True) as (folder, work):
+    with staged_output(out, resume=True) as (_, work):
         assert load_state(work / "recover.pt") == {"step": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -191,6 +191,7 @@ def test_plan_json_is_canonical():
 
 
 def test_importing_vitrim_loads_no_model_library():
-    code = "import sys, vitrim; print([m for m in ('timm', 'transformers', 'datasets', 'sklearn', 'matplotlib') if m in sys.modules])"
+    heavy = ("timm", "transformers", "datasets", "sklearn", "matplotlib")
+    code = f"import sys, vitrim; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

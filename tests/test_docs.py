@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from cyclopts import CycloptsError
 
 from vitrim.cli import app
 from vitrim.methods import METHODS
-from vitrim.recipe import Recipe
+from vitrim.recipe import CalibrateOptions, Recipe, RecoverOptions, RepairOptions, known_keys
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -89,6 +90,19 @@ def test_yaml_blocks_are_recipes(page: Path):
         Recipe.parse(yaml.safe_load(block.code), where=f"{name(page)}:{block.line}")
 
 
+def test_the_reference_has_every_key_of_a_recipe_with_its_default():
+    data = yaml.safe_load(blocks_of(ROOT / "docs" / "api.md", "yaml")[0].code)
+    nested = {"calibrate": CalibrateOptions, "repair": RepairOptions, "recover": RecoverOptions}
+    assert {*data} | {f"{part}.{key}" for part in nested for key in data[part]} == {*known_keys()}
+    recipe = Recipe.parse(data)
+    assert recipe.calibrate == CalibrateOptions()
+    assert recipe.repair == RepairOptions()
+    assert recipe.recover == RecoverOptions(epochs=2)
+    assert {"round_to", "seed", "device", "scope", "method"} <= {
+        key for key, value in data.items() if value == Recipe.model_fields[key].default
+    }
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_blocks_compile(page: Path):
     for block in blocks_of(page, "python"):
@@ -123,7 +137,7 @@ def test_command_lines_parse(page: Path):
                 app.parse_args(arguments, exit_on_error=False, print_error=False)
             except CycloptsError as error:
                 pytest.fail(f"{where}\n{error}")
-            for before, value in zip(arguments, arguments[1:], strict=False):
+            for before, value in pairwise(arguments):
                 if before == "--recipe" and value.startswith("recipes/"):
                     assert (ROOT / value).is_file(), where
         if command == "make":

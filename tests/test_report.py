@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from vitrim.errors import OutputError
-from vitrim.report import ReportData, figures, write_report
+from vitrim.report import figures
+from vitrim.report.data import ReportData
+from vitrim.report.page import write_report
 
 PICTURES = ["size", "blocks", "residuals", "recovery", "latency", "patches"]
 TABLES = ["summary", "sites", "recipe", "environment", "notes"]

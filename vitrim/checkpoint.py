@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,12 @@ def verify(folder: Path, student: nn.Module, images_BCHW: Tensor, *, stock: bool
         reason = (done.stderr.strip().split("\n") or ["no message"])[-1]
         raise OutputError(f"{folder}: written, but does not load back to the same outputs ({reason}).")
     return float(done.stdout.split()[-1])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("vitrim", "torch", "timm")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -7,10 +7,8 @@ refit.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
-from vitrim.checkpoint import write_json
+from vitrim.checkpoint import versions, write_json
 from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import Method, MethodOptions, find_method
 from vitrim.ops.least_squares import fit_output, squared_error
@@ -126,12 +124,6 @@ def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | N
     return CutReport(plan=replace(plan, edits=tuple(edits)), errors=about["errors"], notes=tuple(about["notes"]))
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    names = ("vitrim", "torch", "timm")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
 def _visits(
     teacher: nn.Module,
     student: nn.Module,
@@ -207,6 +199,8 @@ def _visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
     notes = []
     if visit.scale_D is None and repair.feedback > 0:
         notes.append(f"{visit.site.path}: no fixed layer scale behind the MLP, so its target has no feedback.")
+    if visit.site.norm is not None:
+        notes.append(f"{visit.site.path}: a norm over the hidden units sees other statistics after the cut.")
     if not visit.stands_alone and repair.refit:
         notes.append(f"{visit.site.path}: the MLP can't be run outside its block, so it was not refitted.")
     return notes

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.checkpoint import open_model
+from vitrim.checkpoint import open_model, versions
 from vitrim.cost import count_macs, measure_latency, num_parameters, peak_memory_mib
-from vitrim.cut import versions
 from vitrim.data import Batch, open_images, split_indices, transform_for
+from vitrim.errors import RecipeError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
 from vitrim.models.load import Origin
@@ -60,7 +60,7 @@ def evaluate(
     (student_model, _), (teacher_model, origin) = open_model(student), open_model(teacher)
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
-    transform = transform_of(teacher_model, origin)
+    transform = transform_of(origin)
     images = open_images(data, transform=transform, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
     learn = (
@@ -112,17 +112,18 @@ def quality_of(model: nn.Module, batches: Sequence[Batch], learn: Sequence[Batch
     return scores | top1_of(model, batches)
 
 
-def transform_of(model: nn.Module, origin: Origin) -> Any:
+def transform_of(origin: Origin) -> Any:
     """The preprocessing that comes with a model, or None: then data must be tensors, or images of the right size."""
-    if getattr(model, "pretrained_cfg", None):
-        return transform_for(model)
     return transform_for(origin.preprocessing) if origin.preprocessing else None
 
 
 def resolve_device(name: str) -> torch.device:
     """A torch device by name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError):  # unknown name, no such device, or no driver for it
+            raise RecipeError(f"device: {name!r} is not available here; use auto, cpu, cuda or mps.") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -106,7 +106,7 @@ def compress(
     chosen = base.updated(given)
     teacher, origin = open_model(model)
     source = data if data is not None else chosen.data
-    images = None if source is None else open_images(source, transform=transform_of(teacher, origin))
+    images = None if source is None else open_images(source, transform=transform_of(origin))
     if images is None and chosen.recover is not None:
         raise RecipeError("recover: distillation needs images; pass data.")
     if out is None:
@@ -130,8 +130,8 @@ def _run(
 ) -> Result:
     """The story: cut, judge, recover, judge again, write."""
     started, device = time.monotonic(), resolve_device(recipe.device)
-    teacher = copy.deepcopy(original).to(device).eval().requires_grad_(False)
-    student = copy.deepcopy(teacher)
+    student = copy.deepcopy(original).to(device).eval()
+    teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=recipe.scope)
     split = None if images is None else _split(images, recipe)
     cut = resume_cut_(student, recipe, work) if resume and work else None
@@ -146,7 +146,7 @@ def _run(
         recovery = recover_(
             student,
             teacher,
-            split.train.augmented(_augment(original, origin, recipe.recover), recipe.seed),
+            split.train.augmented(_augment(origin, recipe.recover), recipe.seed),
             held_out=[batch.images_BCHW for batch in split.held_out],
             options=recipe.recover,
             seed=recipe.seed,
@@ -219,10 +219,9 @@ def _judge(student: nn.Module, teacher: nn.Module, split: _Split | None, plan: P
     }
 
 
-def _augment(model: nn.Module, origin: Origin, options: RecoverOptions) -> Any:
+def _augment(origin: Origin, options: RecoverOptions) -> Any:
     """The training augmentation for a model's own preprocessing; tensors are passed as they are."""
-    known = model if getattr(model, "pretrained_cfg", None) else origin.preprocessing
-    return augment_for(known, options.augment, flip=options.flip) if known else None
+    return augment_for(origin.preprocessing, options.augment, flip=options.flip) if origin.preprocessing else None
 
 
 def _write(

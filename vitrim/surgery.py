@@ -38,8 +38,13 @@ def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
 
 def reshape_(model: nn.Module, edits: Iterable[Edit]) -> None:
     """Give each edited module its new shape; the new tensors are uninitialised, on the device of the old ones."""
-    for edit in edits:
+    edits = tuple(edits)
+    for edit in edits:  # all of them before the first is carried out, so that a bad one leaves the model whole
         _check(edit)
+        for name in (edit.site.value, edit.site.gate, edit.site.output, edit.site.norm):
+            if name is not None:
+                submodule(model, name)
+    for edit in edits:
         site, width = edit.site, edit.width
         for name in (site.value, site.gate):
             if name is not None:
@@ -140,11 +145,11 @@ def confirm_site(model: nn.Module, site: MlpSite) -> bool:
     keep = tuple(range(0, site.d_hidden, 2))
     with torch.no_grad():
         weight_of(container, local.output)[:, 1::2] = 0
-        masked = _run(container, local, tokens)
-        apply_(container, [KeepUnits(site=local, keep=keep)])
         try:
+            masked = _run(container, local, tokens)
+            apply_(container, [KeepUnits(site=local, keep=keep)])
             cut = _run(container, local, tokens)
-        except (RuntimeError, ValueError):  # a forward with the hidden size written into it
+        except Exception:  # foreign code, such as a forward with the hidden size written into it, may raise anything
             return False
     scale = masked.abs().max().clamp(min=1e-6)
     return bool((masked - cut).abs().max() <= 1e-4 * scale)

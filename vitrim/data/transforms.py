@@ -13,6 +13,7 @@ from torch import nn
 
 from vitrim.data.images import Transform
 from vitrim.errors import DataError, RecipeError
+from vitrim.models.load import preprocessing
 
 Strength = Literal["none", "light", "strong"]
 
@@ -73,13 +74,8 @@ def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     """Input size, statistics and crop in timm's words."""
     from timm.data.config import resolve_data_config
 
-    is_model = isinstance(model_or_cfg, nn.Module)
-    cfg = getattr(model_or_cfg, "pretrained_cfg", None) if is_model else model_or_cfg
+    cfg = preprocessing(model_or_cfg) if isinstance(model_or_cfg, nn.Module) else model_or_cfg
     if not isinstance(cfg, Mapping) or "input_size" not in cfg:
         got = type(model_or_cfg).__name__
         raise DataError(f"{got}: no input_size to preprocess for; pass a dict with input_size, mean and std.")
-    config = resolve_data_config(pretrained_cfg=dict(cfg))
-    built_for = getattr(getattr(model_or_cfg, "patch_embed", None), "img_size", None)
-    if built_for is not None:  # timm leaves the config's size alone when a model is created with another img_size
-        config["input_size"] = (config["input_size"][0], *built_for)
-    return config
+    return resolve_data_config(pretrained_cfg=dict(cfg))

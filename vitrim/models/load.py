@@ -98,7 +98,11 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
         return {}
     from timm.data.config import resolve_data_config
 
-    return json.loads(json.dumps(resolve_data_config({}, model=model)))
+    config = resolve_data_config({}, model=model)
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built_for is not None:  # timm leaves the config's size alone when a model is created with another img_size
+        config["input_size"] = (config["input_size"][0], *built_for)
+    return json.loads(json.dumps(config))
 
 
 def build_empty(origin: Origin) -> nn.Module:

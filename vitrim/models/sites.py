@@ -6,6 +6,7 @@ What the names promise is then checked by running the MLP.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -57,15 +58,17 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
     claimed: set[str] = set()
     confirmed: dict[tuple, bool] = {}
     for name, module in root.named_modules(prefix=prefix):
-        site = _match(module, name)
-        if site is None or site.output in claimed:
-            continue
-        signature = (type(module), site.kind, site.d_model, site.d_hidden)
-        if signature not in confirmed:
-            confirmed[signature] = confirm_site(model, site)
-        if confirmed[signature]:
-            claimed.add(site.output)
-            found.append(site)
+        types = tuple(type(part) for part in module.modules())
+        for site in _matches(module, name):
+            if site.output in claimed:
+                continue
+            signature = (types, site.output.removeprefix(name), site.d_model, site.d_hidden)
+            if signature not in confirmed:
+                confirmed[signature] = confirm_site(model, site)
+            if confirmed[signature]:
+                claimed.add(site.output)
+                found.append(site)
+                break
     if not found:
         num_modules = sum(1 for _ in root.modules())
         raise SiteNotFoundError(
@@ -76,8 +79,8 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
     return tuple(replace(site, block=_block_of(model, site, mlp_weights)) for site in found)
 
 
-def _match(container: nn.Module, path: str) -> MlpSite | None:
-    """The site that a container's linear layers form, if they do."""
+def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
+    """The sites that a container's linear layers may form; where all are square, the names alone leave several."""
     for gate_name, value_name, output_name in NAMES:
         names = [name for name in (gate_name, value_name, output_name) if name]
         layers = [_linear(container, name) for name in names]
@@ -92,7 +95,7 @@ def _match(container: nn.Module, path: str) -> MlpSite | None:
             continue
         full = {name: f"{path}.{name}" if path else name for name in names}
         norm = _inner_norm(container, d_hidden)
-        return MlpSite(
+        yield MlpSite(
             path=path,
             kind=kind,
             d_model=d_out,
@@ -103,7 +106,6 @@ def _match(container: nn.Module, path: str) -> MlpSite | None:
             has_bias=getattr(layers[-2], "bias", None) is not None,
             norm=None if norm is None else (f"{path}.{norm}" if path else norm),
         )
-    return None
 
 
 def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
@@ -144,14 +146,18 @@ def _inner_norm(container: nn.Module, d_hidden: int) -> str | None:
 
 
 def _block_of(model: nn.Module, site: MlpSite, mlp_weights: set[str]) -> str:
-    """The transformer block of a site: the nearest element of a list of modules that also holds other matrices."""
-    parts = site.path.split(".")
+    """The transformer block of a site: the nearest element of a list of modules that also holds other matrices.
+
+    Where a block holds no others (a mixer's), it is the nearest element of a list.
+    """
+    parts, nearest = site.path.split("."), None
     for depth in range(len(parts), 0, -1):
         path = ".".join(parts[:depth])
         parent = model.get_submodule(".".join(parts[: depth - 1]))
         if not isinstance(parent, nn.ModuleList | nn.Sequential):
             continue
+        nearest = nearest or path
         module = model.get_submodule(path)
         if any(p.ndim > 1 and f"{path}.{name}" not in mlp_weights for name, p in module.named_parameters()):
             return path
-    return site.path
+    return nearest or site.path

@@ -32,7 +32,8 @@ from vitrim.types import Features
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
-FIRST_RATE = 3
+# A short run may end this much above the start before its rate counts as too high.
+SHOCK = 1.5
 
 
 class Interrupted(VitrimError):
@@ -194,29 +195,33 @@ class _Run:
         self.ema = [p.detach().clone() for p in self.parameters] if self.options.ema else []
 
     def _find_rate(self, quiet: bool) -> float:
-        """Short runs from the same start, each with a full schedule, downhill from the middle of the range."""
+        """Short runs from the same start, each with a full schedule, at falling rates.
+
+        Where a rate improves the student at once, the best such rate is taken. A repaired student is near its optimum:
+        no short run improves it, all that shows is the shock of the first noisy steps; then the largest rate whose
+        shock stays within SHOCK is taken, since the full run has the time to make up for it.
+        """
         num_steps = max(8, min(30, self.num_steps // 10))
         start = copy.deepcopy(self.student.state_dict())
-        errors: dict[int, float] = {}
-
-        def error_of(index: int) -> float:
-            if index not in errors:
+        errors: dict[float, float] = {}
+        chosen: float | None = None
+        with progress("range test", len(RATES), quiet=quiet or not self.is_main) as bar:
+            for rate in RATES:
                 for batches in self.batches(0, num_steps):
-                    self.train_step(batches, lr=RATES[index] * _shape(self.step, num_steps, self.options.warmup_ratio))
-                errors[index] = self._held_out_error()
+                    self.train_step(batches, lr=rate * _shape(self.step, num_steps, self.options.warmup_ratio))
+                errors[rate] = self._held_out_error()
                 self.student.load_state_dict(start)
                 self.optimizer.state.clear()
                 self.step = 0
-                bar.advance(1, f"rate {RATES[index]:g}: error {errors[index]:.4f}")
-            return errors[index]
-
-        with progress("range test", len(RATES), quiet=quiet or not self.is_main) as bar:
-            best = FIRST_RATE
-            for direction in (1, -1):
-                while 0 <= best + direction < len(RATES) and error_of(best + direction) < error_of(best):
-                    best += direction
-        self.result.rate_test = {f"{RATES[i]:g}": error for i, error in sorted(errors.items())}
-        return RATES[best]
+                bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")
+                if chosen is not None and errors[rate] >= errors[chosen]:
+                    break
+                if errors[rate] <= SHOCK * self.result.best_error:
+                    chosen = rate
+                    if errors[rate] > self.result.best_error:
+                        break
+        self.result.rate_test = {f"{rate:g}": error for rate, error in errors.items()}
+        return chosen or RATES[-1]
 
     def batches(self, first: int, last: int | None = None) -> Iterator[list[Tensor]]:
         """This process's images for steps `first`..`last`, a list of micro-batches each."""

@@ -6,6 +6,9 @@ bounded run of Adam on cached tokens. The result is taken only if it is better o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -41,42 +44,68 @@ def refit_(
     """
     site = visit.site
     parameters = list(_site_parameters(student, site).values())
-    device = parameters[0].device
-    scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(device)
-    inputs, targets = visit.fit.inputs_ND, visit.fit.targets_ND
-    with torch.no_grad():
-        before = _held_out_error(student, visit, scale_D)
-        start = [p.clone() for p in parameters]
-    if before <= EXACT * float(targets.square().sum(1).mean()):
-        return before, before
-    frozen = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=num_steps + 1, pct_start=0.1)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_steps):
-        rows = torch.randint(len(inputs), (min(batch_tokens, len(inputs)),), generator=generator)
-        output = mlp_output(student, site, inputs[rows].to(device))
-        loss = ((output - targets[rows].to(device)) * scale_D).square().sum(-1).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        after = _held_out_error(student, visit, scale_D)
-        if not after < before:
-            for p, kept in zip(parameters, start, strict=True):
-                p.copy_(kept)
-    for p, flag in zip(parameters, frozen, strict=True):
-        p.requires_grad_(flag)
-        p.grad = None
+    scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(parameters[0].device)
+    with _training(submodule(student, site.path), parameters):
+        with torch.no_grad():
+            before = _held_out_error(student, visit, scale_D)
+            start = [p.clone() for p in parameters]
+        if before <= EXACT * float(visit.fit.targets_ND.square().sum(1).mean()):
+            return before, before
+        _descend_(student, visit, parameters, scale_D, num_steps, batch_tokens, lr, seed)
+        with torch.no_grad():
+            after = _held_out_error(student, visit, scale_D)
+            if not after < before:
+                for p, kept in zip(parameters, start, strict=True):
+                    p.copy_(kept)
     return before, min(before, after)
 
 
 def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
     """Copies of the parameters of a site's layers, by full name, in a fixed order."""
     return {name: p.detach().clone() for name, p in _site_parameters(model, site).items()}
+
+
+def _descend_(
+    student: nn.Module,
+    visit: SiteVisit,
+    parameters: list[nn.Parameter],
+    scale_D: Tensor | float,
+    num_steps: int,
+    batch_tokens: int,
+    lr: float,
+    seed: int,
+) -> None:
+    """The run of Adam itself."""
+    inputs, targets, device = visit.fit.inputs_ND, visit.fit.targets_ND, parameters[0].device
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=num_steps + 1, pct_start=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_steps):
+        rows = torch.randint(len(inputs), (min(batch_tokens, len(inputs)),), generator=generator)
+        output = mlp_output(student, visit.site, inputs[rows].to(device))
+        loss = ((output - targets[rows].to(device)) * scale_D).square().sum(-1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@contextmanager
+def _training(mlp: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let parameters take gradients, in eval mode (no dropout), and put modes and flags back, also on an error."""
+    modes = [(module, module.training) for module in mlp.modules()]
+    flags = [p.requires_grad for p in parameters]
+    mlp.eval()
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in zip(parameters, flags, strict=True):
+            p.requires_grad_(flag)
+            p.grad = None
 
 
 def _site_parameters(model: nn.Module, site: MlpSite) -> dict[str, nn.Parameter]:

@@ -52,7 +52,7 @@ def _render(data: ReportData) -> str:
         figures.draw_patches(data.images, data.teacher_patches, data.student_patches, data.grid),
     ]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((resources.files(__name__) / "page.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string((resources.files("vitrim.report") / "page.html.j2").read_text(encoding="utf-8"))
     return template.render(
         data=data,
         headline=_headline(data),

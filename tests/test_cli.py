@@ -1,0 +1,129 @@
+"""The command line: exit codes, one clear line on bad input, one JSON document on request, stop and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitrim.cli import run
+from vitrim.methods import METHODS
+
+ASSET = files("vitrim") / "assets" / "digits-vit"
+DIGITS = f"local-dir:{ASSET}"
+RECIPE = """
+calibrate: {num_images: 64, batch_size: 32}
+repair: {refit: false}
+recover: {steps: 400, batch_size: 8, lr: 1.0e-5, num_validations: 40}
+"""
+
+
+def test_inspect_prints_a_table_or_one_json_document(capsys):
+    assert run(["inspect", DIGITS]) == 0
+    assert "683,242 parameters" in capsys.readouterr().out
+    assert run(["inspect", DIGITS, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["sites"]) == 6 and found["predicted"][1] == {"width_ratio": 1.0, "parameters": 349738}
+
+
+def test_methods_lists_every_method_with_its_paper(capsys):
+    assert run(["methods", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == METHODS.keys() and rows["dgmr"]["arxiv"] == "2506.08591"
+    assert run(["methods"]) == 0
+
+
+def test_compress_and_evaluate(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    command = ["compress", DIGITS, "--data", "digits", "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
+    assert run([*command, "--steps", "2", "--width-ratio", "0.5", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["widths"]["blocks.0.mlp"] == [384, 48] and printed["recovery"]["num_steps"] == 2
+    assert run(["evaluate", str(tmp_path / "out"), "--against", DIGITS, "--data", "digits", "--limit", "40"]) == 0
+    assert "pooled_cosine" in capsys.readouterr().out
+
+
+def test_no_repair_and_select_on(tmp_path, capsys):
+    command = ["compress", DIGITS, "--data", "digits", "--out", str(tmp_path / "out"), "--no-repair", "--quiet"]
+    assert run([*command, "--select-on", "weights", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cut_errors"] == {}
+
+
+@pytest.fixture
+def bad_inputs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "a.jpg").write_bytes(b"no image")
+    (tmp_path / "recipe.yaml").write_text("model: x\ndistil: {steps: 3}\n")
+    (tmp_path / "existing").mkdir()
+    (tmp_path / "file").write_text("")
+    return tmp_path
+
+
+BAD = {
+    "unknown model": (["compress", "timm/no_such_vit", "--out", "{0}/out"], "timm/no_such_vit"),
+    "unknown method": (["compress", DIGITS, "--out", "{0}/out", "--method", "dgrm"], "did you mean 'dgmr'"),
+    "missing data": (["compress", DIGITS, "--data", "{0}/none", "--out", "{0}/out"], "none"),
+    "empty data": (["compress", DIGITS, "--data", "{0}/empty", "--out", "{0}/out"], "no images"),
+    "corrupt data": (["compress", DIGITS, "--data", "{0}/corrupt", "--out", "{0}/out"], "could be read"),
+    "width 0": (["compress", DIGITS, "--width", "0", "--out", "{0}/out"], "use 1..384"),
+    "width above": (["compress", DIGITS, "--width", "385", "--out", "{0}/out"], "use 1..384"),
+    "ratio 0": (["compress", DIGITS, "--width-ratio", "0", "--out", "{0}/out"], "greater than 0"),
+    "recipe key": (["compress", "--recipe", "{0}/recipe.yaml", "--out", "{0}/out"], "unknown key 'distil'"),
+    "no recipe": (["compress", "--recipe", "{0}/none.yaml", "--out", "{0}/out"], "none.yaml"),
+    "no model": (["compress", "--out", "{0}/out"], "model"),
+    "unwritable": (["compress", DIGITS, "--out", "{0}/file/out"], "can't be written"),
+    "existing": (["compress", DIGITS, "--out", "{0}/existing"], "exists already"),
+    "unknown option": (["compress", DIGITS, "--out", "{0}/out", "--wdith", "3"], "wdith"),
+    "unknown command": (["shrink"], "shrink"),
+    "no number": (["compress", DIGITS, "--out", "{0}/out", "--width", "wide"], "wide"),
+    "evaluate": (["evaluate", "{0}/empty", "--against", DIGITS, "--data", "digits"], "config.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_left_behind(bad_inputs, capsys, name):
+    arguments, words = BAD[name]
+    before = sorted(path.name for path in bad_inputs.rglob("*"))
+    assert run([argument.format(bad_inputs) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and words in printed.err
+    assert sorted(path.name for path in bad_inputs.rglob("*")) == before
+
+
+def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(out):
+        arguments = [
+            "compress",
+            DIGITS,
+            "--data",
+            "digits",
+            "--recipe",
+            str(tmp_path / "recipe.yaml"),
+            "--out",
+            str(out),
+        ]
+        return [sys.executable, "-c", "from vitrim.cli import main; main()", *arguments, "--steps", "40"]
+
+    out, state = tmp_path / "out", tmp_path / ".out.partial" / "recover.pt"
+    stopped = subprocess.Popen(command(out), env=environment, stderr=subprocess.PIPE, text=True)
+    while not state.exists() and stopped.poll() is None:
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGINT)
+    _, errors = stopped.communicate()
+    assert stopped.returncode == 130 and "--resume" in errors and not out.exists()
+    subprocess.run([*command(out), "--resume"], env=environment, check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml", "whole"]

@@ -1,0 +1,145 @@
+"""The main job end to end, on small models and scikit-learn's digits."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import timm
+import torch
+
+import vitrim
+from vitrim.data import open_images
+from vitrim.errors import BudgetError, DataError, ModelError, OutputError, RecipeError
+
+DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+FEW = {"calibrate": {"num_images": 96, "batch_size": 32}, "repair": {"refit_steps": 10, "max_tokens": 2048}}
+
+
+def few(**kwargs):
+    return vitrim.Recipe.parse({"model": DIGITS, **FEW, **kwargs})
+
+
+def tiny():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compress") / "out"
+    recover = {"steps": 4, "batch_size": 16, "lr": 1e-4}
+    return vitrim.compress(DIGITS, data="digits", recipe=few(), recover=recover, out=out, quiet=True)
+
+
+def test_half_of_the_parameters_go_and_the_features_stay(result):
+    before, after = (result.metrics[when]["parameters"] for when in ("before", "after"))
+    assert after == sum(p.numel() for p in result.model.parameters()) < 0.52 * before
+    assert result.metrics["after_recovery"]["fidelity"]["relative_error"] < 0.05
+    assert result.metrics["after_recovery"]["fidelity"]["relative_error"] <= (
+        result.metrics["after_cut"]["fidelity"]["relative_error"] + 1e-9
+    )
+
+
+def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
+    names = {"model.safetensors", "config.json", "vitrim.json", "recipe.yaml", "metrics.json", "report.html"}
+    assert {path.name for path in result.out.iterdir()} == names
+    stock = timm.create_model(f"local-dir:{result.out}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stock(images), result.model(images))
+    assert torch.equal(vitrim.load(result.out)(images), result.model(images))
+    assert result.metrics["stock"] and result.metrics["reload_difference"] <= 1e-5
+    assert vitrim.Recipe.load(result.out / "recipe.yaml").recover.steps == 4
+    assert json.loads((result.out / "metrics.json").read_text())["images"]["held_out"] == 143
+
+
+def test_a_second_run_with_the_seed_gives_the_same_plan_byte_for_byte(tmp_path, result):
+    again = vitrim.compress(DIGITS, data="digits", recipe=few(), out=tmp_path / "again", quiet=True)
+    first, second = (json.loads((out / "vitrim.json").read_text()) for out in (result.out, again.out))
+    assert json.dumps(first["plan"]) == json.dumps(second["plan"])
+    assert first["plan_sha256"] == second["plan_sha256"] == again.plan.sha256
+    other = vitrim.compress(DIGITS, data="digits", recipe=few(), seed=1, quiet=True)
+    assert other.plan.sha256 != again.plan.sha256
+
+
+def test_what_vitrim_wrote_can_be_inspected_evaluated_and_cut_again(tmp_path, result):
+    found = vitrim.inspect(str(result.out))
+    assert {site.d_hidden for site in found.sites} == {96}
+    measured = vitrim.evaluate(str(result.out), DIGITS, "digits", limit=60, latency=False)
+    assert measured["student"]["parameters"] < measured["teacher"]["parameters"]
+    assert measured["fidelity"]["pooled_cosine"] > 0.95 and "knn" in measured["student"]
+    again = vitrim.compress(str(result.out), method="magnitude", width=40, out=tmp_path / "again", quiet=True)
+    assert vitrim.inspect(str(again.out)).sites[0].d_hidden == 40
+
+
+def test_the_given_module_is_left_as_it_was():
+    model = tiny()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    result = vitrim.compress(model, data=images.split(8), recipe=few(), recover={"steps": 2, "lr": 1e-5}, quiet=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in [*model.parameters(), *result.model.parameters()])
+    assert result.out is None and {site.d_hidden for site in vitrim.inspect(result.model).sites} == {32}
+
+
+def test_without_images_dgmr_falls_back_to_weights_and_says_so(tmp_path):
+    result = vitrim.compress(tiny(), width_ratio=0.5, out=tmp_path / "out", quiet=True)
+    paper = vitrim.compress(tiny(), method="dgmr-paper", width_ratio=0.5, quiet=True)
+    assert [edit.keep for edit in result.plan.edits] == [edit.keep for edit in paper.plan.edits]
+    assert any("selected on weights" in note for note in result.metrics["notes"])
+
+
+def test_a_module_no_library_can_build_is_saved_and_loaded_by_its_owner(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        mlp = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.GELU(), torch.nn.Linear(24, 12))
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 12), mlp).eval()
+
+    images = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    result = vitrim.compress(build(), data=images, recipe=few(), width=8, out=tmp_path / "out", quiet=True)
+    assert torch.equal(vitrim.load(tmp_path / "out", model=build())(images), result.model(images))
+
+
+def test_corrupt_images_are_counted(tmp_path):
+    digits = open_images("digits", limit=60)
+    for index in range(60):
+        image, _ = digits._rows.read(index)
+        image.save(tmp_path / f"{index:02}.png")
+    for index in (3, 30, 50):
+        (tmp_path / f"{index:02}.png").write_bytes(b"not an image")
+    result = vitrim.compress(DIGITS, data=tmp_path, recipe=few(), quiet=True)
+    assert result.metrics["images"]["skipped"] == 3
+
+
+def test_inspection_predicts_the_parameters_that_a_cut_leaves():
+    for model, ratio in ((tiny(), 1.0), (DIGITS, 0.5)):
+        predicted = vitrim.inspect(model).predicted[ratio]
+        result = vitrim.compress(model, method="magnitude", width_ratio=ratio, quiet=True)
+        assert predicted == result.metrics["after"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"model": "timm/vit_tinny_patch16_224"}, ModelError, "did you mean 'timm/vit_tiny"),
+        ({"model": "local-dir:/nowhere"}, ModelError, "no such model"),
+        ({"data": "/nowhere"}, DataError, "/nowhere"),
+        ({"width": 0}, BudgetError, r"use 1\.\.384"),
+        ({"width": 385}, BudgetError, r"use 1\.\.384"),
+        ({"width_ratio": 9.0}, BudgetError, r"use 1\.\.384"),
+        ({"width": 8, "keep_ratio": 0.5}, RecipeError, "exactly one"),
+        ({"method": "dgrm"}, RecipeError, "did you mean 'dgmr'"),
+        ({"options": {"select": 1}}, RecipeError, "select_on"),
+        ({"options": {"select_on": "outputs"}}, RecipeError, "needs images"),
+        ({"recover": 10}, RecipeError, "needs images"),
+        ({"recover": {"steps": 10, "stepz": 1}, "data": "digits"}, RecipeError, "recover.steps"),
+        ({"scope": "tower"}, vitrim.VitrimError, "scope 'tower'"),
+        ({"out": "/proc/nothing/out"}, OutputError, "can't be written"),
+        ({"device": "cuda:99"}, RecipeError, "device"),
+    ],
+)
+def test_bad_input_gives_one_clear_line(arguments, error, words):
+    with pytest.raises(error, match=words) as caught:
+        vitrim.compress(arguments.pop("model", DIGITS), quiet=True, **arguments)
+    assert "\n" not in str(caught.value)
