@@ -1,0 +1,209 @@
+"""Compares cuts by what is left right after them and after equal distillation: the table of the README.
+
+One run, equal images, equal steps, equal recovery code for every row: (a) DGMR as published, (b) dgmr as vitrim ships
+it, (c) magnitude with torch-pruning's own MLP pruning, (d) random units. Needs ../shared (CIFAR-10 and the ViT trained
+on it). Prints a table and writes JSON with machine, versions, seed and command.
+
+    python benchmarks/recovery.py            # all ratios, about 40 minutes on 2 cores
+    python benchmarks/recovery.py --ratios 1 --epochs 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.checkpoint import open_model
+from vitrim.cut import cut_
+from vitrim.data import ImageSet, augment_for, first_images, open_images, split_indices, transform_for
+from vitrim.evaluation import environment
+from vitrim.metrics.classify import knn_top1
+from vitrim.metrics.fidelity import TokenComparison
+from vitrim.models.sites import find_mlps
+from vitrim.models.taps import evaluating
+from vitrim.recipe import Recipe, RecoverOptions
+from vitrim.recover.distill import recover_
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+POINTS = (0.1, 0.3, 1.0)
+METHODS = ("dgmr-paper", "dgmr", "magnitude (torch-pruning)", "random")
+
+
+def main() -> None:
+    """Run every ratio and method."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--num-images", type=int, default=5000)
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.json"))
+    arguments = parser.parse_args()
+    bench = Bench(arguments.num_images, arguments.seed)
+    rows = []
+    for ratio in arguments.ratios:
+        for method in METHODS:
+            rows.append(bench.row(ratio, method, arguments.epochs))
+            print(format_row(rows[-1]), flush=True)
+    for ratio in arguments.ratios:
+        print(catching_up(rows, ratio))
+    result = {
+        "environment": environment(),
+        "arguments": {key: str(value) for key, value in vars(arguments).items()},
+        "teacher": bench.scores(bench.teacher),
+        "rows": rows,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table as the README shows it: top-1 and relative error, after the cut and along the steps."""
+    points = ["after the cut", "10% of steps", "30%", "100%"]
+    lines = ["| width ratio | method | " + " | ".join(points) + " |", "|---|---|" + "---|" * len(points)]
+    for row in result["rows"]:
+        cells = [f"{p['top1']:.2f} ({p['relative_error']:.4f})" for p in row["points"].values()]
+        name = f"**{row['method']}**" if row["method"] == "dgmr" else row["method"]
+        lines.append(f"| {row['ratio']:g} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+class Bench:
+    """The model, the images and the judge that all rows share."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.seed = seed
+        self.teacher, _ = open_model(f"local-dir:{SHARED / 'models' / 'cifar10-vit'}")
+        self.teacher.requires_grad_(False)
+        self.sites = find_mlps(self.teacher)
+        transform = transform_for(self.teacher)
+        data = SHARED / "data" / "cifar10"
+        images = open_images(data / "train.parquet", transform=transform, limit=num_images)
+        rest, held = split_indices(len(images), num_held_out=512, seed=seed)
+        self.train, self.held_out = images.subset(rest), stack(images.subset(held))[0]
+        self.index_images, self.index_labels = stack(images)
+        self.test_images, self.test_labels = stack(open_images(data / "test.parquet", transform=transform))
+        self.target = tokens_of(self.teacher, self.test_images)
+
+    def row(self, ratio: float, method: str, epochs: float) -> dict[str, Any]:
+        """Cut, judge, distil, judge on the way."""
+        width, started = round(ratio * 192), time.monotonic()
+        student = self.cut(method, width)
+        cut_s = time.monotonic() - started
+        steps = round(epochs * (len(self.train) // 128))
+        options = RecoverOptions(steps=steps, batch_size=128, flip=True, num_validations=10)
+        row: dict[str, Any] = {"ratio": ratio, "method": method, "width": width, "steps": steps, "points": {}}
+        row["points"]["0"] = self.scores(student)
+        best: dict[str, Any] = {"error": float("inf")}
+
+        def note(step: int, error: float) -> None:
+            if error < best["error"]:
+                best.update(error=error, state=copy.deepcopy(student.state_dict()))
+            share = step / steps
+            if any(abs(share - point) < 0.5 / steps + 1e-9 for point in POINTS):
+                judged = copy.deepcopy(student)
+                judged.load_state_dict(best["state"])
+                row["points"][f"{share:.1f}"] = self.scores(judged)
+
+        result = recover_(
+            student,
+            self.teacher,
+            self.train.augmented(augment_for(self.teacher, "light", flip=True), self.seed),
+            held_out=list(self.held_out.split(128)),
+            options=options,
+            seed=self.seed,
+            on_validation=note,
+            quiet=True,
+        )
+        row |= {"curve": result.curve, "lr": result.lr, "rate_test": result.rate_test, "cut_s": round(cut_s, 1)}
+        return {**row, "total_s": round(time.monotonic() - started, 1)}
+
+    def cut(self, method: str, width: int) -> nn.Module:
+        """A cut copy of the teacher."""
+        student = copy.deepcopy(self.teacher).requires_grad_(True)
+        if method.startswith("magnitude"):
+            prune_with_torch_pruning(student, width)
+            return student
+        recipe = Recipe(method=method, width=width, seed=self.seed)
+        batches = None
+        if method == "dgmr":
+            options = recipe.calibrate
+            batches, _ = first_images(self.train, options.num_images, seed=self.seed, batch_size=options.batch_size)
+        cut_(student, self.teacher, self.sites, recipe, batches, quiet=True)
+        return student
+
+    def scores(self, student: nn.Module) -> dict[str, float]:
+        """Top-1 and kNN in percent over all test images, and the relative error of all tokens."""
+        compared, right, pooled = TokenComparison(), 0, []
+        with evaluating(student):
+            for start in range(0, len(self.test_images), 500):
+                images = self.test_images[start : start + 500]
+                tokens = student.forward_features(images)  # type: ignore[operator]
+                compared.update(tokens, self.target[start : start + 500])
+                scores = student.forward_head(tokens)  # type: ignore[operator]
+                right += int((scores.argmax(1) == self.test_labels[start : start + 500]).sum())
+                pooled.append(tokens[:, 0])
+            index = tokens_of(student, self.index_images)[:, 0]
+            knn = knn_top1(index, self.index_labels, torch.cat(pooled), self.test_labels)
+        return {
+            "top1": 100 * right / len(self.test_images),
+            "knn": 100 * knn,
+            "relative_error": compared.relative_error,
+        }
+
+
+def prune_with_torch_pruning(model: nn.Module, width: int) -> None:
+    """Cut every MLP to a width by torch-pruning's group magnitude (L2) importance, with its own dependency graph."""
+    import torch_pruning as tp
+
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=torch.randn(1, 3, 32, 32))
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    for block in model.blocks:  # type: ignore[union-attr]
+        layer = block.mlp.fc1
+        group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=list(range(layer.out_features)))
+        scores = importance(group)
+        cut = scores.argsort()[: layer.out_features - width].tolist()
+        graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=cut).prune()
+
+
+def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Tokens behind the final norm."""
+    with evaluating(model):
+        return torch.cat([model.forward_features(part) for part in images.split(500)])  # type: ignore[operator]
+
+
+def stack(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """All images and labels in memory."""
+    batches = list(images.loader(batch_size=500))
+    return torch.cat([b.images_BCHW for b in batches]), torch.cat([b.labels_B for b in batches])
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One line of the table: top-1 / kNN / relative error at each point."""
+    cells = [f"{p['top1']:6.2f} {p['knn']:6.2f} {p['relative_error']:8.5f}" for p in row["points"].values()]
+    return (
+        f"{row['ratio']:<5g}{row['method']:28}" + " | ".join(cells) + f" | rate {row['lr']:g}, {row['total_s']:.0f} s"
+    )
+
+
+def catching_up(rows: list[dict[str, Any]], ratio: float) -> str:
+    """How many steps the published recipe needs to reach what dgmr has before its first step."""
+    ours, paper = (next(r for r in rows if r["ratio"] == ratio and r["method"] == m) for m in ("dgmr", "dgmr-paper"))
+    start = ours["curve"][0]["relative_error"]
+    step = next((int(point["step"]) for point in paper["curve"] if point["relative_error"] <= start), None)
+    steps = f"after {step} steps" if step is not None else f"not within {paper['steps']} steps"
+    best = min(point["relative_error"] for point in paper["curve"])
+    return (
+        f"ratio {ratio:g}: dgmr-paper reaches dgmr's error before training ({start:.4f}) {steps} (its best: {best:.4f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
