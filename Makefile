@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND := Agg
+# mkdocs-material prints an announcement otherwise
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test check docs bench clean
 

@@ -33,7 +33,13 @@ from vitrim.recover.distill import recover_
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 POINTS = (0.1, 0.3, 1.0)
-METHODS = ("dgmr-paper", "dgmr", "magnitude (torch-pruning)", "random")
+COLORS = {
+    "dgmr-paper": "#4c78a8",
+    "dgmr": "#d1495b",
+    "magnitude (torch-pruning)": "#8a8a8a",
+    "random": "#c9a227",
+}
+METHODS = tuple(COLORS)
 
 
 def main() -> None:
@@ -61,6 +67,7 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, Path("docs/assets/recovery.svg"))
     print(markdown(result))
 
 
@@ -73,6 +80,29 @@ def markdown(result: dict[str, Any]) -> str:
         name = f"**{row['method']}**" if row["method"] == "dgmr" else row["method"]
         lines.append(f"| {row['ratio']:g} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The picture of the README: held-out relative error along the steps, one panel a width ratio."""
+    from matplotlib.figure import Figure
+
+    ratios = list(dict.fromkeys(row["ratio"] for row in result["rows"]))
+    figure = Figure(figsize=(3.2 * len(ratios) + 0.6, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
+    for panel, ratio in zip(panels, ratios, strict=True):
+        for row in (row for row in result["rows"] if row["ratio"] == ratio):
+            best = torch.tensor([point["relative_error"] for point in row["curve"]]).cummin(0).values
+            ours = row["method"] == "dgmr"
+            color = COLORS[row["method"]]
+            steps = [point["step"] for point in row["curve"]]
+            panel.plot(steps, best, label=row["method"], color=color, linewidth=2.4 if ours else 1.4, marker=".")
+        panel.set(yscale="log", title=f"hidden width {ratio:g} x model width", xlabel="distillation steps")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", alpha=0.25)
+    panels[0].set_ylabel("relative error of the features")
+    panels[-1].legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 class Bench:

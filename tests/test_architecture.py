@@ -126,7 +126,7 @@ def test_the_public_names_are_these():
 
 
 IMPORT = """
-import json, random, sys
+import json, sys
 import numpy, torch
 
 def watch(event, args):
@@ -142,7 +142,6 @@ def state():
         torch.get_float32_matmul_precision(),
         torch.initial_seed(),
         torch.rand(1, generator=torch.Generator().set_state(torch.get_rng_state())).item(),
-        hash(random.getstate()),
         hash(numpy.random.get_state()[1].tobytes()),
     ]
 

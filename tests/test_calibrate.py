@@ -215,6 +215,18 @@ def test_one_batch_serves_both(build, num_held_out):
         assert torch.equal(visit.fit.inputs_ND, visit.held_out.inputs_ND)
 
 
+@pytest.mark.parametrize("name", ["timm-split-norm", "timm-vit-scaled"])
+def test_a_visit_again_sees_the_student_as_it_is_by_then(build, name):
+    case = build(name)
+    student, output = case.copy(), case.sites[0].output
+    visit = next(walk(case.model, student, case.sites, case.batches))
+    halve_(student, visit)
+    stats = visit.again().stats
+    assert stats.hidden_HH.shape == (case.sites[0].d_hidden // 2,) * 2
+    hidden = stored(student, [output], case.batches[:-1])[output][0]
+    check(stats, hidden, stored(case.model, [output], case.batches[:-1])[output][1])
+
+
 def test_samples_are_pairs_of_one_token_spread_over_all_images(build):
     case = build("timm-vit")
     site = case.sites[0]

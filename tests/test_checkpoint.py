@@ -136,6 +136,7 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
 def test_a_stopped_recovery_is_kept_for_resume_and_removed_when_not_wanted(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), staged_output(out) as (_, work):
+        (work / "cut.json").write_text("{}")
         save_state(work / "recover.pt", {"step": 3})
         raise KeyboardInterrupt
     with staged_output(out, resume=True) as (_, work):

@@ -49,7 +49,9 @@ def test_repair_and_refit_are_never_worse_than_what_they_start_from(case, run):
     assert run(student, case.batches[0]).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["timm-vit-scaled", "timm-packed", "timm-post-norm", "timm-swin", "llama-order"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit-scaled", "timm-packed", "timm-split-norm", "timm-post-norm", "timm-swin", "llama-order"]
+)
 @pytest.mark.parametrize("method", ["dgmr", "random"])
 def test_reported_errors_are_those_of_the_student_itself(build, name, method):
     case = build(name)

@@ -10,7 +10,7 @@ Shapes: N tokens, H hidden units, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -39,7 +39,7 @@ class SiteVisit:
     """What calibration has seen of one MLP.
 
     `scale_D` is the layer scale that follows it, None where there is no fixed one. `stands_alone`: the MLP can be run
-    on tokens by itself, outside its block.
+    on tokens by itself, outside its block. `again` measures once more, with the student as it is by then.
     """
 
     site: MlpSite
@@ -48,6 +48,7 @@ class SiteVisit:
     stands_alone: bool
     fit: Tokens
     held_out: Tokens
+    again: Callable[[], SiteVisit]
 
 
 def walk(
@@ -236,6 +237,7 @@ def _visit(
         stands_alone=_stands_alone(student.model, site, student.observe(site, 0)),
         fit=pools["fit"],
         held_out=pools["held_out"],
+        again=lambda: _visit(site, teacher, student, feedback, num_held_out, max_tokens),
     )
 
 

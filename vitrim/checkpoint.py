@@ -32,7 +32,7 @@ from vitrim.surgery import reshape_
 from vitrim.types import Plan
 
 WEIGHTS, CONFIG, ABOUT = "model.safetensors", "config.json", "vitrim.json"
-RECOVERY_STATE = "recover.pt"
+CUT_STATE, RECOVERY_STATE = "cut.json", "recover.pt"
 
 # Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
 STOCK_CHECK = """
@@ -68,7 +68,7 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
 
     Yields:
         The folder to write the output into, and the folder for resumable state. Both are gone afterwards, but for the
-        state of a run that was stopped while it recovered.
+        state of a run that was stopped after its cut.
 
     Raises:
         OutputError: `out` exists already, or its parent can't be written to.
@@ -86,12 +86,12 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
     try:
         yield folder, work
         folder.rename(out)
-        (work / RECOVERY_STATE).unlink(missing_ok=True)
+        (work / CUT_STATE).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not (work / RECOVERY_STATE).exists():
+        if not (work / CUT_STATE).exists():
             shutil.rmtree(work, ignore_errors=True)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -110,7 +110,7 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
     Returns:
         Whether the stock library can load the folder by itself.
     """
-    model_args = stock_args(student, origin, plan.widths.values())
+    model_args = stock_args(student, origin, plan)
     if model_args is not None:
         write_stock(student, folder, model_args)
     else:

@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     except Interrupted as error:
         return _fail(error, 130)
     except KeyboardInterrupt:
-        return _fail("stopped", 130)
+        return _fail("stopped; --resume goes on from the last state that was kept, if there is one", 130)
     except CycloptsError as error:
         return _fail(str(error).strip().split("\n")[0], 2)
     except VitrimError as error:

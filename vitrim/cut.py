@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
-from vitrim.checkpoint import versions, write_json
+from vitrim.checkpoint import CUT_STATE, versions, write_json
 from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import Method, MethodOptions, find_method
 from vitrim.ops.least_squares import fit_output, squared_error
@@ -104,12 +104,12 @@ def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | N
         RecipeError: it was made by another recipe.
         CheckpointError: it is damaged.
     """
-    if not (work / "cut.json").exists():
+    if not (work / CUT_STATE).exists():
         return None
     if (work / "recipe.yaml").read_text() != recipe.dump():
         raise RecipeError(f"resume: {work / 'recipe.yaml'} differs from this run's recipe; run without resume.")
     try:
-        about = json.loads((work / "cut.json").read_text())
+        about = json.loads((work / CUT_STATE).read_text())
         tensors = load_file(work / "cut.safetensors")
         plan = Plan.from_json(about["plan"])
         reshape_(student, plan.edits)
@@ -176,7 +176,11 @@ def _repair_(
     student: nn.Module, edit: KeepUnits, visit: SiteVisit, repair: RepairOptions, seed: int
 ) -> tuple[KeepUnits, dict[str, float]]:
     """Least squares, the cut itself, then the refit; the edit ends up with the tensors that came of it."""
-    site, keep = edit.site, torch.tensor(edit.keep)
+    original, site, keep = edit, edit.site, torch.tensor(edit.keep)
+    if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then see what they are
+        apply_(student, [edit])
+        site, keep = replace(site, d_hidden=edit.width), torch.arange(edit.width)
+        edit, visit = KeepUnits(site=site, keep=tuple(range(edit.width))), visit.again()
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
     fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=repair.ridge)
@@ -191,7 +195,7 @@ def _repair_(
     if repair.refit and visit.stands_alone:
         before, after = refit_(student, visit, num_steps=repair.refit_steps, lr=repair.refit_lr, seed=seed)
         errors |= {"held_out_repaired": before, "held_out_refitted": after}
-    return replace(edit, repaired=site_tensors(student, site)), errors
+    return replace(original, repaired=site_tensors(student, site)), errors
 
 
 def _visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
@@ -211,8 +215,8 @@ def _notes(method: Method, recipe: Recipe, batches: Sequence[Tensor] | None) -> 
     if batches is not None:
         return []
     notes = []
-    if method.needs == "images" and recipe.options.get("select_on") in (None, "weights"):
-        notes.append("no images given: units were selected on weights alone; pass data to select on outputs.")
+    if method.needs == "images":
+        notes.append("no images given: units were selected on weights alone; pass data to select by what they do.")
     if recipe.repair_options() is not None:
         notes.append("no images given: nothing was repaired; pass data for closed-form repair.")
     return notes

@@ -18,6 +18,7 @@ from vitrim.methods import find_method
 from vitrim.models.taps import FeaturesAt
 from vitrim.types import MlpSite
 
+LENGTHS = {"steps", "epochs"}
 BUDGETS = {"width_ratio", "keep_ratio", "width"}
 
 
@@ -28,14 +29,10 @@ class _Options(BaseModel):
 
 
 class CalibrateOptions(_Options):
-    """The images from which selection and repair learn.
-
-    `views` draws that many augmented views of each image beside the image itself, where images are few.
-    """
+    """The images from which selection and repair learn."""
 
     num_images: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=64, ge=1)
-    views: int = Field(default=0, ge=0)
 
 
 class RepairOptions(_Options):
@@ -137,7 +134,7 @@ class Recipe(_Options):
         return recipe
 
     def updated(self, given: Mapping[str, Any]) -> Recipe:
-        """This recipe with other values over it; None leaves a key as it is, a new budget replaces the old one.
+        """This recipe with other values over it; None changes nothing, a new budget or length replaces the old one.
 
         Raises:
             RecipeError: the result is not a valid recipe.
@@ -146,6 +143,9 @@ class Recipe(_Options):
         base = self.model_dump(exclude_unset=True)
         if BUDGETS & wins.keys():
             base = {key: value for key, value in base.items() if key not in BUDGETS}
+        base, length = dict(base), wins.get("recover")
+        if isinstance(length, Mapping) and LENGTHS & length.keys() and isinstance(base.get("recover"), dict):
+            base["recover"] = {key: value for key, value in base["recover"].items() if key not in LENGTHS}
         for key in ("repair", "recover", "calibrate", "options"):
             if isinstance(base.get(key), dict) and isinstance(wins.get(key), Mapping):
                 wins[key] = {**base[key], **wins[key]}

@@ -33,7 +33,7 @@ class DgmrPaperOptions(MethodOptions):
     select_on: Literal["weights"] = "weights"
 
 
-PAPER = "DGMR: Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
+PAPER = "Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
 
 
 @register(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,26 +115,33 @@ def build_empty(origin: Origin) -> nn.Module:
             f"{origin.name}: no library can build this model; build it and pass it: vitrim.load(path, model=...)."
         )
     import timm
-    from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        return timm.create_model(origin.architecture, pretrained=False, **origin.model_args).eval()
+    return _on_meta(lambda: timm.create_model(origin.architecture, pretrained=False, **origin.model_args)).eval()
 
 
 def _create(name: str, source: str, weights: bool) -> nn.Module:
     """Timm's factory, with its failures in one line."""
     import timm
-    from accelerate import init_empty_weights
 
     try:
-        with nullcontext() if weights else init_empty_weights(include_buffers=False):
-            return timm.create_model(name, pretrained=weights)
+        return timm.create_model(name, pretrained=True) if weights else _on_meta(lambda: timm.create_model(name))
     except Exception as error:  # timm, the hub client and safetensors each raise their own kinds
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise ModelError(
             f"{source}: could not load the model ({reason}); check the name, the files or the network, "
             "or pass local-dir:PATH."
         ) from error
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build with parameters on the meta device and real buffers, or for real where the constructor needs values."""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            return build()
+    except (NotImplementedError, RuntimeError):  # timm's Swin v2 reads its parameters while it is built
+        return build()
 
 
 def _check_timm_name(name: str) -> None:

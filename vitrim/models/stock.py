@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,24 @@ from typing import Any
 from torch import nn
 
 from vitrim.models.load import Origin, build_empty
+from vitrim.types import Plan
 
 
-def stock_args(student: nn.Module, origin: Origin, widths: Collection[int]) -> Mapping[str, Any] | None:
+def stock_args(student: nn.Module, origin: Origin, plan: Plan) -> Mapping[str, Any] | None:
     """Arguments with which the stock library builds a model of the student's very shapes.
 
     Args:
         student: the cut model.
         origin: how the uncut model is built.
-        widths: hidden widths of the MLPs after the cut.
+        plan: what was cut.
 
     Returns:
         The library's own arguments, or None where its config can't express the widths.
     """
-    if origin.library is None or len(set(widths)) != 1:
+    if origin.library is None:
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
-    for ratio in _ratios(origin, next(iter(widths)), getattr(student, "embed_dim", 0)):
+    for ratio in _ratios(plan):
         candidate = replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
         try:
             built = build_empty(candidate).state_dict()
@@ -48,11 +49,9 @@ def write_stock(student: nn.Module, folder: Path, model_args: Mapping[str, Any])
     save_for_hf(student, str(folder), model_args=dict(model_args), safe_serialization=True)
 
 
-def _ratios(origin: Origin, width: int, d_model: int | list[int]) -> Iterator[float]:
-    """Ratios that may give this width: as it is, nudged over the truncation, and doubled for packed gates."""
-    sizes = d_model if isinstance(d_model, list | tuple) else [d_model]
-    for size in sizes:
-        if size:
-            for count in (width, 2 * width):
-                yield count / size
-                yield (count + 0.5) / size
+def _ratios(plan: Plan) -> Iterator[float]:
+    """Ratios that may give these widths: as they are, nudged over the truncation, and doubled for packed gates."""
+    edit = plan.edits[0]
+    for count in (edit.width, 2 * edit.width):
+        yield count / edit.site.d_model
+        yield (count + 0.5) / edit.site.d_model

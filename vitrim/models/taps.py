@@ -36,7 +36,8 @@ def features(model: nn.Module, images_BCHW: Tensor, *, at: FeaturesAt = "final")
         ModelError: the output holds no tensor of features, or `pre_norm` was asked of a model without final norm.
     """
     if at == "final":
-        return _split(model, _tokens(model, images_BCHW))
+        tokens = _tokens(model, images_BCHW)
+        return _pooled(model, tokens, _split(model, tokens))
     norm = final_norm(model)
     if norm is None:
         raise ModelError(f"{type(model).__name__}: no final norm found; use features_at='final'.")
@@ -121,6 +122,14 @@ def _split(model: nn.Module, tokens: Tensor) -> Features:
     num_prefix = num_prefix_tokens(model)
     patches = tokens[:, num_prefix:]
     return Features(pooled_BD=tokens[:, 0] if num_prefix else patches.mean(1), patches_BND=patches)
+
+
+def _pooled(model: nn.Module, tokens_BND: Tensor, found: Features) -> Features:
+    """The vector that a model with attention pooling (SigLIP) really hands out, in place of the mean of its tokens."""
+    if getattr(model, "attn_pool", None) is None:
+        return found
+    pooled_BD = model.forward_head(tokens_BND, pre_logits=True)  # type: ignore[operator]
+    return Features(pooled_BD=pooled_BD, patches_BND=found.patches_BND)
 
 
 def num_prefix_tokens(model: nn.Module) -> int:

@@ -51,7 +51,7 @@ def refit_(
             start = [p.clone() for p in parameters]
         if before <= EXACT * float(visit.fit.targets_ND.square().sum(1).mean()):
             return before, before
-        _descend_(student, visit, parameters, scale_D, num_steps, batch_tokens, lr, seed)
+        _descend_(student, visit, scale_D=scale_D, num_steps=num_steps, batch_tokens=batch_tokens, lr=lr, seed=seed)
         with torch.no_grad():
             after = _held_out_error(student, visit, scale_D)
             if not after < before:
@@ -68,7 +68,7 @@ def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
 def _descend_(
     student: nn.Module,
     visit: SiteVisit,
-    parameters: list[nn.Parameter],
+    *,
     scale_D: Tensor | float,
     num_steps: int,
     batch_tokens: int,
@@ -76,6 +76,7 @@ def _descend_(
     seed: int,
 ) -> None:
     """The run of Adam itself."""
+    parameters = list(_site_parameters(student, visit.site).values())
     inputs, targets, device = visit.fit.inputs_ND, visit.fit.targets_ND, parameters[0].device
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=num_steps + 1, pct_start=0.1)
