@@ -83,6 +83,16 @@ def test_other_widths_load_with_vitrim(tmp_path, name, widths):
     assert torch.equal(vitrim.load(tmp_path)(images), student(images))
 
 
+def test_swin_cut_by_one_ratio_is_stock_too(tmp_path):
+    torch.manual_seed(0)
+    architecture, arguments = FAMILIES["swin"]
+    model = timm.create_model(architecture, **arguments).eval()
+    result = vitrim.compress(model, method="magnitude", width_ratio=2.0, out=tmp_path / "out", quiet=True)
+    assert len(set(result.plan.widths.values())) > 1 and result.metrics["stock"]
+    stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(stock(IMAGES), result.model(IMAGES))
+
+
 def test_a_fresh_process_without_vitrim_gives_the_same_outputs_and_a_wrong_file_is_noticed(tmp_path):
     model, student, plan = cut("plain", 32)
     stock = save(tmp_path, student, origin=origin_of(model), plan=plan)

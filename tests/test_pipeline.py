@@ -83,6 +83,16 @@ def test_the_given_module_is_left_as_it_was():
     assert result.out is None and {site.d_hidden for site in vitrim.inspect(result.model).sites} == {32}
 
 
+def test_a_bf16_model_comes_back_in_bf16_and_is_cut_in_float32(tmp_path):
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    results = [
+        vitrim.compress(model, data=images, recipe=few(), out=tmp_path / name, quiet=True)
+        for name, model in (("half", tiny().bfloat16()), ("full", tiny().bfloat16().float()))
+    ]
+    assert {tensor.dtype for tensor in vitrim.load(tmp_path / "half").state_dict().values()} == {torch.bfloat16}
+    assert results[0].plan.sha256 == results[1].plan.sha256
+
+
 def test_without_images_dgmr_falls_back_to_weights_and_says_so(tmp_path):
     result = vitrim.compress(tiny(), width_ratio=0.5, out=tmp_path / "out", quiet=True)
     paper = vitrim.compress(tiny(), method="dgmr-paper", width_ratio=0.5, quiet=True)

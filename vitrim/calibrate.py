@@ -57,9 +57,9 @@ def walk(
     sites: Sequence[MlpSite],
     batches: Sequence[Tensor],
     *,
-    feedback: float = 0.5,
+    feedback: float = 1.0,
     num_held_out: int = 1,
-    max_tokens: int = 65_536,
+    max_tokens: int = 100_000,
 ) -> Iterator[SiteVisit]:
     """Visit each MLP in forward order; the caller cuts the student's site before asking for the next.
 

@@ -6,6 +6,7 @@ pickled. Reloading needs the plan's widths alone; tensors stand once, in model.s
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -39,11 +40,11 @@ STOCK_CHECK = """
 import sys
 sys.modules["vitrim"] = None
 import timm
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).float().eval()
 """
 OWN_CHECK = """
 import sys, vitrim
-model = vitrim.load(sys.argv[1]).eval()
+model = vitrim.load(sys.argv[1]).float().eval()
 """
 COMPARE = """
 import torch
@@ -207,12 +208,12 @@ def verify(folder: Path, student: nn.Module, images_BCHW: Tensor, *, stock: bool
     Raises:
         OutputError: the folder does not load, or loads to something else.
     """
-    with evaluating(student):
-        device = next(student.parameters()).device
-        output = student(images_BCHW.to(device))
+    reference = copy.deepcopy(student).cpu().float()  # a stored bf16 model is compared in float32 on both sides
+    with evaluating(reference):
+        output = reference(images_BCHW.cpu())
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
-        save_file({"images": images_BCHW.cpu().contiguous(), "output": output.cpu().clone()}, probe)
+        save_file({"images": images_BCHW.cpu().contiguous(), "output": output.clone()}, probe)
         code = (STOCK_CHECK if stock else OWN_CHECK) + COMPARE
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", code, str(folder), str(probe)]

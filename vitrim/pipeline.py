@@ -130,7 +130,8 @@ def _run(
 ) -> Result:
     """The story: cut, judge, recover, judge again, write."""
     started, device = time.monotonic(), resolve_device(recipe.device)
-    student = copy.deepcopy(original).to(device).eval()
+    dtype = next(original.parameters()).dtype
+    student = copy.deepcopy(original).to(device).float().eval()  # moments and small steps need more than bf16
     teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=recipe.scope)
     split = None if images is None else _split(images, recipe)
@@ -169,7 +170,7 @@ def _run(
         "notes": list(cut.notes),
         "environment": environment(),
     }
-    teacher, student = teacher.cpu(), student.cpu()
+    teacher, student = teacher.cpu(), student.cpu().to(dtype)
     if folder is not None:
         _write(folder, teacher, student, origin, cut.plan, recipe, metrics, sample)
     metrics["seconds"] = round(time.monotonic() - started, 1)

@@ -43,11 +43,11 @@ class RepairOptions(_Options):
     """
 
     ridge: float = Field(default=1e-4, gt=0)
-    feedback: float = Field(default=0.5, ge=0, le=1)
+    feedback: float = Field(default=1.0, ge=0, le=1)
     refit: bool = True
-    refit_steps: int = Field(default=150, ge=1)
-    refit_lr: float = Field(default=3e-3, gt=0)
-    max_tokens: int = Field(default=65_536, ge=256)
+    refit_steps: int = Field(default=300, ge=1)
+    refit_lr: float = Field(default=1e-2, gt=0)
+    max_tokens: int = Field(default=100_000, ge=256)
 
 
 class RecoverOptions(_Options):

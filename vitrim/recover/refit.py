@@ -24,9 +24,9 @@ def refit_(
     student: nn.Module,
     visit: SiteVisit,
     *,
-    num_steps: int = 150,
+    num_steps: int = 300,
     batch_tokens: int = 4096,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Refit one MLP in place; never worse on the held-out tokens.

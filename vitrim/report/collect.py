@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,7 +136,7 @@ def _pictures(teacher: nn.Module, student: nn.Module, origin: Origin, sample: Te
     nothing: dict[str, Any] = {"images": None, "teacher_patches": None, "student_patches": None, "grid": None}
     if sample is None:
         return nothing
-    sample = sample[:NUM_IMAGES]
+    sample, student = sample[:NUM_IMAGES], copy.deepcopy(student).float()
     with evaluating(teacher, student):
         theirs, mine = (features(model, sample).patches_BND for model in (teacher, student))
     side = 0 if theirs is None else round(theirs.shape[1] ** 0.5)
