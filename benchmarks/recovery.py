@@ -5,7 +5,7 @@ it, (c) magnitude with torch-pruning's own MLP pruning, (d) random units. Needs 
 on it). Prints a table and writes JSON with machine, versions, seed and command.
 
     python benchmarks/recovery.py            # all ratios, about 40 minutes on 2 cores
-    python benchmarks/recovery.py --ratios 1 --epochs 1
+    python benchmarks/recovery.py --ratios 1 --steps 20
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--num-images", type=int, default=5000)
-    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, default=120, help="of 128 images; a multiple of 10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.json"))
     arguments = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
     rows = []
     for ratio in arguments.ratios:
         for method in METHODS:
-            rows.append(bench.row(ratio, method, arguments.epochs))
+            rows.append(bench.row(ratio, method, arguments.steps))
             print(format_row(rows[-1]), flush=True)
     for ratio in arguments.ratios:
         print(catching_up(rows, ratio))
@@ -122,12 +122,11 @@ class Bench:
         self.test_images, self.test_labels = stack(open_images(data / "test.parquet", transform=transform))
         self.target = tokens_of(self.teacher, self.test_images)
 
-    def row(self, ratio: float, method: str, epochs: float) -> dict[str, Any]:
+    def row(self, ratio: float, method: str, steps: int) -> dict[str, Any]:
         """Cut, judge, distil, judge on the way."""
         width, started = round(ratio * 192), time.monotonic()
         student = self.cut(method, width)
         cut_s = time.monotonic() - started
-        steps = round(epochs * (len(self.train) // 128))
         options = RecoverOptions(steps=steps, batch_size=128, flip=True, num_validations=10)
         row: dict[str, Any] = {"ratio": ratio, "method": method, "width": width, "steps": steps, "points": {}}
         row["points"]["0"] = self.scores(student)
@@ -136,11 +135,10 @@ class Bench:
         def note(step: int, error: float) -> None:
             if error < best["error"]:
                 best.update(error=error, state=copy.deepcopy(student.state_dict()))
-            share = step / steps
-            if any(abs(share - point) < 0.5 / steps + 1e-9 for point in POINTS):
+            if step in {round(point * steps) for point in POINTS}:
                 judged = copy.deepcopy(student)
                 judged.load_state_dict(best["state"])
-                row["points"][f"{share:.1f}"] = self.scores(judged)
+                row["points"][str(step)] = self.scores(judged)
 
         result = recover_(
             student,

@@ -13,10 +13,12 @@ import timm
 import torch
 
 from vitrim.data import ImageSet, open_images
+from vitrim.errors import Interrupted
 from vitrim.models.sites import find_mlps
 from vitrim.recipe import RecoverOptions
-from vitrim.recover.distill import Interrupted, _shape, recover_
+from vitrim.recover.distill import recover_
 from vitrim.recover.losses import feature_loss
+from vitrim.recover.schedule import rate_shape
 from vitrim.surgery import apply_
 from vitrim.types import Features, KeepUnits
 
@@ -172,7 +174,7 @@ def test_features_before_the_norm_train_neither_norm_nor_head():
 
 
 def test_the_rate_rises_then_falls_to_nothing():
-    shape = [_shape(step, 100, 0.1) for step in range(100)]
+    shape = [rate_shape(step, 100, 0.1) for step in range(100)]
     assert shape[9] == shape[10] == 1.0 and shape[0] == pytest.approx(0.1) and shape[-1] < 1e-3
     assert shape[:10] == sorted(shape[:10]) and shape[10:] == sorted(shape[10:], reverse=True)
 

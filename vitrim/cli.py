@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from vitrim.errors import RecipeError, VitrimError
+from vitrim.errors import Interrupted, RecipeError, VitrimError
 
 app = App(name="vitrim", help="Make pretrained Vision Transformers smaller and keep their features.")
 console = Console()
@@ -31,8 +31,6 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; its exit code."""
-    from vitrim.recover.distill import Interrupted
-
     try:
         app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
     except Interrupted as error:

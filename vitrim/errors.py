@@ -33,5 +33,9 @@ class CheckpointError(VitrimError):
     """A checkpoint or a plan on disk is damaged or does not fit."""
 
 
+class Interrupted(VitrimError):
+    """The user stopped a run; what it needs to go on was kept where the message says."""
+
+
 class MissingExtraError(VitrimError):
     """An optional dependency is needed and not installed."""

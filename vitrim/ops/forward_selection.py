@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrim.ops.gram_schmidt import check_num_keep, working_dtype
+from vitrim.ops.gram_schmidt import check_num_keep, pick_in_rounds, working_dtype
 
 
 def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None = None) -> Tensor:
@@ -36,18 +36,11 @@ def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None
     dtype = working_dtype(gram_HH.device)
     gram_HH = gram_HH.to(dtype)
     cross_HD = None if cross_HD is None else cross_HD.to(dtype)
-    left = torch.arange(gram_HH.shape[0], device=gram_HH.device)
-    picked: list[Tensor] = []
-    while (missing := num_keep - sum(len(part) for part in picked)) > 0:
-        cross_RD = None if cross_HD is None else cross_HD[left]
-        order = _one_round(gram_HH[left][:, left], cross_RD, missing)
-        if len(order) == 0:  # only units that are constant are left; nothing tells them apart
-            order = torch.arange(missing, device=left.device)
-        picked.append(left[order])
-        mask = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        mask[order] = False
-        left = left[mask]
-    return torch.cat(picked).cpu()
+
+    def one_round(left: Tensor, missing: int) -> Tensor:
+        return _one_round(gram_HH[left][:, left], None if cross_HD is None else cross_HD[left], missing)
+
+    return pick_in_rounds(torch.arange(gram_HH.shape[0], device=gram_HH.device), num_keep, one_round)
 
 
 def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int) -> Tensor:

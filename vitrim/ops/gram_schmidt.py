@@ -10,6 +10,8 @@ Shapes: H rows (hidden units), D columns (model width), K picks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,21 +37,11 @@ def select_units(rows_HD: Tensor, num_keep: int) -> Tensor:
 
     Paper: DGMR, arXiv 2506.08591, section 3. O(K H D) time, O(K D) extra memory.
     """
-    num_rows = rows_HD.shape[0]
-    check_num_keep(num_keep, num_rows)
+    check_num_keep(num_keep, rows_HD.shape[0])
     rows_HD = rows_HD.detach().to(working_dtype(rows_HD.device))
     floor = max(rows_HD.shape) * torch.finfo(rows_HD.dtype).eps * float(rows_HD.norm(dim=1).max())
-    left = torch.arange(num_rows, device=rows_HD.device)
-    picked: list[Tensor] = []
-    while (missing := num_keep - sum(len(part) for part in picked)) > 0:
-        order = _one_round(rows_HD[left], missing, floor)
-        if len(order) == 0:  # only zero rows are left; nothing tells them apart
-            order = torch.arange(missing, device=left.device)
-        picked.append(left[order])
-        mask = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        mask[order] = False
-        left = left[mask]
-    return torch.cat(picked).cpu()
+    left = torch.arange(rows_HD.shape[0], device=rows_HD.device)
+    return pick_in_rounds(left, num_keep, lambda left, missing: _one_round(rows_HD[left], missing, floor))
 
 
 def residual_curve(rows_HD: Tensor, order: Tensor) -> Tensor:
@@ -70,6 +62,30 @@ def residual_curve(rows_HD: Tensor, order: Tensor) -> Tensor:
     explained_K = (rows_HD @ basis_DK).square().sum(0) * new_K
     left_K = 1 - explained_K.cumsum(0) / rows_HD.square().sum()
     return torch.cat([torch.ones(1, dtype=torch.float64), left_K]).clamp(min=0)
+
+
+def pick_in_rounds(left: Tensor, num_keep: int, one_round: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Pick units round after round until there are enough.
+
+    Args:
+        left: indices of all units.
+        num_keep: how many to pick.
+        one_round: given the units still there and how many are missing, picks among them by position, as many as it
+            can tell apart.
+
+    Returns:
+        int64 indices in pick order, on the CPU. Units that no round can tell apart come last, lowest index first.
+    """
+    picked: list[Tensor] = []
+    while (missing := num_keep - sum(len(part) for part in picked)) > 0:
+        order = one_round(left, missing)
+        if len(order) == 0:  # only zero rows or constant units are left
+            order = torch.arange(missing, device=left.device)
+        picked.append(left[order])
+        mask = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        mask[order] = False
+        left = left[mask]
+    return torch.cat(picked).cpu()
 
 
 def check_num_keep(num_keep: int, num_units: int) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,21 +22,18 @@ from torch import Tensor, nn
 
 from vitrim.checkpoint import load_state, save_state
 from vitrim.data import ImageSet
-from vitrim.errors import VitrimError
+from vitrim.errors import Interrupted
 from vitrim.models.taps import evaluating, features
 from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.losses import FeatureModel, feature_loss
+from vitrim.recover.schedule import cosine_between, rate_shape, stop_on_interrupt
 from vitrim.types import Features
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
 # A short run may end this much above the start before its rate counts as too high.
 SHOCK = 1.5
-
-
-class Interrupted(VitrimError):
-    """The user stopped the run; its state was saved."""
 
 
 @dataclass
@@ -103,7 +99,7 @@ def _loop(run: _Run, state: Path | None, quiet: bool, on_validation: Callable[[i
     """Steps from where the run stands to its end, with validation, state and Ctrl-C."""
     every = max(1, run.num_steps // run.options.num_validations)
     with (
-        _stop_on_interrupt() as stop,
+        stop_on_interrupt() as stop,
         progress("distil", run.num_steps, quiet=quiet or not run.is_main) as bar,
     ):
         bar.done = run.step
@@ -114,7 +110,7 @@ def _loop(run: _Run, state: Path | None, quiet: bool, on_validation: Callable[[i
                 error = run.validate(loss)
                 if on_validation:
                     on_validation(run.step, error)
-            rate = run.step * run.global_batch / max(1e-9, _seconds(bar.started))
+            rate = run.step * run.global_batch / max(1e-9, time.monotonic() - bar.started)
             bar.advance(1, f"error {run.result.curve[-1]['relative_error']:.4f}, {rate:.0f} images/s")
             stopped = stop.is_set() and run.step < run.num_steps
             if state is not None and run.is_main and (due or stopped):
@@ -208,7 +204,7 @@ class _Run:
         with progress("range test", len(RATES), quiet=quiet or not self.is_main) as bar:
             for rate in RATES:
                 for batches in self.batches(0, num_steps):
-                    self.train_step(batches, lr=rate * _shape(self.step, num_steps, self.options.warmup_ratio))
+                    self.train_step(batches, lr=rate * rate_shape(self.step, num_steps, self.options.warmup_ratio))
                 errors[rate] = self._held_out_error()
                 self.student.load_state_dict(start)
                 self.optimizer.state.clear()
@@ -246,8 +242,8 @@ class _Run:
 
     def train_step(self, batches: Sequence[Tensor], lr: float | None = None) -> float:
         """One optimizer step over a list of micro-batches; the mean loss."""
-        shape = _shape(self.step, self.num_steps, self.options.warmup_ratio)
-        decay = _between(*self.options.weight_decay, self.step / self.num_steps)
+        shape = rate_shape(self.step, self.num_steps, self.options.warmup_ratio)
+        decay = cosine_between(*self.options.weight_decay, self.step / self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.result.lr * shape if lr is None else lr
             group["weight_decay"] = decay if group["decays"] else 0.0
@@ -363,27 +359,6 @@ class _MicroBatches:
             yield batch.images_BCHW
 
 
-@contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag that is read between steps; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def _features_of(model: nn.Module, images: Tensor, options: RecoverOptions, device: torch.device) -> Features:
     """A teacher's features of a batch, kept on the CPU."""
     with torch.no_grad():
@@ -401,22 +376,3 @@ def _first(found: Features, count: int, device: torch.device) -> Features:
 def _parts(found: Features) -> list[Tensor]:
     """The tensors that features hold."""
     return [found.pooled_BD] + ([] if found.patches_BND is None else [found.patches_BND])
-
-
-def _shape(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak rate at a step: linear warm-up, then cosine to zero."""
-    warmup = max(1, round(warmup_ratio * num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
-
-
-def _between(start: float, end: float, share: float) -> float:
-    """Cosine from `start` to `end`."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _seconds(since: float) -> float:
-    import time
-
-    return time.monotonic() - since

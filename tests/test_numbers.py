@@ -1,0 +1,20 @@
+"""Every table of numbers in README and docs is what a benchmark wrote, to the letter."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name, page", [("recovery", "README.md"), ("repair", "docs/choosing.md")])
+def test_the_table_is_the_one_that_the_benchmark_wrote(name, page):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert benchmark.markdown(result) in (ROOT / page).read_text()
+    assert {"command", "machine", "torch", "time"} <= result["environment"].keys()
