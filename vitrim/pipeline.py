@@ -28,7 +28,7 @@ from vitrim.metrics.fidelity import block_fidelity
 from vitrim.models.load import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.recipe import Recipe, RecoverOptions
-from vitrim.recover.distill import recover_
+from vitrim.recover.distill import Recovery, recover_
 from vitrim.report.collect import collect
 from vitrim.types import Plan
 
@@ -144,17 +144,7 @@ def _run(
     sample = split.held_out[0].images_BCHW if split else None
     recovery = None
     if split is not None and recipe.recover is not None:
-        recovery = recover_(
-            student,
-            teacher,
-            split.train.augmented(_augment(origin, recipe.recover), recipe.seed),
-            held_out=[batch.images_BCHW for batch in split.held_out],
-            options=recipe.recover,
-            seed=recipe.seed,
-            state=None if work is None else work / RECOVERY_STATE,
-            resume=resume,
-            quiet=quiet,
-        )
+        recovery = _recover_(student, teacher, origin, split, recipe, recipe.recover, work, quiet=quiet, resume=resume)
         stages.append(_judge(student, teacher, split, cut.plan))
     metrics: dict[str, Any] = {
         "model": origin.name,
@@ -175,6 +165,34 @@ def _run(
         _write(folder, teacher, student, origin, cut.plan, recipe, metrics, sample)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     return Result(model=student, plan=cut.plan, metrics=metrics, out=folder)
+
+
+def _recover_(
+    student: nn.Module,
+    teacher: nn.Module,
+    origin: Origin,
+    split: _Split,
+    recipe: Recipe,
+    options: RecoverOptions,
+    work: Path | None,
+    *,
+    quiet: bool,
+    resume: bool,
+) -> Recovery:
+    """Distil on the training images, augmented for the model's own preprocessing; tensors are taken as they are."""
+    known = origin.preprocessing
+    augment = augment_for(known, options.augment, flip=options.flip) if known else None
+    return recover_(
+        student,
+        teacher,
+        split.train.augmented(augment, recipe.seed),
+        held_out=[batch.images_BCHW for batch in split.held_out],
+        options=options,
+        seed=recipe.seed,
+        state=None if work is None else work / RECOVERY_STATE,
+        resume=resume,
+        quiet=quiet,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +236,6 @@ def _judge(student: nn.Module, teacher: nn.Module, split: _Split | None, plan: P
         "blocks": block_fidelity(student, teacher, split.held_out, blocks),
         **top1_of(student, split.held_out),
     }
-
-
-def _augment(origin: Origin, options: RecoverOptions) -> Any:
-    """The training augmentation for a model's own preprocessing; tensors are passed as they are."""
-    return augment_for(origin.preprocessing, options.augment, flip=options.flip) if origin.preprocessing else None
 
 
 def _write(

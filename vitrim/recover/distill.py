@@ -102,7 +102,7 @@ def _loop(run: _Run, state: Path | None, quiet: bool, on_validation: Callable[[i
         stop_on_interrupt() as stop,
         progress("distil", run.num_steps, quiet=quiet or not run.is_main) as bar,
     ):
-        bar.done = run.step
+        bar.done = first = run.step
         for batches in run.batches(run.step):
             loss = run.train_step(batches)
             due = run.step % every == 0 or run.step == run.num_steps
@@ -110,7 +110,7 @@ def _loop(run: _Run, state: Path | None, quiet: bool, on_validation: Callable[[i
                 error = run.validate(loss)
                 if on_validation:
                     on_validation(run.step, error)
-            rate = run.step * run.global_batch / max(1e-9, time.monotonic() - bar.started)
+            rate = (run.step - first) * run.global_batch / max(1e-9, time.monotonic() - bar.started)
             bar.advance(1, f"error {run.result.curve[-1]['relative_error']:.4f}, {rate:.0f} images/s")
             stopped = stop.is_set() and run.step < run.num_steps
             if state is not None and run.is_main and (due or stopped):

@@ -337,7 +337,7 @@ def _draw_residual(axes: Axes, curve: Mapping[str, Any], label: str) -> float:
     """Fill one panel; returns the fraction left at the cut."""
     residual = np.asarray(curve["residual"], dtype=float)
     picks = np.asarray(curve.get("picks") or np.linspace(0, curve["num_units"], len(residual)), dtype=float)
-    left = float(np.interp(curve["cut"], picks, residual))
+    left = round(float(np.interp(curve["cut"], picks, residual)), 6)  # below is rounding, not energy
     shown = np.unique(np.linspace(0, len(picks) - 1, MAX_CURVE_POINTS).round().astype(int))
     axes.fill_between(picks[shown], residual[shown], color=BEFORE, alpha=0.25, linewidth=0)
     axes.plot(picks[shown], residual[shown], color=MUTED, linewidth=1.1)
