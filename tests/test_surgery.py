@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,3 +264,13 @@ def test_mlp_output_is_what_the_mlp_puts_out(build):
                 expected = case.model.get_submodule(site.path)(tokens)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
         assert not case.model.get_submodule(site.output)._forward_hooks
+
+
+def test_a_plan_for_another_width_is_refused_and_changes_nothing():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2)
+    edits = [KeepUnits(site=site, keep=(1, 0, 5)) for site in find_mlps(model)]
+    apply_(model, edits)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(BudgetError, match="has 3 hidden units, the plan was made for 96"):
+        apply_(model, edits)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -194,11 +194,14 @@ def _cut(name: str, tensor: Tensor, edit: Edit) -> Tensor:
     _check(edit)
     site = edit.site
     keep = torch.tensor(edit.keep, device=tensor.device)
-    if name == f"{site.output}.weight":
-        return tensor[:, keep].contiguous()
-    if name.startswith(f"{site.value}."):
-        keep = torch.cat([keep + group * site.d_hidden for group in range(site.num_groups)])
-    return tensor[keep].contiguous()
+    dim, num_groups = int(name == f"{site.output}.weight"), site.num_groups if name.startswith(f"{site.value}.") else 1
+    if tensor.shape[dim] != num_groups * site.d_hidden:
+        units = tensor.shape[dim] // num_groups
+        raise BudgetError(
+            f"{name}: has {units} hidden units, the plan was made for {site.d_hidden}; use its own model."
+        )
+    keep = torch.cat([keep + group * site.d_hidden for group in range(num_groups)])
+    return tensor.index_select(dim, keep).contiguous()
 
 
 def _resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
