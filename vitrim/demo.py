@@ -33,7 +33,13 @@ def run_demo(out: Path, *, steps: int, console: Console) -> dict[str, Any]:
         share = found.parameters["mlp"] / found.parameters["total"]
         console.print(f"Digits ViT: {found.parameters['total']:,} parameters, {share:.0%} in {len(found.sites)} MLPs.")
         console.print("Cutting every MLP from 384 to 96 hidden units with 1,437 unlabelled training images ...")
-        compress(model, data="digits", width_ratio=1.0, recover={"steps": steps, "batch_size": 64}, out=out)
+        compress(
+            model,
+            data="digits",
+            width_ratio=1.0,
+            recover={"steps": steps, "batch_size": 64, "augment": "none"},
+            out=out,
+        )
         small = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         console.print(f"Reloaded with plain timm: timm.create_model('local-dir:{out}', pretrained=True)")
         measured = evaluate(small, model, "digits", index="digits", split="test")
