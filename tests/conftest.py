@@ -18,7 +18,7 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
 from vitrim.models.sites import find_mlps
-from vitrim.types import MlpSite
+from vitrim.types import MlpSite, Stats
 
 SIZE = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -201,3 +201,15 @@ def run() -> Callable[[nn.Module, Tensor], Tensor]:
         return output if isinstance(output, Tensor) else output.last_hidden_state
 
     return run
+
+
+def stored_stats(hidden: Tensor, target: Tensor) -> Stats:
+    """The sums over stored activations: what calibration streams."""
+    return Stats(
+        num_tokens=len(hidden),
+        hidden_H=hidden.sum(0),
+        hidden_HH=hidden.T @ hidden,
+        target_D=target.sum(0),
+        cross_HD=hidden.T @ target,
+        target_square=float(target.square().sum()),
+    )

@@ -5,6 +5,7 @@ import json
 import pytest
 import scipy.linalg
 import torch
+from conftest import stored_stats
 from torch import Tensor
 
 from vitrim.cut import cut_
@@ -12,7 +13,7 @@ from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import METHODS, find_method
 from vitrim.recipe import Recipe
 from vitrim.surgery import apply_, read_weights
-from vitrim.types import MlpSite, MlpWeights, Plan, SiteView, Stats
+from vitrim.types import MlpSite, MlpWeights, Plan, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 QUICK = {"refit_steps": 3}
@@ -194,17 +195,6 @@ def test_magnitude_equals_a_naive_loop(kind):
 
 def test_magnitude_breaks_ties_by_index():
     assert select("magnitude", view_of(torch.ones(6, 2), num_keep=4)) == [0, 1, 2, 3]
-
-
-def stored_stats(hidden, target):
-    return Stats(
-        num_tokens=len(hidden),
-        hidden_H=hidden.sum(0),
-        hidden_HH=hidden.T @ hidden,
-        target_D=target.sum(0),
-        cross_HD=hidden.T @ target,
-        target_square=float(target.square().sum()),
-    )
 
 
 def measured_view(*, bias, scale=None):

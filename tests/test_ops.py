@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import stored_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from vitrim.errors import BudgetError
 from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import residual_curve, select_units
 from vitrim.ops.least_squares import fit_output, squared_error
-from vitrim.types import Stats
 
 
 def naive_gram_schmidt(rows, num_keep):
@@ -125,17 +125,6 @@ def test_moment_selection_past_the_rank_starts_a_new_round_without_repeats():
         assert {i % 4 for i in picks[:4]} == {0, 1, 2, 3}
 
 
-def stats_of(hidden, target):
-    return Stats(
-        num_tokens=len(hidden),
-        hidden_H=hidden.sum(0),
-        hidden_HH=hidden.T @ hidden,
-        target_D=target.sum(0),
-        cross_HD=hidden.T @ target,
-        target_square=float(target.square().sum()),
-    )
-
-
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_fit_equals_ridge_on_the_stored_activations(with_bias):
     generator = torch.Generator().manual_seed(9)
@@ -151,7 +140,7 @@ def test_fit_equals_ridge_on_the_stored_activations(with_bias):
     rows = torch.cat([x, penalty**0.5 * torch.eye(3, dtype=torch.float64)])
     right = torch.cat([y, penalty**0.5 * start.T])
     expected = np.linalg.lstsq(rows.numpy(), right.numpy(), rcond=None)[0].T
-    weight, new_bias = fit_output(stats_of(hidden, target), keep, start, bias, ridge=0.1)
+    weight, new_bias = fit_output(stored_stats(hidden, target), keep, start, bias, ridge=0.1)
     np.testing.assert_allclose(weight, expected, atol=1e-10)
     if with_bias:
         assert new_bias is not None
@@ -169,7 +158,7 @@ def test_a_fit_is_never_worse_than_no_repair_and_the_error_from_moments_is_exact
         torch.randn(3, 4, generator=generator, dtype=torch.float64),
         torch.randn(3, generator=generator),
     )
-    stats = stats_of(hidden, target)
+    stats = stored_stats(hidden, target)
     weight, new_bias = fit_output(stats, keep, start, bias, ridge=ridge)
     before, after = squared_error(stats, keep, start, bias), squared_error(stats, keep, weight, new_bias)
     assert after <= before + 1e-9
@@ -183,7 +172,7 @@ def test_a_dependent_unit_is_folded_exactly_and_a_huge_ridge_changes_only_the_bi
     hidden = torch.cat([kept, kept @ torch.randn(5, 2, generator=generator, dtype=torch.float64) + 1], dim=1)
     weight = torch.randn(3, 7, generator=generator, dtype=torch.float64)
     target, keep, bias = hidden @ weight.T, torch.arange(5), torch.zeros(3)
-    stats = stats_of(hidden, target)
+    stats = stored_stats(hidden, target)
     assert squared_error(stats, keep, *fit_output(stats, keep, weight[:, :5], bias, ridge=1e-12)) < 1e-10
     unchanged, _ = fit_output(stats, keep, weight[:, :5], bias, ridge=1e12)
     torch.testing.assert_close(unchanged, weight[:, :5])

@@ -94,7 +94,7 @@ def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> 
     save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, work / "cut.safetensors")
     (work / "recipe.yaml").write_text(recipe.dump())
     about = {"plan": cut.plan.to_json(), "errors": cut.errors, "notes": list(cut.notes)}
-    write_json(work / "cut.json", about)
+    write_json(work / CUT_STATE, about)
 
 
 def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | None:

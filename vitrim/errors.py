@@ -35,7 +35,3 @@ class CheckpointError(VitrimError):
 
 class Interrupted(VitrimError):
     """The user stopped a run; what it needs to go on was kept where the message says."""
-
-
-class MissingExtraError(VitrimError):
-    """An optional dependency is needed and not installed."""

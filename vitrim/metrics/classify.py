@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitrim.errors import DataError, ModelError
-from vitrim.models.taps import FeaturesAt, evaluating, features, logits
+from vitrim.models.taps import FeaturesAt, device_of, evaluating, features, logits
 
 PROBE_CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty, on the sum of losses
 # L-BFGS steps. Ten times as many moved the accuracy on 10,000 CIFAR-10 thumbnails (192 values each) by 0.06
@@ -37,7 +37,7 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> float:
     num_right, num_known = 0, 0
     with evaluating(model):
         for images, labels in _pairs(batches):
-            scores = logits(model, images.to(_device(model)))
+            scores = logits(model, images.to(device_of(model)))
             if scores is None:
                 name = type(model).__name__
                 raise ModelError(f"{name}: has no classifier; use knn_top1 or linear_probe_top1.")
@@ -66,7 +66,7 @@ def extract(model: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final
     pooled, known = [], []
     with evaluating(model):
         for images, labels in _pairs(batches):
-            pooled.append(features(model, images.to(_device(model)), at=at).pooled_BD.float().cpu())
+            pooled.append(features(model, images.to(device_of(model)), at=at).pooled_BD.float().cpu())
             known.append(labels)
     if not pooled:
         raise DataError("extract: no images; pass at least one batch.")
@@ -186,7 +186,3 @@ def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         if len(images):
             labels = parts[1] if len(parts) > 1 else torch.full((len(images),), -1)
             yield images, labels.cpu()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import DataError, ModelError
-from vitrim.models.taps import FeaturesAt, evaluating, features, logits, num_classes, num_prefix_tokens
+from vitrim.models.taps import FeaturesAt, device_of, evaluating, features, logits, num_classes, num_prefix_tokens
 from vitrim.types import Features
 
 
@@ -86,7 +86,7 @@ def fidelity(
     has_heads = 0 < num_classes(teacher) == num_classes(student)
     with evaluating(student, teacher):
         for images in _images(batches):
-            pairs = [(model, images.to(_device(model))) for model in (student, teacher)]
+            pairs = [(model, images.to(device_of(model))) for model in (student, teacher)]
             mine, theirs = (_kinds(model, features(model, moved, at=at)) for model, moved in pairs)
             _check_shapes(mine, theirs)
             for kind in theirs:
@@ -127,7 +127,7 @@ def block_fidelity(
         mine, theirs = (_catch_outputs(model, block_names, hooks) for model in (student, teacher))
         for images in _images(batches):
             for model in (student, teacher):
-                features(model, images.to(_device(model)))
+                features(model, images.to(device_of(model)))
             _check_shapes(mine, theirs)
             for name in block_names:
                 if name not in mine:
@@ -224,10 +224,6 @@ def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
         images = batch if isinstance(batch, Tensor) else batch[0]
         if len(images):
             yield images
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _float64(tensor: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ def num_classes(model: nn.Module) -> int:
     return int(classes or 0)  # type: ignore[arg-type]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are; the CPU for a model that has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Hold models in eval mode without gradients, and put every module's mode back afterwards."""

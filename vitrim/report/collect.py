@@ -15,7 +15,7 @@ from vitrim.ops.gram_schmidt import residual_curve, select_units
 from vitrim.recipe import Recipe
 from vitrim.report.data import ReportData
 from vitrim.surgery import read_weights
-from vitrim.types import Plan
+from vitrim.types import Edit, Plan
 
 NUM_IMAGES = 8
 CURVE_POINTS = 64
@@ -68,7 +68,7 @@ def collect(
         summary=summarise(metrics),
         sites=widths,
         block_errors=blocks,
-        residual_curves={edit.site.path: _residual(teacher, plan, i) for i, edit in enumerate(plan.edits)},
+        residual_curves={edit.site.path: _residual(teacher, edit) for edit in plan.edits},
         recovery=[] if recovery is None else recovery["curve"],
         latency=latency,
         recipe_yaml=recipe.dump(),
@@ -117,17 +117,16 @@ FIDELITY_ROWS = {
 }
 
 
-def _residual(teacher: nn.Module, plan: Plan, index: int) -> dict[str, Any]:
+def _residual(teacher: nn.Module, edit: Edit) -> dict[str, Any]:
     """How fast Gram-Schmidt uses up a site's input weights, with the width that was kept."""
-    site = plan.edits[index].site
-    rows = read_weights(teacher, site).input_rows
+    rows = read_weights(teacher, edit.site).input_rows
     curve = residual_curve(rows, select_units(rows, min(rows.shape)))
     picks = torch.linspace(0, len(curve) - 1, min(CURVE_POINTS, len(curve))).round().long()
     return {
         "residual": curve[picks].tolist(),
         "picks": picks.tolist(),
-        "num_units": site.d_hidden,
-        "cut": plan.edits[index].width,
+        "num_units": edit.site.d_hidden,
+        "cut": edit.width,
     }
 
 
