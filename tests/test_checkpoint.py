@@ -96,11 +96,11 @@ def test_swin_cut_by_one_ratio_is_stock_too(tmp_path):
 def test_a_fresh_process_without_vitrim_gives_the_same_outputs_and_a_wrong_file_is_noticed(tmp_path):
     model, student, plan = cut("plain", 32)
     stock = save(tmp_path, student, origin=origin_of(model), plan=plan)
-    assert verify(tmp_path, student, IMAGES, stock=stock) == 0
+    assert verify(tmp_path, student, IMAGES, origin=origin_of(student), stock=stock) == 0
     with torch.no_grad():
         student.head.bias.add_(1.0)
     with pytest.raises(OutputError, match="does not load back to the same outputs"):
-        verify(tmp_path, student, IMAGES, stock=stock)
+        verify(tmp_path, student, IMAGES, origin=origin_of(student), stock=stock)
 
 
 def test_a_module_that_only_its_owner_can_build(tmp_path):

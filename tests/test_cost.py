@@ -124,7 +124,7 @@ class Slow(nn.Module):
 
 
 def test_latency_follows_the_work():
-    measured = cost.measure_latency(Slow(), (3, 4, 4), batch_sizes=(1, 4), min_run_time_s=0.03)
+    measured = cost.measure_latency(Slow(), torch.zeros(1, 3, 4, 4), batch_sizes=(1, 4), min_run_time_s=0.03)
     assert list(measured) == [1, 4]
     assert 2.0 <= measured[1]["median_ms"] < measured[4]["median_ms"]
     assert measured[4]["median_ms"] >= 8.0
@@ -136,7 +136,7 @@ def test_latency_follows_the_work():
 def test_latency_leaves_mode_device_and_random_state_alone(vit):
     vit.train()
     state = torch.random.get_rng_state()
-    cost.measure_latency(vit, (3, SIZE, SIZE), batch_sizes=(1,), device="cpu", min_run_time_s=0.01)
+    cost.measure_latency(vit, torch.zeros(1, 3, SIZE, SIZE), batch_sizes=(1,), device="cpu", min_run_time_s=0.01)
     assert vit.training and next(vit.parameters()).device.type == "cpu"
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(parameter.requires_grad for name, parameter in vit.named_parameters() if "weight" in name)

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, OutputError
-from vitrim.models.load import Origin, build_empty, load_model, origin_of
-from vitrim.models.stock import stock_args, write_stock
+from vitrim.models.load import build_empty, library, load_model, origin_of
+from vitrim.models.origin import Origin
+from vitrim.models.stock import stock_origin
 from vitrim.models.taps import evaluating
 from vitrim.surgery import reshape_
 from vitrim.types import Plan
@@ -39,19 +40,20 @@ CUT_STATE, RECOVERY_STATE = "cut.json", "recover.pt"
 STOCK_CHECK = """
 import sys
 sys.modules["vitrim"] = None
-import timm
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).float().eval()
+folder = sys.argv[1]
 """
 OWN_CHECK = """
 import sys, vitrim
-model = vitrim.load(sys.argv[1]).float().eval()
+model = vitrim.load(sys.argv[1])
 """
 COMPARE = """
 import torch
 from safetensors.torch import load_file
 probe = load_file(sys.argv[2])
+encoder = model.float().eval().get_submodule(sys.argv[3])
 with torch.inference_mode():
-    output = model(probe["images"])
+    output = encoder(probe["inputs"])
+output = output if isinstance(output, torch.Tensor) else output[0]
 error = float((output - probe["output"]).abs().max())
 scale = float(probe["output"].abs().max())
 assert error <= 1e-4 * max(scale, 1e-6), f"outputs differ by {error:.3g} at scale {scale:.3g}"
@@ -86,6 +88,8 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
         raise OutputError(f"{out}: can't be written ({error.strerror}); choose a folder you may write to.") from None
     try:
         yield folder, work
+        for config in folder.glob("*config.json"):  # one that names a part of its own folder gets the final name
+            config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
         folder.rename(out)
         (work / CUT_STATE).unlink(missing_ok=True)
     except OSError as error:
@@ -104,28 +108,29 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
 
     Args:
         folder: an existing folder, normally one of `staged_output`.
-        student: the cut model.
+        student: the cut model, whole.
         origin: how the uncut model is built.
-        plan: what was cut.
+        plan: what was cut, by paths from the root of the whole model.
 
     Returns:
         Whether the stock library can load the folder by itself.
     """
-    model_args = stock_args(student, origin, plan)
-    if model_args is not None:
-        write_stock(student, folder, model_args)
+    stock, reader = stock_origin(origin, plan.edits), library(origin.library)
+    if stock is not None and reader is not None:
+        reader.write(student, folder, stock)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors writes 0600
+        save_file(_distinct(student.state_dict()), folder / WEIGHTS)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~_umask())  # safetensors writes 0600
     about = {
         "format": "vitrim/1",
-        "stock": model_args is not None,
+        "stock": stock is not None,
         "origin": origin.to_json(),
         "plan": plan.without_tensors().to_json(),
         "plan_sha256": plan.sha256,
     }
     write_json(folder / ABOUT, about)
-    return model_args is not None
+    return stock is not None
 
 
 def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -143,20 +148,42 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     """
     path = Path(path)
     about = read_about(path)
-    plan = Plan.from_json(about["plan"])
-    student = model if model is not None else build_empty(Origin.from_json(about["origin"]))
+    plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"])
+    student = model if model is not None else build_empty(origin)
     reshape_(student, plan.edits)
-    try:
-        tensors = load_file(path / WEIGHTS)
-        student.load_state_dict(tensors, assign=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path / WEIGHTS}: does not fit the plan or is damaged ({reason}).") from None
+    reader = library(origin.library) if about["stock"] else None
+    _fill_(student, path / (WEIGHTS if reader is None else reader.WEIGHTS))
     return student.eval()
 
 
+def _fill_(model: nn.Module, path: Path) -> None:
+    """Give a model the tensors of a file; a tied tensor stands in it once."""
+    try:
+        missing, unexpected = model.load_state_dict(load_file(path), strict=False, assign=True)
+        if missing and hasattr(model, "tie_weights"):
+            model.tie_weights()  # type: ignore[operator]
+        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if unexpected or empty or (missing and not hasattr(model, "tie_weights")):
+            raise RuntimeError(f"{(unexpected or empty or missing)[0]} is {'unknown' if unexpected else 'missing'}")
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: does not fit the plan or is damaged ({reason}).") from None
+
+
+def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, each storage once: what a model ties together it ties again when it is loaded."""
+    seen: set[tuple[int, torch.Size]] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in seen or tensor.numel() == 0:
+            kept[name] = tensor.contiguous()
+        seen.add(key)
+    return kept
+
+
 def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
-    """A model and how it was built, from a module, a name, or a folder (vitrim's own or timm's).
+    """A model and how it was built, from a module, a name, or a folder (vitrim's own or a library's).
 
     Raises:
         ModelError: no such model.
@@ -193,13 +220,14 @@ def read_about(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path}: {reason}.")
 
 
-def verify(folder: Path, student: nn.Module, images_BCHW: Tensor, *, stock: bool) -> float:
+def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, stock: bool) -> float:
     """Load a folder in a fresh process and compare its outputs with the model in memory.
 
     Args:
         folder: what `save` wrote.
-        student: the model in memory.
-        images_BCHW: a few images to compare on.
+        student: the model in memory, whole; its encoder is run.
+        inputs: a few images (or rows of token ids) to compare on.
+        origin: the library that loads the folder, and the encoder's path.
         stock: load with the stock library, vitrim not importable; otherwise with `load`.
 
     Returns:
@@ -208,15 +236,17 @@ def verify(folder: Path, student: nn.Module, images_BCHW: Tensor, *, stock: bool
     Raises:
         OutputError: the folder does not load, or loads to something else.
     """
-    reference = copy.deepcopy(student).cpu().float()  # a stored bf16 model is compared in float32 on both sides
+    reference = copy.deepcopy(student.get_submodule(origin.encoder)).cpu().float()  # bf16 is compared in float32, too
     with evaluating(reference):
-        output = reference(images_BCHW.cpu())
+        output = reference(inputs.cpu())
+    output = output if isinstance(output, Tensor) else output[0]
+    reader = library(origin.library)
+    load_it = STOCK_CHECK + reader.RELOAD if stock and reader is not None else OWN_CHECK
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
-        save_file({"images": images_BCHW.cpu().contiguous(), "output": output.clone()}, probe)
-        code = (STOCK_CHECK if stock else OWN_CHECK) + COMPARE
+        save_file({"inputs": inputs.cpu().contiguous(), "output": output.clone().contiguous()}, probe)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", code, str(folder), str(probe)]
+        command = [sys.executable, "-c", load_it + COMPARE, str(folder), str(probe), origin.encoder]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().split("\n") or ["no message"])[-1]

@@ -88,6 +88,7 @@ def compress(
     seed: int | None = None,
     device: str | None = None,
     scope: str | None = None,
+    stock: bool | None = None,
     resume: bool = False,
     quiet: bool = False,
     as_json: Json = False,
@@ -115,6 +116,7 @@ def compress(
         seed: makes two runs equal.
         device: auto, cpu, cuda, mps.
         scope: dotted path of the subtree to cut.
+        stock: take the nearest width that the model's own library can load.
         resume: go on with a run into this folder that was stopped.
         quiet: no progress.
     """
@@ -135,6 +137,7 @@ def compress(
         "seed": seed,
         "device": device,
         "scope": scope,
+        "stock": stock,
     }
     asked = (Recipe() if recipe is None else Recipe.load(recipe)).updated(given)
     if asked.model is None:
@@ -145,9 +148,7 @@ def compress(
     _print_summary(summarise(result.metrics))
     for note in result.metrics["notes"]:
         console.print(f"note: {note}")
-    how = (
-        f'timm.create_model("local-dir:{out}", pretrained=True)' if result.metrics["stock"] else f'vitrim.load("{out}")'
-    )
+    how = result.metrics["loads_with"]
     console.print(f"Written and verified by loading it in a fresh process: {how}\nReport: {out / 'report.html'}")
 
 

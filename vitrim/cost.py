@@ -77,7 +77,7 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
 
 def measure_latency(
     model: nn.Module,
-    image_CHW_shape: Sequence[int],
+    example: Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 8, 32),
     device: torch.device | str | None = None,
@@ -87,7 +87,7 @@ def measure_latency(
 
     Args:
         model: any module that takes images.
-        image_CHW_shape: shape of one image, (C, H, W).
+        example: one image (1, C, H, W), or one row of token ids (1, N); it is repeated.
         batch_sizes: images per pass.
         device: where to run; the model is put back afterwards. Default: where it is.
         min_run_time_s: passes are repeated for at least this long, for each batch size. A pass that takes
@@ -96,14 +96,13 @@ def measure_latency(
     Returns:
         For each batch size: median and inter-quartile range in ms, images per second.
     """
-    home, dtype = _device_and_dtype(model)
-    generator = torch.Generator().manual_seed(0)
+    home, _ = _device_and_dtype(model)
     model.to(device or home)
     try:
         with evaluating(model):
             measured = {}
             for size in batch_sizes:
-                images = torch.randn(size, *image_CHW_shape, generator=generator).to(device or home, dtype)
+                images = _to_model(model, example.repeat(size, *[1] * (example.ndim - 1)))
                 measured[size] = _time(model, images, min_run_time_s)
             return measured
     finally:
@@ -206,4 +205,4 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def _to_model(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     device, dtype = _device_and_dtype(model)
-    return images_BCHW.to(device, dtype)
+    return images_BCHW.to(device, dtype if images_BCHW.is_floating_point() else None)

@@ -35,3 +35,7 @@ class CheckpointError(VitrimError):
 
 class Interrupted(VitrimError):
     """The user stopped a run; what it needs to go on was kept where the message says."""
+
+
+class MissingExtraError(VitrimError):
+    """An optional library is needed and not installed."""

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from vitrim.checkpoint import open_model, versions
 from vitrim.cost import count_macs, measure_latency, num_parameters, peak_memory_mib
-from vitrim.data import Batch, open_images, split_indices, transform_for
+from vitrim.data import Batch, ImageSet, is_text, open_images, open_texts, split_indices, transform_for
 from vitrim.errors import RecipeError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
-from vitrim.models.load import Origin
+from vitrim.models.load import tokenizer_of
+from vitrim.models.origin import Origin
 from vitrim.models.taps import num_classes
 
 Model = nn.Module | str
@@ -57,17 +58,12 @@ def evaluate(
     Raises:
         ModelError, DataError: a model or the images can't be read.
     """
-    (student_model, _), (teacher_model, origin) = open_model(student), open_model(teacher)
+    (student_model, _), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
-    transform = transform_of(origin)
-    images = open_images(data, transform=transform, split=split, limit=limit)
+    images = open_inputs(data, origin, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
-    learn = (
-        None
-        if index is None
-        else list(open_images(index, transform=transform, limit=limit).loader(batch_size=batch_size))
-    )
+    learn = None if index is None else list(open_inputs(index, origin, limit=limit).loader(batch_size=batch_size))
     pair = {"student": student_model, "teacher": teacher_model}
     result: dict[str, Any] = {"fidelity": compare(student_model, teacher_model, batches)}
     for name, model in pair.items():
@@ -91,7 +87,7 @@ def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> dict[str
         "peak_memory_mib": peak_memory_mib(model, images_BCHW[:8]),
     }
     if latency:
-        costs["latency"] = measure_latency(model, images_BCHW.shape[1:])
+        costs["latency"] = measure_latency(model, images_BCHW[:1])
     return costs
 
 
@@ -112,9 +108,22 @@ def quality_of(model: nn.Module, batches: Sequence[Batch], learn: Sequence[Batch
     return scores | top1_of(model, batches)
 
 
-def transform_of(origin: Origin) -> Any:
-    """The preprocessing that comes with a model, or None: then data must be tensors, or images of the right size."""
-    return transform_for(origin.preprocessing) if origin.preprocessing else None
+def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
+    """The part of a model that takes the inputs, and how the whole was built."""
+    whole, origin = open_model(model)
+    return whole.get_submodule(origin.encoder), origin
+
+
+def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int | None = None) -> ImageSet:
+    """Images behind a model's own preprocessing, or text in rows of its tokenizer's ids.
+
+    A model without known preprocessing takes tensors, or images of the right size.
+    """
+    known = origin.preprocessing
+    if is_text(data) and "num_tokens" in known:
+        return open_texts(data, tokenizer=tokenizer_of(origin), num_tokens=known["num_tokens"], limit=limit)
+    transform = transform_for(known) if "mean" in known else None
+    return open_images(data, transform=transform, split=split, limit=limit)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -131,9 +140,9 @@ def resolve_device(name: str) -> torch.device:
 
 def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None) -> dict[str, Any]:
     """Cost of a model, and its top-1 where the images have labels and it has a head."""
-    if sample is None and "input_size" not in origin.preprocessing:
+    sample = random_inputs(origin) if sample is None else sample
+    if sample is None:
         return {"parameters": num_parameters(model)}
-    sample = random_images(origin) if sample is None else sample
     found = cost_of(model, sample, latency=True)
     return found | (top1_of(model, batches) if batches else {})
 
@@ -144,9 +153,14 @@ def top1_of(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
     return {"top1": 100 * top1(model, batches)} if num_classes(model) > highest >= 0 else {}
 
 
-def random_images(origin: Origin, count: int = 8) -> Tensor:
-    """Noise of the size that a model takes."""
-    return torch.randn(count, *origin.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
+def random_inputs(origin: Origin, count: int = 8) -> Tensor | None:
+    """Noise of the size that a model takes, or random token ids; None where neither is known."""
+    known, generator = origin.preprocessing, torch.Generator().manual_seed(0)
+    if "input_size" in known:
+        return torch.randn(count, *known["input_size"], generator=generator)
+    if "vocab_size" in known:
+        return torch.randint(known["vocab_size"], (count, known["num_tokens"]), generator=generator)
+    return None
 
 
 def environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import nn
 from vitrim.checkpoint import is_output, open_model
 from vitrim.cost import num_parameters
 from vitrim.models.load import load_model, origin_of
-from vitrim.models.sites import find_mlps
+from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.recipe import Recipe
 from vitrim.types import MlpSite
 
@@ -50,10 +50,12 @@ def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
     """
     if isinstance(model, str):
         name = model
-        model, _ = open_model(model) if is_output(model) else load_model(model, weights=False)
+        model, origin = open_model(model) if is_output(model) else load_model(model, weights=False)
     else:
-        name = origin_of(model).name
-    sites = find_mlps(model, scope=scope)
+        origin = origin_of(model)
+        name = origin.name
+    _, part = resolve_scope(model, scope, origin.encoder)
+    sites = find_mlps(model, scope=part)
     total, mlp = num_parameters(model), sum(site_parameters(site, site.d_hidden) for site in sites)
     predicted = {
         ratio: predict_parameters(total, sites, Recipe(model=name, width_ratio=ratio))

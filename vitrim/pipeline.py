@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,26 @@ from torch import Tensor, nn
 
 from vitrim.checkpoint import RECOVERY_STATE, open_model, save, staged_output, verify, write_json
 from vitrim.cut import cut_, resume_cut_, save_cut
-from vitrim.data import Batch, ImageSet, augment_for, first_images, open_images, split_indices
-from vitrim.errors import DataError, RecipeError
+from vitrim.data import Batch, ImageSet, augment_for, first_images, split_indices
+from vitrim.errors import BudgetError, DataError, RecipeError
 from vitrim.evaluation import (
     compare,
     environment,
     measure,
-    random_images,
+    open_inputs,
+    random_inputs,
     resolve_device,
     top1_of,
-    transform_of,
 )
 from vitrim.metrics.fidelity import block_fidelity
-from vitrim.models.load import Origin
-from vitrim.models.sites import find_mlps
+from vitrim.models.load import library
+from vitrim.models.origin import Origin
+from vitrim.models.sites import find_mlps, resolve_scope
+from vitrim.models.stock import loads_with, nearest_stock_width, stock_origin, why_not_stock
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import Recovery, recover_
 from vitrim.report.collect import collect
-from vitrim.types import Plan
+from vitrim.types import MlpSite, Plan
 
 # A tenth of the images, at most this many, is held out to judge on and is in nothing else.
 MAX_HELD_OUT = 512
@@ -60,6 +62,7 @@ def compress(
     seed: int = 0,
     device: str = "auto",
     scope: str | None = None,
+    stock: bool = False,
     options: Mapping[str, Any] | None = None,
     quiet: bool = False,
     resume: bool = False,
@@ -67,8 +70,10 @@ def compress(
     """Make a pretrained vision transformer smaller.
 
     Args:
-        model: a module (left unchanged), `timm/NAME`, `local-dir:PATH`, or a folder that vitrim wrote.
-        data: images to learn from, no labels: a folder, parquet, a dataset or loader, "digits". None: no repair.
+        model: a module (left unchanged), `timm/NAME`, `hf/ORG/NAME`, `open_clip/NAME/TAG`, `torchvision/NAME`,
+            `local-dir:PATH`, or a folder that vitrim wrote.
+        data: images to learn from, no labels: a folder, parquet, a dataset or loader, "digits"; for a text encoder a
+            text file or strings. None: no repair.
         method: name of a registered method; `vitrim methods` lists them.
         width_ratio: hidden width as a multiple of the model width (the paper's r); 1.0 where no budget is given.
         keep_ratio: share of each MLP's units to keep.
@@ -78,7 +83,8 @@ def compress(
         out: folder to write; it must not exist.
         seed: makes two runs equal.
         device: `auto`, or a torch device.
-        scope: dotted path of the subtree to cut.
+        scope: dotted path of the subtree to cut, or the end of one; without, the image tower or the whole model.
+        stock: take the nearest width that the model's own library can load by itself.
         options: the method's own options.
         quiet: show no progress.
         resume: continue a run into `out` that was stopped.
@@ -100,56 +106,66 @@ def compress(
         "seed": seed or None,
         "device": device if device != "auto" else None,
         "scope": scope,
+        "stock": stock or None,
         "options": options,
     }
     base = recipe if isinstance(recipe, Recipe) else Recipe() if recipe is None else Recipe.load(recipe)
     chosen = base.updated(given)
-    teacher, origin = open_model(model)
+    whole, origin = open_model(model)
+    encoder, scope = resolve_scope(whole, chosen.scope, origin.encoder)
+    job = _Job(whole=whole, origin=replace(origin, encoder=encoder), scope=scope, recipe=chosen, quiet=quiet)
     source = data if data is not None else chosen.data
-    images = None if source is None else open_images(source, transform=transform_of(origin))
+    images = None if source is None else open_inputs(source, origin)
     if images is None and chosen.recover is not None:
         raise RecipeError("recover: distillation needs images; pass data.")
     if out is None:
-        return _run(teacher, origin, images, chosen, folder=None, work=None, quiet=quiet, resume=False)
+        return _run(job, images, folder=None, work=None, resume=False)
     out = Path(out)
     with staged_output(out, resume=resume) as (folder, work):
-        result = _run(teacher, origin, images, chosen, folder=folder, work=work, quiet=quiet, resume=resume)
-    return Result(model=result.model, plan=result.plan, metrics=result.metrics, out=out)
+        result = _run(job, images, folder=folder, work=work, resume=resume)
+    loads = loads_with(origin, out, stock=result.metrics["stock"])
+    return replace(result, out=out, metrics={**result.metrics, "loads_with": loads})
 
 
-def _run(
-    original: nn.Module,
-    origin: Origin,
-    images: ImageSet | None,
-    recipe: Recipe,
-    *,
-    folder: Path | None,
-    work: Path | None,
-    quiet: bool,
-    resume: bool,
-) -> Result:
-    """The story: cut, judge, recover, judge again, write."""
-    started, device = time.monotonic(), resolve_device(recipe.device)
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is cut: the whole model, how it was built (with the path of its encoder), and the part to look at."""
+
+    whole: nn.Module
+    origin: Origin
+    scope: str
+    recipe: Recipe
+    quiet: bool
+
+
+def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path | None, resume: bool) -> Result:
+    """The story: cut, judge, recover, judge again, write. Models here are encoders; the whole comes back at the end."""
+    started, recipe, origin = time.monotonic(), job.recipe, job.origin
+    original, device = job.whole.get_submodule(origin.encoder), resolve_device(recipe.device)
     dtype = next(original.parameters()).dtype
     student = copy.deepcopy(original).to(device).float().eval()  # moments and small steps need more than bf16
     teacher = copy.deepcopy(student).requires_grad_(False)
-    sites = find_mlps(teacher, scope=recipe.scope)
+    sites = find_mlps(teacher, scope=job.scope.removeprefix(origin.encoder).removeprefix("."))
+    recipe = _with_stock_width(recipe, origin, sites)
     split = None if images is None else _split(images, recipe)
     cut = resume_cut_(student, recipe, work) if resume and work else None
     if cut is None:
-        cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=quiet)
+        cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=job.quiet)
         if work is not None and recipe.recover is not None:
             save_cut(student, cut, recipe, work)
     stages = [_judge(student, teacher, split, cut.plan)]
     sample = split.held_out[0].images_BCHW if split else None
     recovery = None
     if split is not None and recipe.recover is not None:
-        recovery = _recover_(student, teacher, origin, split, recipe, recipe.recover, work, quiet=quiet, resume=resume)
+        recovery = _recover_(student, teacher, job, split, recipe.recover, work, resume=resume)
         stages.append(_judge(student, teacher, split, cut.plan))
+    plan = cut.plan.below(origin.encoder)
+    stock = stock_origin(origin, plan.edits)
     metrics: dict[str, Any] = {
         "model": origin.name,
+        "encoder": origin.encoder,
         "method": recipe.method,
-        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in cut.plan.edits},
+        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
         "images": split.counts if split else {},
         "before": measure(teacher, origin, sample, split and split.held_out),
         "after": measure(student, origin, sample, split and split.held_out),
@@ -157,41 +173,67 @@ def _run(
         "after_recovery": stages[1] if recovery else None,
         "cut_errors": {path: dict(errors) for path, errors in cut.errors.items()},
         "recovery": None if recovery is None else dict(recovery.__dict__),
-        "notes": list(cut.notes),
+        "stock": stock is not None,
+        "notes": list(cut.notes) + ([] if stock else [why_not_stock(origin, plan.edits)]),
         "environment": environment(),
     }
     teacher, student = teacher.cpu(), student.cpu().to(dtype)
+    whole = _with_encoder(job.whole, original, student)
+    reader = library(origin.library)
+    if stock is not None and reader is not None:
+        reader.describe_(whole, stock)
     if folder is not None:
-        _write(folder, teacher, student, origin, cut.plan, recipe, metrics, sample)
+        _write(folder, whole, origin, plan, metrics, sample)
+        _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, sample)
     metrics["seconds"] = round(time.monotonic() - started, 1)
-    return Result(model=student, plan=cut.plan, metrics=metrics, out=folder)
+    return Result(model=whole, plan=plan, metrics=metrics, out=folder)
+
+
+def _with_stock_width(recipe: Recipe, origin: Origin, sites: Sequence[MlpSite]) -> Recipe:
+    """With `stock`, the recipe with the nearest width that the library's own config can express.
+
+    Raises:
+        BudgetError: there is none near.
+    """
+    if not recipe.stock:
+        return recipe
+    asked = recipe.width_of(sites[0])
+    found = nearest_stock_width(origin, [site.below(origin.encoder) for site in sites], asked)
+    if found is None:
+        raise BudgetError(f"stock: {origin.library or origin.name} has no config for a width near {asked}; drop stock.")
+    if found == asked:
+        return recipe
+    return recipe.updated({"width_ratio": found / sites[0].d_model, "round_to": 1})
+
+
+def _with_encoder(whole: nn.Module, original: nn.Module, student: nn.Module) -> nn.Module:
+    """A copy of a model with the student in place of its encoder; the copy of the encoder itself is never made."""
+    return student if whole is original else copy.deepcopy(whole, {id(original): student})
 
 
 def _recover_(
     student: nn.Module,
     teacher: nn.Module,
-    origin: Origin,
+    job: _Job,
     split: _Split,
-    recipe: Recipe,
     options: RecoverOptions,
     work: Path | None,
     *,
-    quiet: bool,
     resume: bool,
 ) -> Recovery:
     """Distil on the training images, augmented for the model's own preprocessing; tensors are taken as they are."""
-    known = origin.preprocessing
-    augment = augment_for(known, options.augment, flip=options.flip) if known else None
+    known = job.origin.preprocessing
+    augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
     return recover_(
         student,
         teacher,
-        split.train.augmented(augment, recipe.seed),
+        split.train.augmented(augment, job.recipe.seed),
         held_out=[batch.images_BCHW for batch in split.held_out],
         options=options,
-        seed=recipe.seed,
+        seed=job.recipe.seed,
         state=None if work is None else work / RECOVERY_STATE,
         resume=resume,
-        quiet=quiet,
+        quiet=job.quiet,
     )
 
 
@@ -239,6 +281,17 @@ def _judge(student: nn.Module, teacher: nn.Module, split: _Split | None, plan: P
 
 
 def _write(
+    folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any], sample: Tensor | None
+) -> None:
+    """Weights and plan, loaded back in a fresh process before this returns."""
+    stock = save(folder, whole, origin=origin, plan=plan)
+    if origin.library is not None:
+        probe = sample if sample is not None else random_inputs(origin)
+        if probe is not None:
+            metrics["reload_difference"] = verify(folder, whole, probe[:4], origin=origin, stock=stock)
+
+
+def _write_report(
     folder: Path,
     teacher: nn.Module,
     student: nn.Module,
@@ -248,14 +301,9 @@ def _write(
     metrics: dict[str, Any],
     sample: Tensor | None,
 ) -> None:
-    """Weights, plan, recipe, metrics and report; the weights are loaded back in a fresh process before this returns."""
+    """Recipe, metrics and the page."""
     from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
 
-    stock = save(folder, student, origin=origin, plan=plan)
-    metrics["stock"] = stock
-    if origin.library is not None:
-        probe = sample if sample is not None else random_images(origin)
-        metrics["reload_difference"] = verify(folder, student, probe[:4], stock=stock)
     (folder / "recipe.yaml").write_text(recipe.dump())
     write_json(folder / "metrics.json", metrics)
     write_report(folder / "report.html", collect(teacher, student, origin, plan, recipe, metrics, sample))

@@ -89,6 +89,7 @@ class Recipe(_Options):
     keep_ratio: float | None = Field(default=None, gt=0, le=1)
     width: int | None = None
     round_to: int = Field(default=8, ge=1)
+    stock: bool = False
     scope: str | None = None
     calibrate: CalibrateOptions = CalibrateOptions()
     repair: RepairOptions | bool | None = None

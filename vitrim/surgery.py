@@ -122,7 +122,7 @@ def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
 
     hook = submodule(model, site.output).register_forward_hook(catch)
     try:
-        _run(submodule(model, site.path), _relative(site), tokens_ND[None])
+        _run(submodule(model, site.path), site.within(site.path), tokens_ND[None])
     finally:
         hook.remove()
     return caught[0][0]
@@ -138,7 +138,7 @@ def confirm_site(model: nn.Module, site: MlpSite) -> bool:
     if weight.is_meta:
         return True
     container = copy.deepcopy(container).float().eval()
-    local = _relative(site)
+    local = site.within(site.path)
     if local.norm is not None:
         container.get_submodule(local.norm).register_forward_hook(lambda _, args, output: args[0])
     tokens = torch.randn(1, 4, site.d_model, generator=torch.Generator().manual_seed(0)).to(weight.device)
@@ -163,15 +163,6 @@ def _run(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
         return container.get_submodule(second)(container.get_submodule(first)(tokens), tokens)
     output = container(tokens)
     return output[0] if isinstance(output, tuple) else output
-
-
-def _relative(site: MlpSite) -> MlpSite:
-    """The site as seen from its own container."""
-    values = dict(site.__dict__)
-    for key in ("value", "gate", "output", "norm"):
-        if values[key] is not None:
-            values[key] = values[key].removeprefix(site.path + ".")
-    return MlpSite(**{**values, "path": ""})
 
 
 def _touched(edit: Edit) -> list[str]:

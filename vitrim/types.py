@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -44,6 +44,19 @@ class MlpSite:
     def num_groups(self) -> int:
         """Rows of the value projection per hidden unit: 2 when gate and value are packed in one matrix."""
         return 2 if self.kind == "packed_gated" else 1
+
+    def below(self, prefix: str) -> MlpSite:
+        """The same site as seen from a module that holds this one's root at `prefix`."""
+        return self._renamed(lambda path: f"{prefix}.{path}".strip("."))
+
+    def within(self, prefix: str) -> MlpSite:
+        """The same site as seen from the module at `prefix`: the inverse of `below`."""
+        return self._renamed(lambda path: "" if path == prefix else path.removeprefix(f"{prefix}."))
+
+    def _renamed(self, rename: Callable[[str], str]) -> MlpSite:
+        paths = ("path", "value", "output", "gate", "norm", "block")
+        names = {key: rename(getattr(self, key)) for key in paths if getattr(self, key) is not None}
+        return replace(self, **names)
 
     @property
     def label(self) -> str:
@@ -123,6 +136,13 @@ class KeepUnits:
         """How many hidden units stay."""
         return len(self.keep)
 
+    def below(self, prefix: str) -> KeepUnits:
+        """The same edit as seen from a module that holds this one's root at `prefix`."""
+        if not prefix:
+            return self
+        repaired = {f"{prefix}.{name}": tensor for name, tensor in self.repaired.items()}
+        return replace(self, site=self.site.below(prefix), repaired=repaired)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description; repaired tensors stand in it by name and SHA-256, not by value."""
         site = {name: value for name, value in self.site.__dict__.items() if value is not None}
@@ -183,6 +203,10 @@ class Plan:
     def sha256(self) -> str:
         """Hash of the canonical JSON: equal plans, equal hash."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def below(self, prefix: str) -> Plan:
+        """The same plan as seen from a module that holds this one's root at `prefix`."""
+        return replace(self, edits=tuple(edit.below(prefix) for edit in self.edits))
 
     def without_tensors(self) -> Plan:
         """The reshape half alone: indices and widths, no repaired tensors."""

@@ -131,9 +131,13 @@ class ImageSet(Dataset):
         if isinstance(image, Image.Image):
             with _seeded(self._seed, self._epoch, index):
                 image = (self._transform or _to_unit_range)(image.convert("RGB"))
-        if not (isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()):
-            got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise DataError(f"{self.name}: item {index} is {got}; use PIL images or float tensors (C, H, W).")
+        is_tensor = isinstance(image, Tensor)
+        if not (is_tensor and (image.ndim == 3 if image.is_floating_point() else image.ndim == 1)):
+            got = f"{image.dtype} {tuple(image.shape)}" if is_tensor else type(image).__name__
+            raise DataError(
+                f"{self.name}: item {index} is {got}; use PIL images or float tensors (C, H, W), or for a text "
+                "encoder token ids (N,)."
+            )
         return image, label
 
 

@@ -78,6 +78,11 @@ def open_rows(source: Any, *, split: str, limit: int | None) -> tuple[Rows, str]
     raise DataError(f"{name}: not a source of images; {ALLOWED}.")
 
 
+def items_of(items: Sequence[Any], name: str) -> Rows:
+    """Tensors in memory as rows."""
+    return _Items(items, name)
+
+
 def _open_path(path: Path, split: str) -> Rows:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; {ALLOWED}.")

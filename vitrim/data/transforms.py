@@ -13,7 +13,7 @@ from torch import nn
 
 from vitrim.data.images import Transform
 from vitrim.errors import DataError, RecipeError
-from vitrim.models.load import preprocessing
+from vitrim.models.load import origin_of
 
 Strength = Literal["none", "light", "strong"]
 
@@ -74,7 +74,7 @@ def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     """Input size, statistics and crop in timm's words."""
     from timm.data.config import resolve_data_config
 
-    cfg = preprocessing(model_or_cfg) if isinstance(model_or_cfg, nn.Module) else model_or_cfg
+    cfg = origin_of(model_or_cfg).preprocessing if isinstance(model_or_cfg, nn.Module) else model_or_cfg
     if not isinstance(cfg, Mapping) or "input_size" not in cfg:
         got = type(model_or_cfg).__name__
         raise DataError(f"{got}: no input_size to preprocess for; pass a dict with input_size, mean and std.")

@@ -79,6 +79,32 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
     return tuple(replace(site, block=_block_of(model, site, mlp_weights)) for site in found)
 
 
+def resolve_scope(model: nn.Module, scope: str | None, encoder: str) -> tuple[str, str]:
+    """Which part of a model is run, and in which part of it MLPs are looked for.
+
+    Args:
+        model: the whole model.
+        scope: what the user asked for: a dotted path, or the end of one that only one module has.
+        encoder: path of the part that takes the inputs, as far as it is known.
+
+    Returns:
+        Paths of the encoder and of the scope, both from the root; a scope outside the encoder is an encoder itself.
+
+    Raises:
+        SiteNotFoundError: no module of that name, or several.
+    """
+    if scope is None:
+        return encoder, encoder
+    names = [name for name, _ in model.named_modules()]
+    found = [name for name in names if name == scope] or [name for name in names if name.endswith(f".{scope}")]
+    if len(found) != 1:
+        children = ", ".join(name for name, _ in model.named_children())
+        what = f"several modules of that name ({', '.join(found[:3])})" if found else "no such module"
+        raise SiteNotFoundError(f"scope {scope!r}: {what}; the top level has {children}.")
+    inside = encoder in ("", found[0]) or found[0].startswith(f"{encoder}.")
+    return (encoder if inside else found[0]), found[0]
+
+
 def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
     """The sites that a container's linear layers may form; where all are square, the names alone leave several."""
     for gate_name, value_name, output_name in NAMES:

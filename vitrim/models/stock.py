@@ -1,57 +1,90 @@
-"""Writes a cut model back as a checkpoint that the stock library loads, where its config can say the widths."""
+"""Says whether a stock library's own config can express a model's widths, and which near ones it could."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from vitrim.models.load import Origin, build_empty
-from vitrim.types import Plan
+from vitrim.models.load import build_empty, library
+from vitrim.models.origin import Origin
+from vitrim.surgery import reshape_
+from vitrim.types import Edit, KeepUnits, MlpSite
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def stock_args(student: nn.Module, origin: Origin, plan: Plan) -> Mapping[str, Any] | None:
-    """Arguments with which the stock library builds a model of the student's very shapes.
+def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
+    """The origin with which the library itself builds a model of the edited shapes.
 
     Args:
-        student: the cut model.
         origin: how the uncut model is built.
-        plan: what was cut.
+        edits: what is cut, by paths from the root of the whole model.
 
     Returns:
-        The library's own arguments, or None where its config can't express the widths.
+        The origin with the library's own arguments, or None where its config can't express the widths.
     """
-    if origin.library is None:
-        return None
-    shapes = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
-    for ratio in _ratios(plan):
-        candidate = replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
+    reader = library(origin.library)
+    if reader is None or not edits:
+        return origin if reader is not None and not edits else None
+    wanted = build_empty(origin)
+    reshape_(wanted, edits)
+    shapes = _shapes(wanted)
+    for candidate in reader.resized(origin, edits):
         try:
-            built = build_empty(candidate).state_dict()
-        except (
-            TypeError,
-            ValueError,
-            AssertionError,
-        ):  # the architecture has no mlp_ratio, or refuses this one
+            built = _shapes(build_empty(candidate))
+        except Exception:  # the architecture has no such argument, or refuses this value, each in its own way
             continue
-        if {name: tuple(tensor.shape) for name, tensor in built.items()} == shapes:
-            return candidate.model_args
+        if built == shapes:
+            return candidate
     return None
 
 
-def write_stock(student: nn.Module, folder: Path, model_args: Mapping[str, Any]) -> None:
-    """Write config.json and model.safetensors as the stock library (timm) does itself."""
-    from timm.models import save_for_hf  # type: ignore[attr-defined]
+def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int) -> int | None:
+    """The width nearest to the one asked for that the library's config can give the first site, others in proportion.
 
-    save_for_hf(student, str(folder), model_args=dict(model_args), safe_serialization=True)
+    Args:
+        origin: how the uncut model is built.
+        sites: every MLP that is cut.
+        width: units that the first site should keep.
+
+    Returns:
+        A width in 1..d_hidden, or None where no width near is stock.
+    """
+    first = sites[0]
+    steps = {round(width / step) * step + offset for step in (8, 16) for offset in (-step, 0, step)}
+    multiples = {ratio * first.d_model for ratio in range(1, 9)}
+    gated = {-(-int(ratio * first.d_model * 2 / 3) // 8) * 8 for ratio in range(1, 9)}  # transformers' SwiGLU rounding
+    near = {width} | steps | multiples | gated
+    for candidate in sorted((w for w in near if 1 <= w <= first.d_hidden), key=lambda w: (abs(w - width), -w)):
+        edits = [_first_units(site, round(candidate * site.d_model / first.d_model)) for site in sites]
+        if stock_origin(origin, edits) is not None:
+            return candidate
+    return None
 
 
-def _ratios(plan: Plan) -> Iterator[float]:
-    """Ratios that may give these widths: as they are, nudged over the truncation, and doubled for packed gates."""
-    edit = plan.edits[0]
-    for count in (edit.width, 2 * edit.width):
-        yield count / edit.site.d_model
-        yield (count + 0.5) / edit.site.d_model
+def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
+    """One line for the user: the library can't express these widths, and the nearest that it could."""
+    if origin.library is None:
+        return "no library can build this model, so the result loads with vitrim.load(path, model=...)."
+    edit = plan_edits[0]
+    nearest = nearest_stock_width(origin, [edit.site for edit in plan_edits], edit.width)
+    hint = "" if nearest in (None, edit.width) else f"; the nearest that it could is {nearest} (--stock picks it)"
+    return f"{origin.library} has no config for these widths ({edit.width} of {edit.site.d_hidden}){hint}."
+
+
+def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
+    """The line of Python that loads an output."""
+    reader = library(origin.library) if stock else None
+    if reader is None:
+        return f'vitrim.load("{folder}")'
+    return reader.LOADS.format(folder=folder, architecture=origin.architecture)
+
+
+def _first_units(site: MlpSite, width: int) -> KeepUnits:
+    """An edit that stands for a width, whichever units it keeps."""
+    return KeepUnits(site=site, keep=tuple(range(max(1, min(width, site.d_hidden)))))
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,14 +1,15 @@
 """Features of a vision encoder, as CLS or pooled vector plus patch tokens, before or after its final norm.
 
 One small adapter for each way in which libraries hand features out: timm's `forward_features`, transformers'
-model outputs, and any module that returns a tensor. No foreign `forward` is copied.
+model outputs, open_clip's towers, and any module that returns a tensor. No foreign `forward` is copied. A text encoder
+gives its first token as pooled vector and the others as patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,23 @@ from vitrim.types import Features
 FeaturesAt = Literal["final", "pre_norm"]
 
 FINAL_NORMS = ("norm", "fc_norm", "ln_post", "layernorm", "encoder.layernorm", "encoder.ln", "post_layernorm")
+# What libraries call the part of a larger model (a CLIP pair, a VLM) that takes the images.
+TOWERS = ("visual", "vision_model", "vision_tower", "vision_encoder", "image_encoder", "vision_backbone")
 
 
-def features(model: nn.Module, images_BCHW: Tensor, *, at: FeaturesAt = "final") -> Features:
-    """Run a model on images and return its features.
+def encoder_path(model: nn.Module) -> str:
+    """Path of the image tower inside a larger model, the outermost one; "" where the model itself takes the images."""
+    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWERS]
+    return min(named, key=lambda name: name.count("."), default="")
+
+
+def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> Features:
+    """Run an encoder and return its features.
 
     Args:
-        model: a timm or transformers vision encoder, or a module that returns a (B, D) or (B, N, D) tensor.
-        images_BCHW: preprocessed images, on the model's device.
+        model: an encoder of timm, transformers, open_clip or torchvision, or a module that returns a (B, D) or
+            (B, N, D) tensor.
+        inputs: preprocessed images (B, C, H, W), or token ids (B, N) for a text encoder, on the model's device.
         at: `final` reads the tokens behind the final norm, `pre_norm` in front of it.
 
     Returns:
@@ -36,23 +46,24 @@ def features(model: nn.Module, images_BCHW: Tensor, *, at: FeaturesAt = "final")
         ModelError: the output holds no tensor of features, or `pre_norm` was asked of a model without final norm.
     """
     if at == "final":
-        tokens = _tokens(model, images_BCHW)
-        return _pooled(model, tokens, _split(model, tokens))
+        return _features(model, inputs)
     norm = final_norm(model)
     if norm is None:
         raise ModelError(f"{type(model).__name__}: no final norm found; use features_at='final'.")
     caught: list[Tensor] = []
     handle = norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
-        _tokens(model, images_BCHW)
+        found = _features(model, inputs)
     finally:
         handle.remove()
+    if caught[-1].ndim == 2 and found.patches_BND is not None:  # CLIP's norm is for the pooled token alone
+        return Features(pooled_BD=caught[-1], patches_BND=found.patches_BND)
     return _split(model, caught[-1])
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
     """The norm that ends the encoder, where it has one with parameters."""
-    for name in FINAL_NORMS:
+    for name in [f"{part}{name}" for part in ("", "trunk.") for name in FINAL_NORMS]:
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -62,21 +73,32 @@ def final_norm(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def logits(model: nn.Module, images_BCHW: Tensor) -> Tensor | None:
+def logits(model: nn.Module, inputs: Tensor) -> Tensor | None:
     """Class scores (B, classes) for a classifier, None for a model that has no classifier head."""
     if not num_classes(model):
         return None
-    output = model(images_BCHW)
+    output = model(inputs)
     return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
 
 def num_classes(model: nn.Module) -> int:
     """Number of classes of the model's head, 0 where it has none."""
     classes = getattr(model, "num_classes", None)
-    if classes is None and hasattr(getattr(model, "config", None), "num_labels"):
-        has_head = isinstance(getattr(model, "classifier", None), nn.Linear)
-        classes = model.config.num_labels if has_head else 0  # type: ignore[union-attr]
+    if classes is None:
+        head = _class_head(model)
+        classes = 0 if head is None else head.out_features
     return int(classes or 0)  # type: ignore[arg-type]
+
+
+def _class_head(model: nn.Module) -> nn.Linear | None:
+    """The linear layer that ends a classifier of transformers or torchvision."""
+    for name in ("classifier", "heads.head", "head"):
+        module = model
+        for part in name.split("."):
+            module = getattr(module, part, None)
+        if isinstance(module, nn.Linear):
+            return module
+    return None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -98,13 +120,35 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _tokens(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """The model's tokens (B, N, D), or its single vector (B, D)."""
-    forward: Callable[[Tensor], Any] = getattr(model, "forward_features", model)
-    output = forward(images_BCHW)
+def _features(model: nn.Module, inputs: Tensor) -> Features:
+    """Features behind the final norm, by the way in which each library hands them out."""
+    if hasattr(model, "trunk") and hasattr(model, "head"):  # open_clip's wrapper around a timm tower
+        trunk: Any = model.trunk
+        output = trunk.forward_features(inputs)
+        pooled_BD = cast(nn.Module, model.head)(trunk.forward_head(output))
+        return Features(pooled_BD=pooled_BD, patches_BND=_split(trunk, _tokens(trunk, output)).patches_BND)
+    if hasattr(model, "output_tokens"):  # open_clip's own tower: the projected pooled vector, and tokens without CLS
+        with _held(model, "output_tokens", True):
+            pooled_BD, patches_BND = model(inputs)
+        return Features(pooled_BD=pooled_BD, patches_BND=patches_BND)
+    if hasattr(model, "forward_features"):  # timm, and DINOv2's own code
+        output = cast(Callable[[Tensor], Any], model.forward_features)(inputs)
+    elif isinstance(getattr(model, "base_model", None), nn.Module) and num_classes(model):  # a transformers classifier
+        output = cast(nn.Module, model.base_model)(inputs)
+    elif _class_head(model) is not None and final_norm(model) is not None:  # torchvision
+        output = _norm_output(model, inputs)
+    else:
+        output = model(inputs)
+    tokens = _tokens(model, output)
+    found = _split(model, tokens)
+    pooled_BD = _own_pooled(model, output, tokens)
+    return found if pooled_BD is None else Features(pooled_BD=pooled_BD, patches_BND=found.patches_BND)
+
+
+def _tokens(model: nn.Module, output: Any) -> Tensor:
+    """The tokens (B, N, D) in a model's output, or its single vector (B, D)."""
     if isinstance(output, dict) and "x_norm_clstoken" in output:  # DINOv2's own code
-        parts = (output["x_norm_clstoken"][:, None], output["x_norm_patchtokens"])
-        return torch.cat(parts, dim=1)
+        return torch.cat([output["x_norm_clstoken"][:, None], output["x_norm_patchtokens"]], dim=1)
     for name in ("last_hidden_state", "logits"):
         if isinstance(getattr(output, name, None), Tensor):
             output = getattr(output, name)
@@ -129,21 +173,57 @@ def _split(model: nn.Module, tokens: Tensor) -> Features:
     return Features(pooled_BD=tokens[:, 0] if num_prefix else patches.mean(1), patches_BND=patches)
 
 
-def _pooled(model: nn.Module, tokens_BND: Tensor, found: Features) -> Features:
-    """The vector that a model with attention pooling (SigLIP) really hands out, in place of the mean of its tokens."""
-    if getattr(model, "attn_pool", None) is None:
-        return found
-    pooled_BD = model.forward_head(tokens_BND, pre_logits=True)  # type: ignore[operator]
-    return Features(pooled_BD=pooled_BD, patches_BND=found.patches_BND)
+def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> Tensor | None:
+    """The pooled vector that a model really hands out, where that is more than its CLS token or a mean of tokens.
+
+    A `pooler` with a dense layer and tanh (BERT's, kept by ViT and DeiT) is left out: it is often untrained.
+    """
+    if getattr(model, "attn_pool", None) is not None:  # SigLIP in timm
+        return model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+    pooled = getattr(output, "pooler_output", None)
+    pooled = pooled[-1] if isinstance(pooled, tuple) else pooled
+    return None if hasattr(getattr(model, "pooler", None), "dense") else pooled
+
+
+def _norm_output(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What the final norm puts out."""
+    caught: list[Tensor] = []
+    norm = final_norm(model)
+    assert norm is not None
+    handle = norm.register_forward_hook(lambda _, args, output: caught.append(cast(Tensor, output)))
+    try:
+        model(inputs)
+    finally:
+        handle.remove()
+    return caught[-1]
+
+
+@contextmanager
+def _held(model: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value for a while."""
+    before = getattr(model, name)
+    setattr(model, name, value)
+    try:
+        yield
+    finally:
+        setattr(model, name, before)
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """CLS, distillation and register tokens in front of the patch tokens."""
+    """CLS, distillation and register tokens in front of the patches; a text encoder's first token is its CLS."""
     if hasattr(model, "num_prefix_tokens"):
         return int(model.num_prefix_tokens)  # type: ignore[arg-type]
-    for name, module in model.named_modules():
+    if takes_token_ids(model):
+        return 1
+    for _, module in model.named_modules():
         found = [getattr(module, key, None) for key in ("cls_token", "class_token", "class_embedding")]
         if any(isinstance(token, Tensor) for token in found):
-            registers = getattr(model.get_submodule(name), "register_tokens", None)
-            return 1 + (registers.shape[1] if isinstance(registers, Tensor) else 0)
+            registers, distillation = (getattr(module, key, None) for key in ("register_tokens", "distillation_token"))
+            num_registers = registers.shape[1] if isinstance(registers, Tensor) else 0
+            return 1 + num_registers + int(isinstance(distillation, Tensor))
     return 0
+
+
+def takes_token_ids(model: nn.Module) -> bool:
+    """Whether a model is a text encoder: it says so (transformers), and holds no image tower."""
+    return getattr(model, "main_input_name", None) == "input_ids" and not encoder_path(model)

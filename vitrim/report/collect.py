@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.models.load import Origin
+from vitrim.models.origin import Origin
 from vitrim.models.taps import evaluating, features
 from vitrim.ops.gram_schmidt import residual_curve, select_units
 from vitrim.recipe import Recipe
@@ -133,7 +133,7 @@ def _residual(teacher: nn.Module, edit: Edit) -> dict[str, Any]:
 def _pictures(teacher: nn.Module, student: nn.Module, origin: Origin, sample: Tensor | None) -> dict[str, Any]:
     """Images in 0..1 and both models' patch tokens on them, where the model has a grid of patches."""
     nothing: dict[str, Any] = {"images": None, "teacher_patches": None, "student_patches": None, "grid": None}
-    if sample is None:
+    if sample is None or sample.ndim != 4:
         return nothing
     sample, student = sample[:NUM_IMAGES], copy.deepcopy(student).float()
     with evaluating(teacher, student):

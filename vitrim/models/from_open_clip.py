@@ -1,0 +1,194 @@
+"""Models of open_clip: an image tower and a text tower. The image tower is cut, the text tower is carried along."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import importlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitrim.errors import ModelError
+from vitrim.models import from_timm
+from vitrim.models.origin import Origin, copy_companions, in_one_line, on_meta, plain_json, require
+from vitrim.types import Edit
+
+WEIGHTS = "open_clip_model.safetensors"
+CONFIG = "open_clip_config.json"
+RELOAD = """
+import open_clip
+model = open_clip.create_model("local-dir:" + folder)
+"""
+LOADS = 'open_clip.create_model_and_transforms("local-dir:{folder}")'
+# A timm tower's own arguments, kept beside open_clip's until they are written to a timm config.
+TRUNK_ARGS = "timm_args"
+RESIZE_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "spiece.model")
+
+
+def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
+    """An open_clip model: `NAME/TAG`, `NAME` (its first tag), `hf-hub:ID`, or a folder with open_clip's config."""
+    open_clip = require("open_clip", "clip")
+    folder = Path(source.removeprefix("local-dir:"))
+    if (folder / CONFIG).is_file():
+        name, tag = f"local-dir:{folder}", None
+    elif source.startswith("hf-hub:"):
+        name, tag = source, None
+    else:
+        name, tag = _name_and_tag(open_clip, source)
+    with in_one_line(f"open_clip/{source}"):
+        config = _config(open_clip, name)
+        if weights:
+            model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+        else:
+            model = on_meta(lambda: _build(open_clip, config["model_cfg"]))
+    said = getattr(model.visual, "preprocess_cfg", None) or config["preprocess_cfg"] | _tag_config(open_clip, name, tag)
+    origin = Origin(
+        name=source,
+        library="open_clip",
+        architecture=name,
+        model_args=plain_json(config["model_cfg"]),
+        preprocessing=_in_timm_words(said, model.visual),
+        encoder="visual",
+        folder=str(folder) if folder.is_dir() else None,
+    )
+    return model, origin
+
+
+def origin_of(model: nn.Module, name: str) -> Origin | None:
+    """A live open_clip model does not remember its config, only its preprocessing."""
+    visual = getattr(model, "visual", None)
+    said = getattr(visual, "preprocess_cfg", None)
+    return None if said is None else Origin(name=name, preprocessing=_in_timm_words(said, visual), encoder="visual")
+
+
+def build(origin: Origin) -> nn.Module:
+    """The uncut pair of towers."""
+    return _build(require("open_clip", "clip"), origin.model_args)
+
+
+def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+    """Every `mlp_ratio` that may give these widths; a timm tower takes it through a timm config of its own."""
+    for ratio in from_timm.mlp_ratios(edits):
+        args = copy.deepcopy(dict(origin.model_args))
+        vision = args["vision_cfg"]
+        (vision if "timm_model_name" not in vision else vision.setdefault(TRUNK_ARGS, {}))["mlp_ratio"] = ratio
+        yield replace(origin, model_args=args)
+
+
+def describe_(student: nn.Module, origin: Origin) -> None:
+    """Nothing: an open_clip model does not hold its config."""
+
+
+def write(student: nn.Module, folder: Path, origin: Origin) -> None:
+    """Weights and open_clip_config.json, and for a timm tower a folder with the tower's own config beside them."""
+    from safetensors.torch import save_file
+
+    args = copy.deepcopy(dict(origin.model_args))
+    if TRUNK_ARGS in args["vision_cfg"]:
+        _write_trunk_config(args["vision_cfg"], folder / "trunk")
+    known = origin.preprocessing
+    modes = {mode: ours for ours, mode in RESIZE_MODES.items()}
+    said = {
+        "size": known["input_size"][-1],
+        "mean": known["mean"],
+        "std": known["std"],
+        "interpolation": known["interpolation"],
+        "resize_mode": modes[known["crop_mode"]],
+    }
+    (folder / CONFIG).write_text(json.dumps({"model_cfg": args, "preprocess_cfg": said}, indent=2) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, folder / WEIGHTS)
+    copy_companions(origin, folder, COMPANIONS)
+
+
+def _build(open_clip: Any, config: Any) -> nn.Module:
+    """The class that open_clip itself would choose, without its weights."""
+    args = copy.deepcopy(dict(config))
+    args["text_cfg"] |= {"hf_model_pretrained": False} if "hf_model_name" in args["text_cfg"] else {}
+    custom = args.pop("custom_text", False) or "hf_model_name" in args["text_cfg"]
+    kind = open_clip.CLIP if not custom else open_clip.CoCa if "multimodal_cfg" in args else open_clip.CustomTextCLIP
+    with tempfile.TemporaryDirectory() as scratch:
+        vision = args["vision_cfg"]
+        if "timm_model_name" in vision:
+            vision["timm_model_pretrained"] = False
+        if TRUNK_ARGS in vision:
+            _write_trunk_config(vision, Path(scratch))
+        return kind(**args)
+
+
+def _write_trunk_config(vision: dict[str, Any], folder: Path) -> None:
+    """Move a timm tower's arguments into a timm config, since open_clip's own can't hold them, and point to it."""
+    from timm import create_model
+    from timm.models import save_config_for_hf  # type: ignore[attr-defined]
+
+    model_args = vision.pop(TRUNK_ARGS)
+    tower = on_meta(lambda: create_model(vision["timm_model_name"]))
+    folder.mkdir(exist_ok=True)
+    save_config_for_hf(tower, str(folder / "config.json"), model_args=model_args)
+    vision["timm_model_name"] = f"local-dir:{folder.resolve()}"
+
+
+def _config(open_clip: Any, name: str) -> dict[str, Any]:
+    """The config of a model and of its preprocessing, by name or from a folder or the hub."""
+    if name.startswith("local-dir:"):
+        found = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG).read_text())
+    elif name.startswith("hf-hub:"):
+        from huggingface_hub import hf_hub_download
+
+        found = json.loads(Path(hf_hub_download(name.removeprefix("hf-hub:"), CONFIG)).read_text())
+    else:
+        found = {"model_cfg": open_clip.get_model_config(name)}
+    found["model_cfg"] = _with_own_trunk(found["model_cfg"])
+    return {"preprocess_cfg": {}, **found}
+
+
+def _with_own_trunk(config: dict[str, Any]) -> dict[str, Any]:
+    """Take a timm tower's arguments back out of the folder that `write` put them in."""
+    vision = config["vision_cfg"]
+    where = vision.get("timm_model_name", "")
+    if where.startswith("local-dir:"):
+        said = json.loads((Path(where.removeprefix("local-dir:")) / "config.json").read_text())
+        vision |= {"timm_model_name": said["architecture"], TRUNK_ARGS: said.get("model_args", {})}
+    return config
+
+
+def _name_and_tag(open_clip: Any, source: str) -> tuple[str, str]:
+    """Split `NAME/TAG`, and take the first tag where none is given."""
+    name, _, tag = source.partition("/")
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.5)
+        hint = f"did you mean 'open_clip/{close[0]}'?" if close else "open_clip.list_models() lists them."
+        raise ModelError(f"open_clip/{source}: open_clip has no model of that name; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag and tag not in tags and not Path(tag).is_file():
+        raise ModelError(f"open_clip/{source}: {name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
+    return name, tag or next(iter(tags), "")
+
+
+def _tag_config(open_clip: Any, name: str, tag: str | None) -> dict[str, Any]:
+    """Preprocessing that belongs to a tag, for a model that was built without weights."""
+    return dict(open_clip.get_pretrained_cfg(name, tag)) if tag else {}
+
+
+def _in_timm_words(said: Any, visual: Any) -> dict[str, Any]:
+    """open_clip's preprocessing as timm's data config."""
+    said = {**dataclasses.asdict(importlib.import_module("open_clip.transform").PreprocessCfg()), **said}
+    size = getattr(visual, "image_size", None) or said["size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return plain_json(
+        {
+            "input_size": [3, height, width],
+            "mean": said["mean"],
+            "std": said["std"],
+            "interpolation": said["interpolation"],
+            "crop_pct": 1.0,
+            "crop_mode": RESIZE_MODES[said["resize_mode"]],
+        }
+    )

@@ -1,0 +1,164 @@
+"""Models of timm: by name, by hub id, from a local folder in timm's layout, or a bare state dict with a name."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrim.errors import ModelError
+from vitrim.models.origin import Origin, in_one_line, on_meta, plain_json
+from vitrim.types import Edit
+
+WEIGHTS = "model.safetensors"
+RELOAD = """
+import timm
+model = timm.create_model("local-dir:" + folder, pretrained=True)
+"""
+LOADS = 'timm.create_model("local-dir:{folder}", pretrained=True)'
+
+
+def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
+    """A timm model: `NAME`, `NAME@FILE` (a state dict), `hf-hub:ID` or `local-dir:PATH`."""
+    import timm
+
+    name, _, file = source.partition("@") if ":" not in source else (source, "", "")
+    if ":" not in source:
+        _check_name(name)
+    with in_one_line(f"timm/{source}"):
+        if weights and not file:
+            model = timm.create_model(name, pretrained=True)
+        else:
+            model = on_meta(lambda: timm.create_model(name, **_head_of(file)))
+        if file and weights:
+            _fill_(model, Path(file))
+    origin = origin_of(model, source)
+    if origin is None:
+        raise ModelError(f"timm/{source}: timm does not say how it built this model; pass the module itself.")
+    return model, origin
+
+
+def origin_of(model: nn.Module, name: str) -> Origin | None:
+    """How timm built a live model, where it remembers."""
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not architecture:
+        return None
+    from timm.models import get_model_args
+
+    try:
+        model_args = plain_json(get_model_args(model))
+    except TypeError:  # built with a class or a function as an argument: no file can say that
+        return Origin(name=name, preprocessing=preprocessing(model))
+    return Origin(
+        name=name,
+        library="timm",
+        architecture=architecture,
+        model_args=model_args,
+        preprocessing=preprocessing(model),
+    )
+
+
+def build(origin: Origin) -> nn.Module:
+    """The uncut architecture."""
+    import timm
+
+    return timm.create_model(origin.architecture, pretrained=False, **origin.model_args)
+
+
+def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+    """Every `mlp_ratio` that may give these widths."""
+    for ratio in mlp_ratios(edits):
+        yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
+
+
+def describe_(student: nn.Module, origin: Origin) -> None:
+    """Nothing: timm keeps the arguments of a model apart from it."""
+
+
+def write(student: nn.Module, folder: Path, origin: Origin) -> None:
+    """config.json and model.safetensors as timm writes them itself."""
+    from timm.models import save_for_hf  # type: ignore[attr-defined]
+
+    save_for_hf(student, str(folder), model_args=dict(origin.model_args), safe_serialization=True)
+
+
+def mlp_ratios(edits: Sequence[Edit]) -> Iterator[float]:
+    """Ratios that may give these widths: as they are, nudged over the truncation, and doubled for packed gates."""
+    edit = edits[0]
+    for count in (edit.width, 2 * edit.width):
+        yield count / edit.site.d_model
+        yield (count + 0.5) / edit.site.d_model
+
+
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """The preprocessing that comes with a timm model: size, crop, interpolation, mean and std."""
+    from timm.data.config import resolve_data_config
+
+    config = resolve_data_config({}, model=model)
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built_for is not None:  # timm leaves the config's size alone when a model is created with another img_size
+        config["input_size"] = (config["input_size"][0], *built_for)
+    return plain_json(config)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know, with the nearest that it does."""
+    import timm
+
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+        hint = f"did you mean 'timm/{close[0]}'?" if close else "timm.list_models() lists them."
+        raise ModelError(f"timm/{name}: timm has no model of that name; {hint}")
+
+
+def _head_of(file: str) -> dict[str, Any]:
+    """The number of classes that a bare state dict was trained for, where its head says so."""
+    if not file:
+        return {}
+    heads = [tensor for name, tensor in read_state(Path(file)).items() if name in ("head.weight", "head.fc.weight")]
+    return {"num_classes": heads[0].shape[0] if heads else 0}
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a safetensors or torch file; nothing in it is executed.
+
+    Raises:
+        ModelError: no such file, or it holds no tensors.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; use NAME@FILE with a .safetensors, .pth or .bin file.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for key in ("state_dict", "model", "module", "model_state_dict"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    tensors = {
+        name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
+    }
+    if not tensors:
+        raise ModelError(f"{path}: holds no tensors; pass the file that holds the model's state dict.")
+    return tensors
+
+
+def _fill_(model: nn.Module, path: Path) -> None:
+    """Give a model on meta the tensors of a file, in timm's names or, through timm's own filter, in the original's."""
+    from timm.models import clean_state_dict  # type: ignore[attr-defined]
+
+    tensors = clean_state_dict(read_state(path))
+    original_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if original_names is not None:
+        tensors = original_names(tensors, model)
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        raise ModelError(
+            f"{path}: does not fit the architecture ({len(missing)} tensors missing, such as {(missing or ['-'])[0]}; "
+            f"{len(unexpected)} not known, such as {(unexpected or ['-'])[0]})."
+        )

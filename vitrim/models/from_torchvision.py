@@ -1,0 +1,63 @@
+"""Models of torchvision, by name. It has no folder format, so what is cut is always kept in vitrim's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from vitrim.errors import ModelError
+from vitrim.models.origin import Origin, in_one_line, on_meta
+from vitrim.types import Edit
+
+WEIGHTS = "model.safetensors"
+RELOAD = ""
+LOADS = ""
+
+
+def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
+    """A torchvision model with its default weights: `NAME`."""
+    from torchvision import models
+
+    if source not in models.list_models():
+        raise ModelError(f"torchvision/{source}: no such model; torchvision.models.list_models() lists them.")
+    preset = models.get_model_weights(source).DEFAULT.transforms()  # type: ignore[attr-defined]
+    crop, scaled = preset.crop_size[0], preset.resize_size[0]
+    known = {
+        "input_size": [3, crop, crop],
+        "crop_pct": crop / scaled,
+        "crop_mode": "center",
+        "mean": list(preset.mean),
+        "std": list(preset.std),
+        "interpolation": preset.interpolation.value,
+    }
+    with in_one_line(f"torchvision/{source}"):
+        model = models.get_model(source, weights="DEFAULT") if weights else on_meta(lambda: models.get_model(source))
+    return model, Origin(name=source, library="torchvision", architecture=source, preprocessing=known)
+
+
+def origin_of(model: nn.Module, name: str) -> Origin | None:
+    """A live torchvision model does not remember how it was built."""
+    return None
+
+
+def build(origin: Origin) -> nn.Module:
+    """The uncut architecture."""
+    from torchvision import models
+
+    return models.get_model(origin.architecture, **origin.model_args)
+
+
+def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+    """Nothing: torchvision reads no config."""
+    return iter(())
+
+
+def describe_(student: nn.Module, origin: Origin) -> None:
+    """Nothing: a torchvision model does not hold its config."""
+
+
+def write(student: nn.Module, folder: Path, origin: Origin) -> None:
+    """Never called: there is no stock format."""
+    raise NotImplementedError

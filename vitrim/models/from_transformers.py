@@ -1,0 +1,201 @@
+"""Models of transformers: vision encoders, CLIP and SigLIP pairs, the vision tower of a VLM, text encoders.
+
+Code from a repository (`trust_remote_code`) is never run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitrim.errors import ModelError
+from vitrim.models.origin import Origin, copy_companions, in_one_line, on_meta, plain_json, require
+from vitrim.models.taps import encoder_path
+from vitrim.types import Edit
+
+WEIGHTS = "model.safetensors"
+RELOAD = """
+import json, pathlib, transformers
+name = json.loads((pathlib.Path(folder) / "config.json").read_text())["architectures"][0]
+model = getattr(transformers, name).from_pretrained(folder)
+"""
+LOADS = 'transformers.{architecture}.from_pretrained("{folder}")'
+# Files beside the weights: preprocessing, tokenizer, generation. Never weights, never code.
+COMPANIONS = (
+    "*processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "generation_config.json",
+    "chat_template.*",
+)
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+TEXT_LENGTH = 128
+
+
+def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
+    """A model by hub id or from a folder with transformers' config.json."""
+    transformers = require("transformers", "hf")
+    with in_one_line(f"hf/{source}"):
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"hf/{source}: needs code from its repository, which vitrim does not run; load it yourself and "
+                    "pass the module."
+                ) from None
+            raise
+        architecture = (config.architectures or [""])[0]
+        model_class = getattr(transformers, architecture, None) or transformers.AutoModel
+        if weights:
+            model = model_class.from_pretrained(source, dtype="auto")
+        elif model_class is transformers.AutoModel:
+            model = on_meta(lambda: model_class.from_config(config))
+        else:
+            model = on_meta(lambda: model_class(config))
+        folder = source if Path(source).is_dir() else _companions_of(source)
+    return model, _origin(model, source, folder)
+
+
+def origin_of(model: nn.Module, name: str) -> Origin | None:
+    """How transformers built a live model; only of its own classes, since only those it can build again."""
+    if not type(model).__module__.startswith("transformers."):
+        return None
+    known = getattr(model, "name_or_path", "")
+    return _origin(model, name, known if known and Path(known).is_dir() else None)
+
+
+def build(origin: Origin) -> nn.Module:
+    """The uncut architecture."""
+    transformers = require("transformers", "hf")
+    args = dict(origin.model_args)
+    config = transformers.AutoConfig.for_model(args.pop("model_type"), **args)
+    return getattr(transformers, origin.architecture)(config)
+
+
+def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+    """Every `intermediate_size` or `mlp_ratio` that may give these widths, in the config of the encoder."""
+    edit = edits[0]
+    for key, values in {
+        "intermediate_size": [edit.width],
+        "mlp_ratio": _mlp_ratios(edit),
+    }.items():
+        for value in values if key in _config_of_encoder(origin.model_args, origin.encoder) else []:
+            args = copy.deepcopy(dict(origin.model_args))
+            _config_of_encoder(args, origin.encoder)[key] = value
+            yield replace(origin, model_args=args)
+
+
+def describe_(student: nn.Module, origin: Origin) -> None:
+    """Set the new widths in the config of the model and of its tower, which may be two objects."""
+    wanted = _config_of_encoder(origin.model_args, origin.encoder)
+    whole: Any = student.config
+    nested = _nested_key(origin.model_args, origin.encoder)
+    parts = [
+        getattr(whole, nested) if nested else whole,
+        getattr(student.get_submodule(origin.encoder), "config", None),
+    ]
+    for part in parts:
+        for key in ("intermediate_size", "mlp_ratio"):
+            if key in wanted and hasattr(part, key):
+                setattr(part, key, wanted[key])
+
+
+def write(student: nn.Module, folder: Path, origin: Origin) -> None:
+    """config.json and model.safetensors as transformers writes them, with the tokenizer and processor beside them."""
+    describe_(student, origin)
+    # The names of the live modules, not those of an older format, so that `vitrim.load` reads the file as well.
+    student.save_pretrained(folder, save_original_format=False, max_shard_size="1000GB")  # type: ignore[operator]
+    copy_companions(origin, folder, COMPANIONS)
+
+
+def _origin(model: nn.Module, name: str, folder: str | None) -> Origin:
+    """Everything that a transformers model knows about itself."""
+    encoder = encoder_path(model)
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    for key in ("_name_or_path", "architectures", "transformers_version"):
+        config.pop(key, None)
+    found = Origin(
+        name=name,
+        library="transformers",
+        architecture=type(model).__name__,
+        model_args=plain_json(config),
+        encoder=encoder,
+        folder=folder,
+    )
+    tower = model.get_submodule(encoder)
+    return replace(found, preprocessing=_preprocessing(tower, folder))
+
+
+def _preprocessing(tower: nn.Module, folder: str | None) -> dict[str, Any]:
+    """Image size, crop and statistics in timm's words, or the tokenizer and length of a text encoder."""
+    config: Any = tower.config
+    if getattr(tower, "main_input_name", "pixel_values") == "input_ids":
+        length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
+        return {"tokenizer": folder, "num_tokens": length, "vocab_size": config.vocab_size}
+    size = getattr(config, "image_size", None)
+    known: dict[str, Any] = {}
+    if size is not None:
+        known["input_size"] = [
+            getattr(config, "num_channels", 3),
+            *(size if isinstance(size, list | tuple) else [size] * 2),
+        ]
+    transformers = require("transformers", "hf")
+    try:
+        said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder) if folder else ({}, None)
+    except OSError:  # a checkpoint without a processor: its images must come as tensors
+        said = {}
+    return plain_json(known | _in_timm_words(said))
+
+
+def _in_timm_words(said: dict[str, Any]) -> dict[str, Any]:
+    """An image processor's settings as timm's data config."""
+    if "image_mean" not in said:
+        return {}
+    size = said.get("size") or {}
+    resized_to = (size.get("height"), size.get("width")) if "height" in size else (size.get("shortest_edge"),) * 2
+    crop = said.get("crop_size") if said.get("do_center_crop") else None
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    target = (crop["height"], crop["width"]) if crop else resized_to
+    found: dict[str, Any] = {"mean": said["image_mean"], "std": said["image_std"]}
+    if said.get("resample") is not None:
+        found["interpolation"] = INTERPOLATIONS[int(said["resample"])]
+    if target[0] and resized_to[0]:
+        found |= {"input_size": [3, *target], "crop_pct": target[0] / resized_to[0]}
+        found["crop_mode"] = "squash" if "height" in size else "center"
+    return found
+
+
+def _mlp_ratios(edit: Edit) -> list[float | int]:
+    """Ratios that may give a width; some configs take whole numbers only and round what comes of them."""
+    exact = [ratio for ratio in range(1, 9) if ratio * edit.site.d_model == edit.width]
+    nudged = [(edit.width + extra) / edit.site.d_model for extra in (0, 0.5)]
+    return [*exact, *nudged, *(ratio for ratio in range(1, 9) if ratio not in exact)]
+
+
+def _config_of_encoder(args: Any, encoder: str) -> dict[str, Any]:
+    """The part of a config that speaks of the encoder."""
+    nested = _nested_key(args, encoder)
+    return args[nested] if nested else args
+
+
+def _nested_key(args: Any, encoder: str) -> str | None:
+    """Name of that part, None where the config speaks of nothing else."""
+    nested = "text_config" if "text" in encoder or "language" in encoder else "vision_config"
+    return nested if encoder and isinstance(args.get(nested), dict) else None
+
+
+def _companions_of(source: str) -> str:
+    """The folder in the hub's cache that holds a model's small files."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(source, allow_patterns=["config.json", *COMPANIONS])

@@ -1,0 +1,151 @@
+"""How a model came to be: what a checkpoint has to remember to build the uncut architecture again.
+
+One module a library (`from_timm`, `from_transformers` and so on) fills in `Library`. Nothing here imports one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from torch import nn
+
+from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
+from vitrim.types import Edit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How the uncut model is built, without its weights.
+
+    `library` is None for a module that only its owner can build. `encoder` is the path of the part that takes the
+    images, "" for the whole model. `folder` is where the files beside the weights (tokenizer, processor) come from.
+    """
+
+    name: str
+    library: str | None = None
+    architecture: str = ""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    encoder: str = ""
+    folder: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in self.__dict__.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Origin:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: a field is missing or unknown.
+        """
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise CheckpointError(f"origin: damaged or incomplete ({error}).") from None
+
+
+class Library(Protocol):
+    """What vitrim needs of a model library; a module of that name implements it.
+
+    `WEIGHTS` is the library's own file name for weights, `RELOAD` Python code that loads `folder` as `model` with the
+    library alone, and `LOADS` the same in one line, to show.
+    """
+
+    WEIGHTS: str
+    RELOAD: str
+    LOADS: str
+
+    def load(self, source: str, weights: bool) -> tuple[nn.Module, Origin]:
+        """A model by the library's own name or from a folder; without weights, its parameters are on meta."""
+        ...
+
+    def origin_of(self, model: nn.Module, name: str) -> Origin | None:
+        """How a live model was built, None where the library does not know."""
+        ...
+
+    def build(self, origin: Origin) -> nn.Module:
+        """The uncut architecture, uninitialised or random."""
+        ...
+
+    def resized(self, origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+        """Origins that may build the model with the edited widths; the caller checks which one does."""
+        ...
+
+    def describe_(self, student: nn.Module, origin: Origin) -> None:
+        """Make the live model's own config say the widths that it now has."""
+        ...
+
+    def write(self, student: nn.Module, folder: Path, origin: Origin) -> None:
+        """Weights and config as the library writes them itself."""
+        ...
+
+
+def require(package: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ImportError:
+        raise MissingExtraError(f"{package} is not installed; pip install 'vitrim[{extra}]'.") from None
+
+
+@contextmanager
+def in_one_line(source: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads a model into one line.
+
+    Raises:
+        ModelError: the model could not be loaded.
+    """
+    try:
+        yield
+    except VitrimError:
+        raise
+    except Exception as error:  # libraries, the hub client and safetensors each raise their own kinds
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise ModelError(
+            f"{source}: could not load the model ({reason}); check the name, the files or the network, "
+            "or pass local-dir:PATH."
+        ) from error
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build with parameters on the meta device and real buffers, or for real where the constructor needs values."""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            return build()
+    except (NotImplementedError, RuntimeError):  # timm's Swin v2 reads its parameters while it is built
+        return build()
+
+
+def plain_json(value: Any) -> Any:
+    """A value as JSON gives it back: tuples as lists, so that equal origins compare equal.
+
+    Raises:
+        TypeError: it holds something that JSON can't say.
+    """
+    return json.loads(json.dumps(value))
+
+
+def copy_companions(origin: Origin, folder: Path, patterns: Sequence[str]) -> None:
+    """Copy tokenizer and processor files from where the model came from, as they are."""
+    import shutil
+
+    source = Path(origin.folder or "")
+    for pattern in patterns if origin.folder and source.is_dir() else ():
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
