@@ -70,8 +70,17 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
 
     packets = [getattr(torch.ops.aten, name) for name in UNCOUNTED_ATTENTION if hasattr(torch.ops.aten, name)]
     mapping = {packet: _attention_flops for packet in packets if packet not in flop_registry}
-    with evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        model(_to_model(model, images_BCHW))
+    # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
+    # an attention pool) while it asks for gradients.
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            model(_to_model(model, images_BCHW))
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
     return round(counter.get_total_flops() / (2 * len(images_BCHW)))
 
 

@@ -24,6 +24,7 @@ class TokenComparison:
 
     Relative error is ||S - T||^2 / ||T - mean(T)||^2: 0 is identical, 1 is predicting the mean. The spread
     around the mean is merged from batch to batch (Chan's update), not taken as a difference of large sums.
+    Tokens of several widths (CLIP's projected pooled vector and its patches) each have their own mean.
     """
 
     def __init__(self):
@@ -31,21 +32,21 @@ class TokenComparison:
         self._error = 0.0
         self._spread = 0.0
         self._cosine = 0.0
-        self._mean_D: Tensor | None = None
+        self._means: dict[int, tuple[int, Tensor]] = {}  # by width: how many tokens, and their mean
 
     def update(self, student: Tensor, teacher: Tensor) -> None:
         """Add tokens; both tensors have the same shape, with the feature width last."""
         teacher_ND = _float64(teacher.flatten(0, -2))
         student_ND = _float64(student.flatten(0, -2)).to(teacher_ND.device)
         count, mean_D = len(teacher_ND), teacher_ND.mean(0)
-        shift_D = mean_D if self._mean_D is None else mean_D - self._mean_D
-        total = self.num_tokens + count
+        before, old_mean_D = self._means.get(teacher_ND.shape[-1], (0, torch.zeros_like(mean_D)))
+        shift_D, total = mean_D - old_mean_D, before + count
         self._error += float((student_ND - teacher_ND).square().sum())
         self._cosine += float(cosine_similarity(student_ND, teacher_ND, dim=-1).sum())
         self._spread += float((teacher_ND - mean_D).square().sum())
-        self._spread += float(shift_D.square().sum()) * self.num_tokens * count / total
-        self._mean_D = mean_D - shift_D * (self.num_tokens / total)
-        self.num_tokens = total
+        self._spread += float(shift_D.square().sum()) * before * count / total
+        self._means[teacher_ND.shape[-1]] = (total, mean_D - shift_D * (before / total))
+        self.num_tokens += count
 
     @property
     def relative_error(self) -> float:
@@ -90,7 +91,8 @@ def fidelity(
             mine, theirs = (_kinds(model, features(model, moved, at=at)) for model, moved in pairs)
             _check_shapes(mine, theirs)
             for kind in theirs:
-                compared.setdefault(kind, TokenComparison()).update(mine[kind], theirs[kind])
+                for one, other in zip(mine[kind], theirs[kind], strict=True):
+                    compared.setdefault(kind, TokenComparison()).update(one, other)
             num_images += len(images)
             num_agreed += _count_agreed(*(logits(*pair) for pair in pairs)) if has_heads else 0
     if not num_images:
@@ -128,7 +130,7 @@ def block_fidelity(
         for images in _images(batches):
             for model in (student, teacher):
                 features(model, images.to(device_of(model)))
-            _check_shapes(mine, theirs)
+            _check_shapes(*({name: [tensor] for name, tensor in side.items()} for side in (mine, theirs)))
             for name in block_names:
                 if name not in mine:
                     raise ModelError(f"{name}: did not run in the forward pass; name a block that does.")
@@ -177,18 +179,17 @@ def retrieval_recall(
     return {f"recall@{k}": hits[k] / len(index_BD) for k in ks}
 
 
-def _kinds(model: nn.Module, found: Features) -> dict[str, Tensor]:
+def _kinds(model: nn.Module, found: Features) -> dict[str, list[Tensor]]:
     """Tokens (B, tokens, D) by the prefix of their results; a pooled vector that is a mean is no token."""
-    pooled = found.pooled_BD[:, None]
+    pooled = [found.pooled_BD[:, None]]
     if found.patches_BND is None:
         return {"": pooled, "pooled_": pooled}
-    has_token = num_prefix_tokens(model) > 0
-    everything = torch.cat([pooled, found.patches_BND], dim=1) if has_token else found.patches_BND
-    return {"": everything, "pooled_": pooled, "patches_": found.patches_BND}
+    patches = [found.patches_BND]
+    return {"": pooled + patches if num_prefix_tokens(model) > 0 else patches, "pooled_": pooled, "patches_": patches}
 
 
-def _check_shapes(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    got, want = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (mine, theirs))
+def _check_shapes(mine: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]) -> None:
+    got, want = ({name: [tuple(t.shape) for t in found] for name, found in side.items()} for side in (mine, theirs))
     if got != want:
         raise ModelError(f"the student gives {got}, the teacher {want}; compare models of one width and size.")
 
