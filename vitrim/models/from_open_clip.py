@@ -125,13 +125,17 @@ def _build(open_clip: Any, config: Any) -> nn.Module:
 
 def _write_trunk_config(vision: dict[str, Any], folder: Path) -> None:
     """Move a timm tower's arguments into a timm config, since open_clip's own can't hold them, and point to it."""
-    from timm import create_model
-    from timm.models import save_config_for_hf  # type: ignore[attr-defined]
+    from timm.models import get_pretrained_cfg
 
-    model_args = vision.pop(TRUNK_ARGS)
-    tower = on_meta(lambda: create_model(vision["timm_model_name"]))
+    architecture = vision["timm_model_name"]
+    known = get_pretrained_cfg(architecture)
+    said = {
+        "architecture": architecture.partition(".")[0],
+        "model_args": vision.pop(TRUNK_ARGS),
+        "pretrained_cfg": {} if known is None else known.to_dict(),
+    }
     folder.mkdir(exist_ok=True)
-    save_config_for_hf(tower, str(folder / "config.json"), model_args=model_args)
+    (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
     vision["timm_model_name"] = f"local-dir:{folder.resolve()}"
 
 
