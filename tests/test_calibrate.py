@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitrim import calibrate
-from vitrim.calibrate import layer_scale, walk
+from vitrim.calibrate import layer_scale, streams, walk
 from vitrim.surgery import apply_
 from vitrim.types import KeepUnits
 
@@ -158,7 +157,7 @@ def test_layer_scale_is_none_where_no_fixed_diagonal_follows_the_mlp(build, betw
 def test_a_chain_and_a_forward_for_each_block_give_the_same_sums(build, name, monkeypatch):
     case = build(name)
     chained = []
-    links = calibrate._links
+    links = streams._links
 
     def count(model, blocks, images):
         chained.append(links(model, blocks, images))
@@ -170,9 +169,9 @@ def test_a_chain_and_a_forward_for_each_block_give_the_same_sums(build, name, mo
             yield visit
             halve_(student, visit)
 
-    monkeypatch.setattr(calibrate, "_links", count)
+    monkeypatch.setattr(streams, "_links", count)
     fast = list(visits())
-    monkeypatch.setattr(calibrate, "_links", lambda model, blocks, images: [False] * len(blocks))
+    monkeypatch.setattr(streams, "_links", lambda model, blocks, images: [False] * len(blocks))
     slow = list(visits())
     # Between Swin's stages the patches are merged; elsewhere the first block alone is reached by a full forward.
     assert chained == [[False, True, False] if name == "timm-swin" else [False] + [True] * (len(chained[0]) - 1)] * 2
@@ -187,9 +186,9 @@ def test_a_change_between_blocks_breaks_the_chain(build):
     case = build("timm-vit")
     model = case.copy()
     model.blocks[0].register_forward_hook(lambda _, args, out: out + 1)  # inside the block's call: still a chain
-    assert calibrate._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, True]
+    assert streams._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, True]
     model.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
-    assert calibrate._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, False]
+    assert streams._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, False]
 
 
 @pytest.mark.parametrize("num_held_out", [1, 2])

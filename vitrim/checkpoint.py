@@ -22,19 +22,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, OutputError
 from vitrim.models.load import build_empty, library, load_model, origin_of
-from vitrim.models.origin import Origin
+from vitrim.models.origin import Library, Origin, match_buffers_
 from vitrim.models.stock import stock_origin
 from vitrim.models.taps import evaluating
 from vitrim.surgery import reshape_
+from vitrim.tensor_files import open_tensors
 from vitrim.types import Plan
 
 WEIGHTS, CONFIG, ABOUT = "model.safetensors", "config.json", "vitrim.json"
 CUT_STATE, RECOVERY_STATE = "cut.json", "recover.pt"
+PICKS = "picks.jsonl"
 
 # Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
 STOCK_CHECK = """
@@ -50,7 +52,7 @@ COMPARE = """
 import torch
 from safetensors.torch import load_file
 probe = load_file(sys.argv[2])
-encoder = model.float().eval().get_submodule(sys.argv[3])
+encoder = model.to(probe["like"].dtype).float().eval().get_submodule(sys.argv[3])
 with torch.inference_mode():
     output = encoder(probe["inputs"])
 output = output if isinstance(output, torch.Tensor) else output[0]
@@ -91,12 +93,13 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
         for config in folder.glob("*config.json"):  # one that names a part of its own folder gets the final name
             config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
         folder.rename(out)
-        (work / CUT_STATE).unlink(missing_ok=True)
+        for state in (CUT_STATE, PICKS):
+            (work / state).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not (work / CUT_STATE).exists():
+        if not any((work / state).exists() for state in (CUT_STATE, PICKS)):
             shutil.rmtree(work, ignore_errors=True)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -115,13 +118,27 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
     Returns:
         Whether the stock library can load the folder by itself.
     """
+    path = folder / write_configs(folder, student, origin=origin, plan=plan)
+    save_file(_distinct(student.state_dict()), path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())  # safetensors writes 0600
+    return bool(read_about(folder)["stock"])
+
+
+def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> str:
+    """Write everything of an output but the weights.
+
+    Args:
+        folder: an existing folder.
+        student: the cut model, whole; it may be on meta.
+        origin: how the uncut model is built.
+        plan: what was cut, by paths from the root of the whole model.
+
+    Returns:
+        The name under which the weights are expected.
+    """
     stock, reader = stock_origin(origin, plan.edits), library(origin.library)
     if stock is not None and reader is not None:
-        reader.write(student, folder, stock)
-    else:
-        save_file(_distinct(student.state_dict()), folder / WEIGHTS)
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~_umask())  # safetensors writes 0600
+        reader.write_config(student, folder, stock)
     about = {
         "format": "vitrim/1",
         "stock": stock is not None,
@@ -130,7 +147,7 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
         "plan_sha256": plan.sha256,
     }
     write_json(folder / ABOUT, about)
-    return stock is not None
+    return WEIGHTS if stock is None or reader is None else reader.WEIGHTS
 
 
 def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -151,15 +168,19 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"])
     student = model if model is not None else build_empty(origin)
     reshape_(student, plan.edits)
-    reader = library(origin.library) if about["stock"] else None
-    _fill_(student, path / (WEIGHTS if reader is None else reader.WEIGHTS))
+    _fill_(student, path, library(origin.library))
+    if origin.library != "transformers":  # it keeps such buffers in float32 beside bf16 weights
+        match_buffers_(student)
     return student.eval()
 
 
-def _fill_(model: nn.Module, path: Path) -> None:
-    """Give a model the tensors of a file; a tied tensor stands in it once."""
+def _fill_(model: nn.Module, path: Path, reader: Library | None) -> None:
+    """Give a model the tensors of a folder, in its own names or the library's older ones; tied tensors stand once."""
+    files = open_tensors(path)
+    if reader is not None and not files.keys() <= model.state_dict().keys():
+        files = files.renamed(reader.names(model, files.fakes()))
     try:
-        missing, unexpected = model.load_state_dict(load_file(path), strict=False, assign=True)
+        missing, unexpected = model.load_state_dict(dict(files), strict=False, assign=True)
         if missing and hasattr(model, "tie_weights"):
             model.tie_weights()  # type: ignore[operator]
         empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -236,7 +257,9 @@ def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, 
     Raises:
         OutputError: the folder does not load, or loads to something else.
     """
-    reference = copy.deepcopy(student.get_submodule(origin.encoder)).cpu().float()  # bf16 is compared in float32, too
+    reference = copy.deepcopy(student.get_submodule(origin.encoder)).cpu()
+    like = next(reference.parameters()).new_empty(0)
+    reference = reference.to(like.dtype).float()  # bf16 is compared in float32, but with all buffers rounded to it
     with evaluating(reference):
         output = reference(inputs.cpu())
     output = output if isinstance(output, Tensor) else output[0]
@@ -244,7 +267,8 @@ def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, 
     load_it = STOCK_CHECK + reader.RELOAD if stock and reader is not None else OWN_CHECK
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
-        save_file({"inputs": inputs.cpu().contiguous(), "output": output.clone().contiguous()}, probe)
+        tensors = {"inputs": inputs.cpu().contiguous(), "output": output.clone().contiguous(), "like": like}
+        save_file(tensors, probe)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", load_it + COMPARE, str(folder), str(probe), origin.encoder]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

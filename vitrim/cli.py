@@ -153,6 +153,91 @@ def compress(
 
 
 @app.command
+def prune_checkpoint(
+    source: str,
+    out: Path,
+    *,
+    data: str | None = None,
+    recipe: Path | None = None,
+    method: str | None = None,
+    width_ratio: float | None = None,
+    keep_ratio: float | None = None,
+    width: int | None = None,
+    select_on: SelectOn | None = None,
+    repair: bool | None = None,
+    refit: bool | None = None,
+    memory_budget: str | None = None,
+    shard_size: str = "2GB",
+    seed: int | None = None,
+    device: str | None = None,
+    scope: str | None = None,
+    stock: bool | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a checkpoint file to file, one layer in memory at a time.
+
+    Example: vitrim prune-checkpoint EVA-CLIP-E/ EVA-CLIP-E-small/ --width-ratio 1
+
+    Args:
+        source: a model folder, timm/NAME@FILE, or hf/ORG/NAME.
+        out: folder to write; it must not exist.
+        data: images for selection and repair; without, units are picked on weights alone.
+        recipe: YAML file; options given here win over it.
+        method: one of `vitrim methods` (default dgmr).
+        width_ratio: hidden width as a multiple of the model width (default 1).
+        keep_ratio: share of each MLP's units to keep.
+        width: units to keep in each MLP.
+        select_on: what dgmr tells units apart by; outputs where there are images, else weights.
+        repair: closed-form repair after the cut.
+        refit: the local refit that follows the repair.
+        memory_budget: such as 4GB; what calibration needs above it goes to disk.
+        shard_size: largest size of a file, for libraries that read shards.
+        seed: makes two runs equal.
+        device: auto, cpu, cuda, mps.
+        scope: dotted path of the subtree to cut.
+        stock: take the nearest width that the model's own library can load.
+        resume: go on with a run into this folder that was killed.
+        quiet: no progress.
+    """
+    from vitrim.recipe import Recipe
+    from vitrim.streaming import prune_checkpoint as prune
+
+    given = {
+        "model": source,
+        "data": data,
+        "method": method,
+        "width_ratio": width_ratio,
+        "keep_ratio": keep_ratio,
+        "width": width,
+        "options": None if select_on is None else {"select_on": select_on},
+        "repair": _repair(repair, refit),
+        "seed": seed,
+        "device": device,
+        "scope": scope,
+        "stock": stock,
+    }
+    asked = (Recipe() if recipe is None else Recipe.load(recipe)).updated(given)
+    found = prune(
+        source,
+        out,
+        recipe=asked,
+        memory_budget=memory_budget,
+        shard_size=shard_size,
+        resume=resume,
+        quiet=quiet or as_json,
+    )
+    if as_json:
+        return _print_json({"out": str(out), **found.metrics})
+    rows = [(name, *map(_number, found.metrics[name])) for name in ("parameters", "bytes")]
+    _print_table(("", "before", "after"), rows)
+    for note in found.metrics["notes"]:
+        console.print(f"note: {note}")
+    console.print(f"Written and read back: {found.metrics['loads_with']}")
+
+
+@app.command
 def evaluate(
     student: str,
     *,

@@ -7,7 +7,7 @@ refit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
 from vitrim.checkpoint import CUT_STATE, versions, write_json
-from vitrim.errors import CheckpointError, RecipeError
+from vitrim.errors import BudgetError, CheckpointError, RecipeError
 from vitrim.methods import Method, MethodOptions, find_method
+from vitrim.models.origin import Origin
+from vitrim.models.stock import nearest_stock_width
 from vitrim.ops.least_squares import fit_output, squared_error
 from vitrim.progress import progress
 from vitrim.recipe import Recipe, RepairOptions
 from vitrim.recover.refit import refit_, site_tensors
 from vitrim.surgery import apply_, read_weights, reshape_
-from vitrim.types import KeepUnits, MlpSite, Plan, SiteView
+from vitrim.types import KeepUnits, MlpSite, MlpWeights, Plan, SiteView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,10 @@ def cut_(
     batches: Sequence[Tensor] | None,
     *,
     quiet: bool = False,
+    done: Sequence[KeepUnits] = (),
+    keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None = None,
+    spill: Path | None = None,
+    moments: torch.dtype = torch.float64,
 ) -> CutReport:
     """Cut every site of a student in place.
 
@@ -55,6 +61,10 @@ def cut_(
         recipe: method, options, repair.
         batches: calibration images, or None: then only methods that need weights alone can run, without repair.
         quiet: show no progress.
+        done: edits that the student has behind it, from a run that was stopped.
+        keep_edit: called with each edit and its errors; what it returns stands in the plan in its place.
+        spill: folder for calibration activations; None keeps them in memory.
+        moments: type in which second moments are stored.
 
     Returns:
         The plan (with the repaired tensors) and what was measured on the way.
@@ -66,18 +76,23 @@ def cut_(
     method, options = find_method(recipe.method), find_method(recipe.method).parse_options(recipe.options)
     repair = recipe.repair_options() if batches is not None else None
     widths = {site.path: recipe.width_of(site) for site in sites}
-    edits: list[KeepUnits] = []
+    edits, behind = list(done), {edit.site.path for edit in done}
     errors: dict[str, dict[str, float]] = {}
     notes = _notes(method, recipe, batches)
     with progress("cut", len(sites), quiet=quiet) as bar:
-        for index, (site, visit) in enumerate(_visits(teacher, student, sites, recipe, method, repair, batches)):
-            edit = _select(student, site, visit, widths[site.path], method, options, recipe.seed + index)
+        bar.done = len(edits)
+        visits = _visits(
+            teacher, student, sites, recipe, method, repair, batches, skip=behind, spill=spill, moments=moments
+        )
+        for site, visit in visits:
+            seed = recipe.seed + len(edits)
+            edit = select(read_weights(student, site), site, visit, widths[site.path], method, options, seed)
             if repair is not None and visit is not None:
                 edit, errors[site.path] = _repair_(student, edit, visit, repair, recipe.seed)
                 notes += _visit_notes(visit, repair)
             else:
                 apply_(student, [edit])
-            edits.append(edit)
+            edits.append(edit if keep_edit is None else keep_edit(edit, errors.get(site.path, {})))
             bar.advance(1, site.path)
     plan = Plan(
         edits=tuple(edits),
@@ -124,6 +139,21 @@ def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | N
     return CutReport(plan=replace(plan, edits=tuple(edits)), errors=about["errors"], notes=tuple(about["notes"]))
 
 
+def with_stock_width(recipe: Recipe, origin: Origin, sites: Sequence[MlpSite]) -> Recipe:
+    """Where a recipe asks for `stock`, the recipe with the nearest width that the library's own config can express.
+
+    Raises:
+        BudgetError: there is none near.
+    """
+    if not recipe.stock:
+        return recipe
+    asked = recipe.width_of(sites[0])
+    found = nearest_stock_width(origin, sites, asked)
+    if found is None:
+        raise BudgetError(f"stock: {origin.library or origin.name} has no config for a width near {asked}; drop stock.")
+    return recipe if found == asked else recipe.updated({"width_ratio": found / sites[0].d_model, "round_to": 1})
+
+
 def _visits(
     teacher: nn.Module,
     student: nn.Module,
@@ -132,10 +162,14 @@ def _visits(
     method: Method,
     repair: RepairOptions | None,
     batches: Sequence[Tensor] | None,
+    *,
+    skip: Collection[str],
+    spill: Path | None,
+    moments: torch.dtype,
 ) -> Iterator[tuple[MlpSite, SiteVisit | None]]:
     """Sites in the order in which they are to be cut, with what calibration saw of them, where anything asks for it."""
     if batches is None or (repair is None and method.needs == "weights"):
-        yield from ((site, None) for site in sites)
+        yield from ((site, None) for site in sites if site.path not in skip)
         return
     repair = repair or RepairOptions(feedback=0.0)
     num_held_out = max(1, len(batches) // 10) if len(batches) > 1 else 0
@@ -147,12 +181,15 @@ def _visits(
         feedback=repair.feedback,
         num_held_out=num_held_out,
         max_tokens=repair.max_tokens,
+        skip=skip,
+        spill=spill,
+        moments=moments,
     ):
         yield visit.site, visit
 
 
-def _select(
-    student: nn.Module,
+def select(
+    weights: MlpWeights,
     site: MlpSite,
     visit: SiteVisit | None,
     width: int,
@@ -163,7 +200,7 @@ def _select(
     """Ask the method which units stay."""
     view = SiteView(
         site=site,
-        weights=read_weights(student, site),
+        weights=weights,
         num_keep=width,
         generator=torch.Generator().manual_seed(seed),
         stats=None if visit is None else visit.stats,

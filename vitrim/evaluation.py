@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from vitrim.checkpoint import open_model, versions
 from vitrim.cost import count_macs, measure_latency, num_parameters, peak_memory_mib
 from vitrim.data import Batch, ImageSet, is_text, open_images, open_texts, split_indices, transform_for
-from vitrim.errors import RecipeError
+from vitrim.errors import DataError, RecipeError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
 from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
-from vitrim.models.taps import num_classes
+from vitrim.models.taps import evaluating, num_classes, takes_token_ids
 
 Model = nn.Module | str
 
@@ -56,13 +56,14 @@ def evaluate(
         `teacher` each: parameters, MACs, memory, latency, and with labels kNN, linear probe and top-1 in percent.
 
     Raises:
-        ModelError, DataError: a model or the images can't be read.
+        ModelError, DataError: a model or the images can't be read, or don't fit each other.
     """
     (student_model, _), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
     images = open_inputs(data, origin, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
+    check_inputs(teacher_model, origin, batches)
     learn = None if index is None else list(open_inputs(index, origin, limit=limit).loader(batch_size=batch_size))
     pair = {"student": student_model, "teacher": teacher_model}
     result: dict[str, Any] = {"fidelity": compare(student_model, teacher_model, batches)}
@@ -118,12 +119,41 @@ def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int |
     """Images behind a model's own preprocessing, or text in rows of its tokenizer's ids.
 
     A model without known preprocessing takes tensors, or images of the right size.
+
+    Raises:
+        DataError: the source can't be read, or is text and the model takes none.
     """
     known = origin.preprocessing
     if is_text(data) and "num_tokens" in known:
         return open_texts(data, tokenizer=tokenizer_of(origin), num_tokens=known["num_tokens"], limit=limit)
+    is_folder = isinstance(data, str | Path) and Path(data).is_dir()  # of images, with a text file among them
+    if is_text(data) and not is_folder:
+        what = "takes images" if "input_size" in known else "has no tokenizer that vitrim knows"
+        raise DataError(f"{origin.name}: {what}, not text; pass images or tensors that are preprocessed already.")
     transform = transform_for(known) if "mean" in known else None
     return open_images(data, transform=transform, split=split, limit=limit)
+
+
+def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Tensor]) -> None:
+    """Run a model on one input: what it can't take shall be one clear line, before anything is cut.
+
+    Raises:
+        DataError: the inputs are of another kind or size than the model takes.
+    """
+    for batch in batches[:1]:
+        first = (batch if isinstance(batch, Tensor) else batch.images_BCHW)[:1]
+        parameter = next(model.parameters())
+        try:
+            with evaluating(model):
+                model(first.to(parameter.device, parameter.dtype if first.is_floating_point() else None))
+        except Exception as error:  # foreign code says in its own ways what it does not take
+            needs = "images (C, H, W) of the size that it takes"
+            if takes_token_ids(model):
+                needs = "text (a .txt file or strings) or rows of token ids (N,), since it is a text encoder"
+            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            got = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
+            where = f"{origin.name} {origin.encoder}".strip()
+            raise DataError(f"{where}: can't run on {got} ({reason}); pass {needs}.") from error
 
 
 def resolve_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitrim.checkpoint import RECOVERY_STATE, open_model, save, staged_output, verify, write_json
-from vitrim.cut import cut_, resume_cut_, save_cut
+from vitrim.cut import cut_, resume_cut_, save_cut, with_stock_width
 from vitrim.data import Batch, ImageSet, augment_for, first_images, split_indices
-from vitrim.errors import BudgetError, DataError, RecipeError
+from vitrim.errors import DataError, RecipeError
 from vitrim.evaluation import (
+    check_inputs,
     compare,
     environment,
     measure,
@@ -28,11 +29,11 @@ from vitrim.metrics.fidelity import block_fidelity
 from vitrim.models.load import library
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
-from vitrim.models.stock import loads_with, nearest_stock_width, stock_origin, why_not_stock
+from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import Recovery, recover_
 from vitrim.report.collect import collect
-from vitrim.types import MlpSite, Plan
+from vitrim.types import Plan
 
 # A tenth of the images, at most this many, is held out to judge on and is in nothing else.
 MAX_HELD_OUT = 512
@@ -113,7 +114,9 @@ def compress(
     chosen = base.updated(given)
     whole, origin = open_model(model)
     encoder, scope = resolve_scope(whole, chosen.scope, origin.encoder)
-    job = _Job(whole=whole, origin=replace(origin, encoder=encoder), scope=scope, recipe=chosen, quiet=quiet)
+    if encoder != origin.encoder:  # what is known of the inputs was known of another part
+        origin = replace(origin, encoder=encoder, preprocessing={})
+    job = _Job(whole=whole, origin=origin, scope=scope, recipe=chosen, quiet=quiet)
     source = data if data is not None else chosen.data
     images = None if source is None else open_inputs(source, origin)
     if images is None and chosen.recover is not None:
@@ -146,8 +149,9 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
     student = copy.deepcopy(original).to(device).float().eval()  # moments and small steps need more than bf16
     teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=job.scope.removeprefix(origin.encoder).removeprefix("."))
-    recipe = _with_stock_width(recipe, origin, sites)
+    recipe = with_stock_width(recipe, origin, [site.below(origin.encoder) for site in sites])
     split = None if images is None else _split(images, recipe)
+    check_inputs(teacher, origin, split.calibration if split else [])
     cut = resume_cut_(student, recipe, work) if resume and work else None
     if cut is None:
         cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=job.quiet)
@@ -187,23 +191,6 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
         _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, sample)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     return Result(model=whole, plan=plan, metrics=metrics, out=folder)
-
-
-def _with_stock_width(recipe: Recipe, origin: Origin, sites: Sequence[MlpSite]) -> Recipe:
-    """With `stock`, the recipe with the nearest width that the library's own config can express.
-
-    Raises:
-        BudgetError: there is none near.
-    """
-    if not recipe.stock:
-        return recipe
-    asked = recipe.width_of(sites[0])
-    found = nearest_stock_width(origin, [site.below(origin.encoder) for site in sites], asked)
-    if found is None:
-        raise BudgetError(f"stock: {origin.library or origin.name} has no config for a width near {asked}; drop stock.")
-    if found == asked:
-        return recipe
-    return recipe.updated({"width_ratio": found / sites[0].d_model, "round_to": 1})
 
 
 def _with_encoder(whole: nn.Module, original: nn.Module, student: nn.Module) -> nn.Module:

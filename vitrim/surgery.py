@@ -29,7 +29,7 @@ def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
         BudgetError: an edit keeps no unit, a unit twice, or one that is not there.
         SiteNotFoundError: an edit names a module that the model does not have.
     """
-    names = {name for edit in edits for name in _touched(edit)}
+    names = edit_of(edits)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     smaller = dict(transform(tensors, edits))
     reshape_(model, edits)
@@ -64,9 +64,9 @@ def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[
     Yields:
         Every name of `tensors` in its order, with its tensor after the edits.
     """
-    edit_of = {name: edit for edit in edits for name in _touched(edit)}
+    touched = edit_of(edits)
     for name in tensors:
-        edit = edit_of.get(name)
+        edit = touched.get(name)
         if edit is None:
             yield name, tensors[name]
         elif name in edit.repaired:
@@ -76,22 +76,35 @@ def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[
             yield name, _cut(name, tensors[name], edit)
 
 
+def edit_of(edits: Iterable[Edit]) -> dict[str, Edit]:
+    """Names of the tensors that edits cut or replace, with the edit that does; a name may not be in the model."""
+    return {name: edit for edit in edits for name in _touched(edit)}
+
+
 def read_weights(model: nn.Module, site: MlpSite) -> MlpWeights:
-    """The canonical view of a site's weights; views and copies, never to be written to."""
+    """The canonical view of a live site's weights; views and copies, never to be written to."""
+    paths = [path for path in (site.value, site.gate, site.output) if path is not None]
+    tensors = {f"{path}.weight": weight_of(model, path) for path in paths}
+    biases = {f"{path}.bias": _bias(model, path) for path in paths}
+    return site_weights({**tensors, **{name: bias for name, bias in biases.items() if bias is not None}}, site)
+
+
+def site_weights(tensors: Mapping[str, Tensor], site: MlpSite) -> MlpWeights:
+    """The canonical view of a site's weights, from a mapping of names to tensors."""
     gate_weight = gate_bias = None
-    value_weight, value_bias = weight_of(model, site.value), _bias(model, site.value)
+    value_weight, value_bias = tensors[f"{site.value}.weight"], tensors.get(f"{site.value}.bias")
     if site.kind == "packed_gated":
         gate_weight, value_weight = value_weight.chunk(2)
         gate_bias, value_bias = (None, None) if value_bias is None else value_bias.chunk(2)
     elif site.gate is not None:
-        gate_weight, gate_bias = weight_of(model, site.gate), _bias(model, site.gate)
+        gate_weight, gate_bias = tensors[f"{site.gate}.weight"], tensors.get(f"{site.gate}.bias")
     return MlpWeights(
         value_HD=value_weight,
         value_bias_H=value_bias,
         gate_HD=gate_weight,
         gate_bias_H=gate_bias,
-        output_DH=weight_of(model, site.output),
-        output_bias_D=_bias(model, site.output),
+        output_DH=tensors[f"{site.output}.weight"],
+        output_bias_D=tensors.get(f"{site.output}.bias"),
     )
 
 

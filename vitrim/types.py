@@ -143,6 +143,13 @@ class KeepUnits:
         repaired = {f"{prefix}.{name}": tensor for name, tensor in self.repaired.items()}
         return replace(self, site=self.site.below(prefix), repaired=repaired)
 
+    def within(self, prefix: str) -> KeepUnits:
+        """The same edit as seen from the module at `prefix`: the inverse of `below`."""
+        if not prefix:
+            return self
+        repaired = {name.removeprefix(f"{prefix}."): tensor for name, tensor in self.repaired.items()}
+        return replace(self, site=self.site.within(prefix), repaired=repaired)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description; repaired tensors stand in it by name and SHA-256, not by value."""
         site = {name: value for name, value in self.site.__dict__.items() if value is not None}

@@ -1,7 +1,7 @@
 """Text as rows of token ids of one length, for text encoders: the same `ImageSet`, without pixels.
 
-Running text is cut into rows that are full: each starts with the tokenizer's first special token, ends with its last,
-and holds no padding, so no attention mask is needed anywhere. Sentences shorter than a row share it.
+Running text is cut into rows that are full: each stands between the special tokens that the tokenizer puts around a
+text, and holds no padding, so no attention mask is needed anywhere. Sentences shorter than a row share it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrim.data.images import ImageSet
+from vitrim.data.images import ImageSet, open_images
 from vitrim.data.sources import items_of
 from vitrim.errors import DataError
 
@@ -40,13 +40,11 @@ def open_texts(source: Any, *, tokenizer: Any, num_tokens: int, limit: int | Non
     ids = [token for row in found for token in row]
     if not ids:
         raise DataError(f"{name}: holds no text; {ALLOWED}.")
-    first = _special(tokenizer, "cls_token_id", "bos_token_id")
-    last = _special(tokenizer, "sep_token_id", "eos_token_id")
+    first, last = _around(tokenizer, next(text for text, row in zip(texts, found, strict=True) if row))
     room = min(num_tokens - len(first) - len(last), len(ids))
     starts = range(0, len(ids) - room + 1, room)
     rows: list[Tensor] = [torch.tensor([*first, *ids[start : start + room], *last]) for start in starts]
-    images = ImageSet(items_of(rows, name), name=name)
-    return images if limit is None else images.spaced(limit)
+    return open_images(ImageSet(items_of(rows, name), name=name), limit=limit)
 
 
 def is_text(source: Any) -> bool:
@@ -70,7 +68,8 @@ def _texts(source: Any) -> tuple[list[str], str]:
     return lines, str(path)
 
 
-def _special(tokenizer: Any, *names: str) -> list[int]:
-    """The first of these special tokens that the tokenizer has."""
-    found = [getattr(tokenizer, name, None) for name in names]
-    return [token for token in found if token is not None][:1]
+def _around(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts in front of a text and behind it."""
+    whole, ids = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next(i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids)
+    return whole[:start], whole[start + len(ids) :]

@@ -30,7 +30,11 @@ def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
     """
     from timm.data.transforms_factory import create_transform
 
-    return create_transform(**_data_config(model_or_cfg), is_training=False)  # type: ignore[return-value]
+    transform: Any = create_transform(**_data_config(model_or_cfg), is_training=False)
+    for step in transform.transforms:
+        if hasattr(step, "fill"):  # timm pads with the mean colour, open_clip with one that it names
+            step.fill = _said(model_or_cfg).get("fill_color", step.fill)
+    return transform
 
 
 def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength, *, flip: bool = True) -> Transform:
@@ -74,8 +78,13 @@ def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     """Input size, statistics and crop in timm's words."""
     from timm.data.config import resolve_data_config
 
+    return resolve_data_config(pretrained_cfg=dict(_said(model_or_cfg)))
+
+
+def _said(model_or_cfg: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a model or a config says about preprocessing."""
     cfg = origin_of(model_or_cfg).preprocessing if isinstance(model_or_cfg, nn.Module) else model_or_cfg
     if not isinstance(cfg, Mapping) or "input_size" not in cfg:
         got = type(model_or_cfg).__name__
         raise DataError(f"{got}: no input_size to preprocess for; pass a dict with input_size, mean and std.")
-    return resolve_data_config(pretrained_cfg=dict(cfg))
+    return cfg

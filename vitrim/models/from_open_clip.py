@@ -8,12 +8,12 @@ import difflib
 import importlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models import from_timm
@@ -21,6 +21,7 @@ from vitrim.models.origin import Origin, copy_companions, in_one_line, on_meta, 
 from vitrim.types import Edit
 
 WEIGHTS = "open_clip_model.safetensors"
+SHARDED = False
 CONFIG = "open_clip_config.json"
 RELOAD = """
 import open_clip
@@ -87,25 +88,32 @@ def describe_(student: nn.Module, origin: Origin) -> None:
     """Nothing: an open_clip model does not hold its config."""
 
 
-def write(student: nn.Module, folder: Path, origin: Origin) -> None:
-    """Weights and open_clip_config.json, and for a timm tower a folder with the tower's own config beside them."""
-    from safetensors.torch import save_file
-
+def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
+    """open_clip_config.json, and for a timm tower a folder with the tower's own config beside it."""
     args = copy.deepcopy(dict(origin.model_args))
     if TRUNK_ARGS in args["vision_cfg"]:
         _write_trunk_config(args["vision_cfg"], folder / "trunk")
     known = origin.preprocessing
     modes = {mode: ours for ours, mode in RESIZE_MODES.items()}
+    height, width = known["input_size"][-2:]
     said = {
-        "size": known["input_size"][-1],
+        "size": height if height == width else [height, width],
         "mean": known["mean"],
         "std": known["std"],
         "interpolation": known["interpolation"],
         "resize_mode": modes[known["crop_mode"]],
+        "fill_color": known["fill_color"],
     }
-    (folder / CONFIG).write_text(json.dumps({"model_cfg": args, "preprocess_cfg": said}, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, folder / WEIGHTS)
+    # Not in ASCII alone: the path of a trunk is found in it again when the folder gets its final name.
+    text = json.dumps({"model_cfg": args, "preprocess_cfg": said}, indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     copy_companions(origin, folder, COMPANIONS)
+
+
+def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """The same names; open_clip converts only checkpoints of other code, which it reads itself."""
+    known = model.state_dict()
+    return {name: name for name in fakes if name in known}
 
 
 def _build(open_clip: Any, config: Any) -> nn.Module:
@@ -191,8 +199,9 @@ def _in_timm_words(said: Any, visual: Any) -> dict[str, Any]:
             "input_size": [3, height, width],
             "mean": said["mean"],
             "std": said["std"],
-            "interpolation": said["interpolation"],
+            "interpolation": "bilinear" if said["interpolation"] == "bilinear" else "bicubic",  # as open_clip reads it
             "crop_pct": 1.0,
             "crop_mode": RESIZE_MODES[said["resize_mode"]],
+            "fill_color": said["fill_color"],
         }
     )

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.models.origin import Origin, in_one_line, on_meta, plain_json
+from vitrim.models.origin import Origin, in_one_line, match_buffers_, on_meta, plain_json
+from vitrim.tensor_files import TensorFiles, open_tensors
 from vitrim.types import Edit
 
 WEIGHTS = "model.safetensors"
+SHARDED = False
 RELOAD = """
 import timm
 model = timm.create_model("local-dir:" + folder, pretrained=True)
 """
 LOADS = 'timm.create_model("local-dir:{folder}", pretrained=True)'
+
+# Heads in bare state dicts, and the dimension that counts their classes: timm's, EVA-CLIP's, OpenAI CLIP's.
+HEADS = {
+    "head.weight": 0,
+    "head.fc.weight": 0,
+    "visual.head.weight": 0,
+    "visual.trunk.head.weight": 0,
+    "visual.proj": 1,
+}
 
 
 def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
@@ -81,11 +91,27 @@ def describe_(student: nn.Module, origin: Origin) -> None:
     """Nothing: timm keeps the arguments of a model apart from it."""
 
 
-def write(student: nn.Module, folder: Path, origin: Origin) -> None:
-    """config.json and model.safetensors as timm writes them itself."""
-    from timm.models import save_for_hf  # type: ignore[attr-defined]
+def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
+    """config.json as timm writes it itself."""
+    from timm.models._hub import save_config_for_hf
 
-    save_for_hf(student, str(folder), model_args=dict(origin.model_args), safe_serialization=True)
+    save_config_for_hf(student, str(folder / "config.json"), model_args=dict(origin.model_args))
+
+
+def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """Names in a file -> names in the model, by watching which tensors timm's own filter hands through unchanged."""
+    after = in_timm_names(dict(fakes), model)
+    new_name = {id(tensor): name for name, tensor in after.items()}
+    return {name: new_name[id(tensor)] for name, tensor in fakes.items() if id(tensor) in new_name}
+
+
+def in_timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict in timm's names, through timm's own filter for the original's."""
+    from timm.models import clean_state_dict  # type: ignore[attr-defined]
+
+    cleaned: dict[str, Tensor] = clean_state_dict(dict(tensors))
+    original_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return cleaned if original_names is None else original_names(cleaned, model)
 
 
 def mlp_ratios(edits: Sequence[Edit]) -> Iterator[float]:
@@ -121,42 +147,26 @@ def _head_of(file: str) -> dict[str, Any]:
     """The number of classes that a bare state dict was trained for, where its head says so."""
     if not file:
         return {}
-    heads = [tensor for name, tensor in read_state(Path(file)).items() if name in ("head.weight", "head.fc.weight")]
-    return {"num_classes": heads[0].shape[0] if heads else 0}
+    infos = {name.removeprefix("module."): info for name, info in _open(Path(file)).infos.items()}
+    return {"num_classes": next((infos[name].shape[dim] for name, dim in HEADS.items() if name in infos), 0)}
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a safetensors or torch file; nothing in it is executed.
+def _open(path: Path) -> TensorFiles:
+    """A bare state dict, not yet read.
 
     Raises:
-        ModelError: no such file, or it holds no tensors.
+        ModelError: no such file.
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; use NAME@FILE with a .safetensors, .pth or .bin file.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for key in ("state_dict", "model", "module", "model_state_dict"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    tensors = {
-        name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
-    }
-    if not tensors:
-        raise ModelError(f"{path}: holds no tensors; pass the file that holds the model's state dict.")
-    return tensors
+    return open_tensors(path)
 
 
 def _fill_(model: nn.Module, path: Path) -> None:
     """Give a model on meta the tensors of a file, in timm's names or, through timm's own filter, in the original's."""
-    from timm.models import clean_state_dict  # type: ignore[attr-defined]
-
-    tensors = clean_state_dict(read_state(path))
-    original_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if original_names is not None:
-        tensors = original_names(tensors, model)
+    tensors = in_timm_names(dict(_open(path)), model)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    match_buffers_(model)
     if missing or unexpected:
         raise ModelError(
             f"{path}: does not fit the architecture ({len(missing)} tensors missing, such as {(missing or ['-'])[0]}; "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.models.origin import Origin, in_one_line, on_meta
+from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta
 from vitrim.types import Edit
 
 WEIGHTS = "model.safetensors"
+SHARDED = False
 RELOAD = ""
 LOADS = ""
 
@@ -20,13 +21,13 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
     """A torchvision model with its default weights: `NAME`."""
     from torchvision import models
 
-    if source not in models.list_models():
+    if source not in models.list_models(module=models):  # without those for detection, video and so on
         raise ModelError(f"torchvision/{source}: no such model; torchvision.models.list_models() lists them.")
     preset = models.get_model_weights(source).DEFAULT.transforms()  # type: ignore[attr-defined]
     crop, scaled = preset.crop_size[0], preset.resize_size[0]
     known = {
         "input_size": [3, crop, crop],
-        "crop_pct": crop / scaled,
+        "crop_pct": crop_pct(crop, scaled),
         "crop_mode": "center",
         "mean": list(preset.mean),
         "std": list(preset.std),
@@ -58,6 +59,12 @@ def describe_(student: nn.Module, origin: Origin) -> None:
     """Nothing: a torchvision model does not hold its config."""
 
 
-def write(student: nn.Module, folder: Path, origin: Origin) -> None:
+def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     """Never called: there is no stock format."""
     raise NotImplementedError
+
+
+def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """The same names."""
+    known = model.state_dict()
+    return {name: name for name in fakes if name in known}

@@ -6,19 +6,22 @@ Code from a repository (`trust_remote_code`) is never run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.models.origin import Origin, copy_companions, in_one_line, on_meta, plain_json, require
+from vitrim.models.origin import Origin, copy_companions, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.taps import encoder_path
 from vitrim.types import Edit
 
 WEIGHTS = "model.safetensors"
+SHARDED = True
 RELOAD = """
 import json, pathlib, transformers
 name = json.loads((pathlib.Path(folder) / "config.json").read_text())["architectures"][0]
@@ -45,19 +48,13 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
     """A model by hub id or from a folder with transformers' config.json."""
     transformers = require("transformers", "hf")
     with in_one_line(f"hf/{source}"):
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                raise ModelError(
-                    f"hf/{source}: needs code from its repository, which vitrim does not run; load it yourself and "
-                    "pass the module."
-                ) from None
-            raise
-        architecture = (config.architectures or [""])[0]
-        model_class = getattr(transformers, architecture, None) or transformers.AutoModel
+        config = _config(transformers, source)
+        model_class: Any = _known_class(transformers, (config.architectures or [""])[0]) or transformers.AutoModel
         if weights:
-            model = model_class.from_pretrained(source, dtype="auto")
+            model, report = model_class.from_pretrained(
+                source, dtype="auto", trust_remote_code=False, output_loading_info=True
+            )
+            _refuse_random_weights(source, report["missing_keys"])
         elif model_class is transformers.AutoModel:
             model = on_meta(lambda: model_class.from_config(config))
         else:
@@ -68,7 +65,11 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
 
 def origin_of(model: nn.Module, name: str) -> Origin | None:
     """How transformers built a live model; only of its own classes, since only those it can build again."""
-    if not type(model).__module__.startswith("transformers."):
+    kind = type(model)
+    if (
+        not kind.__module__.startswith("transformers.")
+        or _known_class(sys.modules["transformers"], kind.__name__) != kind
+    ):
         return None
     known = getattr(model, "name_or_path", "")
     return _origin(model, name, known if known and Path(known).is_dir() else None)
@@ -110,12 +111,74 @@ def describe_(student: nn.Module, origin: Origin) -> None:
                 setattr(part, key, wanted[key])
 
 
-def write(student: nn.Module, folder: Path, origin: Origin) -> None:
-    """config.json and model.safetensors as transformers writes them, with the tokenizer and processor beside them."""
+def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
+    """config.json as transformers writes it, with the tokenizer and processor beside it."""
     describe_(student, origin)
-    # The names of the live modules, not those of an older format, so that `vitrim.load` reads the file as well.
-    student.save_pretrained(folder, save_original_format=False, max_shard_size="1000GB")  # type: ignore[operator]
+    config: Any = student.config
+    config.architectures = [type(student).__name__]
+    config.dtype = next(student.parameters()).dtype
+    config.save_pretrained(folder)
+    if getattr(student, "generation_config", None) is not None and student.can_generate():  # type: ignore[operator]
+        student.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     copy_companions(origin, folder, COMPANIONS)
+
+
+def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """Names in a file -> names in the model: transformers' own renamings of what older versions wrote."""
+    conversion, loading = _renaming_modules()
+    known = model.state_dict()
+    if conversion is None or loading is None:
+        return {name: name for name in fakes if name in known}
+    rules = conversion.get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
+    found = {}
+    for name in fakes:
+        new, converted = loading.rename_source_key(name, renamings, converters, _prefix_of(model), known)
+        if new not in known and name in known:
+            new, converted = name, None
+        if converted is None and new in known:
+            found[name] = new
+    return found
+
+
+def _renaming_modules() -> tuple[Any, Any]:
+    """Transformers 5 renames on loading; older versions write and read the same names."""
+    try:
+        return import_module("transformers.conversion_mapping"), import_module("transformers.core_model_loading")
+    except ImportError:
+        return None, None
+
+
+def _prefix_of(model: nn.Module) -> str | None:
+    """What a checkpoint of a model's larger relative has in front of its names."""
+    return getattr(model, "base_model_prefix", None)
+
+
+def _config(transformers: Any, source: str) -> Any:
+    """The config of a model whose code is in transformers itself."""
+    try:
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(error):
+            raise ModelError(
+                f"hf/{source}: transformers does not know this kind of model, and vitrim does not run code from a "
+                "repository; load it yourself and pass the module."
+            ) from None
+        raise
+
+
+def _known_class(transformers: Any, name: str) -> type[nn.Module] | None:
+    """A model class by the name that a config gives it, where transformers has one."""
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def _refuse_random_weights(source: str, missing: Iterable[str]) -> None:
+    """Refuse a model that transformers filled up with random weights; an untrained pooler is common, and never read."""
+    random = sorted(name for name in missing if "pooler" not in name)
+    if random:
+        raise ModelError(f"hf/{source}: its files have no weights for {len(random)} tensors, such as {random[0]}.")
 
 
 def _origin(model: nn.Module, name: str, folder: str | None) -> Origin:
@@ -170,7 +233,7 @@ def _in_timm_words(said: dict[str, Any]) -> dict[str, Any]:
     if said.get("resample") is not None:
         found["interpolation"] = INTERPOLATIONS[int(said["resample"])]
     if target[0] and resized_to[0]:
-        found |= {"input_size": [3, *target], "crop_pct": target[0] / resized_to[0]}
+        found |= {"input_size": [3, *target], "crop_pct": crop_pct(target[0], resized_to[0])}
         found["crop_mode"] = "squash" if "height" in size else "center"
     return found
 

@@ -109,6 +109,10 @@ def _library_of(folder: Path, source: str, *, weights: bool) -> str:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'}: is no JSON ({error}); fetch it again.") from None
+    if not isinstance(config, dict) or not {"model_type", "architecture"} & config.keys():
+        raise ModelError(
+            f"{folder / 'config.json'}: says neither model_type (transformers) nor architecture (timm); fetch it again."
+        )
     if weights and not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: has no model.safetensors; a model folder holds config.json and model.safetensors.")
     return "transformers" if "model_type" in config else "timm"

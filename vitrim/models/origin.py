@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
 from vitrim.types import Edit
@@ -56,11 +57,12 @@ class Origin:
 class Library(Protocol):
     """What vitrim needs of a model library; a module of that name implements it.
 
-    `WEIGHTS` is the library's own file name for weights, `RELOAD` Python code that loads `folder` as `model` with the
-    library alone, and `LOADS` the same in one line, to show.
+    `WEIGHTS` is the library's own file name for weights, `SHARDED` whether it reads several, `RELOAD` Python code that
+    loads `folder` as `model` with the library alone, and `LOADS` the same in one line, to show.
     """
 
     WEIGHTS: str
+    SHARDED: bool
     RELOAD: str
     LOADS: str
 
@@ -84,8 +86,15 @@ class Library(Protocol):
         """Make the live model's own config say the widths that it now has."""
         ...
 
-    def write(self, student: nn.Module, folder: Path, origin: Origin) -> None:
-        """Weights and config as the library writes them itself."""
+    def write_config(self, student: nn.Module, folder: Path, origin: Origin) -> None:
+        """The config, and the small files beside it, as the library writes them; the student may be on meta."""
+        ...
+
+    def names(self, model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
+        """Names in a file -> names in the model, for tensors that the library only renames when it loads them.
+
+        `fakes` are the file's tensors on meta. What the library converts (joins, splits, drops) is left out.
+        """
         ...
 
 
@@ -131,6 +140,13 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+def match_buffers_(model: nn.Module) -> None:
+    """Where all tensors of a file have one half precision, give it to the buffers that no file holds, too."""
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    if dtypes in ({torch.bfloat16}, {torch.float16}):
+        model.to(dtypes.pop())  # not buffer by buffer: timm's DINOv3 keeps its rope in float32 when it is moved
+
+
 def plain_json(value: Any) -> Any:
     """A value as JSON gives it back: tuples as lists, so that equal origins compare equal.
 
@@ -138,6 +154,12 @@ def plain_json(value: Any) -> Any:
         TypeError: it holds something that JSON can't say.
     """
     return json.loads(json.dumps(value))
+
+
+def crop_pct(target: int, resized_to: int) -> float:
+    """The `crop_pct` with which timm resizes to exactly this side: it divides by it and rounds down."""
+    exact = target / resized_to
+    return exact if int(target / exact) == resized_to else target / (resized_to + 1e-6)
 
 
 def copy_companions(origin: Origin, folder: Path, patterns: Sequence[str]) -> None:

@@ -49,14 +49,16 @@ def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int) ->
         width: units that the first site should keep.
 
     Returns:
-        A width in 1..d_hidden, or None where no width near is stock.
+        A width in 1..d_hidden, or None where no width near is stock; the full width only where it was asked for.
     """
     first = sites[0]
     steps = {round(width / step) * step + offset for step in (8, 16) for offset in (-step, 0, step)}
     multiples = {ratio * first.d_model for ratio in range(1, 9)}
     gated = {-(-int(ratio * first.d_model * 2 / 3) // 8) * 8 for ratio in range(1, 9)}  # transformers' SwiGLU rounding
     near = {width} | steps | multiples | gated
-    for candidate in sorted((w for w in near if 1 <= w <= first.d_hidden), key=lambda w: (abs(w - width), -w)):
+    for candidate in sorted(
+        (w for w in near if 1 <= w < first.d_hidden or w == width), key=lambda w: (abs(w - width), -w)
+    ):
         edits = [_first_units(site, round(candidate * site.d_model / first.d_model)) for site in sites]
         if stock_origin(origin, edits) is not None:
             return candidate
@@ -77,7 +79,7 @@ def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
     """The line of Python that loads an output."""
     reader = library(origin.library) if stock else None
     if reader is None:
-        return f'vitrim.load("{folder}")'
+        return f'vitrim.load("{folder}")' if origin.library else f'vitrim.load("{folder}", model=...)'
     return reader.LOADS.format(folder=folder, architecture=origin.architecture)
 
 

@@ -56,6 +56,8 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
         found = _features(model, inputs)
     finally:
         handle.remove()
+    if not caught:  # the norm is for the pooled token alone, behind the features: timm's `fc_norm`
+        return found
     if caught[-1].ndim == 2 and found.patches_BND is not None:  # CLIP's norm is for the pooled token alone
         return Features(pooled_BD=caught[-1], patches_BND=found.patches_BND)
     return _split(model, caught[-1])

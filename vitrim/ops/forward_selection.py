@@ -34,21 +34,23 @@ def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None
     """
     check_num_keep(num_keep, gram_HH.shape[0])
     dtype = working_dtype(gram_HH.device)
-    gram_HH = gram_HH.to(dtype)
     cross_HD = None if cross_HD is None else cross_HD.to(dtype)
 
     def one_round(left: Tensor, missing: int) -> Tensor:
-        return _one_round(gram_HH[left][:, left], None if cross_HD is None else cross_HD[left], missing)
+        # The first round has all units: at 15,360 of them a copy of the moments would be 1.9 GB.
+        gram_RR = gram_HH if len(left) == len(gram_HH) else gram_HH[left][:, left]
+        return _one_round(gram_RR, None if cross_HD is None else cross_HD[left], missing, dtype)
 
     return pick_in_rounds(torch.arange(gram_HH.shape[0], device=gram_HH.device), num_keep, one_round)
 
 
-def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int) -> Tensor:
+def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int, dtype: torch.dtype) -> Tensor:
     """Greedy picks until `limit`, or until no unit has anything left outside the span of the picked ones."""
     num_units = gram_RR.shape[0]
-    factor_KR = gram_RR.new_zeros(min(limit, num_units), num_units)  # rows of the Cholesky factor, picked so far
-    diagonal_R = gram_RR.diagonal().clone()
-    # Below this share of its own energy a unit's remainder is rounding noise of the downdates.
+    # Rows of the Cholesky factor, picked so far.
+    factor_KR = torch.zeros(min(limit, num_units), num_units, dtype=dtype, device=gram_RR.device)
+    diagonal_R = gram_RR.diagonal().to(dtype, copy=True)
+    # Below this share of its own energy a unit's remainder is rounding noise of the moments or the downdates.
     floor_R = diagonal_R * num_units * torch.finfo(gram_RR.dtype).eps
     taken = torch.zeros(num_units, dtype=torch.bool, device=gram_RR.device)
     residual_RD = None if cross_RD is None else cross_RD.clone()
@@ -61,7 +63,7 @@ def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int) -> Tensor:
         pick = int(scores_R.masked_fill(~usable, -1.0).argmax())
         done = factor_KR[: len(picks)]
         pivot = diagonal_R[pick].sqrt()
-        column_R = (gram_RR[pick] - done[:, pick] @ done) / pivot
+        column_R = (gram_RR[pick].to(dtype) - done[:, pick] @ done) / pivot
         factor_KR[len(picks)] = column_R
         if residual_RD is not None:
             residual_RD = residual_RD - torch.outer(column_R, residual_RD[pick] / pivot)

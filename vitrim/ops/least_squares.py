@@ -8,6 +8,8 @@ Shapes: H hidden units, K kept units, D model width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,21 @@ from vitrim.types import Stats
 
 def centred_moments(stats: Stats) -> tuple[Tensor, Tensor]:
     """Covariances, times the token count, of the hidden activations (H, H) and with the target (H, D)."""
-    gram_HH = stats.hidden_HH - torch.outer(stats.hidden_H, stats.hidden_H) / stats.num_tokens
-    cross_HD = stats.cross_HD - torch.outer(stats.hidden_H, stats.target_D) / stats.num_tokens
+    mean_H = (stats.hidden_H / stats.num_tokens).to(stats.hidden_HH.dtype)
+    gram_HH = torch.addr(stats.hidden_HH, mean_H, stats.hidden_H.to(mean_H.dtype), alpha=-1)
+    cross_HD = torch.addr(stats.cross_HD, stats.hidden_H, stats.target_D, alpha=-1 / stats.num_tokens)
     return gram_HH, cross_HD
+
+
+def of_units(stats: Stats, keep: Tensor) -> Stats:
+    """The sums of some hidden units alone, (K,) indices; in the precision of the cross moments."""
+    keep = keep.to(stats.hidden_HH.device)
+    return replace(
+        stats,
+        hidden_H=stats.hidden_H[keep],
+        hidden_HH=stats.hidden_HH[keep[:, None], keep].to(stats.cross_HD.dtype),
+        cross_HD=stats.cross_HD[keep],
+    )
 
 
 def moments(stats: Stats, *, centred: bool) -> tuple[Tensor, Tensor]:
@@ -44,22 +58,22 @@ def fit_output(
     Paper: ridge compensation for ViTs is in CORP, arXiv 2602.05243; least-squares recovery in arXiv 2405.17506.
     O(K^3 + K^2 D).
     """
-    gram_HH, cross_HD = moments(stats, centred=bias_D is not None)
-    gram_KK, cross_KD = gram_HH[keep][:, keep], cross_HD[keep]
+    stats = of_units(stats, keep)  # first, so that no second copy of the full moments is made
+    gram_KK, cross_KD = moments(stats, centred=bias_D is not None)
     start_KD = weight_DK.to(gram_KK).T
     penalty = ridge * gram_KK.diagonal().mean().clamp(min=torch.finfo(gram_KK.dtype).tiny)
     factor = torch.linalg.cholesky(gram_KK + penalty * torch.eye(len(keep)).to(gram_KK))
     weight_KD = start_KD + torch.cholesky_solve(cross_KD - gram_KK @ start_KD, factor)
     if bias_D is None:
         return weight_KD.T, None
-    bias = (stats.target_D - stats.hidden_H[keep] @ weight_KD) / stats.num_tokens
+    bias = (stats.target_D - stats.hidden_H @ weight_KD) / stats.num_tokens
     return weight_KD.T, bias
 
 
 def squared_error(stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> float:
     """Mean squared error per token of a linear prediction of the target, from the moments alone."""
-    weight_KD = weight_DK.to(stats.cross_HD).T
-    hidden_K, gram_KK, cross_KD = stats.hidden_H[keep], stats.hidden_HH[keep][:, keep], stats.cross_HD[keep]
+    weight_KD, stats = weight_DK.to(stats.cross_HD).T, of_units(stats, keep)
+    hidden_K, gram_KK, cross_KD = stats.hidden_H, stats.hidden_HH, stats.cross_HD
     error = stats.target_square - 2 * (weight_KD * cross_KD).sum() + (weight_KD * (gram_KK @ weight_KD)).sum()
     if bias_D is not None:
         bias_D = bias_D.to(stats.target_D)

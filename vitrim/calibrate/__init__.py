@@ -1,0 +1,5 @@
+"""One pass over calibration images, block by block: what each MLP sees and should put out."""
+
+from vitrim.calibrate.walk import SiteVisit, Tokens, layer_scale, walk
+
+__all__ = ["SiteVisit", "Tokens", "layer_scale", "walk"]

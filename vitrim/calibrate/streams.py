@@ -1,0 +1,207 @@
+"""The stream of tokens through one model, block by block, batch by batch.
+
+Foreign forwards are never copied: the first block's inputs are caught by a hook and each block module is then called on
+them. Where blocks are no chain (between Swin's stages) the model is run up to the block. Only the current block's
+arguments are kept, in memory or in files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from vitrim.models.taps import device_of, evaluating
+from vitrim.surgery import submodule
+from vitrim.types import MlpSite
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A block's output tensor, also where it comes first in a tuple."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+class Stream:
+    """The arguments with which one model's current block is called, batch by batch, kept on the CPU.
+
+    A frozen model's block outputs, seen while its MLPs are observed, are the next block's inputs: it never runs twice.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor], *, frozen: bool, spill: Path | None
+    ) -> None:
+        self.model, self.blocks, self.batches, self.frozen = model, blocks, batches, frozen
+        self.outputs = _Calls(spill and spill / "outputs")
+        self.device = device_of(model)
+        self.calls = _Calls(spill and spill / "calls")
+        self.chained = _links(model, blocks, batches[0][:2].to(self.device))
+
+    def enter(self, index: int) -> None:
+        """Make `calls` the arguments of block `index`, given that the blocks before it are final."""
+        if index > 0 and self.chained[index]:
+            previous = submodule(self.model, self.blocks[index - 1])
+            with evaluating(self.model):
+                for i in range(len(self.batches)):
+                    args, kwargs = self.calls.get(i)
+                    if self.outputs.has(i):
+                        output = self.outputs.get(i)
+                    else:
+                        output = first_tensor(previous(*_to(args, self.device), **_to(kwargs, self.device))).cpu()
+                    self.calls.put(i, ((output, *args[1:]), kwargs))
+        else:
+            block = self.blocks[index]
+            for i, batch in enumerate(self.batches):
+                self.calls.put(i, _to(_catch_call(self.model, block, batch.to(self.device)), "cpu"))
+        self.outputs.clear()
+
+    def call(self, index: int) -> Call:
+        """Batch `index`'s arguments, on the model's device."""
+        return _to(self.calls.get(index), self.device)
+
+    def observe(self, site: MlpSite, index: int) -> dict[str, Tensor]:
+        """Run the block on a batch; its output, and the MLP's input, hidden activations and output, as (N, width)."""
+        seen: dict[str, Tensor] = {}
+        value, output = submodule(self.model, site.value), submodule(self.model, site.output)
+
+        def see_input(_: nn.Module, args: Any) -> None:
+            seen["input"] = args[0]
+
+        def see_output(_: nn.Module, args: Any, out: Any) -> None:
+            seen["hidden"], seen["mlp"] = args[0], out
+
+        handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
+        args, kwargs = self.call(index)
+        try:
+            with evaluating(self.model):
+                seen["block"] = first_tensor(submodule(self.model, site.block)(*args, **kwargs))
+            if self.frozen:
+                self.outputs.put(index, seen["block"].cpu())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: tensor.reshape(-1, tensor.shape[-1]).float() for name, tensor in seen.items()}
+
+
+class _Calls:
+    """Values by the number of their batch, in memory, or with their tensors in files of a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.values: dict[int, Any] = {}
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def has(self, index: int) -> bool:
+        """Whether there is a value for a batch."""
+        return index in self.values
+
+    def put(self, index: int, value: Any) -> None:
+        """Keep a value; equal structure, its tensors on the CPU."""
+        if self.folder is None:
+            self.values[index] = value
+            return
+        leaves, spec = tree_flatten(value)
+        torch.save([leaf for leaf in leaves if isinstance(leaf, Tensor)], self.folder / f"{index}.pt")
+        self.values[index] = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
+
+    def get(self, index: int) -> Any:
+        """The value of a batch."""
+        if self.folder is None:
+            return self.values[index]
+        others, spec = self.values[index]
+        tensors = iter(torch.load(self.folder / f"{index}.pt", weights_only=True))
+        return tree_unflatten([next(tensors) if other is None else other[0] for other in others], spec)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.values.clear()
+
+
+class _StopForward(Exception):
+    """Ends a forward pass once what was wanted has been seen."""
+
+
+def _catch_call(model: nn.Module, block: str, images: Tensor) -> Call:
+    """The arguments with which a model calls one of its blocks."""
+    caught: list[Call] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args, kwargs))
+        raise _StopForward
+
+    handle = submodule(model, block).register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        with evaluating(model):
+            model(images)
+    except _StopForward:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _record(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str, tuple[Call, Tensor]]:
+    """Arguments and output of each block in one forward pass, in the order in which they run."""
+    seen: dict[str, tuple[Call, Tensor]] = {}
+    handles = []
+    for block in blocks:
+
+        def note(_: nn.Module, args: Any, kwargs: Any, output: Any, block: str = block) -> None:
+            seen[block] = ((args, kwargs), first_tensor(output))
+
+        handles.append(submodule(model, block).register_forward_hook(note, with_kwargs=True))
+    try:
+        with evaluating(model):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def forward_order(model: nn.Module, sites: Sequence[MlpSite], images: Tensor) -> list[str]:
+    """The blocks that hold sites, in the order in which the data meets them."""
+    device = next(model.parameters()).device
+    return list(_record(model, list(dict.fromkeys(site.block for site in sites)), images.to(device)))
+
+
+def _links(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[bool]:
+    """For each block, whether its arguments are the previous block's, with the first replaced by that one's output."""
+    seen = _record(model, blocks, images)
+    links = [False]
+    for before, after in pairwise(blocks):
+        (old_args, old_kwargs), output = seen[before]
+        (args, kwargs), _ = seen[after]
+        links.append(bool(args) and _same((args[0], args[1:], kwargs), (output, old_args[1:], old_kwargs)))
+    return links
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality of nested arguments; tensors by value."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a is b or a == b)
+
+
+def _to(value: Any, device: Any) -> Any:
+    """Nested arguments with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value

@@ -1,0 +1,222 @@
+"""Walks a model block by block over calibration images and sums up what each MLP sees and should put out.
+
+The teacher runs on its own stream of tokens, the student on its own, so a block is seen exactly when the blocks before
+it are already cut. Foreign forwards are never copied: the first block's inputs are caught by a hook and each block
+module is then called on them. Where blocks are no chain (between Swin's stages) the model is run up to the block.
+Activations are not stored; only the current block's streams and a bounded sample of tokens for the refit are.
+
+Shapes: N tokens, H hidden units, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.calibrate.streams import Call, Stream, first_tensor, forward_order
+from vitrim.models.taps import evaluating
+from vitrim.ops.gram_schmidt import working_dtype
+from vitrim.surgery import mlp_output, submodule, weight_of
+from vitrim.types import MlpSite, Stats
+
+CHUNK_TOKENS = 4096  # tokens added to the sums at a time
+TILE_ROWS = 1024  # rows of second moments that are held in float64 where they are stored in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A sample of MLP inputs of the student and of the outputs that the MLP should have there."""
+
+    inputs_ND: Tensor
+    targets_ND: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteVisit:
+    """What calibration has seen of one MLP.
+
+    `scale_D` is the layer scale that follows it, None where there is no fixed one. `stands_alone`: the MLP can be run
+    on tokens by itself, outside its block. `again` measures once more, with the student as it is by then.
+    """
+
+    site: MlpSite
+    stats: Stats
+    scale_D: Tensor | None
+    stands_alone: bool
+    fit: Tokens
+    held_out: Tokens
+    again: Callable[[], SiteVisit]
+
+
+def walk(
+    teacher: nn.Module,
+    student: nn.Module,
+    sites: Sequence[MlpSite],
+    batches: Sequence[Tensor],
+    *,
+    feedback: float = 1.0,
+    num_held_out: int = 1,
+    max_tokens: int = 100_000,
+    skip: Collection[str] = (),
+    spill: Path | None = None,
+    moments: torch.dtype = torch.float64,
+) -> Iterator[SiteVisit]:
+    """Visit each MLP in forward order; the caller cuts the student's site before asking for the next.
+
+    Args:
+        teacher: the original model, unchanged throughout.
+        student: the model being cut, block after block, between visits.
+        sites: the MLPs to visit.
+        batches: calibration images (B, C, H, W), preprocessed; the last `num_held_out` batches are not in the sums.
+        feedback: share of the accumulated error of the residual stream that a target corrects, 0..1.
+        num_held_out: batches kept for judging.
+        max_tokens: tokens sampled for `fit` (and a quarter of it for `held_out`), spread over all images.
+        skip: paths of sites that the student has behind it; the streams run through them.
+        spill: folder to keep the streams in, one file a batch; None keeps them in memory.
+        moments: type of the hidden second moments, summed in float64 tile by tile; float32 halves their memory.
+
+    Yields:
+        One visit a site.
+    """
+    blocks = forward_order(teacher, sites, batches[0][:2])
+    streams = [
+        Stream(teacher, blocks, batches, frozen=True, spill=spill and spill / "teacher"),
+        Stream(student, blocks, batches, frozen=False, spill=spill and spill / "student"),
+    ]
+    for index, block in enumerate(blocks):
+        for stream in streams:
+            stream.enter(index)
+        for site in [site for site in sites if site.block == block and site.path not in skip]:
+            yield _visit(site, streams[0], streams[1], feedback, num_held_out, max_tokens, moments)
+
+
+def layer_scale(model: nn.Module, site: MlpSite, call: Call) -> Tensor | None:
+    """The fixed diagonal between an MLP's output and its block's output, found by probing.
+
+    A known offset is added to the output projection's output: behind a residual sum with a layer scale the block's
+    output moves by that scale, everywhere and in proportion. Any other answer (a norm in between) gives None.
+    """
+    block, output = submodule(model, site.block), submodule(model, site.output)
+    width = weight_of(model, site.output).shape[0]
+    signs = torch.where(torch.arange(width) % 3 == 0, -0.5, 1.0)
+    with evaluating(model):
+        base = first_tensor(block(*call[0], **call[1])).float()
+        if base.shape[-1] != width:
+            return None
+        answers = []
+        for offset in (torch.ones(width), signs):
+            offset = offset.to(base.device)
+
+            def add(_: nn.Module, args: Any, out: Any, offset: Tensor = offset) -> Tensor:
+                return out + offset.to(out.dtype)
+
+            handle = output.register_forward_hook(add)
+            try:
+                moved = first_tensor(block(*call[0], **call[1])).float() - base
+            finally:
+                handle.remove()
+            answers.append((moved / offset).reshape(-1, width))
+    scale_D = answers[0].mean(0)
+    # float32 rounding of a residual stream of size |base| is what an honest diagonal may still show.
+    tolerance = 1e-3 * scale_D.abs().max() + 1e-5 * base.abs().max()
+    fixed = all(bool(((answer - scale_D).abs() <= tolerance).all()) for answer in answers)
+    return scale_D if fixed and float(scale_D.abs().max()) > 0 else None
+
+
+@dataclass
+class _Sums:
+    """Running float64 sums of hidden activations and targets."""
+
+    moments: torch.dtype = torch.float64
+    num_tokens: int = 0
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, hidden_NH: Tensor, target_ND: Tensor) -> None:
+        """Add a batch of tokens, some at a time, so that no copy of the second moments is ever made."""
+        for hidden, target in zip(hidden_NH.split(CHUNK_TOKENS), target_ND.split(CHUNK_TOKENS), strict=True):
+            dtype = working_dtype(hidden.device)
+            self._add_some(hidden.to(dtype), target.to(dtype))
+            self.num_tokens += len(hidden)
+
+    def _add_some(self, hidden_NH: Tensor, target_ND: Tensor) -> None:
+        (num_hidden, num_target), parts = (hidden_NH.shape[1], target_ND.shape[1]), self.parts
+        if not parts:
+            parts["hidden_H"], parts["target_D"] = hidden_NH.new_zeros(num_hidden), hidden_NH.new_zeros(num_target)
+            parts["cross_HD"], parts["square"] = hidden_NH.new_zeros(num_hidden, num_target), hidden_NH.new_zeros(())
+            narrower = self.moments if self.moments.itemsize < hidden_NH.element_size() else hidden_NH.dtype
+            parts["hidden_HH"] = hidden_NH.new_zeros(num_hidden, num_hidden, dtype=narrower)
+        parts["hidden_H"] += hidden_NH.sum(0)
+        parts["target_D"] += target_ND.sum(0)
+        parts["cross_HD"].addmm_(hidden_NH.T, target_ND)
+        parts["square"] += target_ND.square().sum()
+        gram_HH = parts["hidden_HH"]
+        if gram_HH.dtype == hidden_NH.dtype:
+            gram_HH.addmm_(hidden_NH.T, hidden_NH)
+            return
+        for tile, columns in zip(gram_HH.split(TILE_ROWS), hidden_NH.split(TILE_ROWS, dim=1), strict=True):
+            tile.copy_(torch.addmm(tile.to(hidden_NH.dtype), columns.T, hidden_NH))
+
+    def done(self) -> Stats:
+        """The sums as a frozen value."""
+        parts = dict(self.parts)
+        square = float(parts.pop("square"))
+        return Stats(num_tokens=self.num_tokens, target_square=square, **parts)
+
+
+def _visit(
+    site: MlpSite,
+    teacher: Stream,
+    student: Stream,
+    feedback: float,
+    num_held_out: int,
+    max_tokens: int,
+    moments: torch.dtype,
+) -> SiteVisit:
+    """Sum up one site over all batches."""
+    sums, samples = _Sums(moments), {"fit": [], "held_out": []}
+    scale_D = layer_scale(student.model, site, student.call(0))
+    num_fit = max(1, len(student.batches) - num_held_out)
+    limits = {"fit": max_tokens // num_fit, "held_out": max_tokens // 4 // max(1, num_held_out)}
+    generator = torch.Generator().manual_seed(0)
+    for index in range(len(student.batches)):
+        theirs, ours = teacher.observe(site, index), student.observe(site, index)
+        target_ND = theirs["mlp"]
+        if scale_D is not None and feedback > 0:
+            # Where the scale is next to nothing, no output of the MLP could correct the stream.
+            inverse_D = torch.where(scale_D.abs() > 1e-3 * scale_D.abs().max(), 1 / scale_D, 0.0)
+            behind = (theirs["block"] - scale_D * theirs["mlp"]) - (ours["block"] - scale_D * ours["mlp"])
+            target_ND = target_ND + feedback * inverse_D * behind
+        part = "fit" if index < num_fit else "held_out"
+        if part == "fit":
+            sums.add(ours["hidden"], target_ND)
+        rows = torch.randperm(len(target_ND), generator=generator)[: limits[part]].to(target_ND.device)
+        samples[part].append((ours["input"][rows].cpu(), target_ND[rows].cpu()))
+    pools = {part: _join(pairs or samples["fit"]) for part, pairs in samples.items()}
+    return SiteVisit(
+        site=site,
+        stats=sums.done(),
+        scale_D=scale_D,
+        stands_alone=_stands_alone(student.model, site, student.observe(site, 0)),
+        fit=pools["fit"],
+        held_out=pools["held_out"],
+        again=lambda: _visit(site, teacher, student, feedback, num_held_out, max_tokens, moments),
+    )
+
+
+def _stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:
+    """Whether running the MLP on its caught inputs gives the outputs it gave inside its block."""
+    with evaluating(model):
+        again_ND = mlp_output(model, site, seen["input"][:64].to(weight_of(model, site.output).dtype))
+    expected_ND = seen["mlp"][:64]
+    return bool((again_ND - expected_ND).abs().max() <= 1e-3 * expected_ND.abs().max())
+
+
+def _join(pairs: list[tuple[Tensor, Tensor]]) -> Tokens:
+    """Samples of several batches as one."""
+    inputs, targets = zip(*pairs, strict=True)
+    return Tokens(inputs_ND=torch.cat(inputs), targets_ND=torch.cat(targets))

@@ -1,0 +1,97 @@
+"""A model whose blocks are read from a checkpoint when they run, so that it need not fit in memory.
+
+One block is in memory at a time, besides what lies outside the blocks (embeddings, final norm, head). A block that has
+been cut comes back cut: the edits made so far are carried out whenever it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import CheckpointError
+from vitrim.surgery import submodule, transform
+from vitrim.types import Edit
+
+
+class StreamedModel:
+    """Gives a model on meta the tensors of whichever block is about to run, and takes them back.
+
+    Args:
+        model: parameters on meta; it is filled in place, and hooks stay on its blocks until `close`.
+        blocks: paths of the blocks; what is outside them is read at once and stays.
+        tensors: the checkpoint, by the model's own names.
+        device: where blocks run.
+        dtype: type that floating tensors get.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model, self.tensors, self.device, self.dtype = model, tensors, device, dtype
+        self.edits: list[Edit] = []
+        self.resident: str | None = None
+        self._names = {block: [n for n in model.state_dict() if n.startswith(f"{block}.")] for block in blocks}
+        inside = {name for names in self._names.values() for name in names}
+        self._fill_([name for name in model.state_dict() if name not in inside])
+        self._hooks = [
+            submodule(model, block).register_forward_pre_hook(lambda *_, block=block: self.enter(block))
+            for block in blocks
+        ]
+
+    def enter(self, block: str) -> None:
+        """Bring a block into memory, and put the one that was there back on meta."""
+        if block == self.resident:
+            return
+        if self.resident is not None:
+            _empty_(submodule(self.model, self.resident))
+        self.resident = block
+        self._fill_(self._names[block], [edit for edit in self.edits if edit.site.block == block])
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _fill_(self, names: Sequence[str], edits: Sequence[Edit] = ()) -> None:
+        read = _Selected(self.tensors, names)
+        with torch.inference_mode(False):  # a block is entered from forward passes, and may be trained afterwards
+            placed = {name: self._placed(name, tensor) for name, tensor in transform(read, edits)}
+            self.model.load_state_dict(placed, strict=False, assign=True)
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+
+class _Selected(Mapping[str, Tensor]):
+    """Some names of a mapping, read when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _empty_(module: nn.Module) -> None:
+    """Put a module's parameters back on meta, in the shape that they now have."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, device="meta")
+            setattr(part, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))

@@ -1,0 +1,212 @@
+"""Reads checkpoints tensor by tensor: only what is asked for enters memory, and nothing is mapped or unpickled.
+
+safetensors files are read with plain reads at the offsets of their headers, because a memory map of an 8 GB file counts
+as resident memory page by page. The header is checked by the safetensors library first. A torch file is mapped by torch
+(`weights_only=True`): its pages are the system's to drop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitrim.errors import CheckpointError
+
+CHUNK_BYTES = 32 * 2**20
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Where libraries put their weights, the first that is there wins.
+FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+    "model.pth",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What is known of a stored tensor without reading it; `start` is its place in a safetensors file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors of one or more files by name, each read when it is asked for."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo], mapped: Mapping[str, Tensor] | None = None) -> None:
+        self.infos, self._mapped = dict(infos), mapped or {}
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.infos[name]
+        if name in self._mapped:
+            return self._mapped[name].detach().clone()
+        values = bytearray(info.num_bytes)
+        view, done = memoryview(values), 0
+        for chunk in self.chunks(name):
+            view[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        if not values:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(values, dtype=info.dtype).reshape(info.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes | memoryview]:
+        """The raw little-endian bytes of a tensor, in pieces of bounded size.
+
+        Raises:
+            CheckpointError: the file ends before the tensor does.
+        """
+        info = self.infos[name]
+        if name in self._mapped:
+            flat = self._mapped[name].detach().contiguous().reshape(-1)
+            step = max(1, CHUNK_BYTES // max(1, flat.element_size()))
+            for start in range(0, flat.numel(), step):
+                yield tensor_bytes(flat[start : start + step])
+            return
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            left = info.num_bytes
+            while left:
+                chunk = file.read(min(left, CHUNK_BYTES))
+                if not chunk:
+                    raise CheckpointError(f"{info.file}: ends inside tensor {name}; fetch the file again.")
+                left -= len(chunk)
+                yield chunk
+
+    def fakes(self) -> dict[str, Tensor]:
+        """The tensors on the meta device: shapes and types, no values."""
+        return {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in self.infos.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> TensorFiles:
+        """The same tensors under other names; those that `names` does not hold are left out."""
+        infos = {new: self.infos[old] for old, new in names.items()}
+        mapped = {new: self._mapped[old] for old, new in names.items() if old in self._mapped}
+        return TensorFiles(infos, mapped)
+
+
+def open_tensors(path: Path) -> TensorFiles:
+    """Open a checkpoint: a safetensors or torch file, or a folder with one, or with shards and their index.
+
+    Raises:
+        CheckpointError: nothing is there, a shard is missing, or a file is damaged.
+    """
+    if path.is_file():
+        return _open_file(path)
+    indices = sorted(path.glob("*.index.json"))
+    if indices:
+        return _open_shards(indices[0])
+    for name in FILES:
+        if (path / name).is_file():
+            return _open_file(path / name)
+    found = sorted([*path.glob("*.safetensors"), *path.glob("*.pth"), *path.glob("*.bin")])
+    if len(found) == 1:
+        return _open_file(found[0])
+    what = f"{len(found)} weight files and no index" if found else "no weights"
+    raise CheckpointError(f"{path}: holds {what}; pass a .safetensors, .pth or .bin file, or a model folder.")
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(cast(Any, flat.view(torch.uint8).numpy())) if flat.numel() else memoryview(b"")
+
+
+def _open_shards(index: Path) -> TensorFiles:
+    """The shards that an index names, each tensor from the shard that the index puts it in."""
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = sorted({str(file) for file in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: is no index of shards ({error!r}); fetch it again.") from None
+    infos: dict[str, TensorInfo] = {}
+    mapped: dict[str, Tensor] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index}: names {shard!r}, which is not a file beside it; fetch it again.")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index.parent / shard}: missing, named by {index.name}; fetch it again.")
+        opened = _open_file(index.parent / shard)
+        for name in [name for name, where in weight_map.items() if where == shard]:
+            if name not in opened.infos:
+                raise CheckpointError(f"{index}: says that {shard} holds {name}, and it does not; fetch both again.")
+            infos[name] = opened.infos[name]
+            mapped |= {name: opened._mapped[name]} if name in opened._mapped else {}
+    return TensorFiles({name: infos[name] for name in weight_map}, mapped)
+
+
+def _open_file(path: Path) -> TensorFiles:
+    """One file of either kind."""
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+
+
+def _open_safetensors(path: Path) -> TensorFiles:
+    """A safetensors file, its header checked by the library itself."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); fetch the file again.") from None
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        if said["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has type {said['dtype']}; allowed are {', '.join(DTYPES)}.")
+        start = 8 + length + said["data_offsets"][0]
+        infos[name] = TensorInfo(file=path, dtype=DTYPES[said["dtype"]], shape=tuple(said["shape"]), start=start)
+    return TensorFiles(infos)
+
+
+def _open_torch(path: Path) -> TensorFiles:
+    """A state dict that torch saved; nothing in it is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
+        reason = str(error).strip().split("\n")[0][:160]
+        raise CheckpointError(f"{path}: can't be read as a torch state dict ({reason}).") from None
+    for key in ("state_dict", "model", "module", "model_state_dict"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: holds no tensors; pass the file that holds the model's state dict.")
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    infos = {name: TensorInfo(file=path, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()}
+    return TensorFiles(infos, tensors)
