@@ -158,28 +158,21 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
         if work is not None and recipe.recover is not None:
             save_cut(student, cut, recipe, work)
     stages = [_judge(student, teacher, split, cut.plan)]
-    sample = split.held_out[0].images_BCHW if split else None
     recovery = None
     if split is not None and recipe.recover is not None:
         recovery = _recover_(student, teacher, job, split, recipe.recover, work, resume=resume)
         stages.append(_judge(student, teacher, split, cut.plan))
     plan = cut.plan.below(origin.encoder)
     stock = stock_origin(origin, plan.edits)
-    metrics: dict[str, Any] = {
-        "model": origin.name,
-        "encoder": origin.encoder,
-        "method": recipe.method,
-        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
-        "images": split.counts if split else {},
-        "before": measure(teacher, origin, sample, split and split.held_out),
-        "after": measure(student, origin, sample, split and split.held_out),
+    metrics = {
+        **_measured(job, teacher, student, split),
         "after_cut": stages[0],
         "after_recovery": stages[1] if recovery else None,
+        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
         "cut_errors": {path: dict(errors) for path, errors in cut.errors.items()},
         "recovery": None if recovery is None else dict(recovery.__dict__),
         "stock": stock is not None,
         "notes": list(cut.notes) + ([] if stock else [why_not_stock(origin, plan.edits)]),
-        "environment": environment(),
     }
     teacher, student = teacher.cpu(), student.cpu().to(dtype)
     whole = _with_encoder(job.whole, original, student)
@@ -187,10 +180,24 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
     if stock is not None and reader is not None:
         reader.describe_(whole, stock)
     if folder is not None:
-        _write(folder, whole, origin, plan, metrics, sample)
-        _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, sample)
+        _write(folder, whole, origin, plan, metrics, split)
+        _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     return Result(model=whole, plan=plan, metrics=metrics, out=folder)
+
+
+def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: _Split | None) -> dict[str, Any]:
+    """What was run, on what, and what the models cost before and after."""
+    held_out = split.held_out if split else None
+    return {
+        "model": job.origin.name,
+        "encoder": job.origin.encoder,
+        "method": job.recipe.method,
+        "images": split.counts if split else {},
+        "before": measure(teacher, job.origin, split and split.sample, held_out),
+        "after": measure(student, job.origin, split and split.sample, held_out),
+        "environment": environment(),
+    }
 
 
 def _with_encoder(whole: nn.Module, original: nn.Module, student: nn.Module) -> nn.Module:
@@ -233,6 +240,11 @@ class _Split:
     held_out: list[Batch]
     counts: dict[str, int]
 
+    @property
+    def sample(self) -> Tensor:
+        """A few images to run, time and show."""
+        return self.held_out[0].images_BCHW
+
 
 def _split(images: ImageSet, recipe: Recipe) -> _Split:
     """Hold some images out, and draw the calibration images from the rest."""
@@ -268,12 +280,12 @@ def _judge(student: nn.Module, teacher: nn.Module, split: _Split | None, plan: P
 
 
 def _write(
-    folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any], sample: Tensor | None
+    folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any], split: _Split | None
 ) -> None:
     """Weights and plan, loaded back in a fresh process before this returns."""
     stock = save(folder, whole, origin=origin, plan=plan)
     if origin.library is not None:
-        probe = sample if sample is not None else random_inputs(origin)
+        probe = split.sample if split is not None else random_inputs(origin)
         if probe is not None:
             metrics["reload_difference"] = verify(folder, whole, probe[:4], origin=origin, stock=stock)
 
@@ -286,14 +298,16 @@ def _write_report(
     plan: Plan,
     recipe: Recipe,
     metrics: dict[str, Any],
-    sample: Tensor | None,
+    split: _Split | None,
 ) -> None:
     """Recipe, metrics and the page."""
     from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
 
     (folder / "recipe.yaml").write_text(recipe.dump())
     write_json(folder / "metrics.json", metrics)
-    write_report(folder / "report.html", collect(teacher, student, origin, plan, recipe, metrics, sample))
+    write_report(
+        folder / "report.html", collect(teacher, student, origin, plan, recipe, metrics, split and split.sample)
+    )
 
 
 def _as_recover(recover: int | Mapping[str, Any] | RecoverOptions | None) -> Any:
