@@ -1,6 +1,7 @@
 """Recovery by distillation: what it must never do, and that a stopped run goes on bit for bit."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import timm
 import torch
 
 from vitrim.data import ImageSet, open_images
-from vitrim.errors import Interrupted
+from vitrim.errors import Interrupted, OutputError
 from vitrim.models.sites import find_mlps
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.distill import recover_
@@ -205,3 +206,105 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     first, second = (torch.load(path, weights_only=True) for path in (alone, together))
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=2e-5, rtol=1e-4)
+
+
+def poison(monkeypatch, at, value=float("nan")):
+    """Make the loss of some training steps (counted over the whole process) no number, or huge."""
+    from vitrim.recover import run as module
+
+    seen = {"steps": 0}
+
+    def bad(student, teacher):
+        loss = feature_loss(student, teacher)
+        seen["steps"] += int(torch.is_grad_enabled() and loss.requires_grad)
+        return loss * value if seen["steps"] - 1 in at else loss  # the first is the probe for trainable parameters
+
+    monkeypatch.setattr(module, "feature_loss", bad)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_loss_that_is_no_number_or_explodes_goes_back_and_lowers_the_rate(tmp_path, monkeypatch, value, on_disk):
+    teacher = make_teacher()
+    student = make_student(teacher)
+    poison(monkeypatch, at={4}, value=value)
+    result = run(student, teacher, state=tmp_path / "state.pt" if on_disk else None)
+    (note,) = result.notes
+    assert "at step 4: went back to step 2 with the rate lowered to 0.0005" in note
+    assert result.lr == 5e-4
+    assert [point["step"] for point in result.curve] == [0, 2, 4, 6]
+    assert all(bool(tensor.isfinite().all()) for tensor in student.state_dict().values())
+
+
+def test_a_run_that_diverges_again_and_again_ends_with_its_best_state(monkeypatch):
+    teacher = make_teacher()
+    student = make_student(teacher)
+    start = weights(student)
+    poison(monkeypatch, at=set(range(1, 1000)))
+    result = run(student, teacher)
+    assert len(result.notes) == 9
+    assert "give a lower lr" in result.notes[-1]
+    assert_equal(start, student.state_dict())
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone"])
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, monkeypatch, damage):
+    state = tmp_path / "state.pt"
+    teacher = make_teacher()
+    whole, student = make_student(teacher), make_student(teacher)
+    run(whole, teacher)
+
+    def stop(step, error):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # between the validation of step 4 and its state: the last one is step 2's
+        run(student, teacher, state=state, on_validation=stop)
+    if damage == "cut short":
+        state.write_bytes(state.read_bytes()[:1000])
+    else:
+        state.unlink()
+    again = make_student(teacher)
+    run(again, teacher, state=state, resume=True)
+    assert_equal(weights(whole), weights(again))
+
+
+def test_a_full_disk_stops_cleanly_and_keeps_the_state_before(tmp_path, monkeypatch):
+    state = tmp_path / "state.pt"
+    teacher = make_teacher()
+    whole, student = make_student(teacher), make_student(teacher)
+    run(whole, teacher)
+    real, calls = torch.save, []
+
+    def full(value, file):
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(value, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"No space left on device.*make room and go on with resume"):
+        run(student, teacher, state=state)
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "state.pt.before"}
+    again = make_student(teacher)
+    run(again, teacher, state=state, resume=True)
+    assert_equal(weights(whole), weights(again))
+
+
+def test_every_step_is_logged_once_also_by_a_run_that_was_stopped(tmp_path):
+    teacher = make_teacher()
+    log, state = tmp_path / "log.jsonl", tmp_path / "state.pt"
+
+    def stop(step, error):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make_student(teacher), teacher, state=state, log=log, on_validation=stop)
+    with log.open("a") as file:
+        file.write('{"step": 99, "lo')  # killed in the middle of a line
+    run(make_student(teacher), teacher, state=state, log=log, resume=True)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert ["relative_error" in line for line in lines] == [False, True, False, True, False, True]
+    assert all(line["loss"] > 0 and line["lr"] > 0 for line in lines[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitrim.checkpoint import RECOVERY_STATE, open_model, save, staged_output, verify, write_json
+from vitrim.checkpoint import RECOVERY_LOG, RECOVERY_STATE, open_model, save, staged_output, verify, write_json
 from vitrim.cut import cut_, resume_cut_, save_cut, with_stock_width
 from vitrim.data import Batch, ImageSet, augment_for, first_images, split_indices
 from vitrim.errors import DataError, RecipeError
@@ -172,7 +173,11 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
         "cut_errors": {path: dict(errors) for path, errors in cut.errors.items()},
         "recovery": None if recovery is None else dict(recovery.__dict__),
         "stock": stock is not None,
-        "notes": list(cut.notes) + ([] if stock else [why_not_stock(origin, plan.edits)]),
+        "notes": [
+            *cut.notes,
+            *(recovery.notes if recovery else []),
+            *([] if stock else [why_not_stock(origin, plan.edits)]),
+        ],
     }
     teacher, student = teacher.cpu(), student.cpu().to(dtype)
     whole = _with_encoder(job.whole, original, student)
@@ -181,6 +186,8 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
         reader.describe_(whole, stock)
     if folder is not None:
         _write(folder, whole, origin, plan, metrics, split)
+        if recovery is not None and work is not None:
+            shutil.move(work / RECOVERY_LOG, folder / RECOVERY_LOG)
         _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     return Result(model=whole, plan=plan, metrics=metrics, out=folder)
@@ -226,6 +233,7 @@ def _recover_(
         options=options,
         seed=job.recipe.seed,
         state=None if work is None else work / RECOVERY_STATE,
+        log=None if work is None else work / RECOVERY_LOG,
         resume=resume,
         quiet=job.quiet,
     )
