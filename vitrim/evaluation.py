@@ -58,11 +58,12 @@ def evaluate(
     Raises:
         ModelError, DataError: a model or the images can't be read, or don't fit each other.
     """
-    (student_model, _), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
+    (student_model, its_origin), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
     images = open_inputs(data, origin, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
+    check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
     learn = None if index is None else list(open_inputs(index, origin, limit=limit).loader(batch_size=batch_size))
     pair = {"student": student_model, "teacher": teacher_model}

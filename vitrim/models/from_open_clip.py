@@ -102,7 +102,7 @@ def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
         "std": known["std"],
         "interpolation": known["interpolation"],
         "resize_mode": modes[known["crop_mode"]],
-        "fill_color": known["fill_color"],
+        "fill_color": known.get("fill_color", 0),
     }
     # Not in ASCII alone: the path of a trunk is found in it again when the folder gets its final name.
     text = json.dumps({"model_cfg": args, "preprocess_cfg": said}, indent=2, ensure_ascii=False)
@@ -172,7 +172,7 @@ def _with_own_trunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_and_tag(open_clip: Any, source: str) -> tuple[str, str]:
-    """Split `NAME/TAG`, and take the first tag where none is given."""
+    """Split `NAME/TAG`, and take the first tag that fits where none is given."""
     name, _, tag = source.partition("/")
     if name not in open_clip.list_models():
         close = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.5)
@@ -181,7 +181,15 @@ def _name_and_tag(open_clip: Any, source: str) -> tuple[str, str]:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags and not Path(tag).is_file():
         raise ModelError(f"open_clip/{source}: {name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
-    return name, tag or next(iter(tags), "")
+    quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    fitting = [each for each in tags if bool(open_clip.get_pretrained_cfg(name, each).get("quick_gelu")) == quick]
+    tag = tag or next(iter(fitting or tags), "")
+    if tag in tags and tag not in fitting:  # open_clip only warns, and computes other features than it was trained for
+        other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+        raise ModelError(
+            f"open_clip/{source}: the weights {tag!r} belong to another activation; use open_clip/{other}/{tag}."
+        )
+    return name, tag
 
 
 def _tag_config(open_clip: Any, name: str, tag: str | None) -> dict[str, Any]:

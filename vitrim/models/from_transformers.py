@@ -36,7 +36,7 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
-    "spiece.model",
+    "*.model",  # sentencepiece's, under several names
     "generation_config.json",
     "chat_template.*",
 )

@@ -19,6 +19,8 @@ from vitrim.models.taps import encoder_path
 # By prefix of a source; the module's name is also the `library` of its origins.
 PREFIXES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip", "torchvision": "torchvision"}
 SOURCES = "timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, local-dir:PATH, or a folder that vitrim wrote"
+# Files that hold the words of a tokenizer, under the names that transformers gives them.
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 
 
 def library(name: str | None) -> Library | None:
@@ -76,7 +78,8 @@ def tokenizer_of(origin: Origin) -> Any:
         ModelError: there is none; token ids can be passed instead of text.
     """
     folder = origin.preprocessing.get("tokenizer")
-    if folder is None:
+    # Without these files transformers makes a tokenizer to which every word is unknown.
+    if folder is None or not any(True for pattern in VOCABULARIES for _ in Path(folder).glob(pattern)):
         raise ModelError(f"{origin.name}: has no tokenizer beside it; pass rows of token ids (N,) instead of text.")
     transformers = require("transformers", "hf")
     with in_one_line(str(folder)):
