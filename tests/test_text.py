@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 from functools import cache
 
 import pytest
@@ -221,6 +222,16 @@ def test_evaluate_on_text(source, texts, result):
 def test_an_output_is_cut_again_on_text(texts, result):
     again = vitrim.compress(str(result.out), data=texts, width=16, recipe=vitrim.Recipe.parse(FEW), quiet=True)
     assert set(again.plan.widths.values()) == {16}
+
+
+def test_an_output_holds_its_tokenizer_and_can_be_moved(texts, result, tmp_path):
+    shutil.copytree(result.out, tmp_path / "moved")
+    about = json.loads((tmp_path / "moved" / "vitrim.json").read_text())
+    assert about["origin"]["folder"] is None and about["origin"]["preprocessing"]["tokenizer"] == "."
+    again = vitrim.compress(str(tmp_path / "moved"), data=texts, width=8, out=tmp_path / "again", quiet=True)
+    assert set(again.plan.widths.values()) == {8}
+    odd = vitrim.compress(str(tmp_path / "moved"), data=texts, width=7, scope="encoder.layer.0", out=tmp_path / "odd")
+    assert not odd.metrics["stock"] and (tmp_path / "odd" / "tokenizer.json").is_file()
 
 
 def test_rows_of_ids_do_without_a_tokenizer():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, OutputError
 from vitrim.models.load import build_empty, library, load_model, origin_of
-from vitrim.models.origin import Library, Origin, match_buffers_
+from vitrim.models.origin import Library, Origin, copy_companions, match_buffers_
 from vitrim.models.stock import stock_origin
 from vitrim.models.taps import evaluating
 from vitrim.surgery import reshape_
@@ -139,10 +139,12 @@ def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Pla
     stock, reader = stock_origin(origin, plan.edits), library(origin.library)
     if stock is not None and reader is not None:
         reader.write_config(student, folder, stock)
+    if reader is not None:
+        copy_companions(origin, folder, reader.COMPANIONS)
     about = {
         "format": "vitrim/1",
         "stock": stock is not None,
-        "origin": origin.to_json(),
+        "origin": origin.without_place().to_json(),
         "plan": plan.without_tensors().to_json(),
         "plan_sha256": plan.sha256,
     }
@@ -215,7 +217,9 @@ def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
     path = model.removeprefix("local-dir:")
     if not is_output(path):
         return load_model(model)
-    return load(path), Origin.from_json(read_about(Path(path))["origin"])
+    about = read_about(Path(path))
+    origin = Origin.from_json(about["origin"]).placed_at(path).after(Plan.from_json(about["plan"]).edits)
+    return load(path), origin
 
 
 def is_output(path: str | Path) -> bool:

@@ -146,7 +146,6 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
     """The story: cut, judge, recover, judge again, write. Models here are encoders; the whole comes back at the end."""
     started, recipe, origin = time.monotonic(), job.recipe, job.origin
     original, device = job.whole.get_submodule(origin.encoder), resolve_device(recipe.device)
-    dtype = next(original.parameters()).dtype
     student = copy.deepcopy(original).to(device).float().eval()  # moments and small steps need more than bf16
     teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=job.scope.removeprefix(origin.encoder).removeprefix("."))
@@ -179,7 +178,7 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
             *([] if stock else [why_not_stock(origin, plan.edits)]),
         ],
     }
-    teacher, student = teacher.cpu(), student.cpu().to(dtype)
+    teacher, student = teacher.cpu(), _typed_as(original, student.cpu())
     whole = _with_encoder(job.whole, original, student)
     reader = library(origin.library)
     if stock is not None and reader is not None:
@@ -205,6 +204,14 @@ def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: _Split |
         "after": measure(student, job.origin, split and split.sample, held_out),
         "environment": environment(),
     }
+
+
+def _typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
+    """The student with each tensor in the type that it has in the original: a bf16 model may keep float32 buffers."""
+    types = {name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())}
+    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+        tensor.data = tensor.data.to(types[name])
+    return student
 
 
 def _with_encoder(whole: nn.Module, original: nn.Module, student: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models import from_timm
-from vitrim.models.origin import Origin, copy_companions, in_one_line, on_meta, plain_json, require
+from vitrim.models.origin import Origin, in_one_line, on_meta, plain_json, require
 from vitrim.types import Edit
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -107,7 +107,6 @@ def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     # Not in ASCII alone: the path of a trunk is found in it again when the folder gets its final name.
     text = json.dumps({"model_cfg": args, "preprocess_cfg": said}, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    copy_companions(origin, folder, COMPANIONS)
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:

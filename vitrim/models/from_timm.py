@@ -18,6 +18,7 @@ from vitrim.types import Edit
 
 WEIGHTS = "model.safetensors"
 SHARDED = False
+COMPANIONS: tuple[str, ...] = ()
 RELOAD = """
 import timm
 model = timm.create_model("local-dir:" + folder, pretrained=True)

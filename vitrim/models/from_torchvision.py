@@ -13,6 +13,7 @@ from vitrim.types import Edit
 
 WEIGHTS = "model.safetensors"
 SHARDED = False
+COMPANIONS: tuple[str, ...] = ()
 RELOAD = ""
 LOADS = ""
 

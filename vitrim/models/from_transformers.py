@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.models.origin import Origin, copy_companions, crop_pct, in_one_line, on_meta, plain_json, require
+from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.taps import encoder_path
 from vitrim.types import Edit
 
@@ -120,7 +120,6 @@ def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     config.save_pretrained(folder)
     if getattr(student, "generation_config", None) is not None and student.can_generate():  # type: ignore[operator]
         student.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    copy_companions(origin, folder, COMPANIONS)
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from torch import nn
 from vitrim.errors import CheckpointError, ModelError
 from vitrim.models.origin import Library, Origin, in_one_line, on_meta, require
 from vitrim.models.taps import encoder_path
+from vitrim.surgery import reshape_
 
 # By prefix of a source; the module's name is also the `library` of its origins.
 PREFIXES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip", "torchvision": "torchvision"}
@@ -97,7 +98,9 @@ def build_empty(origin: Origin) -> nn.Module:
         raise CheckpointError(
             f"{origin.name}: no library can build this model; build it and pass it: vitrim.load(path, model=...)."
         )
-    return on_meta(lambda: reader.build(origin)).eval()
+    model = on_meta(lambda: reader.build(origin)).eval()
+    reshape_(model, origin.earlier_edits)
+    return model
 
 
 def _library_of(folder: Path, source: str, *, weights: bool) -> str:

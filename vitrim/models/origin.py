@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
-from vitrim.types import Edit
+from vitrim.types import Edit, KeepUnits, MlpSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Origin:
 
     `library` is None for a module that only its owner can build. `encoder` is the path of the part that takes the
     images, "" for the whole model. `folder` is where the files beside the weights (tokenizer, processor) come from.
+    `earlier` are the widths of a model that had been cut before, as site and width.
     """
 
     name: str
@@ -36,6 +37,27 @@ class Origin:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     encoder: str = ""
     folder: str | None = None
+    earlier: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def earlier_edits(self) -> list[Edit]:
+        """Edits that give the library's own architecture the widths that this model had when it was opened."""
+        return [KeepUnits(site=MlpSite(**cut["site"]), keep=tuple(range(cut["width"]))) for cut in self.earlier]
+
+    def after(self, edits: Sequence[Edit]) -> Origin:
+        """The origin of a model that these edits have been made to."""
+        cuts = [{"site": edit.to_json()["site"], "width": edit.width} for edit in edits]
+        return replace(self, earlier=(*self.earlier, *cuts))
+
+    def without_place(self) -> Origin:
+        """The same without the folder that it came from, which another machine does not have."""
+        known = {key: "." if key == "tokenizer" and value else value for key, value in self.preprocessing.items()}
+        return replace(self, folder=None, preprocessing=known)
+
+    def placed_at(self, folder: str) -> Origin:
+        """The inverse: an output folder holds its own tokenizer and processor."""
+        known = {key: folder if key == "tokenizer" and value else value for key, value in self.preprocessing.items()}
+        return replace(self, folder=folder, preprocessing=known)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description."""
@@ -57,12 +79,14 @@ class Origin:
 class Library(Protocol):
     """What vitrim needs of a model library; a module of that name implements it.
 
+    `COMPANIONS` are patterns of files that go with the weights: preprocessing, tokenizer, never code.
     `WEIGHTS` is the library's own file name for weights, `SHARDED` whether it reads several, `RELOAD` Python code that
     loads `folder` as `model` with the library alone, and `LOADS` the same in one line, to show.
     """
 
     WEIGHTS: str
     SHARDED: bool
+    COMPANIONS: tuple[str, ...]
     RELOAD: str
     LOADS: str
 
@@ -87,7 +111,7 @@ class Library(Protocol):
         ...
 
     def write_config(self, student: nn.Module, folder: Path, origin: Origin) -> None:
-        """The config, and the small files beside it, as the library writes them; the student may be on meta."""
+        """The config as the library writes it; the student may be on meta."""
         ...
 
     def names(self, model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
@@ -130,14 +154,21 @@ def in_one_line(source: str) -> Iterator[None]:
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build with parameters on the meta device and real buffers, or for real where the constructor needs values."""
+    """Build with parameters on the meta device and real buffers."""
     from accelerate import init_empty_weights
 
     try:
         with init_empty_weights(include_buffers=False):
-            return build()
+            model = build()
+        if not any(buffer.is_meta for buffer in model.buffers()):
+            return model
     except (NotImplementedError, RuntimeError):  # timm's Swin v2 reads its parameters while it is built
-        return build()
+        pass
+    model = build()  # and its Swin puts its masks where its parameters are
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+    return model
 
 
 def match_buffers_(model: nn.Module) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from vitrim.models.load import build_empty, library
 from vitrim.models.origin import Origin
+from vitrim.models.sites import find_mlps
 from vitrim.surgery import reshape_
 from vitrim.types import Edit, KeepUnits, MlpSite
 
@@ -32,11 +34,11 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
     shapes = _shapes(wanted)
     for candidate in reader.resized(origin, edits):
         try:
-            built = _shapes(build_empty(candidate))
+            built = _shapes(build_empty(replace(candidate, earlier=())))
         except Exception:  # the architecture has no such argument, or refuses this value, each in its own way
             continue
         if built == shapes:
-            return candidate
+            return replace(candidate, earlier=())
     return None
 
 
@@ -69,7 +71,10 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
     """One line for the user: the library can't express these widths, and the nearest that it could."""
     if origin.library is None:
         return "no library can build this model, so the result loads with vitrim.load(path, model=...)."
-    edit = plan_edits[0]
+    edit, cut = plan_edits[0], {edit.site.path for edit in plan_edits}
+    others = [site for site in find_mlps(build_empty(origin), scope=origin.encoder) if site.path not in cut]
+    if others:  # no width of the others is to be changed, so there is none to look for
+        return f"{origin.library} has no config that cuts {len(cut)} of {len(cut) + len(others)} MLPs."
     nearest = nearest_stock_width(origin, [edit.site for edit in plan_edits], edit.width)
     hint = "" if nearest in (None, edit.width) else f"; the nearest that it could is {nearest} (--stock picks it)"
     return f"{origin.library} has no config for these widths ({edit.width} of {edit.site.d_hidden}){hint}."
