@@ -7,30 +7,37 @@ import torch
 from conftest import stored_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitrim.errors import BudgetError
+from vitrim.errors import BudgetError, ModelError
 from vitrim.ops.forward_selection import select_on_moments
-from vitrim.ops.gram_schmidt import residual_curve, select_units
+from vitrim.ops.gram_schmidt import residual_curve, select_units, select_with_curve
+from vitrim.ops.lazy_blocks import Round
 from vitrim.ops.least_squares import fit_output, squared_error
 
 
 def naive_gram_schmidt(rows, num_keep):
-    """The published loop: rewrite the whole matrix at each pick, restart from raw rows past the rank."""
+    """The published loop: rewrite the whole matrix at each pick, restart from raw rows past the rank.
+
+    Ties go to the lowest index; squared norms within 1e-10 of the largest are tied, whatever rounding says.
+    """
     rows = rows.double()
     picked = []
     while len(picked) < num_keep:
         residual = rows.clone()
         residual[picked] = 0
-        start = residual.norm(dim=1).max()
+        floor = max(*rows.shape, 100) * torch.finfo(torch.float64).eps * residual.norm(dim=1).max()
         round_size = 0
         while len(picked) < num_keep and round_size < rows.shape[1]:
-            norms = residual.norm(dim=1)
-            norms[picked] = -1
-            best = int(norms.argmax())
-            if norms[best] <= 1e-12 * start:
+            squares = residual.square().sum(1)
+            squares[picked] = -1
+            if squares.max() <= floor**2:
                 break
-            direction = residual[best] / norms[best]
-            residual -= torch.outer(residual @ direction, direction)
+            best = int((squares >= (1 - 1e-10) * squares.max()).nonzero()[0])
+            direction = residual[best] / residual[best].norm()
+            for _ in range(2):
+                residual -= torch.outer(residual @ direction, direction)
+            residual[best] = 0
             picked.append(best)
             round_size += 1
         if round_size == 0:
@@ -38,29 +45,138 @@ def naive_gram_schmidt(rows, num_keep):
     return picked
 
 
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 10_000), st.data())
-@settings(max_examples=60, deadline=None)
-def test_selection_equals_the_naive_loop(num_rows, width, seed, data):
+def conditioned(num_rows, width, decades, seed):
+    """Rows whose singular values fall over so many decades."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((num_rows, width), (width, width))
+    left, right = (torch.linalg.qr(torch.randn(*size, generator=generator, dtype=torch.float64))[0] for size in sizes)
+    return left @ torch.diag(torch.logspace(0, -decades, width, dtype=torch.float64)) @ right.T
+
+
+def random_rows(kind, num_rows, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, width, generator=generator, dtype=torch.float64)
+    scale = torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
+    which = torch.randint(max(1, num_rows // 3), (num_rows,), generator=generator)
+    if kind == "dependent":
+        rank = max(1, width // 2)
+        return rows[:, :rank] @ torch.randn(rank, width, generator=generator, dtype=torch.float64)
+    if kind == "steep":
+        return rows * torch.logspace(0, -8, width) @ torch.linalg.qr(rows.T @ rows)[0]
+    return {
+        "gaussian": rows,
+        "duplicates": rows[which],
+        "zeros": rows * (scale < 0.6),
+        "scaled": rows * 10 ** (8 * scale - 4),
+        "small": rows * 1e-25,
+        "integers": rows.clamp(-1, 1).round(),
+        "one-hot": torch.eye(width, dtype=torch.float64)[which % width] * (1 + scale.round()),
+        "equal angles": torch.eye(max(num_rows, width), dtype=torch.float64)[:num_rows, :width] + 0.5,
+    }[kind]
+
+
+KINDS = [
+    "gaussian",
+    "duplicates",
+    "zeros",
+    "scaled",
+    "small",
+    "integers",
+    "one-hot",
+    "equal angles",
+    "dependent",
+    "steep",
+]
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(1, 50),
+    st.integers(1, 20),
+    st.sampled_from([1, 3, 128]),
+    st.integers(0, 10_000),
+    st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_selection_equals_the_naive_loop(which, dtype, num_rows, width, block, seed, data):
     num_keep = data.draw(st.integers(1, num_rows))
-    rows = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    picks = select_units(rows, num_keep).tolist()
+    rows = random_rows(which, num_rows, width, seed).to(dtype)
+    counts: list[int] = []
+    picks = select_units(rows, num_keep, block=block, on_block=counts.append).tolist()
     assert picks == naive_gram_schmidt(rows, num_keep)
     assert len(set(picks)) == num_keep
+    assert counts == sorted(set(counts)) and counts[-1] == num_keep
 
 
-@pytest.mark.parametrize("shape", [(96, 24), (400, 100), (64, 64)])
+@pytest.mark.parametrize("shape", [(96, 24), (400, 100), (64, 64), (40, 90), (2500, 150)])
 def test_selection_equals_lapack_pivoted_qr(shape):
     rows = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     order = scipy.linalg.qr(rows.T.numpy(), mode="r", pivoting=True)[1]
-    assert select_units(rows, shape[1]).tolist() == order[: shape[1]].tolist()
+    for block in (1, 3, 128):
+        assert select_units(rows, min(shape), block=block).tolist() == order[: min(shape)].tolist()
 
 
-def test_selection_keeps_lapack_order_when_norms_fall_by_many_decades():
-    generator = torch.Generator().manual_seed(2)
-    left, right = (torch.linalg.qr(torch.randn(n, 40, generator=generator, dtype=torch.float64))[0] for n in (160, 40))
-    rows = left @ torch.diag(torch.logspace(0, -9, 40, dtype=torch.float64)) @ right.T
+@pytest.mark.parametrize(("decades", "num_same"), [(9, 36), (12, 30)])
+def test_selection_keeps_lapack_order_when_norms_fall_by_many_decades(decades, num_same):
+    rows = conditioned(1200, 40, decades, seed=2)
     order = scipy.linalg.qr(rows.T.numpy(), mode="r", pivoting=True)[1]
-    assert select_units(rows, 36).tolist() == order[:36].tolist()
+    for block in (1, 3, 128):
+        picks = select_units(rows, 40, block=block)
+        assert picks[:num_same].tolist() == order[:num_same].tolist()
+        # Past that, the order of residuals near 1e-12 is rounding; their span is not.
+        assert torch.linalg.matrix_rank(rows[picks], rtol=1e-15) == 40
+
+
+def test_float32_weights_get_float64_picks_where_residuals_are_under_float32_rounding():
+    generator = torch.Generator().manual_seed(12)
+    rows = torch.randn(1500, 10, generator=generator) @ torch.randn(10, 60, generator=generator)
+    rows += 1e-6 * torch.randn(1500, 60, generator=generator)
+    for block in (3, 96):
+        assert select_units(rows, 60, block=block).tolist() == naive_gram_schmidt(rows, 60)
+
+
+def test_picks_do_not_depend_on_how_exact_this_machine_makes_float32_products():
+    rows = 10 + torch.randn(1500, 64, generator=torch.Generator().manual_seed(13))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert select_units(rows, 64, block=2).tolist() == naive_gram_schmidt(rows, 64)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("decades", [0, 6, 12])
+def test_directions_are_orthogonal_to_working_precision(decades):
+    done = Round(conditioned(1200, 40, decades, seed=16), 40, block=96, on_block=lambda num_picks: None)
+    done.pick()
+    done.curve()
+    np.testing.assert_allclose(done.basis_KD @ done.basis_KD.T, np.eye(40), atol=3e-15)
+
+
+def test_weights_are_never_copied_whole_in_float64():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    rows = torch.randn(10_000, 32, generator=torch.Generator().manual_seed(14)).bfloat16()
+    with Largest() as largest:
+        picks, _ = select_with_curve(rows, 32)
+        residual_curve(rows, picks)
+    assert 0 < largest.numel < rows.numel() / 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    rows = torch.ones(4, 3)
+    rows[2, 1] = value
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        select_units(rows, 2)
 
 
 def test_duplicates_are_taken_once_a_round_and_zero_rows_last():
@@ -78,13 +194,34 @@ def test_selection_ignores_a_positive_scale_and_the_span_is_complete_after_d_pic
     assert curve[0] == 1 and curve[-1] < 1e-10 and bool((curve.diff() <= 1e-12).all())
 
 
-def test_residual_curve_equals_projection_errors():
-    rows = torch.randn(20, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    order = select_units(rows, 5)
-    for k, left in enumerate(residual_curve(rows, order)):
-        basis = np.linalg.qr(rows[order[:k]].T.numpy())[0]
-        error = rows.numpy() - rows.numpy() @ basis @ basis.T
-        assert left == pytest.approx(np.square(error).sum() / rows.square().sum().item(), abs=1e-12)
+def slow_curve(rows, order):
+    rows, lefts = rows.double(), []
+    for k in range(len(order) + 1):
+        left = rows - rows @ torch.linalg.pinv(rows[order[:k]], rtol=1e-10) @ rows[order[:k]]
+        lefts.append(float(left.square().sum() / rows.square().sum()))
+    return lefts
+
+
+@pytest.mark.parametrize("which", ["gaussian", "duplicates", "dependent", "zeros"])
+def test_residual_curve_equals_projection_errors(which):
+    rows = random_rows(which, 20, 7, seed=4)
+    for order in (select_units(rows, 5), select_units(rows, 20), torch.arange(20), torch.arange(20).flip(0)):
+        np.testing.assert_allclose(residual_curve(rows, order), slow_curve(rows, order), atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-7)])
+@pytest.mark.parametrize("which", ["gaussian", "dependent", "zeros"])
+def test_selection_gives_the_residual_curve_on_the_way(which, dtype, tolerance):
+    rows = random_rows(which, 1500, 30, seed=15).to(dtype)
+    for num_keep in (1, 20, 30, 50):
+        picks, curve = select_with_curve(rows, num_keep)
+        assert torch.equal(picks, select_units(rows, num_keep))
+        np.testing.assert_allclose(curve, residual_curve(rows, picks), atol=tolerance)
+
+
+def test_of_zero_rows_nothing_is_explained():
+    picks, curve = select_with_curve(torch.zeros(5, 3), 2)
+    assert picks.tolist() == [0, 1] and curve.tolist() == residual_curve(torch.zeros(5, 3), picks).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("num_keep", [0, 6, -1])
