@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vitrim.evaluation import environment
-from vitrim.ops.gram_schmidt import residual_curve, select_units, select_with_curve
+from vitrim.ops.gram_schmidt import select_units, select_with_curve
 
 # fc1 of EVA-02-CLIP-E, OpenCLIP bigG, ViT-g/14 and SigLIP SO400M
 LAYERS = ("15360x1792", "8192x1664", "6144x1408", "4304x1152")
@@ -89,7 +89,6 @@ def measure(rows_HD: Tensor, num_picks: int, repeats: int, *, exact: bool) -> di
         ours=lambda: select_units(rows_HD, num_keep).tolist(),
         ours_float64=lambda: select_units(rows64_HD, num_keep).tolist(),
         ours_with_curve=lambda: select_with_curve(rows_HD, num_keep),
-        residual_curve=lambda: residual_curve(rows_HD, ours),
         naive=lambda: naive(rows_HD, num_picks),
         reading=lambda: reading_only(rows_HD, num_picks, half_PD),
         lapack=lambda: pivoted_qr(rows_HD)[:num_keep].tolist(),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrim.errors import BudgetError, ModelError
 from vitrim.ops.forward_selection import select_on_moments
-from vitrim.ops.gram_schmidt import residual_curve, select_units, select_with_curve
+from vitrim.ops.gram_schmidt import select_units, select_with_curve
 from vitrim.ops.lazy_blocks import Round
 from vitrim.ops.least_squares import fit_output, squared_error
 
@@ -166,8 +166,7 @@ def test_weights_are_never_copied_whole_in_float64():
 
     rows = torch.randn(10_000, 32, generator=torch.Generator().manual_seed(14)).bfloat16()
     with Largest() as largest:
-        picks, _ = select_with_curve(rows, 32)
-        residual_curve(rows, picks)
+        select_with_curve(rows, 32)
     assert 0 < largest.numel < rows.numel() / 4
 
 
@@ -190,7 +189,7 @@ def test_selection_ignores_a_positive_scale_and_the_span_is_complete_after_d_pic
     rows = torch.randn(50, 12, generator=torch.Generator().manual_seed(3))
     picks = select_units(rows, 12)
     assert torch.equal(picks, select_units(rows * 1e-6, 12))
-    curve = residual_curve(rows, picks)
+    _, curve = select_with_curve(rows, 12)
     assert curve[0] == 1 and curve[-1] < 1e-10 and bool((curve.diff() <= 1e-12).all())
 
 
@@ -202,26 +201,19 @@ def slow_curve(rows, order):
     return lefts
 
 
-@pytest.mark.parametrize("which", ["gaussian", "duplicates", "dependent", "zeros"])
-def test_residual_curve_equals_projection_errors(which):
-    rows = random_rows(which, 20, 7, seed=4)
-    for order in (select_units(rows, 5), select_units(rows, 20), torch.arange(20), torch.arange(20).flip(0)):
-        np.testing.assert_allclose(residual_curve(rows, order), slow_curve(rows, order), atol=1e-12)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-7)])
 @pytest.mark.parametrize("which", ["gaussian", "dependent", "zeros"])
 def test_selection_gives_the_residual_curve_on_the_way(which, dtype, tolerance):
-    rows = random_rows(which, 1500, 30, seed=15).to(dtype)
+    rows = random_rows(which, 300, 30, seed=15).to(dtype)
     for num_keep in (1, 20, 30, 50):
         picks, curve = select_with_curve(rows, num_keep)
         assert torch.equal(picks, select_units(rows, num_keep))
-        np.testing.assert_allclose(curve, residual_curve(rows, picks), atol=tolerance)
+        np.testing.assert_allclose(curve, slow_curve(rows, picks), atol=tolerance)
 
 
 def test_of_zero_rows_nothing_is_explained():
     picks, curve = select_with_curve(torch.zeros(5, 3), 2)
-    assert picks.tolist() == [0, 1] and curve.tolist() == residual_curve(torch.zeros(5, 3), picks).tolist() == [1, 1, 1]
+    assert picks.tolist() == [0, 1] and curve.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("num_keep", [0, 6, -1])

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from vitrim.errors import BudgetError
-from vitrim.ops.lazy_blocks import BLOCK, Round, deflate, left_share, lower, norms, orthonormal
+from vitrim.ops.lazy_blocks import BLOCK, Round
 
 OnBlock = Callable[[int], None]
-# Share of a row below which what is left of it is rounding, in a curve.
-INDEPENDENT = 1e-10
 
 
 def select_units(rows_HD: Tensor, num_keep: int, *, block: int = BLOCK, on_block: OnBlock | None = None) -> Tensor:
@@ -57,7 +55,8 @@ def select_with_curve(
         on_block: as for `select_units`.
 
     Returns:
-        The picks (K,) and what `residual_curve` says of them (K + 1,), to the precision of the weights' dtype.
+        The picks (K,), and the share of the rows' squared norm left outside the span of the first 0..K of them, from 1
+        down (K + 1,), to the precision of the weights' dtype.
 
     Raises:
         BudgetError, ModelError: as `select_units`.
@@ -65,24 +64,6 @@ def select_with_curve(
     picks, first = _select(rows_HD, num_keep, block=block, on_block=on_block)
     curve = first.curve().cpu()
     return picks, torch.cat([curve, curve[-1:].expand(num_keep + 1 - len(curve))])
-
-
-def residual_curve(rows_HD: Tensor, order: Tensor) -> Tensor:
-    """Share of the matrix left outside the span of the first k rows of `order`, for k = 0..K.
-
-    Args:
-        rows_HD: one row per hidden unit, (H, D).
-        order: indices of rows, (K,).
-
-    Returns:
-        (K + 1,) float64, from 1 down: squared Frobenius norm of what is left over that of the whole.
-    """
-    rows_HD = _readable(rows_HD)
-    basis_ND, new_K = _basis_of(rows_HD, order.to(rows_HD.device))
-    zeros_H = rows_HD.new_zeros(len(rows_HD), dtype=torch.float64)
-    explained_K = zeros_H.new_zeros(len(order))
-    explained_K[new_K] = lower(rows_HD, zeros_H, zeros_H, basis_ND, torch.float64)[1]
-    return left_share(explained_K, float(norms(rows_HD).square().sum())).cpu()
 
 
 def pick_in_rounds(left: Tensor, num_keep: int, one_round: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -149,21 +130,3 @@ def _readable(rows_HD: Tensor) -> Tensor:
     """Rows on a device that has float64."""
     rows_HD = rows_HD.detach()
     return rows_HD if working_dtype(rows_HD.device) == torch.float64 else rows_HD.cpu()
-
-
-def _basis_of(rows_HD: Tensor, order_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions of rows in this order, and the places of the rows that add one; dependent ones do not."""
-    basis_ND = rows_HD.new_zeros(0, rows_HD.shape[1], dtype=torch.float64)
-    places: list[int] = []
-    for start in range(0, len(order_K), BLOCK):
-        raw_BD = rows_HD[order_K[start : start + BLOCK]].double()
-        left_BD, size_B = deflate(raw_BD, basis_ND), raw_BD.norm(dim=1)
-        added_PD = basis_ND[:0]
-        for place, row_1D in enumerate(left_BD.split(1)):
-            row_1D = deflate(row_1D, added_PD)
-            if row_1D.norm() > INDEPENDENT * size_B[place]:
-                added_PD = torch.cat([added_PD, row_1D / row_1D.norm()])
-                places.append(start + place)
-        if len(added_PD):
-            basis_ND = torch.cat([basis_ND, orthonormal(deflate(added_PD, basis_ND))])
-    return basis_ND, torch.tensor(places, dtype=torch.int64, device=rows_HD.device)

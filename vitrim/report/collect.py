@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitrim.models.origin import Origin
 from vitrim.models.taps import evaluating, features
-from vitrim.ops.gram_schmidt import residual_curve, select_units
+from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.recipe import Recipe
 from vitrim.report.data import ReportData
 from vitrim.surgery import read_weights
@@ -120,7 +120,7 @@ FIDELITY_ROWS = {
 def _residual(teacher: nn.Module, edit: Edit) -> dict[str, Any]:
     """How fast Gram-Schmidt uses up a site's input weights, with the width that was kept."""
     rows = read_weights(teacher, edit.site).input_rows
-    curve = residual_curve(rows, select_units(rows, min(rows.shape)))
+    _, curve = select_with_curve(rows, min(rows.shape))
     picks = torch.linspace(0, len(curve) - 1, min(CURVE_POINTS, len(curve))).round().long()
     return {
         "residual": curve[picks].tolist(),
