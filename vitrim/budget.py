@@ -2,64 +2,149 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.calibrate.walk import CHUNK_TOKENS, TILE_ROWS
 from vitrim.errors import RecipeError
+from vitrim.models.sites import find_mlps
 from vitrim.recipe import Recipe, RepairOptions
+from vitrim.tensor_files import CHUNK_BYTES
 from vitrim.types import MlpSite
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Where the system does not say: Python with torch and timm.
+PROGRAM_BYTES = 600 * 10**6
+# Bytes a second of a slow disk: a laptop's, or one over a network.
+DISK_RATE = 200 * 10**6
+# Gram-Schmidt on Gaussian weights, which are the worst case, takes a few products of the matrix with its picks, and a
+# fixed time for each pick (benchmarks/selection.py, 4304x1152 to 15360x1792: 0.8 to 1.3 of what this gives).
+PRODUCTS, PICK_S = 4.0, 6e-4
+PROBE_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes that calibration needs beside the running program.
+    """Bytes that calibration needs beside the running program, and the widths that decide about the rest.
 
-    `streams` may be spilled to disk; `blocks` are one block of teacher and student each, `sample` the tokens kept for
-    the refit, `batch` one batch's activations, `hidden` the units of the widest MLP, `kept` those that stay.
+    `streams` may be spilled to disk; `resident` is what lies outside the blocks and one block, for teacher and student
+    each; `sample` the tokens kept for the refit, `batch` one batch's activations; `chunk` tokens are added to the sums
+    at a time; `hidden` are the units of the widest MLP and `kept` those that stay.
     """
 
     streams: int
-    blocks: int
+    resident: int
     sample: int
     batch: int
+    chunk: int
     hidden: int
     kept: int
+    d_model: int
 
     def bytes(self, *, spilled: bool, moments: torch.dtype) -> int:
-        """All of it: two sets of second moments (as summed, and centred), and the factor of the selection."""
-        squares = self.hidden * (2 * self.hidden * moments.itemsize + self.kept * 8)
-        return squares + self.blocks + self.sample + self.batch + (0 if spilled else self.streams)
+        """The most at any moment: while moments are summed up, or while units are selected by them."""
+        square, cross = self.hidden**2 * moments.itemsize, self.hidden * self.d_model * 8
+        tiles = 0 if moments == torch.float64 else 2 * min(TILE_ROWS, self.hidden) * self.hidden * 8
+        summing = self.batch + self.chunk * (self.hidden + self.d_model) * 8 + tiles
+        selecting = square + self.hidden * self.kept * 8 + 5 * cross  # centred moments, factor, residual and copies
+        fixed = square + cross + self.resident + self.sample + (0 if spilled else self.streams)
+        return fixed + max(summing, selecting)
+
+    @property
+    def choices(self) -> list[tuple[bool, torch.dtype]]:
+        """Ways to run, the best first: activations spilled or not, and moments; exact ones before others."""
+        return [(spilled, dtype) for dtype in (torch.float64, torch.float32) for spilled in (False, True)]
+
+    @property
+    def least(self) -> int:
+        """Bytes of the way that needs the fewest."""
+        return min(self.bytes(spilled=spilled, moments=moments) for spilled, moments in self.choices)
 
 
-def needs_of(sites: Sequence[MlpSite], recipe: Recipe, batches: Sequence[Tensor], encoder: nn.Module) -> Needs:
+def needs_of(
+    sites: Sequence[MlpSite],
+    recipe: Recipe,
+    encoder: nn.Module,
+    inputs: Tensor,
+    *,
+    num_images: int,
+    batch_size: int,
+) -> Needs:
     """What calibration will need.
 
     Args:
         sites: what is cut, by paths from the encoder.
         recipe: widths and repair.
-        batches: calibration images.
-        encoder: the model, on meta.
+        encoder: the model; it is not changed.
+        inputs: one image, or one row of token ids; its values play no part.
+        num_images: how many there will be.
+        batch_size: images a batch.
     """
-    num_tokens = _tokens_of(encoder, batches[0], sites[0])
+    tokens = _tokens_of(encoder, inputs, sites)
     repair = recipe.repair_options() or RepairOptions()
-    num_images, per_batch = sum(map(len, batches)), len(batches[0])
-    d_model, hidden = max(site.d_model for site in sites), max(site.d_hidden for site in sites)
-    block = max(sum(p.numel() for p in encoder.get_submodule(site.block).parameters()) for site in sites)
-    tokens = num_images * num_tokens
+    widest = max(num * site.d_model for site, num in zip(sites, tokens, strict=True))
+    busiest = max(num * (6 * site.d_model + 4 * site.d_hidden) for site, num in zip(sites, tokens, strict=True))
+    blocks = {
+        site.block: sum(p.numel() for p in encoder.get_submodule(site.block).parameters())
+        for site in find_mlps(encoder)  # those that are not cut are read when they run, too
+    }
+    outside = sum(p.numel() for p in encoder.parameters()) - sum(blocks.values())
+    d_model = max(site.d_model for site in sites)
     return Needs(
-        streams=3 * tokens * d_model * 4,  # inputs of both models, and the teacher's outputs
-        blocks=2 * block * 4,
-        sample=int(1.25 * min(repair.max_tokens, tokens)) * 2 * d_model * 4,
-        batch=per_batch * num_tokens * (6 * d_model + 4 * hidden) * 4,
-        hidden=hidden,
+        streams=3 * num_images * widest * 4,  # inputs of both models, and the teacher's outputs
+        resident=2 * (max(outside, 0) + max(blocks.values())) * 4,
+        sample=int(1.25 * min(repair.max_tokens, num_images * max(tokens))) * 2 * d_model * 4,
+        batch=batch_size * busiest * 4,
+        chunk=min(CHUNK_TOKENS, batch_size * max(tokens)),
+        hidden=max(site.d_hidden for site in sites),
         kept=max(recipe.width_of(site) for site in sites),
+        d_model=d_model,
     )
+
+
+def selection_bytes(site: MlpSite, width: int, itemsize: int) -> int:
+    """Memory that picking a site's units on weights alone takes: its tensors, and the working copies.
+
+    Args:
+        site: the MLP.
+        width: units that stay.
+        itemsize: bytes of a value in the file.
+    """
+    row = site.d_model * (1 if site.kind == "plain" else 2)
+    weights = site.d_hidden * (row + site.d_model) * itemsize
+    rows = site.d_hidden * row * itemsize if row > site.d_model else 0  # gate and value side by side
+    working = 8 * (width * row + 6 * 2048 * row)  # the basis, and rows in float64 some at a time
+    return weights + max(rows + working, 2 * site.d_hidden * row * itemsize)  # or the check for NaN
+
+
+def copying_bytes(largest: int) -> int:
+    """Memory that passing tensors through takes, given the bytes of the largest one that is cut."""
+    return 2 * largest + CHUNK_BYTES
+
+
+def selection_seconds(sites: Sequence[MlpSite], widths: Sequence[int]) -> float:
+    """Time to pick units on weights alone on this machine, from a short product that is timed."""
+    rate, total = _flops_per_s(), 0.0
+    for site, width in zip(sites, widths, strict=True):
+        row = site.d_model * (1 if site.kind == "plain" else 2)
+        total += PRODUCTS * 2 * site.d_hidden * row * width / rate + PICK_S * width
+    return total
+
+
+def program_bytes() -> int:
+    """The most memory that this process has held so far: the libraries, and an architecture without weights."""
+    if sys.platform == "win32":
+        return PROGRAM_BYTES
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -79,14 +164,34 @@ def show_bytes(count: int) -> str:
     return f"{count / 10**9:.2f} GB" if count >= 10**8 else f"{count / 10**6:.1f} MB"
 
 
-def _tokens_of(encoder: nn.Module, batch: Tensor, site: MlpSite) -> int:
-    """Tokens an image at a block, seen by a hook in a forward pass on meta."""
-    seen: list[Tensor] = []
-    handle = encoder.get_submodule(site.value).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    was_meta = encoder.to("meta")
-    try:
-        with torch.no_grad():
-            was_meta(torch.empty_like(batch[:1], device="meta"))
-    finally:
-        handle.remove()
-    return seen[0].numel() // seen[0].shape[-1]
+def show_seconds(seconds: float) -> str:
+    """A time for people, no more exact than an estimate is."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _flops_per_s() -> float:
+    """Floating-point operations a second of float32 products: the best of a few that take a fifth of a second."""
+    square, best, stop = torch.ones(768, 768), 0.0, time.perf_counter() + PROBE_S
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        torch.mm(square, square)
+        best = max(best, 2 * len(square) ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def _tokens_of(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]) -> list[int]:
+    """Tokens an image at each site, seen by hooks in a forward pass on meta."""
+    encoder, seen = copy.deepcopy(encoder).to("meta"), [0] * len(sites)
+
+    def note(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[index] = args[0].numel() // args[0].shape[-1]
+
+        return see
+
+    for index, site in enumerate(sites):
+        encoder.get_submodule(site.value).register_forward_pre_hook(note(index))
+    dtype = next(encoder.parameters()).dtype
+    with torch.no_grad():
+        encoder(torch.empty_like(inputs[None], device="meta", dtype=dtype if inputs.is_floating_point() else None))
+    return seen

@@ -46,12 +46,12 @@ def run(arguments: Sequence[str]) -> int:
 
 @app.command
 def inspect(model: str, *, scope: str | None = None, as_json: Json = False) -> None:
-    """Show a model's MLPs and how small it would get.
+    """Show a model's MLPs, how small it would get, and what pruning its files would need.
 
     Example: vitrim inspect timm/vit_small_patch14_dinov2.lvd142m
 
     Args:
-        model: timm/NAME, local-dir:PATH, or a folder that vitrim wrote.
+        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, timm/NAME@FILE, or a model folder.
         scope: dotted path of the subtree to look at.
     """
     from vitrim.inspection import inspect as look
@@ -65,6 +65,10 @@ def inspect(model: str, *, scope: str | None = None, as_json: Json = False) -> N
     _print_table(("MLPs", "kind", "model width", "hidden units"), [(count, *key) for key, count in rows.items()])
     predicted = [(f"{r:g}", f"{n:,}", f"{n / total - 1:+.1%}") for r, n in found.predicted.items()]
     _print_table(("width ratio", "parameters", "change"), predicted)
+    if found.checkpoint is not None:
+        _print_table(("prune-checkpoint at width ratio 1", ""), found.checkpoint.rows())
+    for note in found.notes:
+        console.print(f"note: {note}")
 
 
 @app.command
@@ -98,9 +102,9 @@ def compress(
     Example: vitrim compress timm/vit_base_patch14_dinov2.lvd142m --data photos/ --out small --epochs 2
 
     Args:
-        model: timm/NAME, local-dir:PATH, or a folder that vitrim wrote; may stand in the recipe.
+        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, or a model folder; may stand in the recipe.
         out: folder to write; it must not exist.
-        data: folder of images, parquet, saved dataset, or "digits"; labels are not needed.
+        data: folder of images, parquet, saved dataset, or "digits", without labels; for a text encoder a text file.
         recipe: YAML file; options given here win over it.
         method: one of `vitrim methods` (default dgmr).
         width_ratio: hidden width as a multiple of the model width (default 1).

@@ -1,4 +1,7 @@
-"""Looks at a model before anything is cut: its MLPs, where its parameters are, and how small it would get."""
+"""Looks at a model before anything is cut: its MLPs, where its parameters are, and how small it would get.
+
+For a checkpoint that is on this machine it also says what pruning it file to file will need. No weights are read.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ from torch import nn
 
 from vitrim.checkpoint import is_output, open_model
 from vitrim.cost import num_parameters
+from vitrim.errors import BudgetError, CheckpointError
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.recipe import Recipe
+from vitrim.streaming.forecast import Forecast, forecast
+from vitrim.streaming.source import check_tensors, has_files, open_job
 from vitrim.types import MlpSite
 
 WIDTH_RATIOS = (2.0, 1.0, 0.5, 0.25)
@@ -20,18 +26,31 @@ WIDTH_RATIOS = (2.0, 1.0, 0.5, 0.25)
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What `inspect` found; `parameters` by part of the model, `predicted` by width ratio."""
+    """What `inspect` found; `parameters` by part of the model, `predicted` by width ratio.
+
+    `checkpoint` is what `prune_checkpoint` will need at width ratio 1, None where the weights are not on this machine;
+    `notes` say why it can't be run on those that are.
+    """
 
     model: str
     sites: tuple[MlpSite, ...]
     parameters: dict[str, int]
     predicted: dict[float, int]
+    checkpoint: Forecast | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description."""
         predicted = [{"width_ratio": ratio, "parameters": count} for ratio, count in self.predicted.items()]
         sites = [{**asdict(site), "parameters": site_parameters(site, site.d_hidden)} for site in self.sites]
-        return {"model": self.model, "parameters": self.parameters, "predicted": predicted, "sites": sites}
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "predicted": predicted,
+            "checkpoint": None if self.checkpoint is None else self.checkpoint.to_json(),
+            "notes": list(self.notes),
+            "sites": sites,
+        }
 
 
 def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
@@ -42,13 +61,16 @@ def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
         scope: dotted path of the subtree to look at.
 
     Returns:
-        Sites, widths, parameters by part, and the parameters left at several width ratios.
+        Sites, widths, parameters by part, the parameters left at several width ratios, and for a checkpoint on this
+        machine the memory, disk and time that pruning it will need.
 
     Raises:
         ModelError: no such model.
         SiteNotFoundError: it has no MLP that vitrim knows.
     """
+    checkpoint, notes = None, ()
     if isinstance(model, str):
+        checkpoint, notes = _checkpoint(model, scope)
         name = model
         model, origin = open_model(model) if is_output(model) else load_model(model, weights=False)
     else:
@@ -67,7 +89,22 @@ def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
         sites=sites,
         parameters={"total": total, "mlp": mlp, "other": total - mlp},
         predicted=predicted,
+        checkpoint=checkpoint,
+        notes=notes,
     )
+
+
+def _checkpoint(source: str, scope: str | None) -> tuple[Forecast | None, tuple[str, ...]]:
+    """What pruning the files of a source will need, or why they can't be pruned file to file."""
+    if is_output(source.removeprefix("local-dir:")) or not has_files(source):
+        return None, ()
+    recipe = Recipe(model=source, scope=scope, width_ratio=1.0)
+    try:
+        job = open_job(source, recipe)
+        check_tensors(job)
+        return forecast(job, recipe), ()
+    except (BudgetError, CheckpointError) as error:
+        return None, (f"prune-checkpoint: {error}",)
 
 
 def predict_parameters(total: int, sites: Sequence[MlpSite], recipe: Recipe) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,15 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Where libraries put their weights, the first that is there wins.
+KINDS, INDEX = (".safetensors", ".pth", ".bin"), ".index.json"
+# Where libraries put their weights, in one file or in shards with an index; the first that is there wins.
 FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -91,7 +96,7 @@ class TensorFiles(Mapping[str, Tensor]):
         """The raw little-endian bytes of a tensor, in pieces of bounded size.
 
         Raises:
-            CheckpointError: the file ends before the tensor does.
+            CheckpointError: the file can't be read, or ends before the tensor does.
         """
         info = self.infos[name]
         if name in self._mapped:
@@ -100,15 +105,17 @@ class TensorFiles(Mapping[str, Tensor]):
             for start in range(0, flat.numel(), step):
                 yield tensor_bytes(flat[start : start + step])
             return
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            left = info.num_bytes
-            while left:
-                chunk = file.read(min(left, CHUNK_BYTES))
-                if not chunk:
-                    raise CheckpointError(f"{info.file}: ends inside tensor {name}; fetch the file again.")
-                left -= len(chunk)
-                yield chunk
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                file.seek(info.start)
+                left = info.num_bytes
+                while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+                    left -= len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: can't be read ({error.strerror}); check the disk.") from None
+        if left:
+            raise CheckpointError(f"{info.file}: ends inside tensor {name}; fetch the file again.")
 
     def fakes(self) -> dict[str, Tensor]:
         """The tensors on the meta device: shapes and types, no values."""
@@ -121,25 +128,37 @@ class TensorFiles(Mapping[str, Tensor]):
         return TensorFiles(infos, mapped)
 
 
-def open_tensors(path: Path) -> TensorFiles:
-    """Open a checkpoint: a safetensors or torch file, or a folder with one, or with shards and their index.
+def open_tensors(path: Path, *, prefer: str = "") -> TensorFiles:
+    """Open a checkpoint: a safetensors or torch file, an index, or a folder with one file, or with shards and an index.
+
+    Args:
+        path: file or folder.
+        prefer: how the file's name starts, for a folder that holds the weights of several libraries.
 
     Raises:
         CheckpointError: nothing is there, a shard is missing, or a file is damaged.
     """
-    if path.is_file():
-        return _open_file(path)
-    indices = sorted(path.glob("*.index.json"))
-    if indices:
-        return _open_shards(indices[0])
-    for name in FILES:
-        if (path / name).is_file():
-            return _open_file(path / name)
-    found = sorted([*path.glob("*.safetensors"), *path.glob("*.pth"), *path.glob("*.bin")])
+    found = find_weights(path, prefer=prefer)
     if len(found) == 1:
-        return _open_file(found[0])
+        return _open_shards(found[0]) if found[0].name.endswith(INDEX) else _open_file(found[0])
     what = f"{len(found)} weight files and no index" if found else "no weights"
     raise CheckpointError(f"{path}: holds {what}; pass a .safetensors, .pth or .bin file, or a model folder.")
+
+
+def find_weights(path: Path, *, prefer: str = "") -> list[Path]:
+    """The file or index to open; none, or several, where a folder does not say which.
+
+    Args:
+        path: file or folder.
+        prefer: as for `open_tensors`.
+    """
+    if path.is_file():
+        return [path]
+    for name in sorted(FILES, key=lambda name: not (prefer and name.startswith(prefer))):
+        for file in (path / name, path / f"{name}{INDEX}"):
+            if file.is_file():
+                return [file]
+    return sorted(path.glob(f"*{INDEX}")) or [file for kind in KINDS for file in sorted(path.glob(f"*{kind}"))]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -151,13 +170,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def _open_shards(index: Path) -> TensorFiles:
     """The shards that an index names, each tensor from the shard that the index puts it in."""
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = sorted({str(file) for file in weight_map.values()})
+        weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: is no index of shards ({error!r}); fetch it again.") from None
     infos: dict[str, TensorInfo] = {}
     mapped: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: names {shard!r}, which is not a file beside it; fetch it again.")
         if not (index.parent / shard).is_file():
@@ -197,9 +215,9 @@ def _open_safetensors(path: Path) -> TensorFiles:
 
 
 def _open_torch(path: Path) -> TensorFiles:
-    """A state dict that torch saved; nothing in it is executed."""
+    """A state dict that torch saved; nothing in it is executed. torch's format before 1.6 can't be mapped."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
         reason = str(error).strip().split("\n")[0][:160]
         raise CheckpointError(f"{path}: can't be read as a torch state dict ({reason}).") from None

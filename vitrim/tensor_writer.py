@@ -36,7 +36,7 @@ class TensorWriter:
     """Writes tensors to their places in a folder, in any order.
 
     Args:
-        folder: where the files go; an existing one.
+        folder: where the files go; an existing one that holds nothing else.
         tensors: every tensor's name, dtype and shape, in the order in which they shall stand.
         stem: name of the files, such as "model".
         shard_bytes: largest size of a file; None writes one file.
@@ -141,20 +141,27 @@ class TensorWriter:
         """What an earlier run has finished; nothing where its files were laid out otherwise."""
         for name, header in headers.items():
             path = self.folder / name
-            if not path.is_file():
+            if not path.is_file() or path.stat().st_size != self._size(name, header):
                 return {}
             with path.open("rb") as file:
                 if file.read(len(header)) != header:
                     return {}
-        return {line["tensor"]: line["digest"] for line in read_journal(self.journal) if line["tensor"] in self.places}
+        lines = read_journal(self.journal)
+        return {line["tensor"]: line["digest"] for line in lines if line.get("tensor") in self.places}
 
     def _start(self, headers: Mapping[str, bytes]) -> None:
-        """Headers and files of their final size, no values."""
+        """Headers and files of their final size, no values; what an earlier run laid out otherwise goes."""
         self.journal.unlink(missing_ok=True)
+        for old in self.folder.iterdir():
+            old.unlink()
         for name, header in headers.items():
             with (self.folder / name).open("wb") as file:
                 file.write(header)
-                file.truncate(len(header) + sum(p.num_bytes for p in self.places.values() if p.file == name))
+                file.truncate(self._size(name, header))
+
+    def _size(self, name: str, header: bytes) -> int:
+        """Bytes of a file."""
+        return len(header) + sum(place.num_bytes for place in self.places.values() if place.file == name)
 
     def _file(self, name: str) -> BinaryIO:
         if name not in self._files:
@@ -171,18 +178,29 @@ def append(journal: Path, text: str) -> None:
 
 
 def read_journal(journal: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal; one that a crash cut short is left out."""
+    """The complete lines of a journal; what a crash left behind them is cut off, so that lines can be added again."""
     if not journal.is_file():
         return []
-    lines = []
-    for line in journal.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            lines.append(json.loads(line))
+    text, lines, size = journal.read_bytes(), [], 0
+    for line in text.splitlines(keepends=True):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(found, dict):
+            break
+        lines.append(found)
+        size += len(line)
+    if size < len(text):
+        os.truncate(journal, size)
     return lines
 
 
 def _shards(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: int | None) -> list[list]:
-    """Tensors in order, split so that no part is larger than the limit, unless one tensor is."""
+    """Tensors in order, split so that no part is larger than the limit, unless one tensor is.
+
+    Within a part wide types come first, as in files of the library itself: so every value is aligned to its size.
+    """
     shards: list[list] = [[]]
     size = 0
     for name, dtype, shape in tensors:
@@ -192,7 +210,7 @@ def _shards(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: in
             size = 0
         shards[-1].append((name, dtype, shape))
         size += num_bytes
-    return shards
+    return [sorted(shard, key=lambda tensor: -tensor[1].itemsize) for shard in shards]
 
 
 def _header(shard: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:

@@ -6,7 +6,7 @@ been cut comes back cut: the edits made so far are carried out whenever it is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,25 +62,26 @@ class StreamedModel:
             hook.remove()
 
     def _fill_(self, names: Sequence[str], edits: Sequence[Edit] = ()) -> None:
-        read = _Selected(self.tensors, names)
         with torch.inference_mode(False):  # a block is entered from forward passes, and may be trained afterwards
-            placed = {name: self._placed(name, tensor) for name, tensor in transform(read, edits)}
+            placed = dict(transform(_Lazily(names, self._read), edits))
             self.model.load_state_dict(placed, strict=False, assign=True)
 
-    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+    def _read(self, name: str) -> Tensor:
+        """A tensor in the type of the run, before it is cut: what was repaired shall not be rounded on the way."""
+        tensor = self.tensors[name]
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 
-class _Selected(Mapping[str, Tensor]):
-    """Some names of a mapping, read when they are asked for."""
+class _Lazily(Mapping[str, Tensor]):
+    """Names to tensors, each read when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        self.tensors, self.names = tensors, names
+    def __init__(self, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
+        self.names, self.read = names, read
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+        return self.read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -213,9 +213,7 @@ class Run:
         """Go back to a good state with a lower rate, and say so; False where that has not helped too often."""
         failed, rate, notes = self.step, self.result.lr * SLOWER, list(self.result.notes)
         if len(notes) >= MAX_ROLLBACKS:
-            said = (
-                f"diverged again at step {failed}: distillation ended there with its best state; give a lower lr."
-            )
+            said = f"diverged again at step {failed}: distillation ended there with its best state; give a lower lr."
             self.result.notes = [*notes, said]
             return False
         self.load(saved)

@@ -7,8 +7,10 @@ each MLP is cut, repaired and refitted as `compress` does it in memory.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,137 +21,160 @@ from torch import Tensor
 from vitrim.budget import Needs, needs_of, parse_bytes, show_bytes
 from vitrim.checkpoint import PICKS
 from vitrim.cut import cut_, select
-from vitrim.data import first_images
 from vitrim.errors import CheckpointError, RecipeError
-from vitrim.evaluation import open_inputs, resolve_device
+from vitrim.evaluation import resolve_device
 from vitrim.methods import find_method
 from vitrim.models.load import build_empty
+from vitrim.models.sites import find_mlps
 from vitrim.models.streamed import StreamedModel
 from vitrim.progress import progress
 from vitrim.recipe import Recipe
+from vitrim.streaming.forecast import check_space
 from vitrim.streaming.source import Job
 from vitrim.surgery import edit_of, reshape_, site_weights
 from vitrim.tensor_files import TensorFiles, open_tensors
 from vitrim.tensor_writer import append, read_journal
 from vitrim.types import KeepUnits, MlpSite
 
-SHARD_BYTES = 2 * 10**9
+Errors = dict[str, dict[str, float]]
 
 
-def decide(
-    job: Job,
-    recipe: Recipe,
-    data: Any,
-    work: Path,
-    memory_budget: str | int | None,
-    *,
-    resume: bool,
-    quiet: bool,
-) -> tuple[list[KeepUnits], dict[str, Any]]:
-    """What to keep of each MLP, by full paths, and the errors of its repair."""
-    picks, repaired = work / PICKS, work / "repaired"
-    run = {"recipe": recipe.dump(), "data": repr(data)[:200]}
-    lines = read_journal(picks) if resume else []
-    if lines and lines[0] != run:
-        raise RecipeError(f"resume: the run in {work} was made with another recipe or data; run without resume.")
-    if not lines:
-        append(picks, json.dumps(run) + "\n")
-    site_of = {site.path: site for site in job.sites}
-    done = [_kept(site_of[line["site"]], line, repaired) for line in lines[1:]]
-    errors = {line["site"]: line["errors"] for line in lines[1:]}
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How calibration runs: where activations go (None: in memory), and how second moments are stored."""
 
-    def keep_edit(edit: KeepUnits, found: Mapping[str, float]) -> KeepUnits:
-        """Write an edit down, its tensors to a file."""
-        line = {"site": edit.site.path, "keep": list(edit.keep), "errors": dict(found), "repaired": bool(edit.repaired)}
-        if edit.repaired:
-            repaired.mkdir(exist_ok=True)
-            save_file(
-                {n: t.cpu().contiguous() for n, t in edit.repaired.items()}, repaired / f"{edit.site.path}.safetensors"
+    spill: Path | None = None
+    moments: torch.dtype = torch.float64
+
+
+class Journal:
+    """What has been decided, on disk before the next MLP is looked at.
+
+    Args:
+        work: folder of a run.
+        run: what decides about the picks: a journal of anything else is refused.
+        sites: every MLP of the job.
+        resume: go on from what is there.
+
+    Raises:
+        RecipeError: the journal there is another run's.
+        CheckpointError: it is damaged.
+    """
+
+    def __init__(self, work: Path, run: Mapping[str, Any], sites: Sequence[MlpSite], *, resume: bool) -> None:
+        self.path, self.tensors = work / PICKS, work / "repaired"
+        self.edits: list[KeepUnits] = []
+        self.errors: Errors = {}
+        lines, of_path = read_journal(self.path) if resume else [], {site.path: site for site in sites}
+        if lines and lines[0] != run:
+            raise RecipeError(
+                f"resume: the run in {work} was made from another source, recipe or data; give those again, or run "
+                "without resume."
             )
-        append(picks, json.dumps(line) + "\n")
-        errors[edit.site.path] = dict(found)
-        return _kept(edit.site, line, repaired)
+        self.resumed = bool(lines)
+        if not lines:
+            append(self.path, json.dumps(run) + "\n")
+        try:
+            for line in lines[1:]:
+                self.edits.append(self._edit(of_path[line["site"]], line))
+                self.errors[line["site"]] = line["errors"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: is damaged ({error!r}); run without resume.") from None
 
-    if data is None and recipe.data is None:
-        return _picked_on_weights(job, recipe, done, keep_edit, quiet=quiet), {}
-    batches = _batches(job, recipe, data)
-    return _repaired(job, recipe, batches, work, memory_budget, done, keep_edit, quiet=quiet), errors
+    def add(self, edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:
+        """Write an edit down, its tensors to a file; the edit that comes back reads them when they are needed."""
+        path = edit.site.path
+        line = {"site": path, "keep": list(edit.keep), "errors": dict(errors), "repaired": bool(edit.repaired)}
+        if edit.repaired:
+            self.tensors.mkdir(exist_ok=True)
+            file = self.tensors / f"{path}.safetensors"
+            save_file({name: tensor.cpu().contiguous() for name, tensor in edit.repaired.items()}, file)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        append(self.path, json.dumps(line) + "\n")
+        kept = self._edit(edit.site, line)
+        self.edits.append(kept)
+        self.errors[path] = dict(errors)
+        return kept
+
+    def _edit(self, site: MlpSite, line: Mapping[str, Any]) -> KeepUnits:
+        """An edit as a line has it."""
+        tensors = open_tensors(self.tensors / f"{site.path}.safetensors") if line["repaired"] else {}
+        return KeepUnits(site=site, keep=tuple(line["keep"]), repaired=tensors)
 
 
-def _kept(site: MlpSite, line: Mapping[str, Any], repaired: Path) -> KeepUnits:
-    """An edit as the journal has it; its tensors are read when they are needed."""
-    tensors = open_tensors(repaired / f"{site.path}.safetensors") if line["repaired"] else {}
-    return KeepUnits(site=site, keep=tuple(line["keep"]), repaired=tensors)
-
-
-def _picked_on_weights(
-    job: Job, recipe: Recipe, done: list[KeepUnits], keep_edit: Any, *, quiet: bool
-) -> list[KeepUnits]:
+def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) -> None:
     """Ask the method about one MLP after the other, with nothing else in memory."""
     method, tensors = find_method(recipe.method), job.by_model_name
-    options, edits, behind = method.parse_options(recipe.options), list(done), {edit.site.path for edit in done}
+    options, behind = method.parse_options(recipe.options), {edit.site.path for edit in journal.edits}
     with progress("select", len(job.sites), quiet=quiet) as bar:
-        bar.done = len(edits)
+        bar.done = len(behind)
         for site in [site for site in job.sites if site.path not in behind]:
             names = edit_of([KeepUnits(site=site, keep=(0,))])
             own = {name: tensors[name] for name in names if name in tensors}
             _check_finite(own)
-            seed = recipe.seed + len(edits)
-            edit = select(site_weights(own, site), site, None, recipe.width_of(site), method, options, seed)
-            edits.append(keep_edit(edit, {}))
+            seed = recipe.seed + len(journal.edits)
+            journal.add(select(site_weights(own, site), site, None, recipe.width_of(site), method, options, seed), {})
             bar.advance(1, site.path)
-    return edits
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that no selection can make sense of.
+def looks_at_images(recipe: Recipe) -> bool:
+    """Whether selection or repair would look at images, given some."""
+    return recipe.repair_options() is not None or find_method(recipe.method).needs == "images"
+
+
+def needs_for(job: Job, recipe: Recipe, batches: Sequence[Tensor]) -> Needs:
+    """What calibration on these images will need."""
+    prefix, num_images = job.origin.encoder, sum(map(len, batches))
+    return needs_of(
+        [site.within(prefix) for site in job.sites],
+        recipe,
+        job.model.get_submodule(prefix),
+        batches[0][0],
+        num_images=num_images,
+        batch_size=len(batches[0]),
+    )
+
+
+def way_within(needs: Needs, memory_budget: str | int | None, work: Path) -> Way:
+    """Where activations go and how moments are stored, so that calibration stays within its budget.
 
     Raises:
-        CheckpointError: a value is NaN or infinite.
+        RecipeError: it can't.
+        OutputError: the disk can't hold the activations.
     """
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
+    if memory_budget is None:
+        return Way()
+    budget = parse_bytes(memory_budget)
+    for spilled, moments in needs.choices:
+        if needs.bytes(spilled=spilled, moments=moments) <= budget:
+            if spilled:
+                check_space(work, needs.streams, "activations (fewer with calibrate.num_images, none in memory)")
+            return Way(spill=work / "spill" if spilled else None, moments=moments)
+    raise RecipeError(
+        f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(needs.least)}; allow more, "
+        "or lower calibrate.batch_size or repair.max_tokens."
+    )
 
 
-def _batches(job: Job, recipe: Recipe, data: Any) -> list[Tensor]:
-    """Calibration images, drawn as `compress` draws them."""
-    images = open_inputs(data if data is not None else recipe.data, job.origin)
-    options = recipe.calibrate
-    return first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)[0]
-
-
-def _repaired(
-    job: Job,
-    recipe: Recipe,
-    batches: Sequence[Tensor],
-    work: Path,
-    memory_budget: str | int | None,
-    done: list[KeepUnits],
-    keep_edit: Any,
-    *,
-    quiet: bool,
-) -> list[KeepUnits]:
-    """Cut and repair block after block, teacher's and student's blocks read as they come."""
-    prefix = job.origin.encoder
+def pick_and_repair(
+    job: Job, recipe: Recipe, batches: Sequence[Tensor], way: Way, journal: Journal, *, quiet: bool
+) -> list[str]:
+    """Cut and repair block after block, teacher's and student's blocks read as they come; notes for the user."""
+    prefix, tensors = job.origin.encoder, job.by_model_name
     sites = [site.within(prefix) for site in job.sites]
-    needs = needs_of(sites, recipe, batches, job.model.get_submodule(prefix))
-    spill, moments = _within(needs, memory_budget, work)
-    device = resolve_device(recipe.device)
-    tensors = job.by_model_name
-    inside = {
-        name: name.removeprefix(f"{prefix}.") for name in tensors if name.startswith(f"{prefix}." if prefix else "")
-    }
-    own, blocks = tensors.renamed(inside), list(dict.fromkeys(site.block for site in sites))
+    start = f"{prefix}." if prefix else ""
+    own = tensors.renamed({name: name.removeprefix(start) for name in tensors if name.startswith(start)})
     _check_complete(job, own)
-    behind = [edit.within(prefix) for edit in done]
+    device, behind = resolve_device(recipe.device), [_within(edit, prefix) for edit in journal.edits]
     teacher, student = (build_empty(job.origin).get_submodule(prefix).requires_grad_(False) for _ in range(2))
+    blocks = list(dict.fromkeys(site.block for site in find_mlps(teacher)))  # those that are not cut run, too
     reshape_(student, behind)
     held = StreamedModel(teacher, blocks, own, device=device), StreamedModel(student, blocks, own, device=device)
     held[1].edits += behind
 
     def keep(edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:
-        kept = keep_edit(edit.below(prefix), errors).within(prefix)
+        kept = _within(journal.add(edit.below(prefix), errors), prefix)
         held[1].edits.append(kept)
         return kept
 
@@ -163,14 +188,35 @@ def _repaired(
             quiet=quiet,
             done=behind,
             keep_edit=keep,
-            spill=spill,
-            moments=moments,
+            spill=way.spill,
+            moments=way.moments,
         )
     finally:
         for model in held:
             model.close()
-        shutil.rmtree(work / "spill", ignore_errors=True)
-    return [edit.below(prefix) for edit in cut.plan.edits]
+        if way.spill is not None:
+            shutil.rmtree(way.spill, ignore_errors=True)
+    return list(cut.notes)
+
+
+def _within(edit: KeepUnits, prefix: str) -> KeepUnits:
+    """An edit as seen from the encoder, its repaired tensors still in their file."""
+    if not isinstance(edit.repaired, TensorFiles):
+        return edit.within(prefix)
+    start = f"{prefix}." if prefix else ""
+    repaired = edit.repaired.renamed({name: name.removeprefix(start) for name in edit.repaired})
+    return replace(replace(edit, repaired={}).within(prefix), repaired=repaired)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that no selection can make sense of.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
 
 
 def _check_complete(job: Job, own: TensorFiles) -> None:
@@ -186,23 +232,3 @@ def _check_complete(job: Job, own: TensorFiles) -> None:
             f"{job.origin.name}: holds no {missing[0]} (and {len(missing) - 1} more), or in a form that the library "
             "converts; prune it without data, or use compress."
         )
-
-
-def _within(needs: Needs, memory_budget: str | int | None, work: Path) -> tuple[Path | None, torch.dtype]:
-    """Where activations go and how moments are stored, so that calibration stays within its budget.
-
-    Raises:
-        RecipeError: it can't.
-    """
-    if memory_budget is None:
-        return None, torch.float64
-    budget = parse_bytes(memory_budget)
-    for spill in (None, work / "spill"):
-        for moments in (torch.float64, torch.float32):
-            if needs.bytes(spilled=spill is not None, moments=moments) <= budget:
-                return spill, moments
-    least = needs.bytes(spilled=True, moments=torch.float32)
-    raise RecipeError(
-        f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(least)}; allow more, or "
-        "lower calibrate.batch_size or repair.max_tokens."
-    )

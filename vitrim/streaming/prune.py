@@ -7,25 +7,38 @@ what is written is remembered as it happens, so a killed run goes on where it wa
 
 from __future__ import annotations
 
-import json
-import shutil
+import copy
+import hashlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitrim.budget import parse_bytes, show_bytes
-from vitrim.checkpoint import PICKS, staged_output, versions, write_configs, write_json
+import torch
+from torch import Tensor, nn
+
+from vitrim.budget import parse_bytes
+from vitrim.checkpoint import PICKS, read_about, staged_output, versions, write_configs, write_json
 from vitrim.cut import with_stock_width
-from vitrim.errors import OutputError, RecipeError, VitrimError
-from vitrim.evaluation import environment
+from vitrim.data import first_images
+from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
+from vitrim.evaluation import check_inputs, environment, open_inputs
 from vitrim.methods import find_method
 from vitrim.models.load import build_empty
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.progress import progress
 from vitrim.recipe import Recipe
-from vitrim.streaming.picks import decide
+from vitrim.streaming.forecast import check_space, forecast, output_bytes
+from vitrim.streaming.picks import (
+    Journal,
+    looks_at_images,
+    needs_for,
+    pick_and_repair,
+    pick_on_weights,
+    way_within,
+)
 from vitrim.streaming.source import Job, check_tensors, open_job
 from vitrim.surgery import edit_of, reshape_, transform
 from vitrim.tensor_files import TensorFiles, open_tensors, tensor_bytes
@@ -33,11 +46,12 @@ from vitrim.tensor_writer import TensorWriter
 from vitrim.types import KeepUnits, Plan
 
 SHARD_BYTES = 2 * 10**9
+Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What `prune_checkpoint` did."""
+    """What `prune_checkpoint` did; the plan is without repaired tensors, which stand in the output."""
 
     out: Path
     plan: Plan
@@ -80,26 +94,105 @@ def prune_checkpoint(
     job = open_job(source, recipe)
     recipe = with_stock_width(recipe, job.origin, job.sites)
     check_tensors(job)
+    data = recipe.data if data is None else data
+    task = _Task(
+        job=job,
+        recipe=recipe,
+        batches=None if data is None or not looks_at_images(recipe) else _batches(job, recipe, data),
+        memory_budget=memory_budget,
+        shard_bytes=parse_bytes(shard_size),
+        resume=resume,
+        quiet=quiet,
+    )
     with staged_output(out, resume=resume) as (folder, work):
+        journal = Journal(work, task.fingerprint(), job.sites, resume=resume)
         try:
-            edits, errors = decide(job, recipe, data, work, memory_budget, resume=resume, quiet=quiet)
-            plan = _plan(job, recipe, edits)
-            metrics = _write(job, plan, folder, work, _shard_bytes(job, plan, shard_size), resume=resume, quiet=quiet)
+            plan, metrics = _produce(task, journal, folder, work)
         except (VitrimError, OSError):
-            (work / PICKS).unlink(missing_ok=True)  # what is wrong with the input stays wrong: nothing to go on from
+            if not journal.resumed:  # what a killed run has left is worth more than a wrong option now
+                (work / PICKS).unlink(missing_ok=True)
             raise
-        about = {
-            "model": job.origin.name,
-            "method": recipe.method,
-            "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
-            "cut_errors": errors,
-            **metrics,
-            "environment": environment(),
+    metrics["loads_with"] = loads_with(job.origin, out, stock=metrics["stock"])
+    metrics["seconds"] = round(time.monotonic() - started, 1)
+    return Pruned(out=out, plan=plan.without_tensors(), metrics=metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What was asked for; `batches` are calibration images, None where nothing looks at any."""
+
+    job: Job
+    recipe: Recipe
+    batches: Sequence[Tensor] | None
+    memory_budget: str | int | None
+    shard_bytes: int
+    resume: bool
+    quiet: bool
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides about the picks, so that a run is only gone on with by the same one."""
+        origin, images = self.job.origin, None
+        stats = {info.file.resolve(): info.file.stat() for info in self.job.files.infos.values()}
+        if self.batches is not None:
+            images = [sum(map(len, self.batches)), hashlib.blake2b(tensor_bytes(self.batches[0])).hexdigest()]
+        return {
+            "architecture": [origin.library, origin.architecture, dict(origin.model_args)],
+            "files": {str(file): [stat.st_size, stat.st_mtime_ns] for file, stat in sorted(stats.items())},
+            "recipe": self.recipe.model_copy(update={"model": None}).dump(),
+            "images": images,
         }
-        (folder / "recipe.yaml").write_text(recipe.dump())
-        write_json(folder / "metrics.json", about)
-    about["loads_with"] = loads_with(job.origin, out, stock=about["stock"])
-    return Pruned(out=out, plan=plan, metrics={**about, "seconds": round(time.monotonic() - started, 1)})
+
+
+def _batches(job: Job, recipe: Recipe, data: Any) -> list[Tensor]:
+    """Calibration images, drawn as `compress` draws them."""
+    options = recipe.calibrate
+    images = open_inputs(data, job.origin)
+    return first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)[0]
+
+
+def _produce(task: _Task, journal: Journal, folder: Path, work: Path) -> tuple[Plan, dict[str, Any]]:
+    """Fill the folder of the output; the plan and what was measured."""
+    job, recipe = task.job, task.recipe
+    notes = _decide(task, journal, work)
+    plan = _plan(job, recipe, journal.edits)
+    written = _write(task, plan, folder, work)
+    metrics = {
+        "model": job.origin.name,
+        "method": recipe.method,
+        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
+        "cut_errors": {path: errors for path, errors in journal.errors.items() if errors},
+        **written,
+        "notes": [*notes, *([] if written["stock"] else [why_not_stock(job.origin, plan.edits)])],
+        "environment": environment(),
+    }
+    (folder / "recipe.yaml").write_text(recipe.dump())
+    write_json(folder / "metrics.json", metrics)
+    return plan, metrics
+
+
+def _decide(task: _Task, journal: Journal, work: Path) -> list[str]:
+    """Say what the run will need, then pick the units of every MLP, and repair where there are images; notes."""
+    job, recipe, batches = task.job, task.recipe, task.batches
+    if not journal.resumed:  # a part of it may be there already
+        check_space(work, output_bytes(job, recipe))
+    if batches is None:
+        if not task.quiet:
+            _announce(job, forecast(job, recipe).line(images=False))
+        pick_on_weights(job, recipe, journal, quiet=task.quiet)
+        missed = "no images given: units were picked on weights alone, and nothing was repaired; pass data for that."
+        return [missed] if looks_at_images(recipe) else []
+    encoder = job.model.get_submodule(job.origin.encoder)
+    check_inputs(copy.deepcopy(encoder).to("meta"), job.origin, batches)
+    needs = needs_for(job, recipe, batches)
+    way = way_within(needs, task.memory_budget, work)
+    if not task.quiet:
+        _announce(job, forecast(job, recipe, needs, num_images=sum(map(len, batches))).line(images=True))
+    return pick_and_repair(job, recipe, batches, way, journal, quiet=task.quiet)
+
+
+def _announce(job: Job, line: str) -> None:
+    """One line up front."""
+    print(f"{job.origin.name}: {line}", file=sys.stderr)
 
 
 def _plan(job: Job, recipe: Recipe, edits: Sequence[KeepUnits]) -> Plan:
@@ -110,38 +203,68 @@ def _plan(job: Job, recipe: Recipe, edits: Sequence[KeepUnits]) -> Plan:
     return Plan(edits=ordered, method=recipe.method, options=options, seed=recipe.seed, versions=versions())
 
 
-def _shard_bytes(job: Job, plan: Plan, shard_size: str | int) -> int | None:
+def _shard_bytes(task: _Task, plan: Plan) -> int | None:
     """Size of a shard; None for one file, where the library reads no shards and shall load the result."""
-    if not job.reader.SHARDED and stock_origin(job.origin, plan.edits) is not None:
-        return None
-    return parse_bytes(shard_size)
+    job = task.job
+    return task.shard_bytes if job.reader.SHARDED or stock_origin(job.origin, plan.edits) is None else None
 
 
-def _write(
-    job: Job, plan: Plan, folder: Path, work: Path, shard_bytes: int | None, *, resume: bool, quiet: bool
-) -> dict[str, Any]:
-    """Pass every tensor from the source to the output, check what was written, and put it in its place."""
+def _write(task: _Task, plan: Plan, folder: Path, work: Path) -> dict[str, Any]:
+    """Config and tensors, checked as they stand on disk, in the folder of the output."""
+    job = task.job
     touched = edit_of(plan.edits)
-    fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
-    shapes = [tuple(tensor.shape) for _, tensor in transform(fakes, _shapes_alone(plan))]
-    layout = [(name, info.dtype, shape) for (name, info), shape in zip(job.files.infos.items(), shapes, strict=True)]
     student = build_empty(job.origin)
     reshape_(student, plan.edits)
     dtype = job.files.infos[next(name for name in job.names if job.names[name] in touched)].dtype
     expected = write_configs(folder, student.to(dtype), origin=job.origin, plan=plan)
-    weights = work / "weights"
+    weights, layout = work / "weights", _layout(job, plan)
+    _check_shapes(job, layout, student)
     weights.mkdir(exist_ok=True)
     writer = TensorWriter(
         weights,
         layout,
         stem=expected.removesuffix(".safetensors"),
-        shard_bytes=shard_bytes,
+        shard_bytes=_shard_bytes(task, plan),
         journal=work / "written.jsonl",
-        resume=resume,
+        resume=task.resume,
     )
-    _check_space(work, writer)
+    check_space(work, writer.total_bytes - sum(writer.places[name].num_bytes for name in writer.digests))
+    _pass_through(job, plan, writer, quiet=task.quiet)
+    _check_written(weights, layout, writer)
+    for path in weights.iterdir():
+        path.rename(folder / path.name)
+    sizes = [info.num_bytes for info in job.files.infos.values()]
+    return {
+        "parameters": [sum(t.numel() for t in model.parameters()) for model in (job.model, student)],
+        "bytes": [sum(sizes), writer.total_bytes],
+        "stock": bool(read_about(folder)["stock"]),
+    }
+
+
+def _layout(job: Job, plan: Plan) -> Layout:
+    """Names, types and shapes of the output, in the order of the source."""
+    fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
+    shapes = [tuple(tensor.shape) for _, tensor in transform(fakes, _shapes_alone(plan))]
+    return [(name, info.dtype, shape) for (name, info), shape in zip(job.files.infos.items(), shapes, strict=True)]
+
+
+def _check_shapes(job: Job, layout: Layout, student: nn.Module) -> None:
+    """Hold the output's shapes to those of the cut architecture.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+    for name, _, shape in layout:
+        if shape != wanted.get(job.names.get(name, ""), shape):
+            raise CheckpointError(f"{name}: would be {shape}, the cut architecture has {wanted[job.names[name]]}.")
+
+
+def _pass_through(job: Job, plan: Plan, writer: TensorWriter, *, quiet: bool) -> None:
+    """Pass every tensor that is not there yet from the source to the output; what no edit touches by its bytes."""
+    touched = edit_of(plan.edits)
     try:
-        with progress("write", len(layout), quiet=quiet) as bar:
+        with progress("write", len(writer.places), quiet=quiet) as bar:
             bar.done = len(writer.digests)
             for name in [name for name in job.files if name not in writer.digests]:
                 edit = touched.get(job.names.get(name, ""))
@@ -154,19 +277,19 @@ def _write(
         writer.close()
     finally:
         writer.abandon()
-    wrong = next(writer.wrong(open_tensors(weights)), None)
+
+
+def _check_written(weights: Path, layout: Layout, writer: TensorWriter) -> None:
+    """Read the output back: names, types, shapes, and the checksum of every tensor as it was read or made.
+
+    Raises:
+        OutputError: something differs.
+    """
+    written = open_tensors(weights)
+    found = {name: (info.dtype, info.shape) for name, info in written.infos.items()}
+    wrong = next(writer.wrong(written), None) if found == {name: (d, s) for name, d, s in layout} else "a header"
     if wrong is not None:
         raise OutputError(f"{weights}: {wrong} reads back otherwise than it was written; the disk may be failing.")
-    for path in weights.iterdir():
-        path.rename(folder / path.name)
-    stock = json.loads((folder / "vitrim.json").read_text())["stock"]
-    sizes = [info.num_bytes for info in job.files.infos.values()]
-    return {
-        "parameters": [sum(t.numel() for t in model.parameters()) for model in (job.model, student)],
-        "bytes": [sum(sizes), writer.total_bytes],
-        "stock": stock,
-        "notes": [] if stock else [why_not_stock(job.origin, plan.edits)],
-    }
 
 
 def _shapes_alone(plan: Plan) -> list[KeepUnits]:
@@ -175,15 +298,3 @@ def _shapes_alone(plan: Plan) -> list[KeepUnits]:
         replace(edit, repaired=edit.repaired.fakes()) if isinstance(edit.repaired, TensorFiles) else edit
         for edit in plan.edits
     ]
-
-
-def _check_space(work: Path, writer: TensorWriter) -> None:
-    """Refuse before the first byte where the disk can't hold the output.
-
-    Raises:
-        OutputError: it can't.
-    """
-    missing = writer.total_bytes - sum(writer.places[name].num_bytes for name in writer.digests)
-    free = shutil.disk_usage(work).free
-    if missing > free:
-        raise OutputError(f"{work}: needs {show_bytes(missing)}, the disk has {show_bytes(free)} left; make room.")

@@ -9,15 +9,16 @@ from pathlib import Path
 from torch import nn
 
 from vitrim.errors import CheckpointError
-from vitrim.models.load import library, load_model
-from vitrim.models.origin import Library, Origin
+from vitrim.models.load import PREFIXES, library, load_model
+from vitrim.models.origin import Library, Origin, in_one_line
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.recipe import Recipe
 from vitrim.surgery import edit_of
-from vitrim.tensor_files import TensorFiles, open_tensors
+from vitrim.tensor_files import TensorFiles, find_weights, open_tensors
 from vitrim.types import KeepUnits, MlpSite
 
-SHARD_BYTES = 2 * 10**9
+# What belongs to other libraries, or is pickled, is not downloaded.
+NOT_FETCHED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,43 +39,63 @@ class Job:
 
 
 def open_job(source: str, recipe: Recipe) -> Job:
-    """The architecture on meta, the files (headers alone) and how their names go together."""
-    source, path = _local(source)
-    model, origin = load_model(source, weights=False)
+    """The architecture on meta, the files (headers alone) and how their names go together.
+
+    Raises:
+        ModelError, CheckpointError: no such model, or its files can't be read.
+    """
+    local, path = _local(source, fetch=True)
+    model, origin = load_model(local, weights=False)
     reader = library(origin.library)
     if reader is None:
         raise CheckpointError(f"{source}: no library builds this architecture; use compress with the module.")
-    files = open_tensors(path)
+    files = open_tensors(path, prefer=reader.WEIGHTS.partition("_model")[0])
     encoder, scope = resolve_scope(model, recipe.scope, origin.encoder)
-    origin = replace(origin, encoder=encoder)
-    names = reader.names(model, files.fakes())
+    if encoder != origin.encoder:  # what is known of the inputs was known of another part
+        origin = replace(origin, encoder=encoder, preprocessing={})
     return Job(
         model=model,
-        origin=origin,
+        origin=replace(origin, name=source),
         reader=reader,
         files=files,
-        names=names,
+        names=reader.names(model, files.fakes()),
         sites=find_mlps(model, scope=scope),
     )
 
 
-def _local(source: str) -> tuple[str, Path]:
+def has_files(source: str) -> bool:
+    """Whether a source has weights on this machine; nothing is downloaded or read."""
+    try:
+        _, path = _local(source, fetch=False)
+    except CheckpointError:
+        return False
+    return bool(find_weights(path))
+
+
+def _local(source: str, *, fetch: bool) -> tuple[str, Path]:
     """A source by its local files; those of a hub id are downloaded."""
     prefix, _, rest = source.partition("/")
     if prefix == "timm" and "@" in rest:
         return source, Path(rest.partition("@")[2])
-    folder = Path(source.removeprefix("local-dir:"))
-    if prefix == "hf" and not Path(rest).is_dir() and not folder.exists():
-        from huggingface_hub import snapshot_download
+    prefix, rest = (f"{prefix}/", rest) if prefix in PREFIXES and rest else ("", source)
+    path = Path(rest.removeprefix("local-dir:"))
+    if fetch and not path.exists() and (prefix == "hf/" or rest.startswith("hf-hub:")):
+        path = _fetched(rest.removeprefix("hf-hub:"), source)
+    folder = path.parent if path.is_file() else path
+    if not path.exists() or not folder.is_dir() or (path.is_file() and not any(folder.glob("*config.json"))):
+        raise CheckpointError(
+            f"{source}: no model folder there; pass a folder with config.json and weights, timm/NAME@FILE, hf/ORG/NAME "
+            "or PREFIX/hf-hub:ORG/NAME."
+        )
+    return f"{prefix}{'' if prefix == 'hf/' or not prefix else 'local-dir:'}{folder}", path
 
-        folder = Path(snapshot_download(rest, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"]))
-    elif prefix == "hf" and not folder.exists():
-        folder = Path(rest)
-    if folder.is_file() and (folder.parent / "config.json").is_file():
-        return str(folder.parent), folder
-    if not folder.is_dir():
-        raise CheckpointError(f"{source}: no such folder; pass a model folder, timm/NAME@FILE, or hf/ORG/NAME.")
-    return str(folder), folder
+
+def _fetched(name: str, source: str) -> Path:
+    """The files of a repository of the hub, in its cache."""
+    from huggingface_hub import snapshot_download
+
+    with in_one_line(source):
+        return Path(snapshot_download(name, ignore_patterns=list(NOT_FETCHED)))
 
 
 def check_tensors(job: Job) -> None:
