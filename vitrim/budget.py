@@ -90,7 +90,7 @@ def needs_of(
     tokens = _tokens_of(encoder, inputs, sites)
     repair = recipe.repair_options() or RepairOptions()
     widest = max(num * site.d_model for site, num in zip(sites, tokens, strict=True))
-    busiest = max(num * (6 * site.d_model + 4 * site.d_hidden) for site, num in zip(sites, tokens, strict=True))
+    busiest = max(num * _values_of(site) for site, num in zip(sites, tokens, strict=True))
     blocks = {
         site.block: sum(p.numel() for p in encoder.get_submodule(site.block).parameters())
         for site in find_mlps(encoder)  # those that are not cut are read when they run, too
@@ -167,6 +167,11 @@ def show_bytes(count: int) -> str:
 def show_seconds(seconds: float) -> str:
     """A time for people, no more exact than an estimate is."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _values_of(site: MlpSite) -> int:
+    """Values that a token has at once: what is kept of the teacher's block, and the student's while its MLP runs."""
+    return 8 * site.d_model + (4 if site.kind == "plain" else 6) * site.d_hidden
 
 
 def _flops_per_s() -> float:

@@ -94,6 +94,7 @@ def cut_(
                 apply_(student, [edit])
             edits.append(edit if keep_edit is None else keep_edit(edit, errors.get(site.path, {})))
             bar.advance(1, site.path)
+            del visit  # its sums must not live on beside those of the next one
     plan = Plan(
         edits=tuple(edits),
         method=recipe.method,
@@ -186,6 +187,7 @@ def _visits(
         moments=moments,
     ):
         yield visit.site, visit
+        del visit
 
 
 def select(

@@ -196,6 +196,7 @@ def _visit(
             sums.add(ours["hidden"], target_ND)
         rows = torch.randperm(len(target_ND), generator=generator)[: limits[part]].to(target_ND.device)
         samples[part].append((ours["input"][rows].cpu(), target_ND[rows].cpu()))
+        del theirs, ours, target_ND  # not beside those of the next batch
     pools = {part: _join(pairs or samples["fit"]) for part, pairs in samples.items()}
     return SiteVisit(
         site=site,
