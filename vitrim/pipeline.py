@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitrim.checkpoint import RECOVERY_LOG, RECOVERY_STATE, open_model, save, staged_output, verify, write_json
-from vitrim.cut import cut_, resume_cut_, save_cut, with_stock_width
+from vitrim.cut import CutReport, cut_, resume_cut_, save_cut, with_stock_width
 from vitrim.data import Batch, ImageSet, augment_for, first_images, split_indices
 from vitrim.errors import DataError, RecipeError
 from vitrim.evaluation import (
@@ -34,7 +34,7 @@ from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import Recovery, recover_
 from vitrim.report.collect import collect
-from vitrim.types import Plan
+from vitrim.types import MlpSite, Plan
 
 # A tenth of the images, at most this many, is held out to judge on and is in nothing else.
 MAX_HELD_OUT = 512
@@ -152,11 +152,7 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
     recipe = with_stock_width(recipe, origin, [site.below(origin.encoder) for site in sites])
     split = None if images is None else _split(images, recipe)
     check_inputs(teacher, origin, split.calibration if split else [])
-    cut = resume_cut_(student, recipe, work) if resume and work else None
-    if cut is None:
-        cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=job.quiet)
-        if work is not None and recipe.recover is not None:
-            save_cut(student, cut, recipe, work)
+    cut = _cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
     stages = [_judge(student, teacher, split, cut.plan)]
     recovery = None
     if split is not None and recipe.recover is not None:
@@ -190,6 +186,26 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
         _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     return Result(model=whole, plan=plan, metrics=metrics, out=folder)
+
+
+def _cut_(
+    student: nn.Module,
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    recipe: Recipe,
+    split: _Split | None,
+    work: Path | None,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> CutReport:
+    """Cut the student, or take up the cut of a run that was stopped; one that a recovery follows is kept."""
+    cut = resume_cut_(student, recipe, work) if resume and work else None
+    if cut is None:
+        cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=quiet)
+        if work is not None and recipe.recover is not None:
+            save_cut(student, cut, recipe, work)
+    return cut
 
 
 def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: _Split | None) -> dict[str, Any]:
