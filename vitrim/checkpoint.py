@@ -34,7 +34,7 @@ from vitrim.surgery import reshape_
 from vitrim.tensor_files import open_tensors
 from vitrim.types import Plan
 
-WEIGHTS, CONFIG, ABOUT = "model.safetensors", "config.json", "vitrim.json"
+WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
 CUT_STATE, RECOVERY_STATE, RECOVERY_LOG = "cut.json", "recover.pt", "recovery.jsonl"
 PICKS = "picks.jsonl"
 

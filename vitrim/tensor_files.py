@@ -167,6 +167,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, flat.view(torch.uint8).numpy())) if flat.numel() else memoryview(b"")
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse weights that nothing can make sense of.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
+
+
 def _open_shards(index: Path) -> TensorFiles:
     """The shards that an index names, each tensor from the shard that the index puts it in."""
     try:

@@ -131,9 +131,10 @@ def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
     rules = conversion.get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
+    prefix = getattr(model, "base_model_prefix", None)  # in front of the names of a larger relative
     found = {}
     for name in fakes:
-        new, converted = loading.rename_source_key(name, renamings, converters, _prefix_of(model), known)
+        new, converted = loading.rename_source_key(name, renamings, converters, prefix, known)
         if new not in known and name in known:
             new, converted = name, None
         if converted is None and new in known:
@@ -147,11 +148,6 @@ def _renaming_modules() -> tuple[Any, Any]:
         return import_module("transformers.conversion_mapping"), import_module("transformers.core_model_loading")
     except ImportError:
         return None, None
-
-
-def _prefix_of(model: nn.Module) -> str | None:
-    """What a checkpoint of a model's larger relative has in front of its names."""
-    return getattr(model, "base_model_prefix", None)
 
 
 def _config(transformers: Any, source: str) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import CheckpointError
 from vitrim.surgery import submodule, transform
+from vitrim.tensor_files import check_finite
 from vitrim.types import Edit
 
 
@@ -69,8 +69,7 @@ class StreamedModel:
     def _read(self, name: str) -> Tensor:
         """A tensor in the type of the run, before it is cut: what was repaired shall not be rounded on the way."""
         tensor = self.tensors[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
+        check_finite(name, tensor)
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 

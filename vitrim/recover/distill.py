@@ -24,6 +24,7 @@ from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.run import Recovery, Run
 from vitrim.recover.schedule import stop_on_interrupt
+from vitrim.tensor_writer import read_journal
 
 
 def recover_(
@@ -133,8 +134,8 @@ class _Keeper:
         """Start the log, or cut off what a stopped run logged after its last state."""
         if self.log is None or not self.run.is_main:
             return
-        kept = [line for line in _lines(self.log) if json.loads(line)["step"] <= self.run.step] if self.run.step else []
-        self.log.write_text("".join(kept))
+        kept = [line for line in read_journal(self.log) if line["step"] <= self.run.step] if self.run.step else []
+        self.log.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def note(self, loss: float, error: float | None, speed: float) -> None:
         """Log a step."""
@@ -143,12 +144,6 @@ class _Keeper:
         line = {"step": self.run.step, "loss": loss, "lr": self.run.current_rate, "images_per_s": round(speed, 1)}
         with self.log.open("a") as file:
             file.write(json.dumps(line if error is None else {**line, "relative_error": error}) + "\n")
-
-
-def _lines(path: Path) -> list[str]:
-    """The complete lines of a file, none if there is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [line for line in lines if line.endswith("\n")]
 
 
 def _to_cpu(value: Any) -> Any:

@@ -32,7 +32,7 @@ from vitrim.recipe import Recipe
 from vitrim.streaming.forecast import check_space
 from vitrim.streaming.source import Job
 from vitrim.surgery import edit_of, reshape_, site_weights
-from vitrim.tensor_files import TensorFiles, open_tensors
+from vitrim.tensor_files import TensorFiles, check_finite, open_tensors
 from vitrim.tensor_writer import append, read_journal
 from vitrim.types import KeepUnits, MlpSite
 
@@ -112,7 +112,8 @@ def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) 
         for site in [site for site in job.sites if site.path not in behind]:
             names = edit_of([KeepUnits(site=site, keep=(0,))])
             own = {name: tensors[name] for name in names if name in tensors}
-            _check_finite(own)
+            for name, tensor in own.items():
+                check_finite(name, tensor)
             seed = recipe.seed + len(journal.edits)
             journal.add(select(site_weights(own, site), site, None, recipe.width_of(site), method, options, seed), {})
             bar.advance(1, site.path)
@@ -206,17 +207,6 @@ def _within(edit: KeepUnits, prefix: str) -> KeepUnits:
     start = f"{prefix}." if prefix else ""
     repaired = edit.repaired.renamed({name: name.removeprefix(start) for name in edit.repaired})
     return replace(replace(edit, repaired={}).within(prefix), repaired=repaired)
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that no selection can make sense of.
-
-    Raises:
-        CheckpointError: a value is NaN or infinite.
-    """
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
 
 
 def _check_complete(job: Job, own: TensorFiles) -> None:
