@@ -6,7 +6,7 @@ the system counts. Then a second run is killed with SIGKILL in the middle of sel
 middle of writing, and gone on with again. Beside the time stands that of a plain copy of the checkpoint, and of the
 published selection loop, of which a few picks are timed and scaled. Gaussian weights are the slowest to select from.
 
-    python benchmarks/streaming.py                               # all: about half an hour on two cores, 25 GB of disk
+    python benchmarks/streaming.py                               # all: about 50 minutes on two cores, 35 GB of disk
     python benchmarks/streaming.py --model EVA-CLIP-E --depth 2  # a small one
 """
 
@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=CHECKPOINTS, default=[*CHECKPOINTS])
     parser.add_argument("--depth", type=int, help="blocks, instead of each model's own number")
     parser.add_argument("--kill-depth", type=int, default=64, help="the most blocks of the run that is killed")
-    parser.add_argument("--calibrate", nargs="+", choices=CHECKPOINTS, default=["DINOv2-g"], help="run on images too")
+    parser.add_argument(
+        "--calibrate", nargs="+", choices=CHECKPOINTS, default=["EVA-CLIP-E", "DINOv2-g"], help="run on images too"
+    )
     parser.add_argument("--calibrate-depth", type=int, default=2)
     parser.add_argument("--num-images", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -304,7 +306,11 @@ def markdown(result: dict[str, Any]) -> str:
                 killed,
             )
         )
-    notes = [f"- {row['model']}: peak {row['peak_bytes'] / 1e9:.2f} GB; {row['said']}" for row in result["calibration"]]
+    notes = [
+        f"- {row['model']}, {row['depth']} blocks, {row['images']} images: peak {row['peak_bytes'] / 1e9:.2f} GB, "
+        f"{row['seconds']:.0f} s; {row['said']}"
+        for row in result["calibration"]
+    ]
     return table(head, rows) + "\n\n" + "\n".join(notes)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrim.errors import BudgetError, ModelError
-from vitrim.ops.forward_selection import select_on_moments
+from vitrim.ops.forward_selection import REFRESH, select_on_moments
 from vitrim.ops.gram_schmidt import select_units, select_with_curve
 from vitrim.ops.lazy_blocks import Round
 from vitrim.ops.least_squares import fit_output, squared_error
@@ -243,6 +243,24 @@ def test_forward_selection_takes_the_unit_that_lowers_the_error_most():
         }
         expected.append(min(errors, key=errors.__getitem__))
     assert select_on_moments(hidden.T @ hidden, 8, cross_HD=hidden.T @ target).tolist() == expected
+
+
+def test_lazily_rewritten_cross_moments_pick_what_rewriting_them_at_each_pick_does():
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(900, 400, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 400)
+    target = hidden @ torch.randn(400, 20, generator=generator, dtype=torch.float64)
+    gram, cross = hidden.T @ hidden, hidden.T @ target
+    num_keep = 2 * REFRESH + 20
+    residual_gram, residual, expected = gram.clone(), cross.clone(), []
+    for _ in range(num_keep):
+        scores = residual.square().sum(1) / residual_gram.diagonal()
+        scores[expected] = -1
+        best = int(scores.argmax())
+        column = residual_gram[:, best] / residual_gram[best, best]
+        residual -= torch.outer(column, residual[best])
+        residual_gram -= torch.outer(column, residual_gram[best].clone())
+        expected.append(best)
+    assert select_on_moments(gram, num_keep, cross_HD=cross).tolist() == expected
 
 
 def test_moment_selection_past_the_rank_starts_a_new_round_without_repeats():

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from vitrim.ops.gram_schmidt import check_num_keep, pick_in_rounds, working_dtype
 
+# Picks between two rewritings of the cross moments: norms are downdated in between, which costs digits slowly.
+REFRESH = 64
+
 
 def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None = None) -> Tensor:
     """Pick hidden units greedily by what they add to a span or to a linear prediction.
@@ -53,21 +56,56 @@ def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int, dtype: torc
     # Below this share of its own energy a unit's remainder is rounding noise of the moments or the downdates.
     floor_R = diagonal_R * num_units * torch.finfo(gram_RR.dtype).eps
     taken = torch.zeros(num_units, dtype=torch.bool, device=gram_RR.device)
-    residual_RD = None if cross_RD is None else cross_RD.clone()
+    residual = None if cross_RD is None else _Residual(cross_RD, factor_KR)
     picks: list[int] = []
     while len(picks) < len(factor_KR):
         usable = (diagonal_R > floor_R) & ~taken
         if not bool(usable.any()):
             break
-        scores_R = diagonal_R if residual_RD is None else residual_RD.square().sum(1) / diagonal_R
+        scores_R = diagonal_R if residual is None else residual.squares_R / diagonal_R
         pick = int(scores_R.masked_fill(~usable, -1.0).argmax())
         done = factor_KR[: len(picks)]
         pivot = diagonal_R[pick].sqrt()
         column_R = (gram_RR[pick].to(dtype) - done[:, pick] @ done) / pivot
         factor_KR[len(picks)] = column_R
-        if residual_RD is not None:
-            residual_RD = residual_RD - torch.outer(column_R, residual_RD[pick] / pivot)
+        if residual is not None:
+            residual.downdate(len(picks), residual.row(pick, len(picks)) / pivot)
         diagonal_R = diagonal_R - column_R.square()
         taken[pick] = True
         picks.append(pick)
     return torch.tensor(picks, dtype=torch.int64, device=gram_RR.device)
+
+
+class _Residual:
+    """Cross moments of the units with what the picks leave of the target.
+
+    The H x D matrix is rewritten once in REFRESH picks, as one matrix product; in between only read, once a pick, for
+    the squared norms of its rows. What the picks since then take from a row is factor' directions.
+    """
+
+    def __init__(self, cross_RD: Tensor, factor_KR: Tensor) -> None:
+        self.rows_RD, self.factor_KR = cross_RD.clone(), factor_KR
+        self.directions_KD = cross_RD.new_zeros(REFRESH, cross_RD.shape[1])
+        self.start = 0
+        self.squares_R = self._squares()
+
+    def row(self, unit: int, num_picks: int) -> Tensor:
+        """One unit's row after so many picks, (D,)."""
+        since = num_picks - self.start
+        return self.rows_RD[unit] - self.factor_KR[self.start : num_picks, unit] @ self.directions_KD[:since]
+
+    def downdate(self, index: int, direction_D: Tensor) -> None:
+        """Take pick `index`, whose row of the factor is known, out of all rows."""
+        since, column_R = index - self.start, self.factor_KR[index]
+        taken_R = (self.directions_KD[:since] @ direction_D) @ self.factor_KR[self.start : index]
+        along_R = self.rows_RD @ direction_D - taken_R
+        self.squares_R += column_R * (column_R * direction_D.square().sum() - 2 * along_R)
+        self.squares_R.clamp_(min=0)
+        self.directions_KD[since] = direction_D
+        if since + 1 == REFRESH:
+            self.rows_RD.addmm_(self.factor_KR[self.start : index + 1].T, self.directions_KD, alpha=-1)
+            self.start = index + 1
+            self.squares_R = self._squares()
+
+    def _squares(self) -> Tensor:
+        return torch.linalg.vector_norm(self.rows_RD, dim=1).square()
