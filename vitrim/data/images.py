@@ -28,12 +28,14 @@ Transform = Callable[[Image.Image], Tensor]
 class Batch(NamedTuple):
     """Images, their labels (int64, -1 where unknown) and how many were left out as unreadable.
 
-    `num_skipped` is a plain int: `Tensor.to` helpers such as accelerate's pass it through unchanged.
+    `num_skipped` is a plain int: `Tensor.to` helpers such as accelerate's pass it through unchanged. `places_B` are
+    the positions of the images that could be read, among those asked for.
     """
 
     images_BCHW: Tensor
     labels_B: Tensor
     num_skipped: int
+    places_B: Tensor
 
 
 class ImageSet(Dataset):
@@ -146,7 +148,8 @@ def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
     readable = [item for item in items if item is not None]
     labels_B = torch.tensor([label for _, label in readable], dtype=torch.int64)
     images_BCHW = _stack([image for image, _ in readable]) if readable else torch.empty(0, 3, 0, 0)
-    return Batch(images_BCHW, labels_B, len(items) - len(readable))
+    places_B = torch.tensor([place for place, item in enumerate(items) if item is not None], dtype=torch.int64)
+    return Batch(images_BCHW, labels_B, len(items) - len(readable), places_B)
 
 
 def open_images(

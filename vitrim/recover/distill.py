@@ -97,7 +97,7 @@ def _loop(run: Run, keeper: _Keeper, quiet: bool, on_validation: Callable[[int, 
                     break
                 if error is not None and on_validation:
                     on_validation(run.step, error)
-                speed = (run.step - first) * run.global_batch / max(1e-9, time.monotonic() - bar.started)
+                speed = (run.step - first) * run.order.global_batch / max(1e-9, time.monotonic() - bar.started)
                 bar.advance(1, f"error {run.result.curve[-1]['relative_error']:.4f}, {speed:.0f} images/s")
                 keeper.note(loss, error, speed)
                 stopped = stop.is_set() and run.step < run.num_steps

@@ -21,7 +21,9 @@ from vitrim.models.taps import evaluating, features
 from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.losses import FeatureModel, feature_loss
+from vitrim.recover.order import MicroBatch, Order
 from vitrim.recover.schedule import cosine_between, rate_shape
+from vitrim.recover.targets import LiveTargets, Targets, autocast, features_on_cpu
 from vitrim.types import Features
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
@@ -61,21 +63,21 @@ class Run:
     ) -> None:
         from accelerate import Accelerator
 
-        self.student, self.teacher, self.images, self.options, self.seed = (
-            student,
-            teacher,
-            images,
-            options,
-            seed,
-        )
+        self.student, self.options = student, options
         self.device = next(student.parameters()).device
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.is_main = self.accelerator.is_main_process
-        self.global_batch = min(len(images), options.batch_size * options.accumulate)
-        self.steps_per_epoch = max(1, len(images) // self.global_batch)
-        self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.steps_per_epoch))
+        self.order = Order(
+            images,
+            options,
+            seed,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.order.steps_per_epoch))
+        self.targets: Targets = LiveTargets(teacher, options, self.device)
         self.step, self.result, self.usual = 0, Recovery(num_steps=self.num_steps), math.nan
-        self.held_out = [(batch, _features_of(teacher, batch, options, self.device)) for batch in held_out]
+        self.held_out = [(batch, features_on_cpu(teacher, batch, options.features_at)) for batch in held_out]
         self.best: dict[str, Tensor] = {}
         self.ema: list[Tensor] = []
 
@@ -156,28 +158,11 @@ class Run:
         """The learning rate of the last step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def batches(self, first: int, last: int | None = None) -> Iterator[list[Tensor]]:
+    def batches(self, first: int, last: int | None = None) -> Iterator[list[MicroBatch]]:
         """This process's images for steps `first`..`last`, a list of micro-batches each."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        micro = max(1, math.ceil(self.global_batch / self.options.accumulate / world))
-        step, last = first, self.num_steps if last is None else last
-        while step < last:
-            epoch, offset = divmod(step, self.steps_per_epoch)
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.images), generator=generator).tolist()
-            stop = min(self.steps_per_epoch, offset + last - step)
-            parts = [
-                order[i * self.global_batch : (i + 1) * self.global_batch][rank::world] for i in range(offset, stop)
-            ]
-            self.images.set_epoch(epoch)
-            flat = [part[i : i + micro] for part in parts for i in range(0, len(part), micro)]
-            sizes = [math.ceil(len(part) / micro) for part in parts]
-            loader = iter(_MicroBatches(self.images, flat, self.options.num_workers))
-            for size in sizes:
-                yield [next(loader) for _ in range(size)]
-            step += len(parts)
+        return self.order.steps(first, self.num_steps if last is None else last)
 
-    def train_step(self, batches: Sequence[Tensor], lr: float | None = None) -> float:
+    def train_step(self, batches: Sequence[MicroBatch], lr: float | None = None) -> float:
         """One optimizer step over a list of micro-batches; the mean loss."""
         shape = rate_shape(self.step, self.num_steps, self.options.warmup_ratio)
         decay = cosine_between(*self.options.weight_decay, self.step / self.num_steps)
@@ -185,10 +170,10 @@ class Run:
             group["lr"] = self.result.lr * shape if lr is None else lr
             group["weight_decay"] = decay if group["decays"] else 0.0
         total = 0.0
-        for index, images in enumerate(batches):
+        for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(images) / len(batches)
+                loss = self._loss(batch) / len(batches)
                 self.accelerator.backward(loss)
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -222,20 +207,15 @@ class Run:
         self.result.notes = [*notes, said]
         return True
 
-    def _loss(self, images: Tensor) -> Tensor:
+    def _loss(self, batch: MicroBatch) -> Tensor:
         """The feature loss on a micro-batch; one whose images were all unreadable counts nothing."""
-        weight = 1.0 if len(images) else 0.0
-        images = (images if len(images) else torch.zeros_like(self.held_out[0][0][:1])).to(self.device)
-        with torch.no_grad(), self._autocast():
-            target = features(self.teacher, images, at=self.options.features_at)
-        with self._autocast():
-            pooled, patches = self.model(images)
+        weight = 1.0 if len(batch.images_BCHW) else 0.0
+        if not weight:
+            batch = batch._replace(images_BCHW=torch.zeros_like(self.held_out[0][0][:1]))
+        target = self.targets(batch) if weight else _first(self.held_out[0][1], 1, self.device)
+        with autocast(self.options, self.device):
+            pooled, patches = self.model(batch.images_BCHW.to(self.device))
         return weight * feature_loss(Features(pooled_BD=pooled, patches_BND=patches), target)
-
-    def _autocast(self) -> Any:
-        wanted = self.options.precision
-        on = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     def validate(self, loss: float) -> float:
         """Judge the state (its moving average where one is kept), add to the curve, keep it if it is the best."""
@@ -296,37 +276,6 @@ class Run:
         self.ema = [mean.to(self.device) for mean in saved["ema"]]
         kept = saved["result"]
         self.result = Recovery(**{**kept, "curve": list(kept["curve"]), "notes": list(kept["notes"])})
-
-
-class _MicroBatches:
-    """Loads given lists of indices, one micro-batch of images each."""
-
-    def __init__(self, images: ImageSet, parts: Sequence[Sequence[int]], num_workers: int) -> None:
-        self.images, self.parts, self.num_workers = images, parts, num_workers
-
-    def __iter__(self) -> Iterator[Tensor]:
-        from torch.utils.data import DataLoader
-
-        from vitrim.data import collate
-
-        generator = torch.Generator().manual_seed(0)  # workers' base seed; items draw from their own
-        loader = DataLoader(
-            self.images,
-            batch_sampler=list(self.parts),  # type: ignore[arg-type]
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            generator=generator,
-        )
-        for batch in loader:
-            yield batch.images_BCHW
-
-
-def _features_of(model: nn.Module, images: Tensor, options: RecoverOptions, device: torch.device) -> Features:
-    """A teacher's features of a batch, kept on the CPU."""
-    with torch.no_grad():
-        found = features(model, images.to(device), at=options.features_at)
-    patches = None if found.patches_BND is None else found.patches_BND.float().cpu()
-    return Features(pooled_BD=found.pooled_BD.float().cpu(), patches_BND=patches)
 
 
 def _first(found: Features, count: int, device: torch.device) -> Features:
