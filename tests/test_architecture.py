@@ -30,7 +30,19 @@ LAYERS = (
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 # What takes long to import, or reaches out to the network or a device when it is.
-HEAVY = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "open_clip", "sklearn", "timm", "transformers")
+HEAVY = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "open_clip",
+    "peft",
+    "sklearn",
+    "tensorboard",
+    "timm",
+    "transformers",
+    "webdataset",
+)
 
 
 def part_of(path: Path) -> str:
