@@ -88,22 +88,28 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the files where they are")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has already")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"environment": environment() | {"seed": arguments.seed}, "rows": [], "calibration": []}
-    result["environment"]["threads"] = torch.get_num_threads()
+    result: dict[str, Any] = {"rows": [], "calibration": []}
+    if arguments.resume and arguments.out.exists():
+        result = json.loads(arguments.out.read_text())
+    result["environment"] = environment() | {"seed": arguments.seed, "threads": torch.get_num_threads()}
+    done = {part: {row["model"] for row in result[part]} for part in ("rows", "calibration")}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="vitrim-streaming-"))
     try:
         for name in arguments.model:
-            result["rows"].append(one(name, folder / name, arguments))
-            print(json.dumps(result["rows"][-1]), flush=True)
+            if name not in done["rows"]:
+                result["rows"].append(one(name, folder / name, arguments))
+                write_json(arguments.out, result)
         for name in arguments.calibrate if arguments.calibrate_depth else []:
-            result["calibration"] += calibration(name, folder / name, arguments)
+            if name not in done["calibration"]:
+                result["calibration"] += calibration(name, folder / name, arguments)
+                write_json(arguments.out, result)
     finally:
         if not arguments.keep:
             remove(folder)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, result)
     print(markdown(result))
 
 
@@ -211,7 +217,6 @@ def calibration(name: str, folder: Path, arguments: argparse.Namespace) -> list[
                 "seconds": time.perf_counter() - started,
             }
         )
-        print(json.dumps(found[-1]), flush=True)
     same = [hashes(folder / f"out{index}") for index in range(2)]
     found[-1]["equal_to_in_memory"] = same[0] == same[1]
     if not arguments.keep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import sys
 import time
@@ -161,7 +162,8 @@ def parse_bytes(text: str | int) -> int:
 
 def show_bytes(count: int) -> str:
     """A size for people."""
-    return f"{count / 10**9:.2f} GB" if count >= 10**8 else f"{count / 10**6:.1f} MB"
+    unit, name, digits = (10**9, "GB", 2) if count >= 10**8 else (10**6, "MB", 1)
+    return f"{math.ceil(count / unit * 10**digits) / 10**digits:.{digits}f} {name}"
 
 
 def show_seconds(seconds: float) -> str:
