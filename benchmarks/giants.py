@@ -26,8 +26,7 @@ from torch import nn
 from vitrim.cost import count_macs, num_parameters
 from vitrim.evaluation import environment
 from vitrim.models.sites import find_mlps
-from vitrim.surgery import reshape_
-from vitrim.types import KeepUnits
+from vitrim.surgery import KeepUnits, reshape_
 
 SIZE = 224
 RATIOS = (2, 1)  # in falling order: each cut starts from the one before it

@@ -34,8 +34,8 @@ from vitrim.models.sites import find_mlps
 from vitrim.models.stock import nearest_stock_width, stock_origin
 from vitrim.models.taps import FeaturesAt, evaluating, features
 from vitrim.recipe import Recipe, RepairOptions
-from vitrim.surgery import apply_, weight_of
-from vitrim.types import Features, KeepUnits, MlpSite, Plan
+from vitrim.surgery import KeepUnits, Plan, apply_, weight_of
+from vitrim.types import Features, MlpSite
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python tests/support_table.py --write -->\n", "<!-- end of table -->\n"

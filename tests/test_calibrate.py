@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from vitrim.calibrate import layer_scale, streams, walk
-from vitrim.surgery import apply_
-from vitrim.types import KeepUnits
+from vitrim.surgery import KeepUnits, apply_
 
 CHAINS = ("timm-vit-scaled", "timm-packed", "timm-post-norm", "timm-parallel", "timm-hiera", "torchvision", "hf-vit")
 OTHERS = ("timm-swin", "timm-swin-v2", "timm-mixer", "encoder", "encoder-pre-norm", "hf-dinov2", "hf-bert", "hf-llama")

@@ -11,12 +11,12 @@ import timm
 import torch
 
 import vitrim
-from vitrim.checkpoint import load_state, save, save_state, staged_output, verify
+from vitrim.checkpoint import save, staged_output, verify
 from vitrim.errors import CheckpointError, OutputError
 from vitrim.models.load import origin_of
 from vitrim.models.sites import find_mlps
-from vitrim.surgery import apply_
-from vitrim.types import KeepUnits, Plan
+from vitrim.recover.state import load_state, save_state
+from vitrim.surgery import KeepUnits, Plan, apply_
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"img_size": 32, "depth": 2, "num_classes": 5}
@@ -147,10 +147,10 @@ def test_a_stopped_recovery_is_kept_for_resume_and_removed_when_not_wanted(tmp_p
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), staged_output(out) as (_, work):
         (work / "cut.json").write_text("{}")
-        save_state(work / "recover.pt", {"step": 3})
+        save_state(work / "recover.state", {"step": 3})
         raise KeyboardInterrupt
     with staged_output(out, resume=True) as (_, work):
-        assert load_state(work / "recover.pt") == {"step": 3}
+        assert load_state(work / "recover.state") == {"step": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -189,9 +189,9 @@ def test_a_state_with_code_in_it_is_refused(tmp_path):
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'executed'}",))
 
-    torch.save({"step": Payload()}, tmp_path / "recover.pt")
+    torch.save({"step": Payload()}, tmp_path / "recover.state")
     with pytest.raises(CheckpointError, match="can't be read"):
-        load_state(tmp_path / "recover.pt")
+        load_state(tmp_path / "recover.state")
     assert not (tmp_path / "executed").exists()
 
 

@@ -115,7 +115,7 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path):
         ]
         return [sys.executable, "-c", "from vitrim.cli import main; main()", *arguments, "--steps", "40"]
 
-    out, state = tmp_path / "out", tmp_path / ".out.partial" / "recover.pt"
+    out, state = tmp_path / "out", tmp_path / ".out.partial" / "recover.state"
     stopped = subprocess.Popen(command(out), env=environment, stderr=subprocess.PIPE, text=True)
     while not state.exists() and stopped.poll() is None:
         time.sleep(0.02)

@@ -12,8 +12,8 @@ from vitrim.cut import cut_
 from vitrim.errors import BudgetError, RecipeError
 from vitrim.recipe import Recipe
 from vitrim.recover.refit import refit_, site_tensors
-from vitrim.surgery import apply_, read_weights
-from vitrim.types import KeepUnits, MlpSite
+from vitrim.surgery import KeepUnits, apply_, read_weights
+from vitrim.types import MlpSite
 
 QUICK = {"refit_steps": 5}
 
@@ -84,15 +84,15 @@ def test_without_repair_no_tensor_is_changed_and_no_error_is_reported(build):
     case = build("timm-vit")
     _, report = cut(case, method="dgmr", repair=False)
     assert report.errors == {}
-    assert all(edit.repaired == {} for edit in report.plan.edits)
+    assert all(edit.tensors == {} for edit in report.plan.edits)
 
 
 def test_the_plan_holds_the_tensors_that_the_student_ends_with(build):
     case = build("timm-split-norm")
     student, report = cut(case, method="dgmr")
     for edit in report.plan.edits:
-        assert len(edit.repaired) == 8  # weight and bias of gate, value, norm and output
-        for name, tensor in edit.repaired.items():
+        assert len(edit.tensors) == 8  # weight and bias of gate, value, norm and output
+        for name, tensor in edit.tensors.items():
             assert torch.equal(tensor, student.get_parameter(name))
 
 
@@ -230,7 +230,7 @@ def test_a_bias_free_mlp_stays_bias_free(build):
     student, report = cut(case, method="dgmr")
     for edit in report.plan.edits:
         assert read_weights(student, edit.site).output_bias_D is None
-        assert set(edit.repaired) == {f"{edit.site.path}.{name}.weight" for name in ("w1", "w3", "w2")}
+        assert set(edit.tensors) == {f"{edit.site.path}.{name}.weight" for name in ("w1", "w3", "w2")}
 
 
 def test_both_mlps_of_a_parallel_block_are_cut(build):

@@ -12,8 +12,8 @@ from vitrim.cut import cut_
 from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import METHODS, find_method
 from vitrim.recipe import Recipe
-from vitrim.surgery import apply_, read_weights
-from vitrim.types import MlpSite, MlpWeights, Plan, SiteView
+from vitrim.surgery import Plan, apply_, read_weights
+from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 QUICK = {"refit_steps": 3}
@@ -83,7 +83,7 @@ def test_repaired_tensors_stand_in_the_plan_by_hash(build, method, run):
     student, report = cut(case, method=method, width=8, repair=QUICK)
     again = Plan.from_json(json.loads(json.dumps(report.plan.to_json())))
     assert again == report.plan.without_tensors()
-    changed = report.plan.edits[0].repaired[f"{case.sites[0].output}.weight"]
+    changed = report.plan.edits[0].tensors[f"{case.sites[0].output}.weight"]
     before = report.plan.sha256
     replayed = case.copy()
     apply_(replayed, report.plan.edits)

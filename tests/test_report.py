@@ -35,6 +35,7 @@ def data():
             "top-1 (%)": {"before": 81.1, "after_cut": None, "after": 79.2},
         },
         sites=[{"path": f"blocks.{i}.mlp", "kind": "plain", "width_before": 384, "width_after": 96} for i in range(6)],
+        edits=[],
         block_errors=[{"block": i, "after_cut": 0.1 + 0.04 * i, "after": 0.02 * (i + 1)} for i in range(6)],
         residual_curves={
             f"blocks.{i}.mlp": {
@@ -68,6 +69,7 @@ def empty():
         command="",
         summary={},
         sites=[],
+        edits=[],
         block_errors=[],
         residual_curves={},
         recovery=[],

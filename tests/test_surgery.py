@@ -12,8 +12,8 @@ from torch import nn
 
 from vitrim.errors import BudgetError, SiteNotFoundError
 from vitrim.models.sites import find_mlps
-from vitrim.surgery import apply_, mlp_output, read_weights, reshape_, transform
-from vitrim.types import KeepUnits, MlpSite
+from vitrim.surgery import KeepUnits, apply_, mlp_output, read_weights, reshape_, transform
+from vitrim.types import MlpSite
 
 
 def pick(site, count, seed=0):
@@ -182,7 +182,7 @@ def test_dtype_and_requires_grad_stay(build, dtype):
     edits[0] = KeepUnits(
         site=case.sites[0],
         keep=(1, 2),
-        repaired={f"{case.sites[0].output}.weight": torch.ones(32, 2, dtype=torch.float64)},
+        tensors={f"{case.sites[0].output}.weight": torch.ones(32, 2, dtype=torch.float64)},
     )
     apply_(model, edits)
     assert all(p.dtype == dtype and p.is_contiguous() for p in model.parameters())
@@ -195,7 +195,7 @@ def test_repaired_tensors_replace_the_sliced_ones(build):
     site = case.sites[1]
     weight, bias = torch.randn(32, 3, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
     repaired = {f"{site.output}.weight": weight, f"{site.output}.bias": bias}
-    small = cut(case.model, [KeepUnits(site=site, keep=(4, 0, 90), repaired=repaired)])
+    small = cut(case.model, [KeepUnits(site=site, keep=(4, 0, 90), tensors=repaired)])
     new = read_weights(small, site)
     assert torch.equal(new.output_DH, weight.float()) and torch.equal(new.output_bias_D, bias.float())
     assert torch.equal(new.value_HD, read_weights(case.model, site).value_HD[[4, 0, 90]])

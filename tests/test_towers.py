@@ -16,8 +16,7 @@ from vitrim.cli import run
 from vitrim.errors import BudgetError, DataError, SiteNotFoundError
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.sites import find_mlps
-from vitrim.surgery import apply_
-from vitrim.types import KeepUnits, Plan
+from vitrim.surgery import KeepUnits, Plan, apply_
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")

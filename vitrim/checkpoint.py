@@ -30,12 +30,11 @@ from vitrim.models.load import build_empty, library, load_model, origin_of
 from vitrim.models.origin import Library, Origin, copy_companions, match_buffers_
 from vitrim.models.stock import stock_origin
 from vitrim.models.taps import evaluating
-from vitrim.surgery import reshape_
+from vitrim.surgery import Plan, reshape_
 from vitrim.tensor_files import open_tensors
-from vitrim.types import Plan
 
 WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
-CUT_STATE, RECOVERY_STATE, RECOVERY_LOG = "cut.json", "recover.pt", "recovery.jsonl"
+CUT_STATE, RECOVERY_STATE, RECOVERY_LOG = "cut.json", "recover.state", "recovery.jsonl"
 PICKS = "picks.jsonl"
 
 # Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
@@ -291,53 +290,6 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON with a fixed layout, so that equal values give equal bytes."""
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values beside `path`, then rename, and keep the state before it.
-
-    Raises:
-        OutputError: it could not be written, as on a full disk; the states before it are whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
-        reason = str(error).strip().split("\n")[0][:160]
-        raise OutputError(f"{path}: can't write the state ({reason}); make room and go on with resume.") from None
-    if path.exists():
-        path.replace(_before(path))
-    beside.replace(path)
-
-
-def has_state(path: Path) -> bool:
-    """Whether `save_state` has left something to go on from."""
-    return path.exists() or _before(path).exists()
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, or the state before it where the last one is damaged; nothing in it is executed.
-
-    Raises:
-        CheckpointError: neither can be read.
-    """
-    reasons = []
-    for candidate in (path, _before(path)):
-        try:
-            return torch.load(candidate, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError
-            reasons.append(str(error).strip().split("\n")[0][:160] or type(error).__name__)
-    raise CheckpointError(f"{path}: can't be read ({reasons[0]}); start again without resume.")
-
-
-def _before(path: Path) -> Path:
-    """Where the state before the last one is kept."""
-    return path.with_name(path.name + ".before")
 
 
 def _umask() -> int:

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from vitrim.checkpoint import open_model, versions
 from vitrim.cost import count_macs, measure_latency, num_parameters, peak_memory_mib
-from vitrim.data import Batch, ImageSet, is_text, open_images, open_texts, split_indices, transform_for
+from vitrim.data import (
+    Batch,
+    ImageSet,
+    ImageStream,
+    is_text,
+    open_images,
+    open_stream,
+    open_texts,
+    split_indices,
+    transform_for,
+)
 from vitrim.errors import DataError, RecipeError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
@@ -45,7 +55,7 @@ def evaluate(
         teacher: the model to compare with.
         data: images to judge on, of any kind that `compress` takes; labels are used where there are any.
         index: labelled images for kNN and the linear probe to learn from; without, a seeded 80% of `data`.
-        limit: at most this many images of each.
+        limit: at most this many images of each; of a stream it takes one.
         batch_size: images a forward pass.
         latency: time both models, too.
         device: `auto`, or a torch device.
@@ -61,11 +71,11 @@ def evaluate(
     (student_model, its_origin), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
-    images = open_inputs(data, origin, split=split, limit=limit)
+    images = _open_set(data, origin, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
     check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
-    learn = None if index is None else list(open_inputs(index, origin, limit=limit).loader(batch_size=batch_size))
+    learn = None if index is None else list(_open_set(index, origin, limit=limit).loader(batch_size=batch_size))
     pair = {"student": student_model, "teacher": teacher_model}
     result: dict[str, Any] = {"fidelity": compare(student_model, teacher_model, batches)}
     for name, model in pair.items():
@@ -116,23 +126,39 @@ def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
     return whole.get_submodule(origin.encoder), origin
 
 
-def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int | None = None) -> ImageSet:
+def open_inputs(
+    data: Any, origin: Origin, *, split: str = "train", limit: int | None = None
+) -> ImageSet | ImageStream:
     """Images behind a model's own preprocessing, or text in rows of its tokenizer's ids.
 
-    A model without known preprocessing takes tensors, or images of the right size.
+    A model without known preprocessing takes tensors, or images of the right size. What can only be read in order
+    opens as a stream; the limit is not for it.
 
     Raises:
         DataError: the source can't be read, or is text and the model takes none.
     """
     known = origin.preprocessing
+    transform = transform_for(known) if "mean" in known else None
+    stream = open_stream(data, transform=transform, split=split)
+    if stream is not None:
+        return stream
     if is_text(data) and "num_tokens" in known:
         return open_texts(data, tokenizer=tokenizer_of(origin), num_tokens=known["num_tokens"], limit=limit)
     is_folder = isinstance(data, str | Path) and Path(data).is_dir()  # of images, with a text file among them
     if is_text(data) and not is_folder:
         what = "takes images" if "input_size" in known else "has no tokenizer that vitrim knows"
         raise DataError(f"{origin.name}: {what}, not text; pass images or tensors that are preprocessed already.")
-    transform = transform_for(known) if "mean" in known else None
     return open_images(data, transform=transform, split=split, limit=limit)
+
+
+def _open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | None) -> ImageSet:
+    """Images to judge on, of a stream the first."""
+    images = open_inputs(data, origin, split=split, limit=limit)
+    if isinstance(images, ImageSet):
+        return images
+    if limit is None:
+        raise DataError(f"{images.name}: a stream, which may not end; give limit, the number of images to take of it.")
+    return images.take(limit, seed=0)[0]
 
 
 def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Tensor]) -> None:

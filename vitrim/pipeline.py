@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from vitrim.checkpoint import RECOVERY_LOG, RECOVERY_STATE, open_model, save, staged_output, verify, write_json
 from vitrim.cut import CutReport, cut_, resume_cut_, save_cut, with_stock_width
-from vitrim.data import Batch, ImageSet, augment_for, first_images, split_indices
-from vitrim.errors import DataError, RecipeError
+from vitrim.data import ImageSet, ImageStream, Split, augment_for, split_images
+from vitrim.errors import RecipeError
 from vitrim.evaluation import (
     check_inputs,
     compare,
@@ -33,11 +34,13 @@ from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import Recovery, recover_
+from vitrim.recover.elastic import Slice, Widths, repair_widths, save_widths
+from vitrim.recover.order import check_stream
+from vitrim.recover.targets import features_on_cpu
+from vitrim.recover.trackers import TRACKER_LOGS, check_trackers
 from vitrim.report.collect import collect
-from vitrim.types import MlpSite, Plan
-
-# A tenth of the images, at most this many, is held out to judge on and is in nothing else.
-MAX_HELD_OUT = 512
+from vitrim.surgery import Plan
+from vitrim.types import MlpSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,8 @@ def compress(
         model: a module (left unchanged), `timm/NAME`, `hf/ORG/NAME`, `open_clip/NAME/TAG`, `torchvision/NAME`,
             `local-dir:PATH`, or a folder that vitrim wrote.
         data: images to learn from, no labels: a folder, parquet, a dataset or loader, "digits"; for a text encoder a
-            text file or strings. None: no repair.
+            text file or strings. Shards behind urls and streamed Hugging Face sets (`hf-stream:ORG/NAME`) are never
+            collected. None: no repair.
         method: name of a registered method; `vitrim methods` lists them.
         width_ratio: hidden width as a multiple of the model width (the paper's r); 1.0 where no budget is given.
         keep_ratio: share of each MLP's units to keep.
@@ -122,6 +126,10 @@ def compress(
     images = None if source is None else open_inputs(source, origin)
     if images is None and chosen.recover is not None:
         raise RecipeError("recover: distillation needs images; pass data.")
+    if chosen.recover is not None:  # what would fail once the student is cut
+        check_trackers(chosen.recover.track, folder=None if out is None else Path(out))
+        if isinstance(images, ImageStream):
+            check_stream(images, chosen.recover)
     if out is None:
         return _run(job, images, folder=None, work=None, resume=False)
     out = Path(out)
@@ -142,7 +150,9 @@ class _Job:
     quiet: bool
 
 
-def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path | None, resume: bool) -> Result:
+def _run(
+    job: _Job, images: ImageSet | ImageStream | None, *, folder: Path | None, work: Path | None, resume: bool
+) -> Result:
     """The story: cut, judge, recover, judge again, write. Models here are encoders; the whole comes back at the end."""
     started, recipe, origin = time.monotonic(), job.recipe, job.origin
     original, device = job.whole.get_submodule(origin.encoder), resolve_device(recipe.device)
@@ -150,23 +160,26 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
     teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=job.scope.removeprefix(origin.encoder).removeprefix("."))
     recipe = with_stock_width(recipe, origin, [site.below(origin.encoder) for site in sites])
-    split = None if images is None else _split(images, recipe)
+    widths = Widths.of(recipe, sites)
+    split = None if images is None else split_images(images, recipe, work=work)
     check_inputs(teacher, origin, split.calibration if split else [])
     cut = _cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
-    stages = [_judge(student, teacher, split, cut.plan)]
-    recovery = None
+    stages = [_judge(student, teacher, split, sites)]
+    recovery, slices = None, {}
     if split is not None and recipe.recover is not None:
-        recovery = _recover_(student, teacher, job, split, recipe.recover, work, resume=resume)
-        stages.append(_judge(student, teacher, split, cut.plan))
+        recovery = _recover_(student, teacher, job, split, recipe.recover, widths, work, resume=resume)
+        slices = {} if widths is None else _slices(student, teacher, recipe, recipe.recover, split, widths)
+        stages.append(_judge(student, teacher, split, sites))
     plan = cut.plan.below(origin.encoder)
     stock = stock_origin(origin, plan.edits)
     metrics = {
         **_measured(job, teacher, student, split),
         "after_cut": stages[0],
         "after_recovery": stages[1] if recovery else None,
-        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
+        **plan.describe(),
         "cut_errors": {path: dict(errors) for path, errors in cut.errors.items()},
         "recovery": None if recovery is None else dict(recovery.__dict__),
+        "elastic": {f"{ratio:g}": dict(found.errors) for ratio, found in slices.items()} or None,
         "stock": stock is not None,
         "notes": [
             *cut.notes,
@@ -181,8 +194,10 @@ def _run(job: _Job, images: ImageSet | None, *, folder: Path | None, work: Path 
         reader.describe_(whole, stock)
     if folder is not None:
         _write(folder, whole, origin, plan, metrics, split)
+        if slices:
+            save_widths(folder, whole, {ratio: found.below(origin.encoder) for ratio, found in slices.items()})
         if recovery is not None and work is not None:
-            shutil.move(work / RECOVERY_LOG, folder / RECOVERY_LOG)
+            _move_logs(work, folder)
         _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     return Result(model=whole, plan=plan, metrics=metrics, out=folder)
@@ -193,7 +208,7 @@ def _cut_(
     teacher: nn.Module,
     sites: Sequence[MlpSite],
     recipe: Recipe,
-    split: _Split | None,
+    split: Split | None,
     work: Path | None,
     *,
     resume: bool,
@@ -208,7 +223,7 @@ def _cut_(
     return cut
 
 
-def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: _Split | None) -> dict[str, Any]:
+def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: Split | None) -> dict[str, Any]:
     """What was run, on what, and what the models cost before and after."""
     held_out = split.held_out if split else None
     return {
@@ -222,11 +237,22 @@ def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: _Split |
     }
 
 
+def _move_logs(work: Path, folder: Path) -> None:
+    """The log of distillation, and what trackers wrote, to the output."""
+    shutil.move(work / RECOVERY_LOG, folder / RECOVERY_LOG)
+    if (work / TRACKER_LOGS).exists():
+        shutil.move(work / TRACKER_LOGS, folder / TRACKER_LOGS)
+
+
 def _typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
-    """The student with each tensor in the type that it has in the original: a bf16 model may keep float32 buffers."""
+    """The student with each tensor in the type that it has in the original: a bf16 model may keep float32 buffers.
+
+    What an edit has put there takes the type of the original's parameters, if it is of floating point at all.
+    """
     types = {name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())}
+    usual = next((p.dtype for p in original.parameters()), torch.float32)
     for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-        tensor.data = tensor.data.to(types[name])
+        tensor.data = tensor.data.to(types.get(name, usual if tensor.is_floating_point() else tensor.dtype))
     return student
 
 
@@ -239,8 +265,9 @@ def _recover_(
     student: nn.Module,
     teacher: nn.Module,
     job: _Job,
-    split: _Split,
+    split: Split,
     options: RecoverOptions,
+    widths: Widths | None,
     work: Path | None,
     *,
     resume: bool,
@@ -257,52 +284,29 @@ def _recover_(
         seed=job.recipe.seed,
         state=None if work is None else work / RECOVERY_STATE,
         log=None if work is None else work / RECOVERY_LOG,
+        logs=None if work is None else work / TRACKER_LOGS,
         resume=resume,
         quiet=job.quiet,
+        widths=widths,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Split:
-    """Images by what they are for."""
-
-    train: ImageSet
-    calibration: list[Tensor]
-    held_out: list[Batch]
-    counts: dict[str, int]
-
-    @property
-    def sample(self) -> Tensor:
-        """A few images to run, time and show."""
-        return self.held_out[0].images_BCHW
+def _slices(
+    student: nn.Module, teacher: nn.Module, recipe: Recipe, options: RecoverOptions, split: Split, widths: Widths
+) -> dict[float, Slice]:
+    """Output weights of its own for each width but the largest."""
+    judged = [(b.images_BCHW, features_on_cpu(teacher, b.images_BCHW, options.features_at)) for b in split.held_out]
+    repair, at = recipe.repair_options(), options.features_at
+    return repair_widths(student, teacher, widths, split.calibration, judged=judged, options=repair, at=at)
 
 
-def _split(images: ImageSet, recipe: Recipe) -> _Split:
-    """Hold some images out, and draw the calibration images from the rest."""
-    num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
-    rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
-    train = images.subset(rest)
-    options = recipe.calibrate
-    batches, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
-    judged = images.subset(held) if held else train
-    held_out = [batch for batch in judged.loader(batch_size=options.batch_size) if len(batch.images_BCHW)]
-    if not held_out:
-        raise DataError(f"{images.name}: none of the {len(judged)} held-out images could be read; check the files.")
-    num_skipped += sum(batch.num_skipped for batch in held_out)
-    counts = {
-        "train": len(train),
-        "calibration": sum(map(len, batches)),
-        "held_out": sum(len(batch.images_BCHW) for batch in held_out),
-        "skipped": num_skipped,
-    }
-    return _Split(train=train, calibration=batches, held_out=held_out, counts=counts)
-
-
-def _judge(student: nn.Module, teacher: nn.Module, split: _Split | None, plan: Plan) -> dict[str, Any] | None:
+def _judge(
+    student: nn.Module, teacher: nn.Module, split: Split | None, sites: Sequence[MlpSite]
+) -> dict[str, Any] | None:
     """How close the student is on held-out images, as a whole and block by block."""
     if split is None:
         return None
-    blocks = list(dict.fromkeys(edit.site.block for edit in plan.edits))
+    blocks = list(dict.fromkeys(site.block for site in sites))
     return {
         "fidelity": compare(student, teacher, split.held_out),
         "blocks": block_fidelity(student, teacher, split.held_out, blocks),
@@ -311,7 +315,7 @@ def _judge(student: nn.Module, teacher: nn.Module, split: _Split | None, plan: P
 
 
 def _write(
-    folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any], split: _Split | None
+    folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any], split: Split | None
 ) -> None:
     """Weights and plan, loaded back in a fresh process before this returns."""
     stock = save(folder, whole, origin=origin, plan=plan)
@@ -329,7 +333,7 @@ def _write_report(
     plan: Plan,
     recipe: Recipe,
     metrics: dict[str, Any],
-    split: _Split | None,
+    split: Split | None,
 ) -> None:
     """Recipe, metrics and the page."""
     from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import

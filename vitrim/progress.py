@@ -35,12 +35,13 @@ class _Plain(Progress):
 
     def show(self) -> None:
         now = time.monotonic()
-        if now - self.last < PLAIN_INTERVAL_S and self.done < self.total:
+        if now - self.last < PLAIN_INTERVAL_S and (self.done < self.total or not self.total):
             return
         self.last, spent = now, now - self.started
         left = f", {spent / self.done * (self.total - self.done):.0f} s left" if 0 < self.done < self.total else ""
         words = f" {self.words}" if self.words else ""
-        print(f"{self.title}: {self.done}/{self.total}{left}{words}", file=sys.stderr, flush=True)
+        of = f"/{self.total}" if self.total else ""
+        print(f"{self.title}: {self.done}{of}{left}{words}", file=sys.stderr, flush=True)
 
 
 class _Bar(Progress):
@@ -54,7 +55,7 @@ class _Bar(Progress):
         super().__init__(title, total)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bars = Bars(*columns, TextColumn("{task.fields[words]}"), console=Console(stderr=True))
-        self.task = self.bars.add_task(title, total=total, words="")
+        self.task = self.bars.add_task(title, total=total or None, words="")
 
     def show(self) -> None:
         self.bars.update(self.task, completed=self.done, words=self.words)
@@ -66,7 +67,7 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Progres
 
     Args:
         title: what is being done, in a word or two.
-        total: units of work.
+        total: units of work; 0 where nobody knows yet.
         quiet: show nothing.
     """
     if quiet:

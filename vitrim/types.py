@@ -1,27 +1,48 @@
 """The frozen values that the parts of vitrim hand to each other.
 
-A method looks at `MlpWeights` and `Stats` and returns edits; a `Plan` is an ordered list of edits. Nothing here
-changes a module (that is `surgery.py`) and nothing here reads a file (that is `checkpoint.py`).
+A method looks at `MlpWeights` and `Stats` and decides. What it decides, an edit, is in `surgery`, which carries it out.
+Nothing here changes a module or reads a file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor
-
-from vitrim.errors import CheckpointError
+from typing_extensions import Self
 
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MlpSite:
+class Site:
+    """Modules of a model by their dotted paths; PATHS names the fields that hold one."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("path",)
+
+    path: str
+
+    def below(self, prefix: str) -> Self:
+        """The same site as seen from a module that holds this one's root at `prefix`."""
+        return self.renamed(lambda path: f"{prefix}.{path}".strip("."))
+
+    def within(self, prefix: str) -> Self:
+        """The same site as seen from the module at `prefix`: the inverse of `below`."""
+        return self.renamed(lambda path: "" if path == prefix else path.removeprefix(f"{prefix}."))
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same site with every path passed through a function."""
+        return replace(
+            self, **{key: rename(getattr(self, key)) for key in self.PATHS if getattr(self, key) is not None}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpSite(Site):
     """One MLP of a model: where it is and what its tensors are called.
 
     `value`, `gate`, `output` and `norm` are dotted module paths from the root of the model. A packed gated MLP
@@ -29,7 +50,8 @@ class MlpSite:
     speaks of the input projections; `block` is the transformer block around the MLP.
     """
 
-    path: str
+    PATHS: ClassVar[tuple[str, ...]] = ("path", "value", "output", "gate", "norm", "block")
+
     kind: MlpKind
     d_model: int
     d_hidden: int
@@ -44,19 +66,6 @@ class MlpSite:
     def num_groups(self) -> int:
         """Rows of the value projection per hidden unit: 2 when gate and value are packed in one matrix."""
         return 2 if self.kind == "packed_gated" else 1
-
-    def below(self, prefix: str) -> MlpSite:
-        """The same site as seen from a module that holds this one's root at `prefix`."""
-        return self._renamed(lambda path: f"{prefix}.{path}".strip("."))
-
-    def within(self, prefix: str) -> MlpSite:
-        """The same site as seen from the module at `prefix`: the inverse of `below`."""
-        return self._renamed(lambda path: "" if path == prefix else path.removeprefix(f"{prefix}."))
-
-    def _renamed(self, rename: Callable[[str], str]) -> MlpSite:
-        paths = ("path", "value", "output", "gate", "norm", "block")
-        names = {key: rename(getattr(self, key)) for key in paths if getattr(self, key) is not None}
-        return replace(self, **names)
 
     @property
     def label(self) -> str:
@@ -119,105 +128,48 @@ class SiteView:
     scale_D: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeepUnits:
-    """Keep these hidden units of an MLP, in this order, and cut the others.
+class ModelView(Protocol):
+    """What a method that decides about a whole model may look at and ask for.
 
-    `repaired` maps full tensor names to values that replace the sliced originals: the output projection after least
-    squares, or all the tensors of the site after a refit.
+    Every answer is of the model as the edits that the method has handed out so far have left it.
     """
 
-    site: MlpSite
-    keep: tuple[int, ...]
-    repaired: Mapping[str, Tensor] = field(default_factory=dict)
+    @property
+    def sites(self) -> Sequence[MlpSite]:
+        """Its MLPs, in the order in which the data meets them."""
+        ...
 
     @property
-    def width(self) -> int:
-        """How many hidden units stay."""
-        return len(self.keep)
-
-    def below(self, prefix: str) -> KeepUnits:
-        """The same edit as seen from a module that holds this one's root at `prefix`."""
-        if not prefix:
-            return self
-        repaired = {f"{prefix}.{name}": tensor for name, tensor in self.repaired.items()}
-        return replace(self, site=self.site.below(prefix), repaired=repaired)
-
-    def within(self, prefix: str) -> KeepUnits:
-        """The same edit as seen from the module at `prefix`: the inverse of `below`."""
-        if not prefix:
-            return self
-        repaired = {name.removeprefix(f"{prefix}."): tensor for name, tensor in self.repaired.items()}
-        return replace(self, site=self.site.within(prefix), repaired=repaired)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description; repaired tensors stand in it by name and SHA-256, not by value."""
-        site = {name: value for name, value in self.site.__dict__.items() if value is not None}
-        hashes = {name: tensor_sha256(tensor) for name, tensor in sorted(self.repaired.items())}
-        return {"edit": "keep_units", "site": site, "keep": list(self.keep), "repaired": hashes}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> KeepUnits:
-        """The inverse of `to_json`, without the repaired tensors (a checkpoint holds them as weights)."""
-        return cls(site=MlpSite(**data["site"]), keep=tuple(int(i) for i in data["keep"]))
-
-
-Edit = KeepUnits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """An ordered list of edits and how they came about; the same inputs and seed give the same bytes."""
-
-    edits: tuple[Edit, ...]
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    versions: Mapping[str, str] = field(default_factory=dict)
+    def widths(self) -> Mapping[str, int]:
+        """Hidden units that each MLP is asked to keep, by path."""
+        ...
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Hidden width of each edited site after the cut."""
-        return {edit.site.path: edit.width for edit in self.edits}
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description of the plan."""
-        return {
-            "format": "vitrim-plan/1",
-            "method": self.method,
-            "options": dict(self.options),
-            "seed": self.seed,
-            "versions": dict(self.versions),
-            "edits": [edit.to_json() for edit in self.edits],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json`.
-
-        Raises:
-            CheckpointError: the document is not a plan of a format this version reads.
-        """
-        try:
-            if data["format"] != "vitrim-plan/1":
-                raise CheckpointError(f"plan: format is {data['format']!r}; this version reads 'vitrim-plan/1'.")
-            edits = tuple(KeepUnits.from_json(edit) for edit in data["edits"])
-            return cls(edits=edits, **{key: data[key] for key in ("method", "options", "seed", "versions")})
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"plan: damaged or incomplete ({error!r}); write it again with compress.") from None
+    def keep_ratio(self) -> float:
+        """Share of all hidden units that stay by the budget asked for; what a method of another kind goes by."""
+        ...
 
     @property
-    def sha256(self) -> str:
-        """Hash of the canonical JSON: equal plans, equal hash."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+    def generator(self) -> Generator:
+        """The one source of chance, seeded."""
+        ...
 
-    def below(self, prefix: str) -> Plan:
-        """The same plan as seen from a module that holds this one's root at `prefix`."""
-        return replace(self, edits=tuple(edit.below(prefix) for edit in self.edits))
+    @property
+    def has_images(self) -> bool:
+        """Whether there are calibration images; without, `observe` can't be asked."""
+        ...
 
-    def without_tensors(self) -> Plan:
-        """The reshape half alone: indices and widths, no repaired tensors."""
-        return replace(self, edits=tuple(replace(edit, repaired={}) for edit in self.edits))
+    def tensor(self, name: str) -> Tensor:
+        """A parameter by its full name; never to be written to."""
+        ...
+
+    def weights(self, site: MlpSite) -> MlpWeights:
+        """The canonical view of an MLP's weights."""
+        ...
+
+    def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Run the calibration images, and call `see(path, input, output)` for each batch at each of these modules."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,58 +39,83 @@ class Stream:
         self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor], *, frozen: bool, spill: Path | None
     ) -> None:
         self.model, self.blocks, self.batches, self.frozen = model, blocks, batches, frozen
-        self.outputs = _Calls(spill and spill / "outputs")
+        self.outputs = Store(spill and spill / "outputs")
         self.device = device_of(model)
-        self.calls = _Calls(spill and spill / "calls")
+        self.calls = Store(spill and spill / "calls")
         self.chained = _links(model, blocks, batches[0][:2].to(self.device))
+        self.at: int | None = None
 
     def enter(self, index: int) -> None:
-        """Make `calls` the arguments of block `index`, given that the blocks before it are final."""
-        if index > 0 and self.chained[index]:
-            previous = submodule(self.model, self.blocks[index - 1])
-            with evaluating(self.model):
-                for i in range(len(self.batches)):
-                    args, kwargs = self.calls.get(i)
-                    if self.outputs.has(i):
-                        output = self.outputs.get(i)
-                    else:
-                        output = first_tensor(previous(*_to(args, self.device), **_to(kwargs, self.device))).cpu()
-                    self.calls.put(i, ((output, *args[1:]), kwargs))
+        """Make `calls` the arguments of block `index`, given that the blocks before it are final.
+
+        Where the stream stands at an earlier block of the same chain it goes on from there, else the model is run up to
+        the block.
+        """
+        start, self.at = self.at, index
+        if start is not None and start < index and all(self.chained[start + 1 : index + 1]):
+            self._go_on(start, index)
         else:
             block = self.blocks[index]
-            for i, batch in enumerate(self.batches):
-                self.calls.put(i, _to(_catch_call(self.model, block, batch.to(self.device)), "cpu"))
+            for i in range(len(self.batches)):
+                batch = self.batches[i].to(self.device)
+                self.calls.put(i, _to(_catch_call(self.model, block, batch), "cpu"))
         self.outputs.clear()
+
+    def _go_on(self, start: int, end: int) -> None:
+        """Run blocks `start`..`end` - 1 on their arguments; an output of the first that has been seen is taken."""
+        passed = [submodule(self.model, block) for block in self.blocks[start:end]]
+        with evaluating(self.model):
+            for i in range(len(self.batches)):
+                (args, kwargs), left = self.calls.get(i), passed
+                if self.outputs.has(i):
+                    args, left = (self.outputs.get(i), *args[1:]), passed[1:]
+                if left:
+                    args, kwargs = _to(args, self.device), _to(kwargs, self.device)
+                for block in left:
+                    args = (first_tensor(block(*args, **kwargs)), *args[1:])
+                self.calls.put(i, _to((args, kwargs), "cpu"))
 
     def call(self, index: int) -> Call:
         """Batch `index`'s arguments, on the model's device."""
         return _to(self.calls.get(index), self.device)
 
-    def observe(self, site: MlpSite, index: int) -> dict[str, Tensor]:
-        """Run the block on a batch; its output, and the MLP's input, hidden activations and output, as (N, width)."""
-        seen: dict[str, Tensor] = {}
-        value, output = submodule(self.model, site.value), submodule(self.model, site.output)
-
-        def see_input(_: nn.Module, args: Any) -> None:
-            seen["input"] = args[0]
-
-        def see_output(_: nn.Module, args: Any, out: Any) -> None:
-            seen["hidden"], seen["mlp"] = args[0], out
-
-        handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
+    def run(self, index: int) -> None:
+        """Have `outputs` hold what the block puts out for a batch, on the CPU; for a frozen model."""
+        assert self.at is not None and self.frozen
         args, kwargs = self.call(index)
-        try:
-            with evaluating(self.model):
-                seen["block"] = first_tensor(submodule(self.model, site.block)(*args, **kwargs))
-            if self.frozen:
-                self.outputs.put(index, seen["block"].cpu())
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {name: tensor.reshape(-1, tensor.shape[-1]).float() for name, tensor in seen.items()}
+        with evaluating(self.model):
+            self.outputs.put(index, first_tensor(submodule(self.model, self.blocks[self.at])(*args, **kwargs)).cpu())
+
+    def observe(self, site: MlpSite, index: int) -> dict[str, Tensor]:
+        """`observe` on a batch; a frozen model's output is kept."""
+        output, seen = observe(self.model, site, self.call(index))
+        if self.frozen:
+            self.outputs.put(index, output.cpu())
+        return seen
 
 
-class _Calls:
+def observe(model: nn.Module, site: MlpSite, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a block on arguments: its output, and as (N, width) what the MLP in it takes, hides and puts out."""
+    seen: dict[str, Tensor] = {}
+    value, output = submodule(model, site.value), submodule(model, site.output)
+
+    def see_input(_: nn.Module, args: Any) -> None:
+        seen["input"] = args[0]
+
+    def see_output(_: nn.Module, args: Any, out: Any) -> None:
+        seen["hidden"], seen["mlp"] = args[0], out
+
+    handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
+    try:
+        with evaluating(model):
+            seen["block"] = first_tensor(submodule(model, site.block)(*call[0], **call[1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen["block"], {name: tensor.reshape(-1, tensor.shape[-1]).float() for name, tensor in seen.items()}
+
+
+class Store(Sequence[Any]):
     """Values by the number of their batch, in memory, or with their tensors in files of a folder."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -99,6 +124,12 @@ class _Calls:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.get(range(len(self))[index])
 
     def has(self, index: int) -> bool:
         """Whether there is a value for a batch."""
@@ -172,6 +203,24 @@ def forward_order(model: nn.Module, sites: Sequence[MlpSite], images: Tensor) ->
     """The blocks that hold sites, in the order in which the data meets them."""
     device = next(model.parameters()).device
     return list(_record(model, list(dict.fromkeys(site.block for site in sites)), images.to(device)))
+
+
+def stream_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[int, int]:
+    """Bytes an image that the arguments of a block take in a stream, and its output: the most over all blocks.
+
+    Args:
+        model: the model; it is run once.
+        blocks: the blocks that a stream will visit.
+        images: a few images; what a batch holds once for all its images is counted too often, never too seldom.
+    """
+    seen = _record(model, blocks, images.to(device_of(model))).values()
+    calls, outputs = (max(map(_num_bytes, values)) for values in zip(*seen, strict=True))
+    return -(-calls // len(images)), -(-outputs // len(images))
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of the tensors in nested values."""
+    return sum(leaf.nbytes for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
 
 
 def _links(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[bool]:

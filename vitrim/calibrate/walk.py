@@ -10,7 +10,7 @@ Shapes: N tokens, H hidden units, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,12 +185,7 @@ def _visit(
     generator = torch.Generator().manual_seed(0)
     for index in range(len(student.batches)):
         theirs, ours = teacher.observe(site, index), student.observe(site, index)
-        target_ND = theirs["mlp"]
-        if scale_D is not None and feedback > 0:
-            # Where the scale is next to nothing, no output of the MLP could correct the stream.
-            inverse_D = torch.where(scale_D.abs() > 1e-3 * scale_D.abs().max(), 1 / scale_D, 0.0)
-            behind = (theirs["block"] - scale_D * theirs["mlp"]) - (ours["block"] - scale_D * ours["mlp"])
-            target_ND = target_ND + feedback * inverse_D * behind
+        target_ND = corrected(theirs, ours, scale_D, feedback)
         part = "fit" if index < num_fit else "held_out"
         if part == "fit":
             sums.add(ours["hidden"], target_ND)
@@ -202,14 +197,33 @@ def _visit(
         site=site,
         stats=sums.done(),
         scale_D=scale_D,
-        stands_alone=_stands_alone(student.model, site, student.observe(site, 0)),
+        stands_alone=stands_alone(student.model, site, student.observe(site, 0)),
         fit=pools["fit"],
         held_out=pools["held_out"],
         again=lambda: _visit(site, teacher, student, feedback, num_held_out, max_tokens, moments),
     )
 
 
-def _stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:
+def corrected(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], scale_D: Tensor | None, feedback: float
+) -> Tensor:
+    """What the student's MLP should put out: the teacher's output, and a share of what its stream is behind.
+
+    Args:
+        theirs: what the teacher's block was observed to do, tokens (N, D).
+        ours: the same of the student's.
+        scale_D: layer scale behind the MLP; None where there is no fixed one, and then no feedback.
+        feedback: the share, 0..1.
+    """
+    if scale_D is None or feedback == 0:
+        return theirs["mlp"]
+    # Where the scale is next to nothing, no output of the MLP could correct the stream.
+    inverse_D = torch.where(scale_D.abs() > 1e-3 * scale_D.abs().max(), 1 / scale_D, 0.0)
+    behind = (theirs["block"] - scale_D * theirs["mlp"]) - (ours["block"] - scale_D * ours["mlp"])
+    return theirs["mlp"] + feedback * inverse_D * behind
+
+
+def stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:
     """Whether running the MLP on its caught inputs gives the outputs it gave inside its block."""
     with evaluating(model):
         again_ND = mlp_output(model, site, seen["input"][:64].to(weight_of(model, site.output).dtype))

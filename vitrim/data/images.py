@@ -130,17 +130,28 @@ class ImageSet(Dataset):
 
     def _load(self, index: int) -> tuple[Tensor, int]:
         image, label = self._rows.read(self._indices[index])
-        if isinstance(image, Image.Image):
-            with _seeded(self._seed, self._epoch, index):
-                image = (self._transform or _to_unit_range)(image.convert("RGB"))
-        is_tensor = isinstance(image, Tensor)
-        if not (is_tensor and (image.ndim == 3 if image.is_floating_point() else image.ndim == 1)):
-            got = f"{image.dtype} {tuple(image.shape)}" if is_tensor else type(image).__name__
-            raise DataError(
-                f"{self.name}: item {index} is {got}; use PIL images or float tensors (C, H, W), or for a text "
-                "encoder token ids (N,)."
-            )
-        return image, label
+        return prepare(image, self._transform, name=self.name, seed=self._seed, epoch=self._epoch, index=index), label
+
+
+def prepare(
+    image: Any, transform: Transform | None, *, name: str, seed: int | None = None, epoch: int = 0, index: int = 0
+) -> Tensor:
+    """An image through a transform, drawn under (seed, epoch, index); tensors are taken as they are.
+
+    Raises:
+        DataError: it is neither a PIL image nor a tensor of the right kind.
+    """
+    if isinstance(image, Image.Image):
+        with _seeded(seed, epoch, index):
+            image = (transform or _to_unit_range)(image.convert("RGB"))
+    is_tensor = isinstance(image, Tensor)
+    if not (is_tensor and (image.ndim == 3 if image.is_floating_point() else image.ndim == 1)):
+        got = f"{image.dtype} {tuple(image.shape)}" if is_tensor else type(image).__name__
+        raise DataError(
+            f"{name}: item {index} is {got}; use PIL images or float tensors (C, H, W), or for a text "
+            "encoder token ids (N,)."
+        )
+    return image
 
 
 def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
@@ -159,10 +170,10 @@ def open_images(
 
     Args:
         source: a folder of images (any depth; the names of first-level sub-folders are labels if every image
-            lies in one of two or more), a `.parquet` file or a folder of them, a folder written by
-            `save_to_disk`, a `datasets.Dataset` or `DatasetDict`, a torch `Dataset` or `DataLoader`, "digits"
-            (scikit-learn's 8x8 digits), or any other iterable of tensors, PIL images or pairs with a label. A
-            4-d tensor is a batch.
+            lies in one of two or more), a `.parquet` file or a folder of them, `.tar` files (webdataset's shards:
+            one, a folder, a list, or `{000..127}` in a name), a folder written by `save_to_disk`, a
+            `datasets.Dataset` or `DatasetDict`, a torch `Dataset` or `DataLoader`, "digits" (scikit-learn's 8x8
+            digits), or any other iterable of tensors, PIL images or pairs with a label. A 4-d tensor is a batch.
         transform: from a PIL image to a tensor (C, H, W); see `transform_for`.
         split: which part of a source that has parts: "digits", `DatasetDict`, parquet files named after
             splits.

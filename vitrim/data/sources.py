@@ -23,14 +23,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from vitrim.data.shards import IMAGE_SUFFIXES, TarIndex, can_seek, shard_urls
 from vitrim.errors import DataError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "y")
 SPLIT_WORDS = {"train", "test", "validation", "valid", "val"}
 ALLOWED = (
-    "pass a folder of images, a .parquet file or a folder of them, a datasets.Dataset or where it was saved, "
+    "pass a folder of images, a .parquet or .tar file or a folder of them, a datasets.Dataset or where it was saved, "
     "a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
 )
 NUM_DIGITS_TRAIN = 1437  # of 1797; the test part has 360
@@ -63,12 +63,15 @@ def open_rows(source: Any, *, split: str, limit: int | None) -> tuple[Rows, str]
     """
     if isinstance(source, str) and source == "digits":
         return _digits(split), f"digits ({split})"
+    urls = shard_urls(source)
+    if urls is not None:
+        return _Shards(_on_disk(urls)), name_of(source)
     if isinstance(source, str | Path):
         return _open_path(Path(source), split), str(source)
     name = type(source).__name__
     hugging_face = sys.modules.get("datasets")  # whoever holds one of its objects has imported it
     if hugging_face is not None and isinstance(source, hugging_face.DatasetDict | hugging_face.Dataset):
-        return _HuggingFace(_choose_split(source, split, name), name), name
+        return _HuggingFace(choose_split(source, split, name), name), name
     if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
         source = source.dataset
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
@@ -83,22 +86,38 @@ def items_of(items: Sequence[Any], name: str) -> Rows:
     return _Items(items, name)
 
 
+def name_of(source: Any) -> str:
+    """A name to show for shards: the source itself, or the first of a list."""
+    return str(source) if isinstance(source, str | Path) else f"{source[0]} and {len(source) - 1} more"
+
+
+def _on_disk(urls: Sequence[str]) -> list[Path]:
+    """Shards as files."""
+    others = [url for url in urls if not can_seek(url)]
+    if others:
+        raise DataError(f"{others[0]}: can only be read as a stream, and images by number are needed here; {ALLOWED}.")
+    return [Path(url) for url in urls]
+
+
 def _open_path(path: Path, split: str) -> Rows:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; {ALLOWED}.")
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise DataError(f"{path}: not a .parquet file; {ALLOWED}.")
+            raise DataError(f"{path}: not a .parquet file, nor a .tar; {ALLOWED}.")
         return _Parquet([path])
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         import datasets
 
-        return _HuggingFace(_choose_split(datasets.load_from_disk(path), split, str(path)), str(path))
+        return _HuggingFace(choose_split(datasets.load_from_disk(path), split, str(path)), str(path))
     files = sorted(f for f in path.rglob("*") if not f.name.startswith(".") and f.is_file())
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    tars = [file for file in files if file.suffix.lower() == ".tar"]
     if parquet and not images:
-        return _Parquet(_files_of_split(parquet, path, split))
+        return _Parquet(files_of_split(parquet, path, split))
+    if tars and not images:
+        return _Shards(files_of_split(tars, path, split))
     return _Files(images, path)
 
 
@@ -116,7 +135,21 @@ class _Files:
 
     def read(self, row: int) -> tuple[Image.Image, int]:
         file = self._files[row]
-        return _decode(file), self._class_of[file.parent.name] if self.has_labels else -1
+        return decode(file), self._class_of[file.parent.name] if self.has_labels else -1
+
+
+class _Shards:
+    """Images in tar files."""
+
+    def __init__(self, files: Sequence[Path]):
+        self._index = TarIndex(files)
+        self.has_labels = any(label >= 0 for label in self._index.labels)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def read(self, row: int) -> tuple[Image.Image, int]:
+        return decode(self._index.read(row)), self._index.labels[row]
 
 
 class _Parquet:
@@ -136,7 +169,7 @@ class _Parquet:
         for path in files:
             try:
                 with parquet.ParquetFile(path) as file:
-                    self._columns = self._columns or _find_columns(file.schema_arrow, str(path))
+                    self._columns = self._columns or find_columns(file.schema_arrow, str(path))
                     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable parquet file ({error}); write or download it again.") from None
@@ -175,7 +208,7 @@ class _HuggingFace:
 
     def __init__(self, dataset: Any, name: str):
         self._rows = dataset.with_format("arrow")
-        self._columns = _find_columns(dataset.features.arrow_schema, name)
+        self._columns = find_columns(dataset.features.arrow_schema, name)
         self.has_labels = len(self._columns) > 1
 
     def __len__(self) -> int:
@@ -198,8 +231,8 @@ class _Items:
         return len(self._items)
 
     def read(self, row: int) -> tuple[Any, int]:
-        image, label = _unpack(self._items[row])
-        return image, _as_label(label)
+        image, label = unpack(self._items[row])
+        return image, as_label(label)
 
     def _label_of_first(self, row: int) -> int:
         try:
@@ -228,14 +261,14 @@ def _collect(source: Iterable[Any], limit: int | None) -> list[tuple[Any, Any]]:
 
 
 def _unbatch(item: Any) -> Iterable[tuple[Any, Any]]:
-    image, label = _unpack(item)
+    image, label = unpack(item)
     if not (isinstance(image, Tensor) and image.ndim == 4):
         return [(image, label)]
     has_labels = isinstance(label, Tensor | Sequence) and len(label) == len(image)
     return zip(image, label if has_labels else [-1] * len(image), strict=True)
 
 
-def _unpack(item: Any) -> tuple[Any, Any]:
+def unpack(item: Any) -> tuple[Any, Any]:
     """Image and label of an item: an image, a sequence that starts with both, or a dict that names them."""
     if isinstance(item, Mapping):
         image = next((item[key] for key in IMAGE_COLUMNS if key in item), None)
@@ -245,7 +278,7 @@ def _unpack(item: Any) -> tuple[Any, Any]:
     return item, -1
 
 
-def _as_label(value: Any) -> int:
+def as_label(value: Any) -> int:
     """A class number, or -1 for whatever is none (captions, one-hot rows, None)."""
     try:
         return operator.index(value)
@@ -253,7 +286,8 @@ def _as_label(value: Any) -> int:
         return -1
 
 
-def _choose_split(dataset: Any, split: str, name: str) -> Any:
+def choose_split(dataset: Any, split: str, name: str) -> Any:
+    """The part of a Hugging Face set that a split names; the set itself where it has no parts."""
     if not isinstance(dataset, Mapping):
         return dataset
     if split not in dataset:
@@ -261,17 +295,18 @@ def _choose_split(dataset: Any, split: str, name: str) -> Any:
     return dataset[split]
 
 
-def _files_of_split(files: Sequence[Path], root: Path, split: str) -> Sequence[Path]:
+def files_of_split(files: Sequence[Path], root: Path, split: str) -> Sequence[Path]:
     """The files with the split's name as a word of their path; all of them if no path names any split."""
     words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower())) for file in files}
     chosen = [file for file in files if split in words[file]]
     others = sorted(set().union(*words.values()) & SPLIT_WORDS)
     if not chosen and others:
-        raise DataError(f"{root}: no parquet file of split {split!r}; use one of {others}, or pass one file.")
+        kind = files[0].suffix[1:]
+        raise DataError(f"{root}: no {kind} file of split {split!r}; use one of {others}, or pass one file.")
     return chosen or files
 
 
-def _find_columns(schema: Any, where: str) -> list[str]:
+def find_columns(schema: Any, where: str) -> list[str]:
     """Names of the image column and, where there is one, of the label column of an arrow schema."""
     from pyarrow import types
 
@@ -300,10 +335,10 @@ def _read_cells(table: Any, columns: Sequence[str], root: Path) -> tuple[Image.I
         cell = root / (cell.get("path") or "") if cell["bytes"] is None else cell["bytes"]
     if cell is None:
         raise OSError("the cell is empty")
-    return _decode(cell), _as_label(label)
+    return decode(cell), as_label(label)
 
 
-def _decode(encoded: bytes | Path) -> Image.Image:
+def decode(encoded: bytes | Path) -> Image.Image:
     """Decode an image file or its bytes; whatever PIL raises for a broken or oversized one, raise OSError."""
     try:
         with warnings.catch_warnings():

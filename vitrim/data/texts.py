@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitrim.data.images import ImageSet, open_images
+from vitrim.data.shards import shard_urls
 from vitrim.data.sources import items_of
 from vitrim.errors import DataError
 
@@ -48,11 +49,13 @@ def open_texts(source: Any, *, tokenizer: Any, num_tokens: int, limit: int | Non
 
 
 def is_text(source: Any) -> bool:
-    """Whether a source is text: a `.txt` file, a folder that holds some, or strings."""
+    """Whether a source is text: a `.txt` file, a folder that holds some, or strings that name no shards."""
     if isinstance(source, str | Path):
         path = Path(source)
         return path.suffix == ".txt" or (path.is_dir() and any(path.rglob("*.txt")))
-    return isinstance(source, Sequence) and len(source) > 0 and isinstance(source[0], str)
+    return (
+        isinstance(source, Sequence) and len(source) > 0 and isinstance(source[0], str) and shard_urls(source) is None
+    )
 
 
 def _texts(source: Any) -> tuple[list[str], str]:

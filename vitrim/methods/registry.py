@@ -1,17 +1,18 @@
-"""The list of methods. A method registers one function that looks at a site and returns the units to keep."""
+"""The list of methods. A method registers one function: of one MLP, which units stay; or of a whole model, edits."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from vitrim.errors import RecipeError
-from vitrim.types import SiteView
+from vitrim.surgery import Edit, KeepUnits
+from vitrim.types import ModelView, SiteView
 
 Needs = Literal["weights", "images"]
 
@@ -23,25 +24,45 @@ class MethodOptions(BaseModel):
 
 
 Select = Callable[[SiteView, Any], Tensor]
+Propose = Callable[[ModelView, Any], Iterator[Edit]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A registered method.
 
-    `needs` tells whether it looks at calibration images; `repairs` whether the closed-form repair follows by
-    default, which it does not where a paper's own procedure is reproduced.
+    A method of scope `site` has `select`: which hidden units of one MLP stay, in pick order. One of scope `model` has
+    `propose`: a generator of edits, each carried out before it is asked for the next. `needs` tells whether it looks
+    at calibration images; `repairs` whether the closed-form repair follows by default, which it does not where a
+    paper's own procedure is reproduced. Cuts of hidden units that come without tensors are repaired like those of
+    any other method, after the last edit. `edits` are the kinds it makes.
     """
 
     name: str
-    select: Select
+    select: Select | None
+    propose: Propose | None
     options: type[MethodOptions]
     needs: Needs
     paper: str
     arxiv: str
     summary: str
     repairs: bool
-    edit: str = "keep units"
+    edits: tuple[type[Edit], ...] = (KeepUnits,)
+
+    @property
+    def edit(self) -> str:
+        """The kinds of edit in words."""
+        return ", ".join(kind.KIND.replace("_", " ") for kind in self.edits)
+
+    @property
+    def first_stage(self) -> int:
+        """The lowest stage of its edits: nothing before it may have a higher one."""
+        return min(kind.STAGE for kind in self.edits)
+
+    @property
+    def last_stage(self) -> int:
+        """The highest stage of its edits."""
+        return max(kind.STAGE for kind in self.edits)
 
     def parse_options(self, values: dict[str, Any] | None) -> MethodOptions:
         """Check a mapping of options against the method's own class.
@@ -61,24 +82,29 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+Decide = TypeVar("Decide", bound=Callable[..., Any])
 
 
 def register(
     name: str,
     *,
+    scope: Literal["site", "model"] = "site",
+    edits: tuple[type[Edit], ...] = (KeepUnits,),
     options: type[MethodOptions] = MethodOptions,
     needs: Needs,
     paper: str,
     arxiv: str,
     summary: str,
     repairs: bool,
-) -> Callable[[Select], Select]:
-    """Register a selection function under a name; one function may serve several names with other defaults."""
+) -> Callable[[Decide], Decide]:
+    """Register a function under a name; one function may serve several names with other defaults."""
 
-    def add(select: Select) -> Select:
+    def add(decide: Decide) -> Decide:
         METHODS[name] = Method(
             name=name,
-            select=select,
+            select=decide if scope == "site" else None,
+            propose=decide if scope == "model" else None,
+            edits=edits,
             options=options,
             needs=needs,
             paper=paper,
@@ -86,7 +112,7 @@ def register(
             summary=summary,
             repairs=repairs,
         )
-        return select
+        return decide
 
     return add
 

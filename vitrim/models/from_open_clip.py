@@ -8,7 +8,7 @@ import difflib
 import importlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitrim.errors import ModelError
 from vitrim.models import from_timm
 from vitrim.models.origin import Origin, in_one_line, on_meta, plain_json, require
-from vitrim.types import Edit
+from vitrim.surgery import KeepUnits
 
 WEIGHTS = "open_clip_model.safetensors"
 SHARDED = False
@@ -75,7 +75,7 @@ def build(origin: Origin) -> nn.Module:
     return _build(require("open_clip", "clip"), origin.model_args)
 
 
-def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
     """Every `mlp_ratio` that may give these widths; a timm tower takes it through a timm config of its own."""
     for ratio in from_timm.mlp_ratios(edits):
         args = copy.deepcopy(dict(origin.model_args))
@@ -113,6 +113,27 @@ def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
     """The same names; open_clip converts only checkpoints of other code, which it reads itself."""
     known = model.state_dict()
     return {name: name for name in fakes if name in known}
+
+
+def tokenizer(origin: Origin) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer of a pair: open_clip's own, or one of transformers, from the model's folder or the hub."""
+    text = origin.model_args["text_cfg"]
+    options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    with in_one_line(f"{origin.name}: tokenizer"):
+        found = importlib.import_module("open_clip.tokenizer")
+        if not text.get("hf_tokenizer_name"):
+            return found.SimpleTokenizer(**options)
+        require("transformers", "hf")
+        beside = origin.folder if origin.folder and any(Path(origin.folder).glob("tokenizer*")) else None
+        name = beside or text["hf_tokenizer_name"]
+        return found.HFTokenizer(name, tokenizer_mode=text.get("tokenizer_mode"), **options)
+
+
+def imagenet() -> tuple[Sequence[str], Mapping[str, Sequence[Callable[[str], str]]]]:
+    """The class names of ImageNet-1K, and sets of templates, as open_clip has them."""
+    known = require("open_clip", "clip")
+    sets = {"openai": known.OPENAI_IMAGENET_TEMPLATES, "simple": known.SIMPLE_IMAGENET_TEMPLATES}
+    return known.IMAGENET_CLASSNAMES, sets
 
 
 def _build(open_clip: Any, config: Any) -> nn.Module:

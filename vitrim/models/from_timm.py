@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models.origin import Origin, in_one_line, match_buffers_, on_meta, plain_json
+from vitrim.surgery import KeepUnits
 from vitrim.tensor_files import TensorFiles, open_tensors
-from vitrim.types import Edit
 
 WEIGHTS = "model.safetensors"
 SHARDED = False
@@ -82,7 +82,7 @@ def build(origin: Origin) -> nn.Module:
     return timm.create_model(origin.architecture, pretrained=False, **origin.model_args)
 
 
-def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
     """Every `mlp_ratio` that may give these widths."""
     for ratio in mlp_ratios(edits):
         yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
@@ -115,7 +115,7 @@ def in_timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     return cleaned if original_names is None else original_names(cleaned, model)
 
 
-def mlp_ratios(edits: Sequence[Edit]) -> Iterator[float]:
+def mlp_ratios(edits: Sequence[KeepUnits]) -> Iterator[float]:
     """Ratios that may give these widths: as they are, nudged over the truncation, and doubled for packed gates."""
     edit = edits[0]
     for count in (edit.width, 2 * edit.width):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta
-from vitrim.types import Edit
+from vitrim.surgery import KeepUnits
 
 WEIGHTS = "model.safetensors"
 SHARDED = False
@@ -51,7 +51,7 @@ def build(origin: Origin) -> nn.Module:
     return models.get_model(origin.architecture, **origin.model_args)
 
 
-def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
     """Nothing: torchvision reads no config."""
     return iter(())
 

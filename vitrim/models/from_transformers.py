@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitrim.errors import ModelError
 from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.taps import encoder_path
-from vitrim.types import Edit
+from vitrim.surgery import KeepUnits
 
 WEIGHTS = "model.safetensors"
 SHARDED = True
@@ -83,7 +83,7 @@ def build(origin: Origin) -> nn.Module:
     return getattr(transformers, origin.architecture)(config)
 
 
-def resized(origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
     """Every `intermediate_size` or `mlp_ratio` that may give these widths, in the config of the encoder."""
     edit = edits[0]
     for key, values in {
@@ -233,7 +233,7 @@ def _in_timm_words(said: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _mlp_ratios(edit: Edit) -> list[float | int]:
+def _mlp_ratios(edit: KeepUnits) -> list[float | int]:
     """Ratios that may give a width; some configs take whole numbers only and round what comes of them."""
     exact = [ratio for ratio in range(1, 9) if ratio * edit.site.d_model == edit.width]
     nudged = [(edit.width + extra) / edit.site.d_model for extra in (0, 0.5)]

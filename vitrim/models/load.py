@@ -78,7 +78,7 @@ def tokenizer_of(origin: Origin) -> Any:
     Raises:
         ModelError: there is none; token ids can be passed instead of text.
     """
-    folder = origin.preprocessing.get("tokenizer")
+    folder = origin.preprocessing.get("tokenizer", origin.folder)
     # Without these files transformers makes a tokenizer to which every word is unknown.
     if folder is None or not any(True for pattern in VOCABULARIES for _ in Path(folder).glob(pattern)):
         raise ModelError(f"{origin.name}: has no tokenizer beside it; pass rows of token ids (N,) instead of text.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
-from vitrim.types import Edit, KeepUnits, MlpSite
+from vitrim.surgery import Edit, KeepUnits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Origin:
 
     `library` is None for a module that only its owner can build. `encoder` is the path of the part that takes the
     images, "" for the whole model. `folder` is where the files beside the weights (tokenizer, processor) come from.
-    `earlier` are the widths of a model that had been cut before, as site and width.
+    `earlier` are the edits, by their shape alone, of a model that had been cut before.
     """
 
     name: str
@@ -41,13 +41,12 @@ class Origin:
 
     @property
     def earlier_edits(self) -> list[Edit]:
-        """Edits that give the library's own architecture the widths that this model had when it was opened."""
-        return [KeepUnits(site=MlpSite(**cut["site"]), keep=tuple(range(cut["width"]))) for cut in self.earlier]
+        """Edits that give the library's own architecture the form that this model had when it was opened."""
+        return [Edit.from_json(edit) for edit in self.earlier]
 
     def after(self, edits: Sequence[Edit]) -> Origin:
         """The origin of a model that these edits have been made to."""
-        cuts = [{"site": edit.to_json()["site"], "width": edit.width} for edit in edits]
-        return replace(self, earlier=(*self.earlier, *cuts))
+        return replace(self, earlier=(*self.earlier, *(edit.shape_only().to_json() for edit in edits)))
 
     def without_place(self) -> Origin:
         """The same without the folder that it came from, which another machine does not have."""
@@ -102,7 +101,7 @@ class Library(Protocol):
         """The uncut architecture, uninitialised or random."""
         ...
 
-    def resized(self, origin: Origin, edits: Sequence[Edit]) -> Iterator[Origin]:
+    def resized(self, origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
         """Origins that may build the model with the edited widths; the caller checks which one does."""
         ...
 

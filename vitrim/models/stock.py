@@ -10,8 +10,8 @@ from torch import nn
 from vitrim.models.load import build_empty, library
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
-from vitrim.surgery import reshape_
-from vitrim.types import Edit, KeepUnits, MlpSite
+from vitrim.surgery import Edit, KeepUnits, reshape_
+from vitrim.types import MlpSite
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,13 +26,15 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
     Returns:
         The origin with the library's own arguments, or None where its config can't express the widths.
     """
-    reader = library(origin.library)
+    reader, cuts = library(origin.library), _cuts(edits)
     if reader is None or not edits:
         return origin if reader is not None and not edits else None
+    if cuts is None:
+        return None
     wanted = build_empty(origin)
     reshape_(wanted, edits)
     shapes = _shapes(wanted)
-    for candidate in reader.resized(origin, edits):
+    for candidate in reader.resized(origin, cuts):
         try:
             built = _shapes(build_empty(replace(candidate, earlier=())))
         except Exception:  # the architecture has no such argument, or refuses this value, each in its own way
@@ -71,11 +73,17 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
     """One line for the user: the library can't express these widths, and the nearest that it could."""
     if origin.library is None:
         return "no library can build this model, so the result loads with vitrim.load(path, model=...)."
-    edit, cut = plan_edits[0], {edit.site.path for edit in plan_edits}
+    cuts = _cuts(plan_edits)
+    if cuts is None:
+        others = {edit.KIND.replace("_", " ") for edit in plan_edits if not isinstance(edit, KeepUnits)}
+        return (
+            f"{origin.library} has no config for {', '.join(sorted(others))}; the result loads with vitrim.load(path)."
+        )
+    edit, cut = cuts[0], {edit.site.path for edit in cuts}
     others = [site for site in find_mlps(build_empty(origin), scope=origin.encoder) if site.path not in cut]
     if others:  # no width of the others is to be changed, so there is none to look for
         return f"{origin.library} has no config that cuts {len(cut)} of {len(cut) + len(others)} MLPs."
-    nearest = nearest_stock_width(origin, [edit.site for edit in plan_edits], edit.width)
+    nearest = nearest_stock_width(origin, [edit.site for edit in cuts], edit.width)
     hint = "" if nearest in (None, edit.width) else f"; the nearest that it could is {nearest} (--stock picks it)"
     return f"{origin.library} has no config for these widths ({edit.width} of {edit.site.d_hidden}){hint}."
 
@@ -86,6 +94,12 @@ def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
     if reader is None:
         return f'vitrim.load("{folder}")' if origin.library else f'vitrim.load("{folder}", model=...)'
     return reader.LOADS.format(folder=folder, architecture=origin.architecture)
+
+
+def _cuts(edits: Sequence[Edit]) -> list[KeepUnits] | None:
+    """The last cut of each site, where edits are cuts of hidden units alone."""
+    cuts = {edit.site.path: edit for edit in edits if isinstance(edit, KeepUnits)}
+    return None if any(not isinstance(edit, KeepUnits) for edit in edits) else list(cuts.values())
 
 
 def _first_units(site: MlpSite, width: int) -> KeepUnits:

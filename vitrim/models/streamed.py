@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitrim.surgery import submodule, transform
+from vitrim.surgery import KeepUnits, submodule, transform
 from vitrim.tensor_files import check_finite
-from vitrim.types import Edit
 
 
 class StreamedModel:
@@ -37,7 +36,7 @@ class StreamedModel:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.tensors, self.device, self.dtype = model, tensors, device, dtype
-        self.edits: list[Edit] = []
+        self.edits: list[KeepUnits] = []
         self.resident: str | None = None
         self._names = {block: [n for n in model.state_dict() if n.startswith(f"{block}.")] for block in blocks}
         inside = {name for names in self._names.values() for name in names}
@@ -61,7 +60,7 @@ class StreamedModel:
         for hook in self._hooks:
             hook.remove()
 
-    def _fill_(self, names: Sequence[str], edits: Sequence[Edit] = ()) -> None:
+    def _fill_(self, names: Sequence[str], edits: Sequence[KeepUnits] = ()) -> None:
         with torch.inference_mode(False):  # a block is entered from forward passes, and may be trained afterwards
             placed = dict(transform(_Lazily(names, self._read), edits))
             self.model.load_state_dict(placed, strict=False, assign=True)

@@ -10,27 +10,35 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from vitrim.checkpoint import has_state, load_state, save_state
-from vitrim.data import ImageSet
-from vitrim.errors import Interrupted
+from vitrim.data import ImageSet, ImageStream
+from vitrim.errors import Interrupted, RecipeError
 from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
+from vitrim.recover.elastic import Widths
+from vitrim.recover.order import StreamOrder
+from vitrim.recover.parallel import any_process
 from vitrim.recover.run import Recovery, Run
 from vitrim.recover.schedule import stop_on_interrupt
+from vitrim.recover.state import clear_state, has_state, load_state, save_state
+from vitrim.recover.targets import cache_folder
+from vitrim.recover.trackers import Trackers
 from vitrim.tensor_writer import read_journal
 
 
 def recover_(
     student: nn.Module,
     teacher: nn.Module,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     *,
     held_out: Sequence[Tensor],
     options: RecoverOptions,
@@ -38,8 +46,10 @@ def recover_(
     state: Path | None = None,
     resume: bool = False,
     log: Path | None = None,
+    logs: Path | None = None,
     quiet: bool = False,
     on_validation: Callable[[int, float], None] | None = None,
+    widths: Widths | None = None,
 ) -> Recovery:
     """Distil a teacher into a student, in place.
 
@@ -53,32 +63,56 @@ def recover_(
         state: where to keep a resumable state; None keeps none.
         resume: continue from `state` where it exists, or from the one before where it is damaged.
         log: file that gets one JSON line a step; None writes none.
+        logs: folder for the files of `options.track`.
         quiet: show no progress.
         on_validation: called with step and relative error whenever held-out images are judged.
+        widths: with `options.elastic`, the widths that the student is to serve.
 
     Returns:
         The curve and what was chosen.
 
     Raises:
         Interrupted: stopped by Ctrl-C; with `state`, the run can be resumed.
-        OutputError: the state could not be written; what was kept before is whole.
+        OutputError: the state or the teacher cache could not be written; what was kept before is whole.
+        CheckpointError: the folder of the teacher cache holds that of another teacher, other data or options.
+        RecipeError: `options.elastic` was given without widths, a tracker is unknown or has no folder, or what is asked
+            for can't be done with a stream.
+        MissingExtraError: a tracker is not installed.
     """
-    run = Run(student, teacher, images, held_out, options, seed)
-    keeper = _Keeper(run, state, log)
-    saved = load_state(state) if resume and state is not None and has_state(state) else None
+    if options.elastic is not None and widths is None:
+        raise RecipeError("recover.elastic: recover_ needs its widths; pass widths=Widths.of(recipe, sites).")
+    run = Run(student, teacher, images, held_out, options, seed, widths, cache_folder(options, state))
+    if not quiet and run.is_main:
+        for note in run.targets.notes:
+            print(note, file=sys.stderr)
+    keeper = _Keeper(run, state, log, Trackers(run.accelerator, options, logs))
     with run.trainable():
-        if saved is not None:
-            run.load(saved)
-            keeper.keep(write=False)
+        if resume and state is not None and has_state(state):
+            run.load(keeper.last())
         else:
+            if state is not None:
+                clear_state(state)
             run.start(quiet)
             keeper.keep()
             if on_validation:
                 on_validation(0, run.result.best_error)
         keeper.open_log()
-        _loop(run, keeper, quiet, on_validation)
-        run.student.load_state_dict(run.best)
+        try:
+            _loop(run, keeper, quiet, on_validation)
+        finally:
+            keeper.trackers.close()
+        run.finish()
+    run.result.notes = [*run.targets.notes, *run.result.notes, *_left_out(run)]
     return run.result
+
+
+def _left_out(run: Run) -> list[str]:
+    """How many images of a stream could not be read, over all processes."""
+    if not isinstance(run.order, StreamOrder):
+        return []
+    mine = torch.tensor(len(run.order.unreadable), device=run.device)
+    num_images = int(run.accelerator.reduce(mine, reduction="sum"))  # type: ignore[arg-type]
+    return [f"{num_images} images of the stream could not be read and were left out."] if num_images else []
 
 
 def _loop(run: Run, keeper: _Keeper, quiet: bool, on_validation: Callable[[int, float], None] | None) -> None:
@@ -100,8 +134,8 @@ def _loop(run: Run, keeper: _Keeper, quiet: bool, on_validation: Callable[[int, 
                 speed = (run.step - first) * run.order.global_batch / max(1e-9, time.monotonic() - bar.started)
                 bar.advance(1, f"error {run.result.curve[-1]['relative_error']:.4f}, {speed:.0f} images/s")
                 keeper.note(loss, error, speed)
-                stopped = stop.is_set() and run.step < run.num_steps
-                if due or stopped:
+                stopped = any_process(stop.is_set()) and run.step < run.num_steps
+                if stopped or run.is_kept():
                     keeper.keep()
                 if stopped:
                     where = f"; continue with --resume (state in {keeper.state})" if keeper.state else ""
@@ -111,27 +145,24 @@ def _loop(run: Run, keeper: _Keeper, quiet: bool, on_validation: Callable[[int, 
 class _Keeper:
     """Keeps good states, on disk or in memory, and the log."""
 
-    def __init__(self, run: Run, state: Path | None, log: Path | None) -> None:
-        self.run, self.state, self.log = run, state, log
-        # Other processes may not see this one's disk, so with several each keeps a copy of its own for a roll-back.
-        self.in_memory = state is None or run.accelerator.num_processes > 1
+    def __init__(self, run: Run, state: Path | None, log: Path | None, trackers: Trackers) -> None:
+        self.run, self.state, self.log, self.trackers = run, state, log, trackers
         self.copy: dict[str, Any] = {}
 
-    def keep(self, *, write: bool = True) -> None:
+    def keep(self) -> None:
         """Keep the run as it stands."""
-        if self.in_memory:
-            self.copy = _to_cpu(self.run.state())
-        if write and self.state is not None and self.run.is_main:
+        if self.state is None:
+            self.copy = _copied(self.run.state())
+        else:
             save_state(self.state, self.run.state())
 
     def last(self) -> dict[str, Any]:
         """The last good state."""
-        if self.in_memory or self.state is None:
-            return self.copy
-        return load_state(self.state)
+        return self.copy if self.state is None else load_state(self.state, self.run.place)
 
     def open_log(self) -> None:
-        """Start the log, or cut off what a stopped run logged after its last state."""
+        """Start the log and the trackers, or cut off what a stopped run logged after its last state."""
+        self.trackers.open(self.run.step)
         if self.log is None or not self.run.is_main:
             return
         kept = [line for line in read_journal(self.log) if line["step"] <= self.run.step] if self.run.step else []
@@ -139,19 +170,21 @@ class _Keeper:
 
     def note(self, loss: float, error: float | None, speed: float) -> None:
         """Log a step."""
+        values = {"loss": loss, "lr": self.run.current_rate, "images_per_s": round(speed, 1)}
+        values |= {} if error is None else {"relative_error": error}
+        self.trackers.note(self.run.step, values)
         if self.log is None or not self.run.is_main:
             return
-        line = {"step": self.run.step, "loss": loss, "lr": self.run.current_rate, "images_per_s": round(speed, 1)}
         with self.log.open("a") as file:
-            file.write(json.dumps(line if error is None else {**line, "relative_error": error}) + "\n")
+            file.write(json.dumps({"step": self.run.step, **values}) + "\n")
 
 
-def _to_cpu(value: Any) -> Any:
-    """A copy of nested values, tensors on the CPU."""
+def _copied(value: Any) -> Any:
+    """A copy of nested values; whole tensors go to the CPU, shards are small and stay."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().clone() if isinstance(value, DTensor) else value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to_cpu(item) for item in value)
+        return type(value)(_copied(item) for item in value)
     return value

@@ -6,7 +6,8 @@ bounded run of Adam on cached tokens. The result is taken only if it is better o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -42,21 +43,69 @@ def refit_(
     Returns:
         Mean squared error on held-out tokens before and after.
     """
-    site = visit.site
+    site, inputs, targets = visit.site, visit.fit.inputs_ND, visit.fit.targets_ND
     parameters = list(_site_parameters(student, site).values())
-    scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(parameters[0].device)
-    with _training(submodule(student, site.path), parameters):
+    device = parameters[0].device
+    scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(device)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(inputs), (min(batch_tokens, len(inputs)),), generator=generator)
+        output = mlp_output(student, site, inputs[rows].to(device))
+        return ((output - targets[rows].to(device)) * scale_D).square().sum(-1).mean()
+
+    return improve_(
+        submodule(student, site.path),
+        parameters,
+        loss=loss,
+        judge=lambda: _held_out_error(student, visit, scale_D),
+        num_steps=num_steps,
+        lr=lr,
+        exact=EXACT * float(targets.square().sum(1).mean()),
+    )
+
+
+def improve_(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    *,
+    loss: Callable[[], Tensor],
+    judge: Callable[[], float],
+    num_steps: int,
+    lr: float,
+    exact: float = 0.0,
+    share: Callable[[Sequence[nn.Parameter]], None] | None = None,
+) -> tuple[float, float]:
+    """Train parameters of a module in place by a short run of Adam; what does not lower the error is undone.
+
+    Args:
+        module: what is held in eval mode and whose other parameters take no gradients.
+        parameters: what is trained.
+        loss: draws a batch and gives its loss.
+        judge: the error on what is held out.
+        num_steps: Adam steps.
+        lr: peak learning rate, with a cosine to zero.
+        exact: an error up to which nothing is left to do.
+        share: makes the gradients of all processes one, before each step.
+
+    Returns:
+        The error before and after. A run that is broken off undoes what it did.
+    """
+    with _training(module, parameters):
         with torch.no_grad():
-            before = _held_out_error(student, visit, scale_D)
+            before, after = judge(), math.inf
             start = [p.clone() for p in parameters]
-        if before <= EXACT * float(visit.fit.targets_ND.square().sum(1).mean()):
+        if before <= exact:
             return before, before
-        _descend_(student, visit, scale_D=scale_D, num_steps=num_steps, batch_tokens=batch_tokens, lr=lr, seed=seed)
-        with torch.no_grad():
-            after = _held_out_error(student, visit, scale_D)
+        try:
+            _descend_(parameters, loss, num_steps=num_steps, lr=lr, share=share)
+            with torch.no_grad():
+                after = judge()
+        finally:
             if not after < before:
-                for p, kept in zip(parameters, start, strict=True):
-                    p.copy_(kept)
+                with torch.no_grad():
+                    for p, kept in zip(parameters, start, strict=True):
+                        p.copy_(kept)
     return before, min(before, after)
 
 
@@ -66,46 +115,44 @@ def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
 
 
 def _descend_(
-    student: nn.Module,
-    visit: SiteVisit,
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[], Tensor],
     *,
-    scale_D: Tensor | float,
     num_steps: int,
-    batch_tokens: int,
     lr: float,
-    seed: int,
+    share: Callable[[Sequence[nn.Parameter]], None] | None,
 ) -> None:
     """The run of Adam itself."""
-    parameters = list(_site_parameters(student, visit.site).values())
-    inputs, targets, device = visit.fit.inputs_ND, visit.fit.targets_ND, parameters[0].device
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=num_steps + 1, pct_start=0.1)
-    generator = torch.Generator().manual_seed(seed)
     for _ in range(num_steps):
-        rows = torch.randint(len(inputs), (min(batch_tokens, len(inputs)),), generator=generator)
-        output = mlp_output(student, visit.site, inputs[rows].to(device))
-        loss = ((output - targets[rows].to(device)) * scale_D).square().sum(-1).mean()
+        value = loss()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
+        if share is not None:
+            share(parameters)
         optimizer.step()
         schedule.step()
 
 
 @contextmanager
-def _training(mlp: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Let parameters take gradients, in eval mode (no dropout), and put modes and flags back, also on an error."""
-    modes = [(module, module.training) for module in mlp.modules()]
-    flags = [p.requires_grad for p in parameters]
-    mlp.eval()
+def _training(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let these parameters alone take gradients, in eval mode (no dropout), and put modes and flags back."""
+    modes = [(part, part.training) for part in module.modules()]
+    flags = [(p, p.requires_grad) for p in {**dict.fromkeys(module.parameters()), **dict.fromkeys(parameters)}]
+    module.eval()
+    for p, _ in flags:
+        p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for p, flag in zip(parameters, flags, strict=True):
+        for part, mode in modes:
+            part.training = mode
+        for p, flag in flags:
             p.requires_grad_(flag)
+        for p in parameters:
             p.grad = None
 
 

@@ -6,24 +6,28 @@ go on exactly. When and how long is decided in `distill.py`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitrim.data import ImageSet
-from vitrim.models.taps import evaluating, features
+from vitrim.data import ImageSet, ImageStream
+from vitrim.models.taps import features
 from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
-from vitrim.recover.losses import FeatureModel, feature_loss
-from vitrim.recover.order import MicroBatch, Order
+from vitrim.recover.adapters import adapted, notes_on, without_decay
+from vitrim.recover.elastic import Widths
+from vitrim.recover.losses import FeatureModel, feature_loss, patches_at, relative_error
+from vitrim.recover.order import MicroBatch, open_order
+from vitrim.recover.parallel import from_main, mean, num_processes
 from vitrim.recover.schedule import cosine_between, rate_shape
-from vitrim.recover.targets import LiveTargets, Targets, autocast, features_on_cpu
+from vitrim.recover.sharding import block_paths, checkpointed, full, local, shard, share_of
+from vitrim.recover.targets import LiveTargets, Target, Targets, autocast, features_on_cpu, is_bf16, open_cached
 from vitrim.types import Features
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
@@ -47,6 +51,7 @@ class Recovery:
     rate_test: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
     notes: list[str] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
 
 
 class Run:
@@ -56,18 +61,20 @@ class Run:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        images: ImageSet,
+        images: ImageSet | ImageStream,
         held_out: Sequence[Tensor],
         options: RecoverOptions,
         seed: int,
+        widths: Widths | None = None,
+        cache: Path | None = None,
     ) -> None:
         from accelerate import Accelerator
 
-        self.student, self.options = student, options
+        self.student, self.teacher, self.options, self.widths = student, teacher, options, widths
         self.device = next(student.parameters()).device
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.is_main = self.accelerator.is_main_process
-        self.order = Order(
+        self.order = open_order(
             images,
             options,
             seed,
@@ -75,11 +82,22 @@ class Run:
             num_processes=self.accelerator.num_processes,
         )
         self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.order.steps_per_epoch))
-        self.targets: Targets = LiveTargets(teacher, options, self.device)
-        self.step, self.result, self.usual = 0, Recovery(num_steps=self.num_steps), math.nan
+        self.step, self.result = 0, Recovery(num_steps=self.num_steps)
+        self.usual: dict[float, float] = {}  # by width ratio: a narrow student's loss is no measure for a wide one's
         self.held_out = [(batch, features_on_cpu(teacher, batch, options.features_at)) for batch in held_out]
+        live = LiveTargets(teacher, options, self.device)
+        self.targets: Targets = live
+        if cache is not None and isinstance(images, ImageSet):  # a stream is never cached
+            self.targets = open_cached(live, images, self.held_out[0][1], seed=seed, folder=cache)
+        self.spread = options.shard and num_processes() > 1
+        self.blocks = block_paths(teacher) if self.spread or options.checkpoint_activations else []
+        # With a cache each process runs the teacher when it meets a gap, which shards can't: all have to run together.
+        self.teacher_spread = self.spread and cache is None
+        if self.teacher_spread:
+            dtype = torch.bfloat16 if is_bf16(options, self.device) else None
+            live.teacher = shard(teacher, self.blocks, device=self.device, at=options.features_at, dtype=dtype)
         self.best: dict[str, Tensor] = {}
-        self.ema: list[Tensor] = []
+        self.ema: dict[str, Tensor] = {}
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
@@ -94,22 +112,43 @@ class Run:
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
             p.grad = None
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer()
-        self.model: nn.Module = self.accelerator.prepare(FeatureModel(self.student, self.options.features_at))
         try:
-            yield
+            with adapted(self.student, self.options.adapter, seed=self.order.seed, write=self.is_main) as adapter:
+                with self._prepared():
+                    yield
+            self.result.adapter, self.result.notes = adapter, [*self.result.notes, *notes_on(adapter)]
         finally:
+            for model in (self.student, self.teacher) if self.spread else ():  # they waited in main memory
+                model.to(self.device)
             for name, p in self.student.named_parameters():
                 p.requires_grad_(flags[name])
                 p.grad = None
             for module, mode in modes.items():
                 module.training = mode
 
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """What trains: the student itself, or a copy of it in shards; it is judged as it is, without a wrapper."""
+        at = self.options.features_at
+        self.judged = FeatureModel(self.student, at)
+        if self.spread:
+            self.judged = shard(self.student, self.blocks, device=self.device, at=at)
+        self.trained = self.judged.model
+        self.parameters = list(self._named().values())
+        self.optimizer = self._optimizer()
+        self.model: nn.Module = self.judged if self.spread else self.accelerator.prepare(self.judged)
+        with checkpointed(self.trained, self.blocks) if self.options.checkpoint_activations else nullcontext():
+            yield
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
+
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW with decay on matrices only, the betas of the paper."""
-        matrices = [p for p in self.parameters if p.ndim > 1]
-        others = [p for p in self.parameters if p.ndim <= 1]
+        spared = without_decay(self.trained, self.options.adapter)
+        matrices = [p for p in self.parameters if p.ndim > 1 and id(p) not in spared]
+        others = [p for p in self.parameters if p.ndim <= 1 or id(p) in spared]
         groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -117,7 +156,7 @@ class Run:
         """Judge the untrained student, keep it as best so far, and find the rate if none was given."""
         self.validate(loss=math.nan)
         self.result.lr = self.options.lr or self._find_rate(quiet)
-        self.ema = [p.detach().clone() for p in self.parameters] if self.options.ema else []
+        self.ema = {name: p.detach().clone() for name, p in self._named().items()} if self.options.ema else {}
 
     def _find_rate(self, quiet: bool) -> float:
         """Short runs from the same start, each with a full schedule, at falling rates.
@@ -127,17 +166,17 @@ class Run:
         shock stays within SHOCK is taken, since the full run has the time to make up for it.
         """
         num_steps = max(8, min(30, self.num_steps // 10))
-        start = copy.deepcopy(self.student.state_dict())
+        start = self._values()
         errors: dict[float, float] = {}
         chosen: float | None = None
         with progress("range test", len(RATES), quiet=quiet or not self.is_main) as bar:
             for rate in RATES:
                 for batches in self.batches(0, num_steps):
                     self.train_step(batches, lr=rate * rate_shape(self.step, num_steps, self.options.warmup_ratio))
-                errors[rate] = self._held_out_error()
-                self.student.load_state_dict(start)
+                errors[rate] = self._held_out_errors()["relative_error"]
+                self.trained.load_state_dict(start)
                 self.optimizer.state.clear()
-                self.step, self.usual = 0, math.nan
+                self.step, self.usual = 0, {}
                 bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")
                 if chosen is not None and errors[rate] >= errors[chosen]:
                     break
@@ -153,6 +192,16 @@ class Run:
         every = max(1, self.num_steps // self.options.num_validations)
         return self.step % every == 0 or self.step == self.num_steps
 
+    def is_kept(self) -> bool:
+        """Whether the state is to be kept after this step."""
+        every = self.options.save_every
+        return self.is_due() or (every is not None and self.step % every == 0)
+
+    @property
+    def ratio(self) -> float:
+        """The width ratio that the step at hand trains; 1 stands for the only one there is."""
+        return 1.0 if self.widths is None else self.widths.at(self.step, self.order.seed)
+
     @property
     def current_rate(self) -> float:
         """The learning rate of the last step."""
@@ -163,35 +212,42 @@ class Run:
         return self.order.steps(first, self.num_steps if last is None else last)
 
     def train_step(self, batches: Sequence[MicroBatch], lr: float | None = None) -> float:
-        """One optimizer step over a list of micro-batches; the mean loss."""
+        """One optimizer step over a list of micro-batches; the mean loss over the images of all processes."""
         shape = rate_shape(self.step, self.num_steps, self.options.warmup_ratio)
         decay = cosine_between(*self.options.weight_decay, self.step / self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.result.lr * shape if lr is None else lr
             group["weight_decay"] = decay if group["decays"] else 0.0
-        total = 0.0
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(batch) / len(batches)
-                self.accelerator.backward(loss)
-            total += float(loss.detach())
+        total, share = 0.0, self.order.global_batch / num_processes()
+        with nullcontext() if self.widths is None else self.widths.held(self.trained, self.ratio):
+            for index, batch in enumerate(batches):
+                last = index == len(batches) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    loss = self._loss(batch) * (len(batch.images_BCHW) / share)
+                    self.accelerator.backward(loss)
+                total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        total = mean(total)
         self.diverged = self._is_bad(total)
         if not self.diverged:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for mean, p in zip(self.ema, self.parameters, strict=False):
-            mean.lerp_(p.detach(), 1 - self.options.ema)
+        if self.step % self.order.steps_per_epoch == 0:
+            self.targets.flush()
+            self.accelerator.wait_for_everyone()
+            self.targets.refresh()
+        for average, p in zip(self.ema.values(), self.parameters, strict=False):
+            local(average).lerp_(local(p.detach()), 1 - self.options.ema)
         return total
 
     def _is_bad(self, loss: float) -> bool:
-        """Whether any process's loss is no number, or far above what it has been."""
-        total = float(self.accelerator.reduce(torch.tensor(loss, device=self.device), reduction="mean"))  # type: ignore[arg-type]
-        if not math.isfinite(total) or total > EXPLODED * self.usual:  # a comparison with NaN is False
+        """Whether a loss is no number, or far above what it has been."""
+        all_seen = len(self.usual) == (1 if self.widths is None else len(self.widths.units))
+        if not math.isfinite(loss) or (all_seen and loss > EXPLODED * max(self.usual.values())):
             return True
-        self.usual = total if math.isnan(self.usual) else max(0.9 * self.usual + 0.1 * total, total / EXPLODED)
+        before = self.usual.get(self.ratio)
+        self.usual[self.ratio] = loss if before is None else max(0.9 * before + 0.1 * loss, loss / EXPLODED)
         return False
 
     def roll_back(self, saved: Mapping[str, Any], loss: float) -> bool:
@@ -208,36 +264,40 @@ class Run:
         return True
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        """The feature loss on a micro-batch; one whose images were all unreadable counts nothing."""
-        weight = 1.0 if len(batch.images_BCHW) else 0.0
-        if not weight:
+        """The mean feature loss on a micro-batch; where no image could be read, on one without meaning."""
+        readable = len(batch.images_BCHW) > 0
+        if not readable:
             batch = batch._replace(images_BCHW=torch.zeros_like(self.held_out[0][0][:1]))
-        target = self.targets(batch) if weight else _first(self.held_out[0][1], 1, self.device)
+        if readable or self.teacher_spread:  # a teacher in shards runs on all processes or none
+            target = self.targets(batch)
+        else:
+            target = Target(_first(self.held_out[0][1], 1, self.device))
         with autocast(self.options, self.device):
             pooled, patches = self.model(batch.images_BCHW.to(self.device))
-        return weight * feature_loss(Features(pooled_BD=pooled, patches_BND=patches), target)
+        found = patches_at(Features(pooled_BD=pooled, patches_BND=patches), target.positions_BP)
+        return feature_loss(found, target.features)
 
     def validate(self, loss: float) -> float:
         """Judge the state (its moving average where one is kept), add to the curve, keep it if it is the best."""
         with self._averaged():
-            error = self._held_out_error()
+            errors = self._held_out_errors()
+            error = errors["relative_error"]
             if error < self.result.best_error:
                 self.result.best_error, self.result.best_step = error, self.step
-                self.best = {name: tensor.detach().clone() for name, tensor in self.student.state_dict().items()}
-        point = {"step": self.step, "relative_error": error}
+                self.best = self._values()
+        point = {"step": self.step, **errors}
         self.result.curve.append(point if math.isnan(loss) else {**point, "loss": loss})
         return error
 
-    def _held_out_error(self) -> float:
-        from vitrim.metrics.fidelity import TokenComparison
-
-        compared = TokenComparison()
-        with evaluating(self.student):
-            for images, target in self.held_out:
-                found = features(self.student, images.to(self.device), at=self.options.features_at)
-                for mine, theirs in zip(_parts(found), _parts(target), strict=True):
-                    compared.update(mine.cpu(), theirs)
-        return compared.relative_error if math.isfinite(compared.relative_error) else math.inf
+    def _held_out_errors(self) -> dict[str, float]:
+        """The relative error; with several widths that of each, and their mean: each serves as much as the others."""
+        if self.widths is None:
+            return from_main({"relative_error": relative_error(self.judged, self.held_out, self.options.features_at)})
+        errors = {}
+        for ratio in self.widths.units:
+            with self.widths.held(self.trained, ratio):
+                errors[f"width_ratio={ratio:g}"] = relative_error(self.judged, self.held_out, self.options.features_at)
+        return from_main({"relative_error": sum(errors.values()) / len(errors), **errors})
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -248,8 +308,8 @@ class Run:
         current = [p.detach().clone() for p in self.parameters]
         try:
             with torch.no_grad():
-                for p, mean in zip(self.parameters, self.ema, strict=True):
-                    p.copy_(mean)
+                for p, average in zip(self.parameters, self.ema.values(), strict=True):
+                    p.copy_(average)
             yield
         finally:
             with torch.no_grad():
@@ -257,33 +317,52 @@ class Run:
                     p.copy_(value)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values from which the run goes on exactly."""
+        """Tensors and plain values from which the run goes on exactly, with the targets on disk.
+
+        Tensors stand by the names of their parameters, so any number of processes can take them up.
+        """
+        self.targets.flush()
+        moments = {name: self.optimizer.state.get(p, {}) for name, p in self._named().items()}
         return {
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "student": self.trained.state_dict(),
+            "optimizer": {name: dict(kept) for name, kept in moments.items()},
             "best": self.best,
             "ema": self.ema,
             "step": self.step,
-            "usual": self.usual,
+            "usual": dict(self.usual),
             "result": dict(self.result.__dict__),
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Take up a saved state."""
-        self.student.load_state_dict(saved["student"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.best, self.step, self.usual = dict(saved["best"]), saved["step"], saved["usual"]
-        self.ema = [mean.to(self.device) for mean in saved["ema"]]
+        """Take up a saved state; what changes in place is copied, so that it can be taken up again."""
+        self.trained.load_state_dict(saved["student"])
+        self.optimizer.state.clear()
+        for name, p in self._named().items():
+            moments = saved["optimizer"][name].items()
+            if moments:  # torch counts steps on the CPU
+                self.optimizer.state[p] = {
+                    key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments
+                }
+        self.best, self.step, self.usual = dict(saved["best"]), saved["step"], dict(saved["usual"])
+        self.ema = {name: average.to(self.device, copy=True) for name, average in saved["ema"].items()}
         kept = saved["result"]
         self.result = Recovery(**{**kept, "curve": list(kept["curve"]), "notes": list(kept["notes"])})
+
+    def place(self, keys: Sequence[Any], tensor: Tensor) -> Tensor:
+        """A whole tensor of a saved state as this process holds it: its share, where its parameter is in shards."""
+        held = self.trained.state_dict()
+        return share_of(tensor, held[name]) if (name := next((key for key in keys if key in held), None)) else tensor
+
+    def finish(self) -> None:
+        """Give the student the best state seen."""
+        self.student.load_state_dict({name: full(tensor).cpu() for name, tensor in self.best.items()})
+
+    def _values(self) -> dict[str, Tensor]:
+        """Copies of all that the student holds."""
+        return {name: tensor.detach().clone() for name, tensor in self.trained.state_dict().items()}
 
 
 def _first(found: Features, count: int, device: torch.device) -> Features:
     """The first images of a batch of features, on a device."""
     patches = None if found.patches_BND is None else found.patches_BND[:count].to(device)
     return Features(pooled_BD=found.pooled_BD[:count].to(device), patches_BND=patches)
-
-
-def _parts(found: Features) -> list[Tensor]:
-    """The tensors that features hold."""
-    return [found.pooled_BD] + ([] if found.patches_BND is None else [found.patches_BND])

@@ -1,39 +1,179 @@
-"""Where a micro-batch's targets come from: the teacher, run on it without gradients."""
+"""Where a micro-batch's targets come from: the teacher, run on it without gradients, or a cache of what it gave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.data import ImageSet
+from vitrim.errors import RecipeError
 from vitrim.models.taps import FeaturesAt, device_of, features
 from vitrim.recipe import RecoverOptions
+from vitrim.recover.losses import read
 from vitrim.recover.order import MicroBatch
-from vitrim.types import Features
+from vitrim.recover.teacher_cache import Layout, TeacherCache
+from vitrim.types import Features, tensor_sha256
 
-Targets = Callable[[MicroBatch], Features]
+# Images that stand for all of them when a cache is opened again: their pixels under augmentation must be the same.
+NUM_WITNESSES = 16
+CACHE_FOLDER = "teacher-cache"
+
+
+class Target(NamedTuple):
+    """The teacher's features of a micro-batch, and which patches they are (B, P); None for all."""
+
+    features: Features
+    positions_BP: Tensor | None = None
+
+
+class Targets(Protocol):
+    """What a run asks of its targets."""
+
+    def __call__(self, batch: MicroBatch) -> Target:
+        """The targets of a micro-batch, on the device."""
+        ...
+
+    def flush(self) -> None:
+        """Bring to disk what a resumed run is to find."""
+        ...
+
+    def refresh(self) -> None:
+        """Take up what other processes have brought to disk."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know."""
+        ...
 
 
 class LiveTargets:
-    """The teacher itself, in the precision of the run."""
+    """The teacher itself, in the precision of the run; nothing is kept."""
+
+    notes: Sequence[str] = ()
 
     def __init__(self, teacher: nn.Module, options: RecoverOptions, device: torch.device) -> None:
         self.teacher, self.options, self.device = teacher, options, device
 
-    def __call__(self, batch: MicroBatch) -> Features:
+    def __call__(self, batch: MicroBatch) -> Target:
         """The teacher's features of a micro-batch, on the device."""
         with torch.no_grad(), autocast(self.options, self.device):
-            return features(self.teacher, batch.images_BCHW.to(self.device), at=self.options.features_at)
+            return Target(read(self.teacher, batch.images_BCHW.to(self.device), self.options.features_at))
+
+    def flush(self) -> None:
+        """There is nothing to bring to disk."""
+
+    def refresh(self) -> None:
+        """There is nothing to take up."""
+
+
+class CachedTargets:
+    """What the teacher gave when it first met a view of an image, from disk; the teacher runs on what is not there.
+
+    The first time gives what is kept as well, rounded and with some patches only, so that it makes no difference
+    whether a target was there already.
+    """
+
+    def __init__(self, live: LiveTargets, cache: TeacherCache) -> None:
+        self.live, self.cache = live, cache
+
+    def __call__(self, batch: MicroBatch) -> Target:
+        """The kept features of a micro-batch, on the device."""
+        view = self.live.options.view_of(batch.epoch)
+        missing_B = ~self.cache.has(batch.rows_B, view)
+        if bool(missing_B.any()):
+            rest = batch._replace(images_BCHW=batch.images_BCHW[missing_B], rows_B=batch.rows_B[missing_B])
+            self.cache.add(rest.rows_B, view, self.live(rest).features)
+        return Target(*self.cache.read(batch.rows_B, view, self.live.device))
+
+    def flush(self) -> None:
+        """Write a shard of what is in memory only."""
+        self.cache.flush()
+
+    def refresh(self) -> None:
+        """Take up the shards of other processes."""
+        self.cache.refresh()
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """The size of the cache, and damaged shards."""
+        return self.cache.notes
+
+
+def cache_folder(options: RecoverOptions, state: Path | None) -> Path | None:
+    """Where the teacher's targets are kept: where the options say, else beside the run's state.
+
+    Raises:
+        RecipeError: a cache is asked for, and there is neither.
+    """
+    if options.cache_teacher is None:
+        return None
+    if options.cache_teacher.folder is None and state is None:
+        raise RecipeError("recover.cache_teacher: this run writes nothing; name a folder for the cache.")
+    return options.cache_teacher.folder or (state and state.with_name(CACHE_FOLDER))
+
+
+def open_cached(live: LiveTargets, images: ImageSet, like: Features, *, seed: int, folder: Path) -> CachedTargets:
+    """Targets that are kept in a folder.
+
+    Args:
+        live: the teacher.
+        images: the training images, augmented already.
+        like: features of the teacher, for their sizes.
+        seed: of the run; the positions of patches follow from it.
+        folder: what `cache_folder` said.
+
+    Raises:
+        CheckpointError: the folder holds the cache of another teacher, other data or options.
+        OutputError: the folder can't be used, or has no room.
+        RecipeError: more patches are asked for than there are.
+    """
+    options = live.options.cache_teacher
+    assert options is not None
+    about = {
+        "data": images.name,
+        "teacher": _weights_sha256(live.teacher.state_dict()),
+        "features_at": live.options.features_at,
+        "precision": "bf16" if is_bf16(live.options, live.device) else "float32",
+        "images": _witnesses_sha256(images, options.views),
+    }
+    layout = Layout.of(like, options)
+    cache = TeacherCache(folder, about, layout, num_images=len(images), num_views=options.views, seed=seed)
+    return CachedTargets(live, cache)
+
+
+def _weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash of a model's names and values."""
+    lines = [f"{name} {tensor_sha256(tensor)}" for name, tensor in sorted(state.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _witnesses_sha256(images: ImageSet, num_views: int) -> str:
+    """Hash of some images as training sees them: it speaks for the data, their order and their augmentation."""
+    digest = hashlib.sha256()
+    for place, witness in enumerate(range(0, len(images), max(1, len(images) // NUM_WITNESSES))):
+        images.set_epoch(place % num_views)
+        item = images[witness]
+        digest.update(b"unreadable" if item is None else tensor_sha256(item[0]).encode())
+    return digest.hexdigest()[:16]
 
 
 def autocast(options: RecoverOptions, device: torch.device) -> Any:
     """bf16 where it was asked for, or where a GPU has it."""
-    on = options.precision == "bf16" or (
-        options.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+    # Weights in shards are whole for a moment only; their bf16 copies must not stay for all blocks.
+    enabled, keep_casts = is_bf16(options, device), not options.shard
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
+
+
+def is_bf16(options: RecoverOptions, device: torch.device) -> bool:
+    """Whether models run in bf16."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return options.precision == "bf16" or (options.precision == "auto" and on_gpu)
 
 
 def features_on_cpu(model: nn.Module, images: Tensor, at: FeaturesAt) -> Features:

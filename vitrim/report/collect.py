@@ -14,8 +14,7 @@ from vitrim.models.taps import evaluating, features
 from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.recipe import Recipe
 from vitrim.report.data import ReportData
-from vitrim.surgery import read_weights
-from vitrim.types import Edit, Plan
+from vitrim.surgery import KeepUnits, Plan, read_weights
 
 NUM_IMAGES = 8
 CURVE_POINTS = 64
@@ -56,9 +55,10 @@ def collect(
         for when in ("before", "after")
         if "latency" in metrics[when]
     }
+    cuts = [edit for edit in plan.edits if isinstance(edit, KeepUnits)]
     widths = [
         {"path": e.site.path, "kind": e.site.label, "width_before": e.site.d_hidden, "width_after": e.width}
-        for e in plan.edits
+        for e in cuts
     ]
     environment = metrics["environment"]
     return ReportData(
@@ -68,7 +68,8 @@ def collect(
         summary=summarise(metrics),
         sites=widths,
         block_errors=blocks,
-        residual_curves={edit.site.path: _residual(teacher, edit) for edit in plan.edits},
+        edits=[dict(edit) for edit in metrics["edits"]],
+        residual_curves={edit.site.path: _residual(teacher, edit) for edit in cuts},
         recovery=[] if recovery is None else recovery["curve"],
         latency=latency,
         recipe_yaml=recipe.dump(),
@@ -117,7 +118,7 @@ FIDELITY_ROWS = {
 }
 
 
-def _residual(teacher: nn.Module, edit: Edit) -> dict[str, Any]:
+def _residual(teacher: nn.Module, edit: KeepUnits) -> dict[str, Any]:
     """How fast Gram-Schmidt uses up a site's input weights, with the width that was kept."""
     rows = read_weights(teacher, edit.site).input_rows
     _, curve = select_with_curve(rows, min(rows.shape))

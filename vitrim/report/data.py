@@ -19,6 +19,7 @@ class ReportData:
         summary: row name to {"before", "after_cut", "after"}; a value may be None. The headline and the size
             bars read the rows "parameters", "MACs per image", "relative error" and "cosine CLS".
         sites: one {"path", "kind", "width_before", "width_after"} for each cut MLP.
+        edits: one {"edit", "where", "what"} for each edit of another kind.
         block_errors: one {"block", "after_cut", "after"} for each block, relative squared errors.
         residual_curves: site path to {"residual", "num_units", "cut"}; an optional "picks" says after how
             many picks each fraction of "residual" holds (without it they are even from 0 to num_units).
@@ -38,6 +39,7 @@ class ReportData:
     command: str
     summary: dict[str, dict[str, float | None]]
     sites: list[dict[str, Any]]
+    edits: list[dict[str, str]]
     block_errors: list[dict[str, Any]]
     residual_curves: dict[str, dict[str, Any]]
     recovery: list[dict[str, float]]

@@ -26,8 +26,7 @@ from vitrim.budget import (
 from vitrim.errors import OutputError
 from vitrim.recipe import Recipe
 from vitrim.streaming.source import Job
-from vitrim.surgery import edit_of, transform
-from vitrim.types import KeepUnits
+from vitrim.surgery import KeepUnits, edit_of, transform
 
 FILES, MEMORY, TIME = "files", "peak memory without images", "time without images"
 CALIBRATION, BUDGETED = "memory with images, on top", "the least with --memory-budget"

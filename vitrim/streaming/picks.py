@@ -31,10 +31,10 @@ from vitrim.progress import progress
 from vitrim.recipe import Recipe
 from vitrim.streaming.forecast import check_space
 from vitrim.streaming.source import Job
-from vitrim.surgery import edit_of, reshape_, site_weights
+from vitrim.surgery import KeepUnits, edit_of, reshape_, site_weights
 from vitrim.tensor_files import TensorFiles, check_finite, open_tensors
 from vitrim.tensor_writer import append, read_journal
-from vitrim.types import KeepUnits, MlpSite
+from vitrim.types import MlpSite
 
 Errors = dict[str, dict[str, float]]
 
@@ -84,11 +84,11 @@ class Journal:
     def add(self, edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:
         """Write an edit down, its tensors to a file; the edit that comes back reads them when they are needed."""
         path = edit.site.path
-        line = {"site": path, "keep": list(edit.keep), "errors": dict(errors), "repaired": bool(edit.repaired)}
-        if edit.repaired:
+        line = {"site": path, "keep": list(edit.keep), "errors": dict(errors), "repaired": bool(edit.tensors)}
+        if edit.tensors:
             self.tensors.mkdir(exist_ok=True)
             file = self.tensors / f"{path}.safetensors"
-            save_file({name: tensor.cpu().contiguous() for name, tensor in edit.repaired.items()}, file)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in edit.tensors.items()}, file)
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         append(self.path, json.dumps(line) + "\n")
@@ -100,7 +100,7 @@ class Journal:
     def _edit(self, site: MlpSite, line: Mapping[str, Any]) -> KeepUnits:
         """An edit as a line has it."""
         tensors = open_tensors(self.tensors / f"{site.path}.safetensors") if line["repaired"] else {}
-        return KeepUnits(site=site, keep=tuple(line["keep"]), repaired=tensors)
+        return KeepUnits(site=site, keep=tuple(line["keep"]), tensors=tensors)
 
 
 def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) -> None:
@@ -202,11 +202,11 @@ def pick_and_repair(
 
 def _within(edit: KeepUnits, prefix: str) -> KeepUnits:
     """An edit as seen from the encoder, its repaired tensors still in their file."""
-    if not isinstance(edit.repaired, TensorFiles):
+    if not isinstance(edit.tensors, TensorFiles):
         return edit.within(prefix)
     start = f"{prefix}." if prefix else ""
-    repaired = edit.repaired.renamed({name: name.removeprefix(start) for name in edit.repaired})
-    return replace(replace(edit, repaired={}).within(prefix), repaired=repaired)
+    tensors = edit.tensors.renamed({name: name.removeprefix(start) for name in edit.tensors})
+    return replace(replace(edit, tensors={}).within(prefix), tensors=tensors)
 
 
 def _check_complete(job: Job, own: TensorFiles) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vitrim.budget import parse_bytes
 from vitrim.checkpoint import PICKS, read_about, staged_output, versions, write_configs, write_json
 from vitrim.cut import with_stock_width
-from vitrim.data import first_images
+from vitrim.data import ImageStream, first_images
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
 from vitrim.evaluation import check_inputs, environment, open_inputs
 from vitrim.methods import find_method
@@ -40,10 +40,9 @@ from vitrim.streaming.picks import (
     way_within,
 )
 from vitrim.streaming.source import Job, check_tensors, open_job
-from vitrim.surgery import edit_of, reshape_, transform
+from vitrim.surgery import Edit, KeepUnits, Plan, edit_of, reshape_, transform
 from vitrim.tensor_files import TensorFiles, open_tensors, tensor_bytes
 from vitrim.tensor_writer import TensorWriter
-from vitrim.types import KeepUnits, Plan
 
 SHARD_BYTES = 2 * 10**9
 Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
@@ -91,6 +90,10 @@ def prune_checkpoint(
     started, recipe, out = time.monotonic(), recipe or Recipe(), Path(out)
     if recipe.recover is not None:
         raise RecipeError("recover: a checkpoint pruned file to file is not distilled; drop it, or use compress.")
+    if recipe.then or find_method(recipe.method).propose is not None:
+        raise RecipeError(
+            "method: file to file only single methods that cut hidden units MLP by MLP run; use compress."
+        )
     job = open_job(source, recipe)
     recipe = with_stock_width(recipe, job.origin, job.sites)
     check_tensors(job)
@@ -147,6 +150,8 @@ def _batches(job: Job, recipe: Recipe, data: Any) -> list[Tensor]:
     """Calibration images, drawn as `compress` draws them."""
     options = recipe.calibrate
     images = open_inputs(data, job.origin)
+    if isinstance(images, ImageStream):
+        images, _ = images.take(options.num_images, seed=recipe.seed)
     return first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)[0]
 
 
@@ -159,7 +164,7 @@ def _produce(task: _Task, journal: Journal, folder: Path, work: Path) -> tuple[P
     metrics = {
         "model": job.origin.name,
         "method": recipe.method,
-        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
+        **plan.describe(),
         "cut_errors": {path: errors for path, errors in journal.errors.items() if errors},
         **written,
         "notes": [*notes, *([] if written["stock"] else [why_not_stock(job.origin, plan.edits)])],
@@ -292,9 +297,9 @@ def _check_written(weights: Path, layout: Layout, writer: TensorWriter) -> None:
         raise OutputError(f"{weights}: {wrong} reads back otherwise than it was written; the disk may be failing.")
 
 
-def _shapes_alone(plan: Plan) -> list[KeepUnits]:
+def _shapes_alone(plan: Plan) -> list[Edit]:
     """Edits whose repaired tensors are empty ones of the right shape, so that shapes are known without reading."""
     return [
-        replace(edit, repaired=edit.repaired.fakes()) if isinstance(edit.repaired, TensorFiles) else edit
+        replace(edit, tensors=edit.tensors.fakes()) if isinstance(edit.tensors, TensorFiles) else edit
         for edit in plan.edits
     ]

@@ -13,9 +13,9 @@ from vitrim.models.load import PREFIXES, library, load_model
 from vitrim.models.origin import Library, Origin, in_one_line
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.recipe import Recipe
-from vitrim.surgery import edit_of
+from vitrim.surgery import KeepUnits, edit_of
 from vitrim.tensor_files import TensorFiles, find_weights, open_tensors
-from vitrim.types import KeepUnits, MlpSite
+from vitrim.types import MlpSite
 
 # What belongs to other libraries, or is pickled, is not downloaded.
 NOT_FETCHED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf")

@@ -1,0 +1,414 @@
+"""One student for several widths: each equals a model that was really cut, in training and when it is sliced out."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from test_distill import HELD_OUT, assert_equal, make_images, make_student, make_teacher, weights
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitrim
+from vitrim.errors import BudgetError, CheckpointError, OutputError, RecipeError
+from vitrim.methods import METHODS
+from vitrim.models.sites import find_mlps
+from vitrim.recipe import Recipe, RecoverOptions, RepairOptions
+from vitrim.recover.distill import recover_
+from vitrim.recover.elastic import Slice, Widths, read_widths, repair_widths, save_widths
+from vitrim.recover.losses import relative_error
+from vitrim.recover.run import Run
+from vitrim.recover.targets import features_on_cpu
+from vitrim.slicing import slice_output
+from vitrim.surgery import apply_, transform
+
+DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+OPTIONS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "num_validations": 3, "elastic": (0.5, 1.0, 2.0)}
+
+
+def widths_of(sites, ratios):
+    """Widths by share of the units that the sites have."""
+    units = {ratio: {site.path: max(1, int(ratio * site.d_hidden)) for site in sites} for ratio in ratios}
+    return Widths(sites=tuple(sites), units=units)
+
+
+def really_cut(model, widths, ratio):
+    student = copy.deepcopy(model)
+    apply_(student, widths.edits(ratio))
+    return student
+
+
+def output_of(model, batch):
+    output = model(batch)
+    return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+
+
+def gradients_of(model, batch):
+    """Output and gradients of a loss in which no element counts like another."""
+    model.zero_grad()
+    output = output_of(model, batch)
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    return output.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_held_equals_cut(model, widths, ratio, batch, run=gradients_of):
+    expected, wanted = gradients_of(really_cut(model, widths, ratio), batch)
+    with widths.held(model, ratio):
+        found, gradients = run(model, batch)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    cut = dict(transform(gradients, widths.edits(ratio)))
+    assert cut.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(cut[name], gradient, atol=1e-5 * float(1 + gradient.abs().max()), rtol=1e-4)
+        assert gradients[name].count_nonzero() == cut[name].count_nonzero(), f"{name}: units beyond the width"
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_a_held_width_gives_the_outputs_and_gradients_of_a_model_that_was_really_cut(case, ratio):
+    model, widths = case.copy(), widths_of(case.sites, (0.3, 1.0))
+    assert_held_equals_cut(model, widths, ratio, case.batches[0])
+
+
+def test_a_block_that_runs_again_in_the_backward_pass_runs_at_the_same_width(build):
+    case = build("timm-vit-scaled")
+    model, widths = case.copy(), widths_of(case.sites, (0.3, 1.0))
+
+    def checkpointed(model, batch):
+        model.set_grad_checkpointing(True)
+        return gradients_of(model, batch)
+
+    assert_held_equals_cut(model, widths, 0.3, case.batches[0], run=checkpointed)
+
+
+def test_a_held_width_costs_what_a_model_cut_to_it_costs(kind):
+    model, widths = kind.copy(), widths_of(kind.sites, (0.5, 1.0))
+
+    def flops(model):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(kind.batches[0])
+        return counter.get_total_flops()
+
+    with widths.held(model, 0.5):
+        held = flops(model)
+    assert held == flops(really_cut(model, widths, 0.5)) < flops(model)
+
+
+def test_a_model_is_as_it_was_afterwards_also_after_an_error(kind):
+    model, widths = kind.copy(), widths_of(kind.sites, (0.5, 1.0))
+    parameters = dict(model.named_parameters())
+    shapes = [str(module) for module in model.modules()]
+    with pytest.raises(RuntimeError), widths.held(model, 0.5):
+        model(kind.batches[0][:, :1])
+    with pytest.raises(RuntimeError), widths.held(model, 0.5):
+        handle = model.get_submodule(kind.sites[0].output).register_forward_pre_hook(lambda *_: (torch.ones(2, 2),))
+        model(kind.batches[0])
+    handle.remove()
+    assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
+    assert [str(module) for module in model.modules()] == shapes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(output_of(model, kind.batches[0]), output_of(kind.model, kind.batches[0]))
+
+
+def test_every_width_gets_its_turn_in_an_order_that_seed_and_step_alone_decide():
+    widths = widths_of(find_mlps(make_teacher()), (0.2, 0.5, 1.0))
+    turns = [[widths.at(step, 3) for step in range(start, start + 3)] for start in range(0, 90, 3)]
+    assert all(sorted(turn) == [0.2, 0.5, 1.0] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) == 6
+    assert turns == [[widths.at(step, 3) for step in range(start, start + 3)] for start in range(0, 90, 3)]
+    assert turns != [[widths.at(step, 4) for step in range(start, start + 3)] for start in range(0, 90, 3)]
+
+
+def elastic_run(student, teacher, *, num_images=48, **kwargs):
+    options = RecoverOptions(**{**OPTIONS, **kwargs.pop("options", {})})
+    recipe = Recipe(recover=options, round_to=1)
+    widths = Widths.of(recipe, find_mlps(teacher))
+    images = make_images(num_images)
+    return recover_(
+        student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, widths=widths, **kwargs
+    ), widths
+
+
+def test_a_step_changes_the_units_of_its_width_alone_and_what_all_widths_share():
+    teacher = make_teacher()
+    student = make_student(teacher, 64)
+    options = RecoverOptions(**OPTIONS, warmup_ratio=0.0)
+    widths = Widths.of(Recipe(recover=options, round_to=1), find_mlps(teacher))
+    run, trained = Run(student, teacher, make_images(), HELD_OUT, options, 0, widths), set()
+    with run.trainable():
+        run.start(quiet=True)
+        for batches in run.batches(0, 3):
+            before, ratio = weights(student), run.ratio
+            run.optimizer.state.clear()  # what Adam remembers of wider steps moves their units on
+            run.train_step(batches)
+            width = widths.units[ratio]["blocks.0.mlp"]
+            trained.add(width)
+            changed = {name: before[name] != tensor for name, tensor in student.state_dict().items()}
+            for name, dim in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
+                per_unit = changed[f"blocks.0.mlp.{name}"].movedim(dim, 0).flatten(1 if "weight" in name else 0)
+                per_unit = per_unit.any(1) if "weight" in name else per_unit
+                assert per_unit[:width].all() and not per_unit[width:].any()
+            assert changed["blocks.0.attn.qkv.weight"].any() and changed["blocks.0.mlp.fc2.bias"].any()
+    assert trained == {16, 32, 64}
+
+
+def test_the_curve_has_the_error_of_each_width_and_their_mean_decides():
+    teacher = make_teacher()
+    student = make_student(teacher, 64)
+    result, widths = elastic_run(student, teacher, options={"steps": 24, "num_validations": 4})
+    judged = [(batch, features_on_cpu(teacher, batch, "final")) for batch in HELD_OUT]
+    real = [relative_error(really_cut(student, widths, ratio), judged, "final") for ratio in widths.units]
+    best = min(result.curve, key=lambda point: point["relative_error"])
+    assert [best[f"width_ratio={ratio:g}"] for ratio in widths.units] == pytest.approx(real, rel=1e-5)
+    assert result.best_error == best["relative_error"] == pytest.approx(sum(real) / 3)
+    first = result.curve[0]
+    assert all(best[f"width_ratio={ratio:g}"] < first[f"width_ratio={ratio:g}"] for ratio in (0.5, 1.0))
+
+
+def test_a_width_that_starts_perfect_does_not_make_the_others_look_diverged():
+    teacher = make_teacher()
+    student = copy.deepcopy(teacher)
+    result, _ = elastic_run(student, teacher, options={"elastic": (0.25, 4.0), "steps": 12})
+    assert result.notes == [] and result.curve[0]["width_ratio=4"] < 1e-9
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+    teacher = make_teacher()
+    whole, stopped, again = (make_student(teacher, 64) for _ in range(3))
+    expected, _ = elastic_run(whole, teacher, options={"steps": 9, "num_validations": 9})
+
+    def stop(step, error):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "state.pt"
+    options = {"steps": 9, "num_validations": 9}
+    with pytest.raises(KeyboardInterrupt):
+        elastic_run(stopped, teacher, options=options, state=state, on_validation=stop)
+    result, _ = elastic_run(again, teacher, options=options, state=state, resume=True)
+    assert_equal(weights(whole), weights(again))
+    assert result.curve == expected.curve
+
+
+def test_two_processes_train_the_same_widths_as_one(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os, sys, torch
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            torch.set_num_threads(1)
+            from test_elastic import *
+            teacher = make_teacher()
+            student = make_student(teacher, 64)
+            elastic_run(student, teacher, options={{"lr": 1e-4, "accumulate": 2, "batch_size": 4}})
+            if int(os.environ.get("RANK", 0)) == 0:
+                torch.save(weights(student), sys.argv[1])
+            """
+        )
+    )
+    alone, together = tmp_path / "alone.pt", tmp_path / "together.pt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command, out in (([sys.executable], alone), (launch, together)):
+        done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(path, weights_only=True) for path in (alone, together))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=2e-5, rtol=1e-4)
+
+
+def test_repaired_widths_are_never_worse_than_their_prefix_and_are_what_is_said(kind):
+    teacher, widths = kind.model, widths_of(kind.sites, (0.25, 0.5, 1.0))
+    student = kind.copy()
+    before = weights(student)
+    judged = [(kind.batches[-1], features_on_cpu(teacher, kind.batches[-1], "final"))]
+    options = RepairOptions(ridge=1e-2)
+    found = repair_widths(student, teacher, widths, kind.batches[:-1], judged=judged, options=options)
+    assert_equal(before, weights(student))
+    assert list(found) == [0.25, 0.5, 1.0] and not found[1.0].tensors
+    assert any(found[ratio].tensors for ratio in (0.25, 0.5))
+    for ratio, each in found.items():
+        plain = really_cut(student, widths, ratio)
+        assert each.errors["sliced"] == pytest.approx(relative_error(plain, judged, "final"))
+        plain.load_state_dict({**plain.state_dict(), **each.tensors})
+        assert each.errors["repaired"] == pytest.approx(relative_error(plain, judged, "final"), abs=1e-12)
+        assert each.errors["repaired"] <= each.errors["sliced"]
+        assert (each.errors["repaired"] < each.errors["sliced"]) == bool(each.tensors)
+    untouched = repair_widths(student, teacher, widths, kind.batches[:-1], judged=judged, options=None)
+    assert all(not each.tensors and each.errors["sliced"] == each.errors["repaired"] for each in untouched.values())
+
+
+def test_widths_are_written_and_read_back_and_damage_is_one_line(tmp_path):
+    teacher = make_teacher()
+    weight, path = teacher.blocks[0].mlp.fc2.weight.detach(), "blocks.0.mlp"
+    slices = {
+        0.5: Slice(units={path: 16}, tensors={f"{path}.fc2.weight": weight[:, :16]}, errors={"sliced": 2.0}),
+        1.0: Slice(units={path: 32}),
+    }
+    assert read_widths(tmp_path) == {}
+    save_widths(tmp_path, teacher.bfloat16(), slices)
+    found = read_widths(tmp_path)
+    assert found[1.0] == slices[1.0] and found[0.5].units == {path: 16} and found[0.5].errors == {"sliced": 2.0}
+    assert torch.equal(found[0.5].tensors[f"{path}.fc2.weight"], weight[:, :16].bfloat16())
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+    for text in ("{", '{"format": "vitrim-elastic/9"}', '{"format": "vitrim-elastic/1", "widths": [{}]}'):
+        (tmp_path / "elastic.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
+            read_widths(tmp_path)
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs == "weights"])
+def test_the_units_of_a_smaller_width_are_the_first_of_a_larger(method):
+    small, large = (
+        vitrim.compress(make_teacher(), method=method, width=width, quiet=True).plan.edits for width in (24, 50)
+    )
+    assert all(narrow.keep == wide.keep[:24] for narrow, wide in zip(small, large, strict=True))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    recipe = Recipe.parse(
+        {
+            "model": DIGITS,
+            "calibrate": {"num_images": 96, "batch_size": 32},
+            "repair": {"refit_steps": 10, "max_tokens": 2048},
+            "recover": {"steps": 6, "batch_size": 16, "lr": 1e-4, "elastic": [1, 0.5, 2], "num_validations": 2},
+        }
+    )
+    out = tmp_path_factory.mktemp("elastic") / "out"
+    return vitrim.compress(DIGITS, data="digits", recipe=recipe, out=out, quiet=True)
+
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_output_is_the_largest_width_with_the_others_beside_it(output):
+    assert set(output.plan.widths.values()) == {192}
+    stock = timm.create_model(f"local-dir:{output.out}", pretrained=True).eval()
+    assert torch.equal(stock(IMAGES), output.model(IMAGES))
+    assert list(read_widths(output.out)) == [0.5, 1.0, 2.0]
+    errors = json.loads((output.out / "metrics.json").read_text())["elastic"]
+    assert errors["0.5"]["repaired"] < errors["0.5"]["sliced"]
+    fidelity = output.metrics["after_recovery"]["fidelity"]["relative_error"]
+    assert errors["2"]["repaired"] == errors["2"]["sliced"] < errors["1"]["repaired"]
+    assert {"width_ratio=0.5", "width_ratio=1", "width_ratio=2"} <= output.metrics["recovery"]["curve"][-1].keys()
+    assert fidelity < 0.1
+
+
+def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_stock_timm(tmp_path, output):
+    sliced = slice_output(output.out, tmp_path / "half", width_ratio=0.5)
+    assert {path.name for path in sliced.out.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "vitrim.json",
+        "metrics.json",
+    }
+    stock = timm.create_model(f"local-dir:{sliced.out}", pretrained=True).eval()
+    assert stock.blocks[0].mlp.fc1.out_features == 48
+    assert torch.equal(stock(IMAGES), sliced.model(IMAGES))
+    assert torch.equal(vitrim.load(sliced.out)(IMAGES), sliced.model(IMAGES))
+    own, kept = load_file(output.out / "elastic.safetensors"), load_file(sliced.out / "model.safetensors")
+    assert own and all(
+        torch.equal(kept[name.removeprefix("0.5/")], own[name]) for name in own if name.startswith("0.5/")
+    )
+    whole = load_file(output.out / "model.safetensors")
+    assert torch.equal(kept["blocks.0.mlp.fc1.weight"], whole["blocks.0.mlp.fc1.weight"][:48])
+    for narrow, wide in zip(sliced.plan.edits, output.plan.edits, strict=True):
+        assert narrow.site == wide.site and narrow.keep == wide.keep[:48]
+    assert sliced.metrics["stock"] and sliced.metrics["notes"] == [] and sliced.metrics["reload_difference"] <= 1e-5
+    assert sliced.metrics["errors"] == output.metrics["elastic"]["0.5"]
+
+
+def test_the_largest_width_is_the_output_itself(tmp_path, output):
+    sliced = slice_output(output.out, tmp_path / "largest", width_ratio=2)
+    assert torch.equal(sliced.model(IMAGES), output.model(IMAGES)) and sliced.metrics["notes"] == []
+
+
+def test_a_width_that_was_not_trained_is_a_plain_prefix_and_says_so(tmp_path, output):
+    sliced = slice_output(output.out, tmp_path / "between", width_ratio=1.5)
+    (note,) = sliced.metrics["notes"]
+    assert "1.5 was not trained or repaired for" in note
+    expected = vitrim.load(output.out)
+    widths = widths_of([*find_mlps(expected)], (0.75, 1.0))
+    assert torch.equal(sliced.model(IMAGES), really_cut(expected, widths, 0.75)(IMAGES))
+
+
+def test_an_output_that_is_not_elastic_can_be_sliced_and_a_slice_sliced_again(tmp_path):
+    made = vitrim.compress(DIGITS, method="dgmr-paper", out=tmp_path / "made", quiet=True)
+    once = slice_output(made.out, tmp_path / "once", width_ratio=0.5)
+    twice = slice_output(once.out, tmp_path / "twice", width_ratio=0.25)
+    direct = vitrim.compress(DIGITS, method="dgmr-paper", width_ratio=0.25, quiet=True)
+    assert [edit.keep for edit in twice.plan.edits] == [edit.keep for edit in direct.plan.edits]
+    torch.testing.assert_close(twice.model(IMAGES), direct.model(IMAGES))
+    assert "not trained or repaired" in twice.metrics["notes"][0]
+    again = vitrim.compress(str(once.out), method="magnitude", width=16, out=tmp_path / "cut-again", quiet=True)
+    narrower = slice_output(again.out, tmp_path / "narrower", width_ratio=0.1)
+    assert vitrim.load(narrower.out).blocks[0].mlp.fc1.out_features == 8
+
+
+@pytest.mark.parametrize("ratio, words", [(3.0, r"width_ratio=3 .*use 1\.\.192"), (-1.0, r"use 1\.\.192")])
+def test_a_width_above_the_largest_is_refused_in_one_line(tmp_path, output, ratio, words):
+    with pytest.raises(BudgetError, match=words) as caught:
+        slice_output(output.out, tmp_path / "out", width_ratio=ratio)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_slicing_refuses_what_is_no_output_and_never_overwrites(tmp_path, output):
+    with pytest.raises(CheckpointError, match=r"vitrim\.json"):
+        slice_output(tmp_path, tmp_path / "out", width_ratio=0.5)
+    with pytest.raises(OutputError, match="exists already"):
+        slice_output(output.out, output.out, width_ratio=0.5)
+
+
+def test_a_module_that_only_its_owner_can_build_is_sliced_with_it(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        mlp = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.GELU(), torch.nn.Linear(24, 12))
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 12), mlp).eval()
+
+    vitrim.compress(build(), method="magnitude", width_ratio=1.5, out=tmp_path / "out", quiet=True)
+    sliced = slice_output(tmp_path / "out", tmp_path / "small", width_ratio=1, model=build())
+    images = torch.randn(2, 3, 3, 3)
+    assert torch.equal(vitrim.load(sliced.out, model=build())(images), sliced.model(images))
+
+
+@pytest.mark.parametrize(
+    "given, error, words",
+    [
+        ({"elastic": [1]}, RecipeError, "at least two different width ratios"),
+        ({"elastic": [1, 1]}, RecipeError, "at least two different width ratios"),
+        ({"elastic": [0, 1]}, RecipeError, "width ratios above 0"),
+        ({"elastic": [1, float("inf")]}, RecipeError, "width ratios above 0"),
+        ({"elastic": [1, 2], "width": 8}, RecipeError, "drop keep_ratio, width and stock"),
+        ({"elastic": [1, 2], "keep_ratio": 0.5}, RecipeError, "drop keep_ratio, width and stock"),
+        ({"elastic": [1, 2], "stock": True}, RecipeError, "drop keep_ratio, width and stock"),
+        ({"elastic": [1, 2], "width_ratio": 1}, RecipeError, "largest of recover.elastic is 2"),
+        ({"elastic": [1, 9]}, BudgetError, r"width_ratio=9 .*use 1\.\.384"),
+        ({"elastic": [0.9, 0.91, 1]}, BudgetError, r"0\.9 and 0\.91 come to the same widths"),
+    ],
+)
+def test_widths_that_make_no_sense_are_refused_before_anything_is_cut(given, error, words):
+    recover = {"steps": 1, "elastic": given.pop("elastic")}
+    with pytest.raises(error, match=words) as caught:
+        vitrim.compress(DIGITS, data="digits", recipe=Recipe.parse({"recover": recover, **given}), quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_budget_may_be_said_twice_if_it_is_the_same():
+    recipe = Recipe.parse({"width_ratio": 2, "recover": {"steps": 1, "elastic": [2, 0.5]}})
+    site = find_mlps(make_teacher())[0]
+    assert recipe.width_of(site) == Recipe.parse({"recover": {"steps": 1, "elastic": [0.5, 2]}}).width_of(site) == 64
+    assert recipe.width_of(site, width_ratio=0.5) == 16 and recipe.recover.elastic == (0.5, 2.0)
+
+
+def test_distillation_without_its_widths_is_refused():
+    teacher = make_teacher()
+    with pytest.raises(RecipeError, match=r"Widths\.of"):
+        recover_(teacher, teacher, make_images(), held_out=HELD_OUT, options=RecoverOptions(**OPTIONS))

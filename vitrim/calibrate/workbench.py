@@ -1,0 +1,81 @@
+"""What a method of scope `model` sees of a model, and can ask of it: `types.ModelView` on a live model and images.
+
+Plain tensors go out, nothing comes in: the model is changed by whoever carries the method's edits out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+
+from vitrim.calibrate.streams import first_tensor
+from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.models.taps import device_of, evaluating
+from vitrim.surgery import read_weights, submodule
+from vitrim.types import MlpSite, MlpWeights
+
+
+class Workbench:
+    """A live model with its calibration images; see `ModelView` for what each answer means."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[MlpSite],
+        widths: Mapping[str, int],
+        batches: Sequence[Tensor] | None,
+        *,
+        seed: int,
+    ) -> None:
+        self.model, self.sites, self.widths, self.batches = model, sites, widths, batches
+        self.generator: Generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Hidden units that stay by the budget, of all."""
+        return sum(self.widths.values()) / max(1, sum(site.d_hidden for site in self.sites))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are calibration images."""
+        return self.batches is not None
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer by its full name, without its graph."""
+        path, _, own = name.rpartition(".")
+        found = getattr(submodule(self.model, path), own, None)
+        if not isinstance(found, Tensor):
+            raise SiteNotFoundError(f"{name}: no such tensor in {type(self.model).__name__}.")
+        return found.detach()
+
+    def weights(self, site: MlpSite) -> MlpWeights:
+        """The canonical view of an MLP's weights."""
+        return read_weights(self.model, site)
+
+    def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Run the calibration images through the whole model, watching these modules.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        if self.batches is None:
+            raise RecipeError("method: needs calibration images; pass data.")
+        handles = [submodule(self.model, path).register_forward_hook(_watch(path, see)) for path in paths]
+        try:
+            with evaluating(self.model):
+                for batch in self.batches:
+                    self.model(batch.to(device_of(self.model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:
+    """A forward hook that hands on a module's first input and first output."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        see(path, args[0], first_tensor(output))
+
+    return hook

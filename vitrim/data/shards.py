@@ -1,0 +1,110 @@
+"""Shards, the tar files of webdataset: which a source names, and an index of those that lie on a disk.
+
+In a shard, members with the same name up to the first dot are one sample: `000.jpg` is an image, `000.cls` its label.
+The index holds where each image begins, so that any image is one seek away and nothing is unpacked. Compressed shards
+and those behind a url or a command are read from the first byte to the last, by `streams.py`. Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from vitrim.errors import DataError
+from vitrim.models.origin import require
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+SHARD = re.compile(r"^pipe:|\.(tar|tgz|tar\.gz)($|\?)")  # a command to run, or a tar file, also at the end of a url
+TAR_ERRORS = (OSError, tarfile.TarError, EOFError, ValueError)
+
+
+def shard_urls(source: Any) -> list[str] | None:
+    """The shards that a source names, braces expanded; None for a source of another kind.
+
+    Raises:
+        MissingExtraError: there are braces, and webdataset, whose they are, is not installed.
+    """
+    given = [source] if isinstance(source, str | Path) else source
+    if not (isinstance(given, Sequence) and len(given) and all(isinstance(name, str | Path) for name in given)):
+        return None
+    names = [str(name) for name in given]
+    if not all(SHARD.search(name) for name in names) or any(Path(name).is_dir() for name in names):
+        return None
+    return [url for name in names for url in _expand(name)]
+
+
+def can_seek(url: str) -> bool:
+    """Whether a shard is a plain tar file on a disk."""
+    return url.endswith(".tar") and not url.startswith("pipe:") and "://" not in url
+
+
+def sample_of(member: str) -> tuple[str, str]:
+    """The sample that a member of a shard belongs to and what of it, as webdataset divides names: at the first dot.
+
+    The second is empty for what belongs to no sample: hidden files, and files without an ending.
+    """
+    folder, slash, name = member.rpartition("/")
+    stem, _, kind = name.partition(".")
+    return folder + slash + stem, kind.lower() if stem else ""
+
+
+class TarIndex:
+    """Where each image of some tar files lies, and its label. Files are opened anew for each read."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self.labels, self._offsets, self._sizes = array("q"), array("q"), array("q")
+        self._starts = [0]
+        for file in self.files:
+            try:
+                with tarfile.open(file, "r:") as tar:
+                    self._add(tar)
+            except TAR_ERRORS as error:
+                raise DataError(
+                    f"{file}: not a readable .tar file ({error}); write or download it again, "
+                    f"or read a compressed one as 'pipe:gzip -dc {file}'."
+                ) from None
+            self._starts.append(len(self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row."""
+        with self.files[bisect_right(self._starts, row) - 1].open("rb") as file:
+            file.seek(self._offsets[row])
+            return file.read(self._sizes[row])
+
+    def _add(self, tar: tarfile.TarFile) -> None:
+        """The samples of one file: an image each, the first where there are more, and a label where there is one."""
+        parts = (member for member in tar if member.isreg() and sample_of(member.name)[1])
+        for _, members in groupby(parts, key=lambda member: sample_of(member.name)[0]):
+            sample = {sample_of(member.name)[1]: member for member in members}
+            image = next((member for kind, member in sample.items() if f".{kind}" in IMAGE_SUFFIXES), None)
+            if image is None:
+                continue
+            label = tar.extractfile(sample["cls"]) if "cls" in sample else None
+            self.labels.append(-1 if label is None else label_of(label.read()))
+            self._offsets.append(image.offset_data)
+            self._sizes.append(image.size)
+
+
+def label_of(written: bytes) -> int:
+    """The class number that a `.cls` member holds, or -1 for whatever is none."""
+    return int(written) if written.strip().isdigit() else -1
+
+
+def _expand(name: str) -> list[str]:
+    """One name for each number in braces."""
+    if "{" not in name:
+        return [name]
+    require("webdataset", "shards")
+    from webdataset.shardlists import expand_urls
+
+    return expand_urls(name)

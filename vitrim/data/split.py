@@ -1,0 +1,75 @@
+"""Images by what they are for: to train on, to learn selection and repair from, and to judge on.
+
+Of a stream these are its first images, held in memory while they are read; those to judge on are passed over whenever
+the stream comes to them again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from vitrim.data.images import Batch, ImageSet, first_images, split_indices
+from vitrim.data.streams import ImageStream, Place
+from vitrim.errors import DataError
+from vitrim.recipe import Recipe
+
+# A tenth of the images, at most this many, is held out to judge on and is in nothing else.
+MAX_HELD_OUT = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Images by what they are for; `counts` says how many, None for those of a stream."""
+
+    train: ImageSet | ImageStream
+    calibration: list[Tensor]
+    held_out: list[Batch]
+    counts: dict[str, int | None]
+
+    @property
+    def sample(self) -> Tensor:
+        """A few images to run, time and show."""
+        return self.held_out[0].images_BCHW
+
+
+def split_images(source: ImageSet | ImageStream, recipe: Recipe, *, work: Path | None = None) -> Split:
+    """Hold some images out, and draw the calibration images from the rest.
+
+    Args:
+        source: all images.
+        recipe: how many to calibrate on, and the seed.
+        work: folder of a run that can be resumed; what it learns about a stream's shards is kept there.
+
+    Raises:
+        DataError: there are no images, or none of those held out could be read.
+    """
+    if isinstance(source, ImageSet):
+        return _split(source, source, recipe)
+    if work is not None:  # each process reads shards of its own
+        source = source.remembering(work / f"shards-{os.environ.get('RANK', '0')}.jsonl")
+    images, places = source.take(recipe.calibrate.num_images + MAX_HELD_OUT, seed=recipe.seed)
+    return _split(images, source, recipe, places)
+
+
+def _split(images: ImageSet, source: ImageSet | ImageStream, recipe: Recipe, places: Sequence[Place] = ()) -> Split:
+    num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
+    rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
+    train, options = images.subset(rest), recipe.calibrate
+    batches, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
+    judged = images.subset(held) if held else train
+    held_out = [batch for batch in judged.loader(batch_size=options.batch_size) if len(batch.images_BCHW)]
+    if not held_out:
+        raise DataError(f"{images.name}: none of the {len(judged)} held-out images could be read; check the files.")
+    counts = {
+        "train": len(train) if isinstance(source, ImageSet) else None,
+        "calibration": sum(map(len, batches)),
+        "held_out": sum(len(batch.images_BCHW) for batch in held_out),
+        "skipped": num_skipped + sum(batch.num_skipped for batch in held_out),
+    }
+    remaining = train if isinstance(source, ImageSet) else source.without([places[i] for i in held])
+    return Split(train=remaining, calibration=batches, held_out=held_out, counts=counts)

@@ -1,0 +1,342 @@
+"""Images of a set larger than a disk, read in order as they arrive: shards behind urls, and streamed Hugging Face sets.
+
+A stream has no length and no image has a number that would find it again, so what is asked for is "the next ones". They
+are read in lanes, each a share of the shards, drawn anew for every pass over the set. Within a lane, windows of images
+are shuffled, one after the other: like a shuffle buffer, but where a window begins, everything before is forgotten, so
+that a run goes on from the middle without what it has seen. Which processes read which lanes is decided by `recover`.
+
+Nothing is collected but one window for each lane. Images are decoded last, by whom they belong to. A shard that can't
+be read to its end is an error; an image that can't be decoded is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, islice, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitrim.data.images import Batch, ImageSet, Transform, collate, prepare
+from vitrim.data.shards import IMAGE_SUFFIXES, can_seek, label_of, shard_urls
+from vitrim.data.sources import READ_ERRORS, as_label, choose_split, decode, find_columns, name_of, unpack
+from vitrim.errors import DataError, VitrimError
+from vitrim.models.origin import require
+from vitrim.tensor_writer import read_journal
+
+PREFIX = "hf-stream:"
+# Lanes from which images are taken that are only looked at; a window of them is as long as it has to be.
+NUM_LANES = 8
+
+Place = tuple[int, int]
+
+
+class Record(NamedTuple):
+    """An image as it was read (encoded, most often), its label or -1, and its place: the shard and the number in it."""
+
+    image: Any
+    label: int
+    place: Place
+
+
+Draw = tuple[int, Record]
+
+
+class Shards(Protocol):
+    """What a stream reads: parts that can be begun at their first image only."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the shards are called; each name stands for the same images in every run."""
+        ...
+
+    def read(self, shard: int) -> Iterator[tuple[Any, int]]:
+        """The images of a shard, not decoded, with their labels; the same ones each time."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStream:
+    """Shards as a stream of images.
+
+    Args:
+        shards: what is read.
+        name: shown in messages.
+        transform: from a PIL image to a tensor (C, H, W).
+        seed: of a random transform; None for one that draws nothing.
+        held_out: images that are passed over.
+        sizes: how many images the shards have that were read to their end, by name. A run that goes on skips these.
+        journal: a file that keeps `sizes`.
+    """
+
+    shards: Shards
+    name: str
+    transform: Transform | None = None
+    seed: int | None = None
+    held_out: frozenset[Place] = frozenset()
+    sizes: dict[str, int] = field(default_factory=dict)
+    journal: Path | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """How many parts can be read independently."""
+        return len(self.shards.names)
+
+    def augmented(self, augment: Transform | None, seed: int) -> ImageStream:
+        """The same images behind a random transform; the draw at a position depends on seed and position alone."""
+        return replace(self, transform=augment, seed=seed)
+
+    def without(self, places: Collection[Place]) -> ImageStream:
+        """The same stream without some images, in every pass."""
+        return replace(self, held_out=self.held_out | frozenset(places))
+
+    def remembering(self, journal: Path) -> ImageStream:
+        """The same stream, which knows the sizes of shards from a file, and writes there what it learns."""
+        known = {line["shard"]: line["images"] for line in read_journal(journal)}
+        new = {name: size for name, size in self.sizes.items() if name not in known}
+        stream = replace(self, journal=journal, sizes=dict(known))
+        for name, size in new.items():
+            stream._learn(name, size)
+        return stream
+
+    def take(self, num_images: int, *, seed: int) -> tuple[ImageSet, list[Place]]:
+        """The first images of a seeded order, encoded in memory, and their places; fewer where the stream has fewer.
+
+        Raises:
+            DataError: the stream has no images.
+        """
+        num_lanes = min(NUM_LANES, self.num_shards)
+        window = -(-num_images // num_lanes)
+        lanes = [self._pass(0, lane, num_lanes, window, seed) for lane in range(num_lanes)]
+        found = (record for group in zip_longest(*lanes) for record in group if record is not None)
+        records = list(islice(found, num_images))
+        if not records:
+            raise DataError(f"{self.name}: no images found; check the shards.")
+        return ImageSet(_Taken(records), name=self.name, transform=self.transform), [r.place for r in records]
+
+    def lane(self, lane: int, *, num_lanes: int, window: int, seed: int, first: int = 0) -> Iterator[Record]:
+        """Images of one of `num_lanes` lanes from number `first` on, pass after pass, without end.
+
+        Shards are dealt out to lanes anew in each pass, in a seeded order; images are shuffled within windows.
+        """
+        for epoch in count():
+            yield from self._pass(epoch, lane, num_lanes, window, seed, first)
+            num_images = self._size(self._dealt(epoch, lane, num_lanes, seed)) or 0
+            if not num_images:
+                raise DataError(f"{self.name}: a share of its shards has no images; have fewer lanes.")
+            first = max(0, first - num_images)
+
+    def load(self, draws: Iterable[Sequence[Draw]], *, num_workers: int = 0) -> Iterator[tuple[list[Draw], Batch]]:
+        """Decode lists of images, each given with its position; workers decode, the reading stays in this process."""
+        waiting: deque[list[Draw]] = deque()
+        loader = DataLoader(
+            _Decoder(self.name, self.transform, self.seed),
+            batch_sampler=_noted(draws, waiting),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(0),  # workers' base seed; images draw from their own
+        )
+        for batch in loader:
+            yield waiting.popleft(), batch
+
+    def _pass(self, epoch: int, lane: int, num_lanes: int, window: int, seed: int, first: int = 0) -> Iterator[Record]:
+        """One pass over a lane, from image `first` on."""
+        number, inside = divmod(first, window)
+        records = self._kept(self._dealt(epoch, lane, num_lanes, seed), skip=number * window)
+        while shuffled := list(islice(records, window)):
+            for place in _permutation(len(shuffled), seed, epoch, lane, number)[inside:]:
+                yield shuffled[place]
+            number, inside = number + 1, 0
+
+    def _dealt(self, epoch: int, lane: int, num_lanes: int, seed: int) -> list[int]:
+        """The shards of a lane in a pass, in order."""
+        return _permutation(self.num_shards, seed, epoch)[lane::num_lanes]
+
+    def _kept(self, shards: Sequence[int], skip: int) -> Iterator[Record]:
+        """Images of shards without those held out, after `skip` of them; shards of known size are skipped unread."""
+        for shard in shards:
+            size = self._size([shard])
+            if size is not None and size <= skip:
+                skip -= size
+                continue
+            for record in self._read(shard):
+                if skip:
+                    skip -= 1
+                else:
+                    yield record
+
+    def _read(self, shard: int) -> Iterator[Record]:
+        """The images of a shard that are not held out."""
+        name, number = self.shards.names[shard], -1
+        try:
+            for number, (image, label) in enumerate(self.shards.read(shard)):
+                if (shard, number) not in self.held_out:
+                    yield Record(image, label, (shard, number))
+        except VitrimError:
+            raise
+        except Exception as error:  # networks, commands, archives and users' generators fail in their own ways
+            reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+            raise DataError(
+                f"{self.name}: shard {name} can't be read to its end, image {number + 1} ({reason}); go on with "
+                "resume when it can, or leave it out."
+            ) from error
+        if name not in self.sizes:
+            self._learn(name, number + 1)
+
+    def _learn(self, name: str, size: int) -> None:
+        """Keep the size of a shard."""
+        self.sizes[name] = size
+        if self.journal is not None:
+            with self.journal.open("a") as file:
+                file.write(json.dumps({"shard": name, "images": size}) + "\n")
+
+    def _size(self, shards: Sequence[int]) -> int | None:
+        """How many images shards have without those held out; None where it is not known yet."""
+        sizes = [self.sizes.get(self.shards.names[shard]) for shard in shards]
+        if None in sizes:
+            return None
+        return sum(size or 0 for size in sizes) - sum(shard in shards for shard, _ in self.held_out)
+
+
+def open_stream(source: Any, *, transform: Transform | None = None, split: str = "train") -> ImageStream | None:
+    """Open a source that can only be read in order; None for one of another kind.
+
+    Args:
+        source: urls of webdataset's shards (`https://...`, `pipe:COMMAND`, whatever webdataset opens), braces and
+            lists included; local shards that are compressed; `hf-stream:ORG/NAME` or `hf-stream:ORG/NAME/CONFIG`; a
+            `datasets.IterableDataset`, or one for each split.
+        transform: from a PIL image to a tensor (C, H, W).
+        split: of a Hugging Face set.
+
+    Raises:
+        DataError: a set can't be opened or has no such split.
+        MissingExtraError: webdataset is needed and not installed.
+    """
+    if isinstance(source, ImageStream):
+        return source if transform is None else replace(source, transform=transform)
+    name = source if isinstance(source, str) else type(source).__name__
+    if isinstance(source, str) and source.startswith(PREFIX):
+        source = _load_dataset(source.removeprefix(PREFIX), split)
+    hugging_face = sys.modules.get("datasets")  # whoever holds one of its objects has imported it
+    if hugging_face is not None and isinstance(source, hugging_face.IterableDataset | hugging_face.IterableDatasetDict):
+        return ImageStream(shards=_HuggingFace(choose_split(source, split, name), name), name=name, transform=transform)
+    urls = shard_urls(source)
+    if urls is None or all(can_seek(url) for url in urls):
+        return None
+    require("webdataset", "shards")
+    return ImageStream(shards=_Urls(urls), name=name_of(source), transform=transform)
+
+
+class _Urls:
+    """Tar files in webdataset's order of members, read from the first byte to the last."""
+
+    def __init__(self, urls: Sequence[str]):
+        self.names = urls
+
+    def read(self, shard: int) -> Iterator[tuple[bytes, int]]:
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        url = self.names[shard]
+        with gopen(url) as stream:  # a command that fails says so when it is closed
+            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+                image = next((value for kind, value in sample.items() if f".{kind}" in IMAGE_SUFFIXES), None)
+                if image is not None:
+                    yield image, label_of(sample.get("cls", b""))
+
+
+class _HuggingFace:
+    """Shards of a `datasets.IterableDataset`; images are left encoded where the set says which column holds them."""
+
+    def __init__(self, dataset: Any, name: str):
+        import datasets
+
+        self._columns: list[str] = []
+        if dataset.features is not None:
+            self._columns = find_columns(dataset.features.arrow_schema, name)
+            dataset = dataset.with_format(None).select_columns(self._columns)
+            if isinstance(dataset.features[self._columns[0]], datasets.Image):
+                dataset = dataset.cast_column(self._columns[0], datasets.Image(decode=False))
+        self._dataset = dataset
+        self.names = [f"{shard} of {dataset.num_shards}" for shard in range(dataset.num_shards)]
+
+    def read(self, shard: int) -> Iterator[tuple[Any, int]]:
+        for row in self._dataset.shard(num_shards=len(self.names), index=shard):
+            image, label = [*(row[name] for name in self._columns), None][:2] if self._columns else unpack(row)
+            yield image, as_label(label)
+
+
+class _Taken:
+    """Images of a stream in memory, by number."""
+
+    def __init__(self, records: Sequence[Record]):
+        self._records = records
+        self.has_labels = any(record.label >= 0 for record in records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, row: int) -> tuple[Any, int]:
+        return _decoded(self._records[row].image), self._records[row].label
+
+
+class _Decoder(Dataset):
+    """Decodes images that are handed to it: what a loader takes for a number is the position and the image itself."""
+
+    def __init__(self, name: str, transform: Transform | None, seed: int | None):
+        self._name, self._transform, self._seed = name, transform, seed
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | None:
+        position, record = draw
+        try:
+            image = _decoded(record.image)
+            return prepare(image, self._transform, name=self._name, seed=self._seed, index=position), record.label
+        except READ_ERRORS:
+            return None
+
+
+def _decoded(image: Any) -> Any:
+    """A PIL image of bytes, or of a mapping with bytes or a path or url; PIL images and tensors as they are."""
+    if isinstance(image, Mapping) and image.get("bytes") is None:
+        import fsspec
+
+        if image.get("path") is None:
+            raise OSError("the cell is empty")
+        with fsspec.open(image["path"], "rb") as file:
+            image = file.read()  # type: ignore[union-attr]
+    elif isinstance(image, Mapping):
+        image = image["bytes"]
+    return decode(image) if isinstance(image, bytes) else image
+
+
+def _noted(draws: Iterable[Sequence[Draw]], waiting: deque[list[Draw]]) -> Iterator[Sequence[Draw]]:
+    """The draws, noted as they go to the loader, without the images."""
+    for drawn in draws:
+        waiting.append([(position, record._replace(image=None)) for position, record in drawn])
+        yield drawn
+
+
+def _permutation(size: int, *key: int) -> list[int]:
+    """A random order of 0..size-1, the same for the same key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big"))).tolist()
+
+
+def _load_dataset(name: str, split: str) -> Any:
+    """A Hugging Face set by name or folder, streamed."""
+    import datasets
+
+    parts = [name] if Path(name).exists() else ["/".join(name.split("/")[:2]), *name.split("/")[2:]]
+    try:
+        return datasets.load_dataset(*parts, split=split, streaming=True)
+    except Exception as error:  # the Hub, networks and scripts fail in their own ways
+        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+        raise DataError(f"{PREFIX}{name}: can't be opened ({reason}); use {PREFIX}ORG/NAME[/CONFIG].") from error

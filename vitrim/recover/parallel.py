@@ -1,0 +1,146 @@
+"""The processes of one run: who is the main one, how all agree, and how the others learn what went wrong there.
+
+One process is the usual case, and then every function here does the plain thing at once. Several are started by
+torchrun. What they tell each other goes over a gloo group of its own, because some wait while the main process measures
+and writes, which takes longer than collectives between GPUs may. Gradients and shards are not dealt with here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vitrim.errors import VitrimError
+
+T = TypeVar("T")
+
+# How long a process waits for the main one, which may have a large model to write and to load back.
+PATIENCE = timedelta(hours=24)
+
+
+def join_(device: str) -> None:
+    """Join the processes that torchrun started, where it did; each of them then has a GPU of its own.
+
+    Args:
+        device: as in a recipe; on "cpu" the processes talk over gloo even where there are GPUs.
+    """
+    from accelerate import PartialState
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        PartialState(cpu=device == "cpu")
+
+
+def num_processes() -> int:
+    """How many processes take part in the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process; 0 is the main one."""
+    return 0 if num_processes() == 1 else dist.get_rank()
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes, reports and prints."""
+    return rank() == 0
+
+
+def from_main(value: T) -> T:
+    """The main process's value, on every process; of the others' own nothing remains."""
+    return from_process(0, value)
+
+
+def from_process(source: int, value: T) -> T:
+    """One process's value, on every process."""
+    if num_processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=_control())
+    return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do something on the main process alone; every process gets what came of it.
+
+    Args:
+        work: what to do; its value has to be small and plain.
+
+    Raises:
+        VitrimError: on every process what the main one raised, in other words where it was no error for users.
+    """
+    if num_processes() == 1:
+        return work()
+    done: list[T] = []
+    error: Exception | None = None
+    if is_main():
+        try:
+            done.append(work())
+        except Exception as caught:  # told to the others before it goes on its way, or they would wait for ever
+            error = caught
+    said = from_main(_words(error))
+    if error is not None:
+        raise error
+    if said is not None:
+        raise said
+    return from_main(done[0] if done else None)  # type: ignore[return-value]
+
+
+@contextmanager
+def entered_on_main(context: AbstractContextManager[T]) -> Iterator[T]:
+    """Enter and leave a context on the main process alone; every process gets its value, and its errors."""
+    with ExitStack() as stack:
+        yield on_main(lambda: stack.enter_context(context))
+        on_main(stack.close)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is up on any process."""
+    return mean(float(flag)) > 0
+
+
+def mean(value: float) -> float:
+    """The mean of a number over the processes; no number if it is none on one of them."""
+    if num_processes() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total, group=_control())
+    return float(total) / num_processes()
+
+
+@torch.no_grad()
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Give tensors the main process's values; every process has the same shapes in the same order."""
+    if num_processes() == 1:
+        return
+    for tensor in tensors:
+        values = tensor.detach().contiguous()
+        dist.broadcast(values, src=0, group=_control() if values.device.type == "cpu" else None)
+        tensor.copy_(values)
+
+
+def _words(error: Exception | None) -> VitrimError | None:
+    """An error as the other processes raise it: one that can be sent, whatever it holds."""
+    if error is None or isinstance(error, VitrimError):
+        return error
+    return VitrimError(f"the main process failed ({type(error).__name__}: {error}); its own message says where.")
+
+
+def _control() -> dist.ProcessGroup:
+    """The group for words between processes."""
+    return _control_beside(dist.group.WORLD)
+
+
+@cache
+def _control_beside(world: Any) -> dist.ProcessGroup:
+    """The same, made once for each group of all."""
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -1,0 +1,92 @@
+"""Trackers: TensorBoard and, by name, whatever else accelerate speaks to get each line of the log as well.
+
+A resumed run goes on in the same TensorBoard folder (steps after the last state are dropped there) and in the same run
+of Weights & Biases; others begin a new run. The JSONL log is written in any case, and not here.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitrim.errors import MissingExtraError, RecipeError
+from vitrim.recipe import RecoverOptions
+
+TRACKER_LOGS, RUN_ID = "logs", "run-id"
+PROJECT = "vitrim"
+
+
+def check_trackers(names: Sequence[str], *, folder: Path | None) -> None:
+    """Find out whether trackers can be used.
+
+    Args:
+        names: accelerate's names.
+        folder: what is written of the run; None where nothing is.
+
+    Raises:
+        RecipeError: a name is unknown, or its tracker writes files and there is no folder.
+        MissingExtraError: the package of a tracker is not installed.
+    """
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise RecipeError(f"recover.track: unknown tracker {name!r}; accelerate knows {known}.")
+        if name in LoggerType.list() and name not in map(str, get_available_trackers()):
+            package = name.replace("_", "-")
+            raise MissingExtraError(f"recover.track: {name} is not installed; pip install {package}.")
+        if folder is None and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+            raise RecipeError(f"recover.track: {name} writes files and this run writes none; give an output folder.")
+
+
+class Trackers:
+    """The trackers of a run; without names, none.
+
+    Args:
+        accelerator: of the run.
+        options: of the run; `track` names the trackers, the rest is told to them.
+        folder: where they write.
+    """
+
+    def __init__(self, accelerator: Any, options: RecoverOptions, folder: Path | None) -> None:
+        check_trackers(options.track, folder=folder)
+        self.accelerator, self.options, self.folder = accelerator, options, folder
+
+    def open(self, step: int) -> None:
+        """Start, or go on after a step."""
+        if not self.options.track:
+            return
+        from accelerate.tracking import filter_trackers
+
+        continuing: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        if self.folder is not None and self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            continuing["wandb"] = {"id": self._run_id(new=step == 0), "resume": "allow", "dir": str(self.folder)}
+        self.accelerator.project_configuration.logging_dir = None if self.folder is None else str(self.folder)
+        self.accelerator.log_with = filter_trackers(list(self.options.track), self.folder)
+        plain = {k: v for k, v in self.options.model_dump().items() if isinstance(v, bool | int | float | str)}
+        self.accelerator.init_trackers(PROJECT, config=None if step else plain, init_kwargs=continuing)
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """What a step gave."""
+        if self.options.track:
+            self.accelerator.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Let them write what they hold. Processes stay together: accelerate's own `end_training` would part them."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _run_id(self, *, new: bool) -> str:
+        """A name for this run that a resumed one finds again."""
+        assert self.folder is not None
+        file = self.folder / RUN_ID
+        if new or not file.exists():
+            file.write_text(uuid.uuid4().hex[:8])
+        return file.read_text()

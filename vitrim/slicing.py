@@ -1,0 +1,116 @@
+"""Cuts a smaller width out of an output folder, without images: its units stand in pick order, so the first ones stay.
+
+A width that the output was trained for (`recover.elastic`) gets the output weights that were kept for it. Nothing is
+trained or measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitrim.checkpoint import load, read_about, save, staged_output, verify, write_json
+from vitrim.cost import num_parameters
+from vitrim.evaluation import environment, random_inputs
+from vitrim.models.load import library
+from vitrim.models.origin import Origin
+from vitrim.models.stock import loads_with, stock_origin, why_not_stock
+from vitrim.recipe import Recipe
+from vitrim.recover.elastic import Slice, first_units, read_widths
+from vitrim.surgery import Edit, Plan, apply_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sliced:
+    """What `slice_output` wrote; the plan leads from the original model to this width."""
+
+    model: nn.Module
+    plan: Plan
+    metrics: Mapping[str, Any]
+    out: Path
+
+
+def slice_output(source: str | Path, out: str | Path, *, width_ratio: float, model: nn.Module | None = None) -> Sliced:
+    """Cut an output of vitrim to a smaller width.
+
+    Args:
+        source: a folder that vitrim wrote; best one with `recover.elastic`, which was trained for its widths.
+        out: folder to write; it must not exist.
+        width_ratio: hidden width as a multiple of the model width; at most that of the output.
+        model: the uncut model, for one that no library can build; it is reshaped in place.
+
+    Returns:
+        The small model, its plan, what was measured, and the folder.
+
+    Raises:
+        BudgetError: the ratio is above the output's own width, or leaves nothing.
+        CheckpointError: the source is not vitrim's or is damaged.
+        OutputError: `out` can't be written, or does not load back.
+    """
+    source, out = Path(source), Path(out)
+    about = read_about(source)
+    origin, plan = Origin.from_json(about["origin"]).placed_at(str(source)), Plan.from_json(about["plan"])
+    found = read_widths(source).get(width_ratio)
+    chosen = _prefix(plan, width_ratio) if found is None else found
+    whole = load(source, model=model)
+    before = num_parameters(whole)
+    apply_(whole, [_second_cut(edit, chosen) for edit in plan.edits])
+    plan = replace(plan, edits=tuple(_both_cuts(edit, chosen) for edit in plan.edits))
+    note = f"width ratio {width_ratio:g} was not trained or repaired for: these are the first units of {source}."
+    metrics: dict[str, Any] = {
+        "model": origin.name,
+        "sliced_from": str(source),
+        "width_ratio": width_ratio,
+        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
+        "before": {"parameters": before},
+        "after": {"parameters": num_parameters(whole)},
+        "errors": dict(chosen.errors),
+        "notes": [note] if found is None else [],
+        "environment": environment(),
+    }
+    with staged_output(out) as (folder, _):
+        _write(folder, whole, origin, plan, metrics)
+    metrics["loads_with"] = loads_with(origin, out, stock=metrics["stock"])
+    return Sliced(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
+
+
+def _prefix(plan: Plan, width_ratio: float) -> Slice:
+    """The units of a width that the output was not trained for."""
+    recipe = Recipe()
+    sites = [replace(edit.site, d_hidden=edit.width) for edit in plan.edits]
+    return Slice(units={site.path: recipe.width_of(site, width_ratio=width_ratio) for site in sites})
+
+
+def _second_cut(edit: Edit, chosen: Slice) -> Edit:
+    """The edit that cuts the model in the folder."""
+    site = replace(edit.site, d_hidden=edit.width)
+    return replace(first_units(site, chosen.units[site.path]), tensors=_own_tensors(edit, chosen))
+
+
+def _both_cuts(edit: Edit, chosen: Slice) -> Edit:
+    """The edit that leads from the uncut model to the same width: the first of the units that it kept."""
+    return replace(edit, keep=edit.keep[: chosen.units[edit.site.path]], tensors=_own_tensors(edit, chosen))
+
+
+def _own_tensors(edit: Edit, chosen: Slice) -> dict[str, Any]:
+    """The tensors of a site that a width has for itself."""
+    return {name: t for name, t in chosen.tensors.items() if name.startswith(f"{edit.site.output}.")}
+
+
+def _write(folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any]) -> None:
+    """A normal output folder, loaded back in a fresh process before this returns."""
+    stock, reader = stock_origin(origin, plan.edits), library(origin.library)
+    metrics["stock"] = stock is not None
+    if stock is None:
+        metrics["notes"].append(why_not_stock(origin, plan.edits))
+    elif reader is not None:
+        reader.describe_(whole, stock)
+    save(folder, whole, origin=origin, plan=plan)
+    probe = None if origin.library is None else random_inputs(origin, 4)
+    if probe is not None:
+        metrics["reload_difference"] = verify(folder, whole, probe, origin=origin, stock=metrics["stock"])
+    write_json(folder / "metrics.json", metrics)

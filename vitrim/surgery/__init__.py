@@ -1,0 +1,23 @@
+"""The only writer of modules: the kinds of edit, one file each, and what carries them out. Importing knows them all."""
+
+from vitrim.surgery.confirm import confirm_site
+from vitrim.surgery.edits import Edit, apply_, edit_of, reshape_, transform
+from vitrim.surgery.keep_units import KeepUnits
+from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
+from vitrim.surgery.plan import Plan
+
+__all__ = [
+    "Edit",
+    "KeepUnits",
+    "Plan",
+    "apply_",
+    "confirm_site",
+    "edit_of",
+    "mlp_output",
+    "read_weights",
+    "reshape_",
+    "site_weights",
+    "submodule",
+    "transform",
+    "weight_of",
+]

@@ -1,0 +1,91 @@
+"""Cutting hidden units out of an MLP: rows of its input projections, columns of its output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import BudgetError
+from vitrim.surgery.edits import Edit, resize_
+from vitrim.surgery.modules import submodule
+from vitrim.types import MlpSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepUnits(Edit):
+    """Keep these hidden units of an MLP, in this order, and cut the others.
+
+    `tensors` may hold values that replace the sliced originals: the output projection after least squares, or all
+    the tensors of the site after a refit.
+    """
+
+    KIND: ClassVar[str] = "keep_units"
+
+    site: MlpSite
+    keep: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """How many hidden units stay."""
+        return len(self.keep)
+
+    def shape_only(self) -> KeepUnits:
+        """The width, whichever units it is made of."""
+        return replace(self, keep=tuple(range(self.width)), tensors={})
+
+    def describe(self) -> str:
+        """Width after of before."""
+        return f"{self.width} of {self.site.d_hidden} units"
+
+    def touched(self) -> list[str]:
+        """The tensors of the site's layers, and any that the edit brings along."""
+        site = self.site
+        rows = [name for name in (site.value, site.gate, site.norm) if name is not None]
+        names = [f"{name}.{part}" for name in rows for part in ("weight", "bias")] + [f"{site.output}.weight"]
+        return names + [name for name in self.tensors if name not in names]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse units that are not there, or twice."""
+        self._check_units()
+        for name in (self.site.value, self.site.gate, self.site.output, self.site.norm):
+            if name is not None:
+                submodule(model, name)
+
+    def reshape_(self, model: nn.Module) -> None:
+        """Resize the site's layers."""
+        site = self.site
+        for name in (site.value, site.gate):
+            if name is not None:
+                resize_(submodule(model, name), dim=0, size=self.width * site.num_groups, attribute="out_features")
+        resize_(submodule(model, site.output), dim=1, size=self.width, attribute="in_features")
+        if site.norm is not None:
+            resize_(submodule(model, site.norm), dim=0, size=self.width, attribute="normalized_shape")
+
+    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """One tensor of the site without the removed units."""
+        yield name, self.given(name, tensor) if name in self.tensors else self._cut(name, tensor)
+
+    def _check_units(self) -> None:
+        total = self.site.d_hidden
+        if not self.keep or len(set(self.keep)) != len(self.keep) or not 0 <= min(self.keep) <= max(self.keep) < total:
+            raise BudgetError(f"{self.site.path}: indices must be unique, at least one, within 0..{total - 1}.")
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        self._check_units()
+        site = self.site
+        dim, num_groups = (
+            int(name == f"{site.output}.weight"),
+            site.num_groups if name.startswith(f"{site.value}.") else 1,
+        )
+        if tensor.shape[dim] != num_groups * site.d_hidden:
+            units = tensor.shape[dim] // num_groups
+            raise BudgetError(
+                f"{name}: has {units} hidden units, the plan was made for {site.d_hidden}; use its own model."
+            )
+        keep = torch.tensor(self.keep, device=tensor.device)
+        keep = torch.cat([keep + group * site.d_hidden for group in range(num_groups)])
+        return tensor.index_select(dim, keep).contiguous()

@@ -1,0 +1,87 @@
+"""Reading modules: by path, as canonical weights, and by running one MLP on tokens. Nothing here changes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from vitrim.errors import SiteNotFoundError
+from vitrim.types import MlpSite, MlpWeights
+
+
+def read_weights(model: nn.Module, site: MlpSite) -> MlpWeights:
+    """The canonical view of a live site's weights; views and copies, never to be written to."""
+    paths = [path for path in (site.value, site.gate, site.output) if path is not None]
+    tensors = {f"{path}.weight": weight_of(model, path) for path in paths}
+    biases = {f"{path}.bias": _bias(model, path) for path in paths}
+    return site_weights({**tensors, **{name: bias for name, bias in biases.items() if bias is not None}}, site)
+
+
+def site_weights(tensors: Mapping[str, Tensor], site: MlpSite) -> MlpWeights:
+    """The canonical view of a site's weights, from a mapping of names to tensors."""
+    gate_weight = gate_bias = None
+    value_weight, value_bias = tensors[f"{site.value}.weight"], tensors.get(f"{site.value}.bias")
+    if site.kind == "packed_gated":
+        gate_weight, value_weight = value_weight.chunk(2)
+        gate_bias, value_bias = (None, None) if value_bias is None else value_bias.chunk(2)
+    elif site.gate is not None:
+        gate_weight, gate_bias = tensors[f"{site.gate}.weight"], tensors.get(f"{site.gate}.bias")
+    return MlpWeights(
+        value_HD=value_weight,
+        value_bias_H=value_bias,
+        gate_HD=gate_weight,
+        gate_bias_H=gate_bias,
+        output_DH=tensors[f"{site.output}.weight"],
+        output_bias_D=tensors.get(f"{site.output}.bias"),
+    )
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """A module by dotted path.
+
+    Raises:
+        SiteNotFoundError: there is none of that name.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        kind = type(model).__name__
+        raise SiteNotFoundError(f"{path}: no such module in {kind}; the plan was made for another model.") from None
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    """A layer's weight without its graph, (out, in); writing to it writes to the layer."""
+    return cast(Tensor, submodule(model, path).weight).detach()
+
+
+def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
+    """What a site's output projection puts out for MLP inputs (N, D), with the model's own activation between."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: Any, output: Any) -> None:
+        caught.append(output)
+
+    hook = submodule(model, site.output).register_forward_hook(catch)
+    try:
+        run_mlp(submodule(model, site.path), site.within(site.path), tokens_ND[None])
+    finally:
+        hook.remove()
+    return caught[0][0]
+
+
+def run_mlp(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
+    """Run an MLP on tokens; one that is spread over two modules (`intermediate`, `output`) is composed."""
+    first, _, inner = site.value.partition(".")
+    if inner:
+        second = site.output.partition(".")[0]
+        return container.get_submodule(second)(container.get_submodule(first)(tokens), tokens)
+    output = container(tokens)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _bias(model: nn.Module, path: str) -> Tensor | None:
+    """A layer's bias without its graph, if it has one."""
+    bias = getattr(submodule(model, path), "bias", None)
+    return None if bias is None else bias.detach()

@@ -1,0 +1,87 @@
+"""A plan: what was decided about a model, as data that can be saved, compared and replayed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from vitrim.errors import CheckpointError
+from vitrim.surgery.edits import Edit
+from vitrim.surgery.keep_units import KeepUnits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An ordered list of edits and how they came about; the same inputs and seed give the same bytes."""
+
+    edits: tuple[Edit, ...]
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready description of the plan."""
+        return {
+            "format": "vitrim-plan/1",
+            "method": self.method,
+            "options": dict(self.options),
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "edits": [edit.to_json() for edit in self.edits],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: the document is not a plan of a format this version reads.
+        """
+        try:
+            if data["format"] != "vitrim-plan/1":
+                raise CheckpointError(f"plan: format is {data['format']!r}; this version reads 'vitrim-plan/1'.")
+            edits = tuple(Edit.from_json(edit) for edit in data["edits"])
+            return cls(edits=edits, **{key: data[key] for key in ("method", "options", "seed", "versions")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError(f"plan: damaged ({where}: {first['msg']}); write it again with compress.") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"plan: damaged or incomplete ({error!r}); write it again with compress.") from None
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Hidden width of each MLP that is cut, after its last cut."""
+        return {edit.site.path: edit.width for edit in self.edits if isinstance(edit, KeepUnits)}
+
+    def describe(self) -> dict[str, Any]:
+        """What was cut, for metrics and report: widths before and after, and every other edit in words."""
+        cuts = [edit for edit in self.edits if isinstance(edit, KeepUnits)]
+        before = {edit.site.path: edit.site.d_hidden for edit in reversed(cuts)}
+        return {
+            "widths": {path: [before[path], width] for path, width in self.widths.items()},
+            "edits": [
+                {"edit": edit.KIND.replace("_", " "), "where": edit.where, "what": edit.describe()}
+                for edit in self.edits
+                if not isinstance(edit, KeepUnits)
+            ],
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON: equal plans, equal hash."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def below(self, prefix: str) -> Plan:
+        """The same plan as seen from a module that holds this one's root at `prefix`."""
+        return replace(self, edits=tuple(edit.below(prefix) for edit in self.edits))
+
+    def without_tensors(self) -> Plan:
+        """The reshape half alone: what building the model takes, no tensors."""
+        return replace(self, edits=tuple(replace(edit, tensors={}) for edit in self.edits))
