@@ -33,6 +33,7 @@ from giants import MEASURE
 from selection import naive
 from timm.models._hub import save_config_for_hf
 
+from vitrim.budget import parse_bytes
 from vitrim.checkpoint import write_json
 from vitrim.evaluation import environment
 from vitrim.models.origin import on_meta
@@ -205,6 +206,8 @@ def calibration(name: str, folder: Path, arguments: argparse.Namespace) -> list[
     for budget in ("", least.replace(" ", "")):
         started = time.perf_counter()
         done = run_measured([*words, str(folder / f"out{len(found)}"), budget, *more], stderr=True)
+        said = done["errors"].strip().split("\n")[0].partition(": ")[2]
+        in_memory = said.partition("on top ")[2].partition(",")[0]
         found.append(
             {
                 "model": name,
@@ -212,7 +215,8 @@ def calibration(name: str, folder: Path, arguments: argparse.Namespace) -> list[
                 "images": num_images,
                 "batch_size": batch_size,
                 "budget": budget or None,
-                "said": done["errors"].strip().split("\n")[0],
+                "said": said,
+                "said_bytes": parse_bytes(budget or in_memory),
                 "peak_bytes": done["peak_bytes"],
                 "seconds": time.perf_counter() - started,
             }
@@ -311,12 +315,21 @@ def markdown(result: dict[str, Any]) -> str:
                 killed,
             )
         )
-    notes = [
-        f"- {row['model']}, {row['depth']} blocks, {row['images']} images: peak {row['peak_bytes'] / 1e9:.2f} GB, "
-        f"{row['seconds']:.0f} s; {row['said']}"
+    program = {row["model"]: row["forecast"]["program"] for row in result["rows"]}
+    head_of_images = ("model", "blocks", "images", "way", "peak memory (said)", "time", "same bytes as in memory")
+    calibrated = [
+        (
+            row["model"],
+            str(row["depth"]),
+            str(row["images"]),
+            f"--memory-budget {row['budget']}" if row["budget"] else "in memory",
+            f"{row['peak_bytes'] / 1e9:.2f} ({(row['said_bytes'] + program[row['model']]) / 1e9:.2f}) GB",
+            f"{row['seconds']:.0f} s",
+            {None: "", True: "yes", False: "no: moments in float32"}[row.get("equal_to_in_memory")],
+        )
         for row in result["calibration"]
     ]
-    return table(head, rows) + "\n\n" + "\n".join(notes)
+    return table(head, rows) + "\n\n" + table(head_of_images, calibrated)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
