@@ -23,7 +23,7 @@ LAYERS = (
     ("calibrate", "data", "cost", "metrics", "checkpoint", "report"),
     ("recover", "budget"),
     ("cut", "evaluation"),
-    ("pipeline", "slicing", "streaming"),
+    ("clip", "pipeline", "slicing", "streaming"),
     ("inspection",),
     ("demo",),
     ("cli", "__init__"),

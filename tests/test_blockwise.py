@@ -1,7 +1,6 @@
 """Recovery block by block: it is the plain thing done slowly, whatever is spilled, killed or spread over processes."""
 
 import copy
-import gc
 import os
 import shutil
 import signal
@@ -94,7 +93,7 @@ def test_reported_errors_are_those_of_full_forwards_and_never_worse(build, name,
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     held_out = torch.stack([IMAGES[i][0] for i in order.tolist()[27:]])
     start = block_errors(case, student, inputs, held_out)
-    report = run(case, student, train=train, inputs=inputs)
+    report = run(case, student, train=train, inputs=inputs, lr=1e-3)
     end = block_errors(case, student, inputs, held_out)
     assert report.errors.keys() == end.keys() and report.notes == ()
     for block, errors in report.errors.items():
@@ -136,10 +135,12 @@ def test_one_step_is_one_step_of_adam_on_a_batch_through_the_whole_block(build):
     (args, kwargs, target), block = calls[0], expected.blocks[0]
     loss = (block(*args, **kwargs) - target).square().sum(-1).mean()
     loss.backward()
+    size = float((student.blocks[0].mlp.fc1.weight - block.mlp.fc1.weight).detach().abs().max())
+    assert 0 < size <= 1.001e-3
     for (name, p), q in zip(block.named_parameters(), student.blocks[0].parameters(), strict=True):
-        # The first step of a schedule that rises from 1/25 of its peak; Adam's first step is the sign of the gradient.
-        step = 1e-3 / 25 * p.grad / (p.grad.abs() + 1e-8)
-        torch.testing.assert_close(q.detach(), p.detach() - step, atol=2e-6, rtol=1e-4, msg=name)
+        clear = p.grad.abs() > 1e-3  # the sign of the others is that of a rounding error
+        step = size * p.grad[clear].sign()  # Adam's first step
+        torch.testing.assert_close(q.detach()[clear], p.detach()[clear] - step, atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("name", ["timm-vit-scaled", "timm-swin", "timm-split", "hf-bert"])
@@ -295,14 +296,10 @@ def test_memory_holds_three_batches_however_many_there_are(build, tmp_path, monk
     case, alive, most = build("timm-vit"), weakref.WeakSet(), []
     real = torch.load
 
-    class Batch(list):
-        """What a file holds, watched for as long as one of its tensors lives."""
-
     def load(*args, **kwargs):
         tensors = real(*args, **kwargs)
         for tensor in tensors:
             alive.add(tensor)
-        gc.collect()
         most.append(len(alive) / len(tensors))
         return tensors
 
@@ -326,13 +323,12 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from test_blockwise import IMAGES, cut, run
 from conftest import build_case
+from test_blockwise import cut, run
 from vitrim.recover import blockwise
 
-case = build_case("timm-vit-scaled")
-student = cut(case)
-if "kill" in sys.argv:
+case, folder, how = build_case("timm-vit-scaled"), Path(sys.argv[1]), sys.argv[2:]
+if "kill" in how:
     real, calls = blockwise._train_, []
     def train(*args):
         if calls:
@@ -340,59 +336,66 @@ if "kill" in sys.argv:
         calls.append(args)
         return real(*args)
     blockwise._train_ = train
-folder = Path(sys.argv[2])
-report = run(case, student, folder=folder, inputs=sys.argv[1], resume="resume" in sys.argv, batch_size=6, lr=1e-3)
-rank = os.environ.get("RANK", "0")
-torch.save((student.state_dict(), report.errors), folder / f"result-{{rank}}.pt")
+found = {{}}
+for inputs in ("student", "teacher"):
+    student = cut(case)
+    report = run(
+        case, student, folder=folder / inputs, inputs=inputs, resume="resume" in how, batch_size=6, lr=1e-3
+    )
+    found[inputs] = (student.state_dict(), report.errors)
+torch.save(found, folder / f"result-{{os.environ.get('RANK', '0')}}.pt")
 """
 
 
-def drive(tmp_path, name, *arguments, processes=0):
-    """Run the driver in fresh processes; what each ends with."""
-    script, folder = tmp_path / "driver.py", tmp_path / name
-    script.write_text(textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parent))))
+def drive(folder, *how, processes=0):
+    """Run the driver in fresh processes: how it ended, and what each of them ends with."""
     folder.mkdir(exist_ok=True)
+    script = folder / "driver.py"
+    script.write_text(textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parent))))
     start = [sys.executable]
     if processes:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*start, str(script), arguments[0], str(folder), *arguments[1:]],
+        [*start, str(script), str(folder), *how],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
-    found = [torch.load(path, weights_only=True) for path in sorted(folder.glob("result-*.pt"))]
-    return done, found
+    return done, [torch.load(path, weights_only=True) for path in sorted(folder.glob("result-*.pt"))]
 
 
-def test_two_processes_train_the_blocks_that_one_does(tmp_path):
-    one, (alone,) = drive(tmp_path, "one", "teacher")
-    two, both = drive(tmp_path, "two", "teacher", processes=2)
-    assert one.returncode == two.returncode == 0, two.stderr
-    assert len(both) == 2
-    for state, errors in both:
-        assert errors == alone[1] and not changed(alone[0], state)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process ends with that nobody disturbs."""
+    done, found = drive(tmp_path_factory.mktemp("alone"))
+    assert done.returncode == 0, done.stderr
+    return found[0]
 
 
-def test_two_processes_share_the_images_where_blocks_follow_each_other(tmp_path):
-    _, (alone,) = drive(tmp_path, "one", "student")
-    two, both = drive(tmp_path, "two", "student", processes=2)
-    assert two.returncode == 0, two.stderr
-    assert both[0][1] == both[1][1] and not changed(both[0][0], both[1][0])
-    for name, tensor in both[0][0].items():
-        torch.testing.assert_close(tensor, alone[0][name], atol=1e-4, rtol=1e-3)
-    for block, errors in both[0][1].items():
-        assert errors["after"] == pytest.approx(alone[1][block]["after"], rel=1e-3)
+def test_two_processes_share_the_blocks_or_the_images(alone, tmp_path):
+    done, both = drive(tmp_path, processes=2)
+    assert done.returncode == 0 and len(both) == 2, done.stderr
+    for inputs, (state, errors) in both[0].items():
+        assert both[1][inputs][1] == errors and not changed(both[1][inputs][0], state)
+    # Blocks that know nothing of each other come out the same, wherever they are trained.
+    assert both[0]["teacher"][1] == alone["teacher"][1]
+    assert not changed(both[0]["teacher"][0], alone["teacher"][0])
+    # Gradients over shares of a batch are summed in another order.
+    state, errors = both[0]["student"]
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, alone["student"][0][name], atol=1e-4, rtol=1e-3)
+    for block, values in alone["student"][1].items():
+        assert errors[block] == pytest.approx(values, rel=1e-3)
 
 
-def test_a_run_that_is_killed_between_blocks_ends_with_equal_tensors(tmp_path):
-    _, (whole,) = drive(tmp_path, "whole", "student")
-    killed, nothing = drive(tmp_path, "killed", "student", "kill")
+def test_a_run_that_is_killed_between_blocks_ends_with_equal_tensors(alone, tmp_path):
+    killed, nothing = drive(tmp_path, "kill")
     assert killed.returncode == -signal.SIGKILL and nothing == []
-    assert list((tmp_path / "killed").glob("streams-*"))
-    resumed, (again,) = drive(tmp_path, "killed", "student", "resume")
+    assert (tmp_path / "student" / "streams-0").exists()
+    resumed, (again,) = drive(tmp_path, "resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert again[1] == whole[1] and not changed(whole[0], again[0])
-    assert not list((tmp_path / "killed").glob("streams-*"))
+    assert again["student"][1] == alone["student"][1]
+    assert not changed(alone["student"][0], again["student"][0])
+    assert not (tmp_path / "student" / "streams-0").exists()

@@ -22,7 +22,7 @@ from vitrim.methods import METHODS
 from vitrim.models.sites import find_mlps
 from vitrim.recipe import Recipe, RecoverOptions, RepairOptions
 from vitrim.recover.distill import recover_
-from vitrim.recover.elastic import Slice, Widths, read_widths, repair_widths, save_widths
+from vitrim.recover.elastic import Fitting, Slice, Widths, fit_widths, read_widths, save_widths, serving
 from vitrim.recover.losses import relative_error
 from vitrim.recover.run import Run
 from vitrim.recover.targets import features_on_cpu
@@ -125,21 +125,29 @@ def test_every_width_gets_its_turn_in_an_order_that_seed_and_step_alone_decide()
     assert turns != [[widths.at(step, 4) for step in range(start, start + 3)] for start in range(0, 90, 3)]
 
 
-def elastic_run(student, teacher, *, num_images=48, **kwargs):
+def elastic_run(student, teacher, **kwargs):
+    """Recovery at several widths, with output weights of their own; curve, widths and what each has for itself."""
     options = RecoverOptions(**{**OPTIONS, **kwargs.pop("options", {})})
-    recipe = Recipe(recover=options, round_to=1)
-    widths = Widths.of(recipe, find_mlps(teacher))
-    images = make_images(num_images)
-    return recover_(
-        student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, widths=widths, **kwargs
-    ), widths
+    widths, images = widths_for(options), make_images()
+    judged = [(batch, features_on_cpu(teacher, batch, "final")) for batch in HELD_OUT]
+    batches = [images[i][0][None] for i in range(16)]
+    fitting = Fitting(teacher=teacher, batches=batches, judged=judged, options=RepairOptions(ridge=1e-2))
+    with serving(student, widths, fitting) as slices:
+        result = recover_(
+            student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, widths=widths, **kwargs
+        )
+    return result, widths, slices
+
+
+def widths_for(options):
+    return Widths.of(Recipe(recover=options, round_to=1), find_mlps(make_teacher()))
 
 
 def test_a_step_changes_the_units_of_its_width_alone_and_what_all_widths_share():
     teacher = make_teacher()
     student = make_student(teacher, 64)
     options = RecoverOptions(**OPTIONS, warmup_ratio=0.0)
-    widths = Widths.of(Recipe(recover=options, round_to=1), find_mlps(teacher))
+    widths = widths_for(options)
     run, trained = Run(student, teacher, make_images(), HELD_OUT, options, 0, widths), set()
     with run.trainable():
         run.start(quiet=True)
@@ -158,30 +166,45 @@ def test_a_step_changes_the_units_of_its_width_alone_and_what_all_widths_share()
     assert trained == {16, 32, 64}
 
 
-def test_the_curve_has_the_error_of_each_width_and_their_mean_decides():
+def test_the_curve_has_the_error_of_each_width_and_a_state_is_kept_that_makes_none_worse():
     teacher = make_teacher()
     student = make_student(teacher, 64)
-    result, widths = elastic_run(student, teacher, options={"steps": 24, "num_validations": 4})
+    result, widths, slices = elastic_run(student, teacher, options={"steps": 24, "num_validations": 8, "lr": 1e-4})
+    names = [f"width_ratio={ratio:g}" for ratio in widths.units]
+    first, scores = result.curve[0], []
+    for point in result.curve:
+        assert point["relative_error"] == pytest.approx(sum(point[name] for name in names) / 3)
+        scores.append(max(point[name] / first[name] for name in names))
+    best = result.curve[scores.index(min(scores))]
+    assert result.best_step == best["step"] > 0 and result.best_error == best["relative_error"]
     judged = [(batch, features_on_cpu(teacher, batch, "final")) for batch in HELD_OUT]
-    real = [relative_error(really_cut(student, widths, ratio), judged, "final") for ratio in widths.units]
-    best = min(result.curve, key=lambda point: point["relative_error"])
-    assert [best[f"width_ratio={ratio:g}"] for ratio in widths.units] == pytest.approx(real, rel=1e-5)
-    assert result.best_error == best["relative_error"] == pytest.approx(sum(real) / 3)
-    first = result.curve[0]
-    assert all(best[f"width_ratio={ratio:g}"] < first[f"width_ratio={ratio:g}"] for ratio in (0.5, 1.0))
+    for (ratio, each), name in zip(slices.items(), names, strict=True):
+        plain = really_cut(student, widths, ratio)
+        assert each.errors["sliced"] == pytest.approx(relative_error(plain, judged, "final"), rel=1e-5)
+        assert each.errors.get("trained", each.errors["sliced"]) == pytest.approx(best[name], rel=1e-5)
+        assert each.errors["repaired"] <= best[name] * (1 + 1e-6) < first[name]
+
+
+def test_a_state_that_is_better_for_all_widths_but_one_is_not_kept():
+    teacher = make_teacher()
+    student = make_student(teacher, 64)
+    result, *_ = elastic_run(student, teacher, options={"steps": 24, "num_validations": 4})
+    last, first = result.curve[-1], result.curve[0]
+    assert last["relative_error"] < first["relative_error"] and last["width_ratio=0.5"] > first["width_ratio=0.5"]
+    assert result.best_step == 0
 
 
 def test_a_width_that_starts_perfect_does_not_make_the_others_look_diverged():
     teacher = make_teacher()
     student = copy.deepcopy(teacher)
-    result, _ = elastic_run(student, teacher, options={"elastic": (0.25, 4.0), "steps": 12})
+    result, *_ = elastic_run(student, teacher, options={"elastic": (0.25, 4.0), "steps": 12})
     assert result.notes == [] and result.curve[0]["width_ratio=4"] < 1e-9
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     teacher = make_teacher()
     whole, stopped, again = (make_student(teacher, 64) for _ in range(3))
-    expected, _ = elastic_run(whole, teacher, options={"steps": 9, "num_validations": 9})
+    expected, *_, slices = elastic_run(whole, teacher, options={"steps": 9, "num_validations": 9})
 
     def stop(step, error):
         if step == 5:
@@ -191,9 +214,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     options = {"steps": 9, "num_validations": 9}
     with pytest.raises(KeyboardInterrupt):
         elastic_run(stopped, teacher, options=options, state=state, on_validation=stop)
-    result, _ = elastic_run(again, teacher, options=options, state=state, resume=True)
+    result, *_, others = elastic_run(again, teacher, options=options, state=state, resume=True)
     assert_equal(weights(whole), weights(again))
     assert result.curve == expected.curve
+    assert all(slices[ratio].errors == others[ratio].errors for ratio in slices)
+    assert_equal(slices[0.5].tensors, others[0.5].tensors)
 
 
 def test_two_processes_train_the_same_widths_as_one(tmp_path):
@@ -207,9 +232,10 @@ def test_two_processes_train_the_same_widths_as_one(tmp_path):
             from test_elastic import *
             teacher = make_teacher()
             student = make_student(teacher, 64)
-            elastic_run(student, teacher, options={{"lr": 1e-4, "accumulate": 2, "batch_size": 4}})
+            *_, slices = elastic_run(student, teacher, options={{"lr": 1e-4, "accumulate": 2, "batch_size": 4}})
             if int(os.environ.get("RANK", 0)) == 0:
-                torch.save(weights(student), sys.argv[1])
+                own = {{f"own {{name}}": tensor for name, tensor in slices[0.5].tensors.items()}}
+                torch.save({{**weights(student), **own}}, sys.argv[1])
             """
         )
     )
@@ -224,25 +250,73 @@ def test_two_processes_train_the_same_widths_as_one(tmp_path):
         torch.testing.assert_close(tensor, second[name], atol=2e-5, rtol=1e-4)
 
 
-def test_repaired_widths_are_never_worse_than_their_prefix_and_are_what_is_said(kind):
-    teacher, widths = kind.model, widths_of(kind.sites, (0.25, 0.5, 1.0))
-    student = kind.copy()
+def fitting_for(case, *, repairs=True):
+    options = RepairOptions(ridge=1e-2) if repairs else None
+    judged = [(case.batches[-1], features_on_cpu(case.model, case.batches[-1], "final"))]
+    return Fitting(teacher=case.model, batches=case.batches[:-1], judged=judged, options=options)
+
+
+def with_tensors(model, tensors):
+    model.load_state_dict({**model.state_dict(), **tensors})
+    return model
+
+
+def test_fitted_widths_are_never_worse_than_their_prefix_and_are_what_is_said(kind):
+    student, widths, fitting = kind.copy(), widths_of(kind.sites, (0.25, 0.5, 1.0)), fitting_for(kind)
     before = weights(student)
-    judged = [(kind.batches[-1], features_on_cpu(teacher, kind.batches[-1], "final"))]
-    options = RepairOptions(ridge=1e-2)
-    found = repair_widths(student, teacher, widths, kind.batches[:-1], judged=judged, options=options)
+    found = fit_widths(student, widths, fitting)
     assert_equal(before, weights(student))
     assert list(found) == [0.25, 0.5, 1.0] and not found[1.0].tensors
-    assert any(found[ratio].tensors for ratio in (0.25, 0.5))
     for ratio, each in found.items():
         plain = really_cut(student, widths, ratio)
-        assert each.errors["sliced"] == pytest.approx(relative_error(plain, judged, "final"))
-        plain.load_state_dict({**plain.state_dict(), **each.tensors})
-        assert each.errors["repaired"] == pytest.approx(relative_error(plain, judged, "final"), abs=1e-12)
-        assert each.errors["repaired"] <= each.errors["sliced"]
-        assert (each.errors["repaired"] < each.errors["sliced"]) == bool(each.tensors)
-    untouched = repair_widths(student, teacher, widths, kind.batches[:-1], judged=judged, options=None)
-    assert all(not each.tensors and each.errors["sliced"] == each.errors["repaired"] for each in untouched.values())
+        assert each.errors["sliced"] == relative_error(plain, fitting.judged, "final")
+        fitted = with_tensors(plain, each.tensors)
+        assert each.errors["repaired"] == relative_error(fitted, fitting.judged, "final") <= each.errors["sliced"]
+    untouched = fit_widths(student, widths, fitting_for(kind, repairs=False))
+    for ratio in (0.25, 0.5):
+        assert untouched[ratio].errors["sliced"] == untouched[ratio].errors["repaired"]
+        expected = really_cut(student, widths, ratio).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in untouched[ratio].tensors.items())
+
+
+@pytest.mark.parametrize("name", ["timm-vit-scaled", "timm-packed"])
+def test_a_fit_is_taken_where_it_is_better_and_left_where_it_is_not(build, name):
+    case = build(name)
+    student, widths, fitting = case.copy(), widths_of(case.sites, (0.25, 1.0)), fitting_for(case)
+    fitted = fit_widths(student, widths, fitting)[0.25]
+    assert fitted.errors["repaired"] < fitted.errors["sliced"]
+    worse = {key: torch.full_like(tensor, 9.0) for key, tensor in fitted.tensors.items()}
+    again = fit_widths(student, widths, fitting, start={0.25: worse})[0.25]
+    assert again.errors["trained"] > again.errors["sliced"] and again.errors["repaired"] == fitted.errors["repaired"]
+    better = fit_widths(student, widths, fitting, start={0.25: fitted.tensors})[0.25]
+    assert better.errors["trained"] == fitted.errors["repaired"] >= better.errors["repaired"]
+
+
+def test_output_weights_of_a_width_train_with_it_and_leave_no_trace(kind):
+    student, widths = kind.copy(), widths_of(kind.sites, (0.25, 0.5, 1.0))
+    before, names = weights(student), list(dict(student.named_parameters()))
+    generator = torch.Generator().manual_seed(0)
+    own = {ratio: each.tensors for ratio, each in fit_widths(student, widths, fitting_for(kind, repairs=False)).items()}
+    own = {r: {n: torch.randn(t.shape, generator=generator) for n, t in tensors.items()} for r, tensors in own.items()}
+    cut = with_tensors(really_cut(student, widths, 0.5), own[0.5])
+    expected, wanted = gradients_of(cut, kind.batches[0])
+    with widths.with_own_outputs(student, own):
+        assert all(torch.equal(own[0.5][name], tensor) for name, tensor in widths.own_outputs(student)[0.5].items())
+        with widths.held(student, 0.5):
+            found, gradients = gradients_of(student, kind.batches[0])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        outputs = set(own[0.5])
+        assert {f"{name}_of_width_1" for name in outputs} == gradients.keys() - set(names)
+        assert outputs.isdisjoint(gradients)
+        cut_gradients = dict(transform({n: g for n, g in gradients.items() if n in names}, widths.edits(0.5)))
+        cut_gradients |= {name: gradients[f"{name}_of_width_1"] for name in outputs}
+        for name, gradient in wanted.items():
+            scale = float(1 + gradient.abs().max())
+            torch.testing.assert_close(cut_gradients[name], gradient, atol=1e-5 * scale, rtol=1e-4)
+        with widths.held(student, 1.0):
+            assert torch.equal(output_of(student, kind.batches[0]), output_of(kind.model, kind.batches[0]))
+    assert list(dict(student.named_parameters())) == names
+    assert_equal(before, weights(student))
 
 
 def test_widths_are_written_and_read_back_and_damage_is_one_line(tmp_path):
@@ -296,10 +370,9 @@ def test_the_output_is_the_largest_width_with_the_others_beside_it(output):
     assert list(read_widths(output.out)) == [0.5, 1.0, 2.0]
     errors = json.loads((output.out / "metrics.json").read_text())["elastic"]
     assert errors["0.5"]["repaired"] < errors["0.5"]["sliced"]
-    fidelity = output.metrics["after_recovery"]["fidelity"]["relative_error"]
-    assert errors["2"]["repaired"] == errors["2"]["sliced"] < errors["1"]["repaired"]
+    assert errors["2"]["repaired"] == errors["2"]["sliced"] < errors["1"]["repaired"] < errors["0.5"]["repaired"]
     assert {"width_ratio=0.5", "width_ratio=1", "width_ratio=2"} <= output.metrics["recovery"]["curve"][-1].keys()
-    assert fidelity < 0.1
+    assert output.metrics["after_recovery"]["fidelity"]["relative_error"] < 0.01
 
 
 def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_stock_timm(tmp_path, output):
@@ -353,7 +426,10 @@ def test_an_output_that_is_not_elastic_can_be_sliced_and_a_slice_sliced_again(tm
     assert vitrim.load(narrower.out).blocks[0].mlp.fc1.out_features == 8
 
 
-@pytest.mark.parametrize("ratio, words", [(3.0, r"width_ratio=3 .*use 1\.\.192"), (-1.0, r"use 1\.\.192")])
+@pytest.mark.parametrize(
+    "ratio, words",
+    [(3.0, r"width_ratio=3 .*use 1\.\.192"), (-1.0, r"width_ratio is -1; .*above 0"), (float("nan"), "above 0")],
+)
 def test_a_width_above_the_largest_is_refused_in_one_line(tmp_path, output, ratio, words):
     with pytest.raises(BudgetError, match=words) as caught:
         slice_output(output.out, tmp_path / "out", width_ratio=ratio)

@@ -35,7 +35,7 @@ from vitrim.tensor_files import open_tensors
 
 WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
 CUT_STATE, RECOVERY_STATE, RECOVERY_LOG = "cut.json", "recover.state", "recovery.jsonl"
-PICKS = "picks.jsonl"
+PICKS, TEXT_STATE = "picks.jsonl", "text.state"
 
 # Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
 STOCK_CHECK = """
@@ -92,13 +92,13 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
         for config in folder.glob("*config.json"):  # one that names a part of its own folder gets the final name
             config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
         folder.rename(out)
-        for state in (CUT_STATE, PICKS):
+        for state in (CUT_STATE, PICKS, TEXT_STATE):
             (work / state).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not any((work / state).exists() for state in (CUT_STATE, PICKS)):
+        if not any((work / state).exists() for state in (CUT_STATE, PICKS, TEXT_STATE)):
             shutil.rmtree(work, ignore_errors=True)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):

@@ -134,7 +134,7 @@ class _Stage:
                     apply_(self.student, [edit])
                     self.edits.append(edit)
                 bar.advance(1, edit.where)
-        return self._cut_sites_(chosen, quiet) if chosen else []
+        return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
 
     def _cut_sites_(self, chosen: Mapping[str, KeepUnits], quiet: bool) -> list[str]:
         """Cut MLP after MLP: the units that were chosen, or those that the method selects now; then repair."""

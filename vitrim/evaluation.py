@@ -71,11 +71,11 @@ def evaluate(
     (student_model, its_origin), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
-    images = _open_set(data, origin, split=split, limit=limit)
+    images = open_set(data, origin, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
     check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
-    learn = None if index is None else list(_open_set(index, origin, limit=limit).loader(batch_size=batch_size))
+    learn = None if index is None else list(open_set(index, origin, limit=limit).loader(batch_size=batch_size))
     pair = {"student": student_model, "teacher": teacher_model}
     result: dict[str, Any] = {"fidelity": compare(student_model, teacher_model, batches)}
     for name, model in pair.items():
@@ -151,7 +151,7 @@ def open_inputs(
     return open_images(data, transform=transform, split=split, limit=limit)
 
 
-def _open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | None) -> ImageSet:
+def open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | None) -> ImageSet:
     """Images to judge on, of a stream the first."""
     images = open_inputs(data, origin, split=split, limit=limit)
     if isinstance(images, ImageSet):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,15 @@ from vitrim.models.load import library
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
+from vitrim.models.taps import device_of
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import Recovery, recover_
-from vitrim.recover.elastic import Slice, Widths, repair_widths, save_widths
+from vitrim.recover.elastic import Fitting, Slice, Widths, save_widths, serving
+from vitrim.recover.losses import Space
 from vitrim.recover.order import check_stream
+from vitrim.recover.parallel import entered_on_main, from_main, is_main, join_, on_main, plan_from_main
 from vitrim.recover.targets import features_on_cpu
+from vitrim.recover.text_bank import space_of
 from vitrim.recover.trackers import TRACKER_LOGS, check_trackers
 from vitrim.report.collect import collect
 from vitrim.surgery import Plan
@@ -117,11 +122,15 @@ def compress(
     }
     base = recipe if isinstance(recipe, Recipe) else Recipe() if recipe is None else Recipe.load(recipe)
     chosen = base.updated(given)
+    join_(chosen.device)
     whole, origin = open_model(model)
     encoder, scope = resolve_scope(whole, chosen.scope, origin.encoder)
     if encoder != origin.encoder:  # what is known of the inputs was known of another part
         origin = replace(origin, encoder=encoder, preprocessing={})
-    job = _Job(whole=whole, origin=origin, scope=scope, recipe=chosen, quiet=quiet)
+    space = None if chosen.recover is None else space_of(whole, origin, chosen.recover)
+    job = _Job(
+        whole=whole, origin=origin, scope=scope, recipe=chosen, quiet=quiet or not is_main(), space=space
+    )
     source = data if data is not None else chosen.data
     images = None if source is None else open_inputs(source, origin)
     if images is None and chosen.recover is not None:
@@ -133,9 +142,9 @@ def compress(
     if out is None:
         return _run(job, images, folder=None, work=None, resume=False)
     out = Path(out)
-    with staged_output(out, resume=resume) as (folder, work):
+    with entered_on_main(staged_output(out, resume=resume)) as (folder, work):
         result = _run(job, images, folder=folder, work=work, resume=resume)
-    loads = loads_with(origin, out, stock=result.metrics["stock"])
+    loads = on_main(lambda: loads_with(origin, out, stock=result.metrics["stock"]))
     return replace(result, out=out, metrics={**result.metrics, "loads_with": loads})
 
 
@@ -148,6 +157,7 @@ class _Job:
     scope: str
     recipe: Recipe
     quiet: bool
+    space: Space | None
 
 
 def _run(
@@ -161,19 +171,20 @@ def _run(
     sites = find_mlps(teacher, scope=job.scope.removeprefix(origin.encoder).removeprefix("."))
     recipe = with_stock_width(recipe, origin, [site.below(origin.encoder) for site in sites])
     widths = Widths.of(recipe, sites)
-    split = None if images is None else split_images(images, recipe, work=work)
+    seen = work if work is not None and work.is_dir() else None  # another machine may not have it
+    split = None if images is None else split_images(images, recipe, work=seen)
     check_inputs(teacher, origin, split.calibration if split else [])
     cut = _cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
-    stages = [_judge(student, teacher, split, sites)]
+    stages = [on_main(lambda: _judge(student, teacher, split, sites))]
     recovery, slices = None, {}
     if split is not None and recipe.recover is not None:
-        recovery = _recover_(student, teacher, job, split, recipe.recover, widths, work, resume=resume)
-        slices = {} if widths is None else _slices(student, teacher, recipe, recipe.recover, split, widths)
-        stages.append(_judge(student, teacher, split, sites))
+        with _serving(student, teacher, recipe, recipe.recover, split, widths) as slices:
+            recovery = _recover_(student, teacher, job, split, recipe.recover, widths, work, resume=resume)
+        stages.append(on_main(lambda: _judge(student, teacher, split, sites)))
     plan = cut.plan.below(origin.encoder)
     stock = stock_origin(origin, plan.edits)
     metrics = {
-        **_measured(job, teacher, student, split),
+        **on_main(lambda: _measured(job, teacher, student, split)),
         "after_cut": stages[0],
         "after_recovery": stages[1] if recovery else None,
         **plan.describe(),
@@ -192,14 +203,18 @@ def _run(
     reader = library(origin.library)
     if stock is not None and reader is not None:
         reader.describe_(whole, stock)
-    if folder is not None:
+
+    def write(folder: Path) -> None:
         _write(folder, whole, origin, plan, metrics, split)
         if slices:
             save_widths(folder, whole, {ratio: found.below(origin.encoder) for ratio, found in slices.items()})
         if recovery is not None and work is not None:
             _move_logs(work, folder)
         _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
-    metrics["seconds"] = round(time.monotonic() - started, 1)
+
+    if folder is not None:
+        on_main(lambda: write(folder))
+    metrics = from_main({**metrics, "seconds": round(time.monotonic() - started, 1)})
     return Result(model=whole, plan=plan, metrics=metrics, out=folder)
 
 
@@ -215,12 +230,24 @@ def _cut_(
     quiet: bool,
 ) -> CutReport:
     """Cut the student, or take up the cut of a run that was stopped; one that a recovery follows is kept."""
-    cut = resume_cut_(student, recipe, work) if resume and work else None
+    kept: list[CutReport | None] = []
+    if resume and work is not None:
+        on_main(lambda: kept.append(resume_cut_(student, recipe, work)))
+        student.to(device_of(teacher))  # what was kept comes from a file
+    cut = _from_main(kept[0] if kept else None, student)
     if cut is None:
         cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=quiet)
+        cut = _from_main(cut, student) or cut
         if work is not None and recipe.recover is not None:
-            save_cut(student, cut, recipe, work)
+            on_main(lambda: save_cut(student, cut, recipe, work))
     return cut
+
+
+def _from_main(cut: CutReport | None, student: nn.Module) -> CutReport | None:
+    """The main process's cut and student on every process, so that all go on from the same bits; None: it has none."""
+    plan = plan_from_main(None if cut is None else cut.plan, student)
+    errors, notes = from_main(({}, ()) if cut is None else (cut.errors, cut.notes))
+    return None if plan is None else CutReport(plan=plan, errors=errors, notes=notes)
 
 
 def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: Split | None) -> dict[str, Any]:
@@ -288,16 +315,32 @@ def _recover_(
         resume=resume,
         quiet=job.quiet,
         widths=widths,
+        space=job.space,
     )
 
 
-def _slices(
-    student: nn.Module, teacher: nn.Module, recipe: Recipe, options: RecoverOptions, split: Split, widths: Widths
-) -> dict[float, Slice]:
-    """Output weights of its own for each width but the largest."""
-    judged = [(b.images_BCHW, features_on_cpu(teacher, b.images_BCHW, options.features_at)) for b in split.held_out]
-    repair, at = recipe.repair_options(), options.features_at
-    return repair_widths(student, teacher, widths, split.calibration, judged=judged, options=repair, at=at)
+@contextmanager
+def _serving(
+    student: nn.Module,
+    teacher: nn.Module,
+    recipe: Recipe,
+    options: RecoverOptions,
+    split: Split,
+    widths: Widths | None,
+) -> Iterator[dict[float, Slice]]:
+    """Have the student serve all its widths while it is trained; what each has for itself, none if there is but one."""
+    if widths is None:
+        yield {}
+        return
+    fitting = Fitting(
+        teacher=teacher,
+        batches=split.calibration,
+        judged=[(b.images_BCHW, features_on_cpu(teacher, b.images_BCHW, options.features_at)) for b in split.held_out],
+        options=recipe.repair_options(),
+        at=options.features_at,
+    )
+    with serving(student, widths, fitting) as slices:
+        yield slices
 
 
 def _judge(

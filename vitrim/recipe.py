@@ -122,6 +122,7 @@ class RecoverOptions(_Options):
     `elastic` are width ratios that the one student shall serve, each step training one of them. `epoch_images`,
     `stream_lanes` and `shuffle_buffer` are for streams: the length of an epoch, how many lanes are read side by side,
     and how many images are shuffled among each other. `track` names trackers that get what the log gets.
+    `text_bank` is a text file: how similar the image tower of a pair finds each of its lines is to stay, too.
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -146,6 +147,8 @@ class RecoverOptions(_Options):
     shuffle_buffer: int = Field(default=4096, ge=1)
     track: tuple[str, ...] = ()
     elastic: tuple[float, ...] | None = None
+    text_bank: Path | None = None
+    text_bank_weight: float = Field(default=1.0, gt=0)
     cache_teacher: CacheOptions | None = None
     adapter: AdapterOptions | None = None
 

@@ -6,22 +6,23 @@ trained or measured here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.checkpoint import load, read_about, save, staged_output, verify, write_json
 from vitrim.cost import num_parameters
+from vitrim.errors import BudgetError, CheckpointError
 from vitrim.evaluation import environment, random_inputs
 from vitrim.models.load import library
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.recipe import Recipe
 from vitrim.recover.elastic import Slice, first_units, read_widths
-from vitrim.surgery import Edit, Plan, apply_
+from vitrim.surgery import KeepUnits, Plan, apply_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +48,28 @@ def slice_output(source: str | Path, out: str | Path, *, width_ratio: float, mod
         The small model, its plan, what was measured, and the folder.
 
     Raises:
-        BudgetError: the ratio is above the output's own width, or leaves nothing.
-        CheckpointError: the source is not vitrim's or is damaged.
+        BudgetError: the ratio is above the output's own width, or not above 0.
+        CheckpointError: the source is not vitrim's, is damaged, or holds more than cuts of hidden units.
         OutputError: `out` can't be written, or does not load back.
     """
+    if not width_ratio > 0:
+        raise BudgetError(f"width_ratio is {width_ratio:g}; give a multiple of the model width above 0.")
     source, out = Path(source), Path(out)
     about = read_about(source)
     origin, plan = Origin.from_json(about["origin"]).placed_at(str(source)), Plan.from_json(about["plan"])
-    found = read_widths(source).get(width_ratio)
-    chosen = _prefix(plan, width_ratio) if found is None else found
+    cuts, found = _last_cuts(plan, source), read_widths(source).get(width_ratio)
+    chosen = _prefix(cuts, width_ratio) if found is None else found
     whole = load(source, model=model)
     before = num_parameters(whole)
-    apply_(whole, [_second_cut(edit, chosen) for edit in plan.edits])
-    plan = replace(plan, edits=tuple(_both_cuts(edit, chosen) for edit in plan.edits))
+    apply_(whole, [_second_cut(edit, chosen) for edit in cuts])
+    narrowed = {id(edit): _narrowed(edit, chosen) for edit in cuts}
+    plan = replace(plan, edits=tuple(narrowed.get(id(edit), edit) for edit in plan.edits))
     note = f"width ratio {width_ratio:g} was not trained or repaired for: these are the first units of {source}."
     metrics: dict[str, Any] = {
         "model": origin.name,
         "sliced_from": str(source),
         "width_ratio": width_ratio,
-        "widths": {edit.site.path: [edit.site.d_hidden, edit.width] for edit in plan.edits},
+        **plan.describe(),
         "before": {"parameters": before},
         "after": {"parameters": num_parameters(whole)},
         "errors": dict(chosen.errors),
@@ -78,27 +82,43 @@ def slice_output(source: str | Path, out: str | Path, *, width_ratio: float, mod
     return Sliced(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
 
 
-def _prefix(plan: Plan, width_ratio: float) -> Slice:
+def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
+    """The last cut of each MLP.
+
+    Raises:
+        CheckpointError: there is none, or something else has been done to the same tensors.
+    """
+    cuts = {edit.site.path: edit for edit in plan.edits if isinstance(edit, KeepUnits)}
+    names = {name for edit in cuts.values() for name in edit.touched()}
+    others = [edit for edit in plan.edits if not isinstance(edit, KeepUnits)]
+    bad = next((edit for edit in others if edit.STAGE > KeepUnits.STAGE or not names.isdisjoint(edit.touched())), None)
+    if bad is not None or not cuts:
+        what = "no cut of hidden units" if bad is None else f"{bad.describe()} at {bad.where}"
+        raise CheckpointError(f"{source}: holds {what}, so it has no units to slice; compress the original instead.")
+    return list(cuts.values())
+
+
+def _prefix(cuts: Sequence[KeepUnits], width_ratio: float) -> Slice:
     """The units of a width that the output was not trained for."""
     recipe = Recipe()
-    sites = [replace(edit.site, d_hidden=edit.width) for edit in plan.edits]
+    sites = [replace(edit.site, d_hidden=edit.width) for edit in cuts]
     return Slice(units={site.path: recipe.width_of(site, width_ratio=width_ratio) for site in sites})
 
 
-def _second_cut(edit: Edit, chosen: Slice) -> Edit:
+def _second_cut(edit: KeepUnits, chosen: Slice) -> KeepUnits:
     """The edit that cuts the model in the folder."""
     site = replace(edit.site, d_hidden=edit.width)
     return replace(first_units(site, chosen.units[site.path]), tensors=_own_tensors(edit, chosen))
 
 
-def _both_cuts(edit: Edit, chosen: Slice) -> Edit:
-    """The edit that leads from the uncut model to the same width: the first of the units that it kept."""
+def _narrowed(edit: KeepUnits, chosen: Slice) -> KeepUnits:
+    """The edit that stands in the plan: the first of the units that were kept."""
     return replace(edit, keep=edit.keep[: chosen.units[edit.site.path]], tensors=_own_tensors(edit, chosen))
 
 
-def _own_tensors(edit: Edit, chosen: Slice) -> dict[str, Any]:
-    """The tensors of a site that a width has for itself."""
-    return {name: t for name, t in chosen.tensors.items() if name.startswith(f"{edit.site.output}.")}
+def _own_tensors(edit: KeepUnits, chosen: Slice) -> dict[str, Tensor]:
+    """The tensors of an MLP that a width has for itself."""
+    return {name: tensor for name, tensor in chosen.tensors.items() if name.startswith(f"{edit.site.output}.")}
 
 
 def _write(folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any]) -> None:

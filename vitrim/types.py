@@ -7,6 +7,7 @@ Nothing here changes a module or reads a file.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
@@ -16,6 +17,7 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
+LayerKind = Literal["linear", "transposed_linear", "conv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,50 @@ class MlpSite(Site):
     def label(self) -> str:
         """The kind in words, for tables."""
         return self.kind.replace("_", " ") + (" + norm" if self.norm else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSite(Site):
+    """One linear or convolution layer, seen as G matrices, one a group: M outputs by N inputs times kernel positions.
+
+    A `transposed_linear` holds its weight as (in, out), as transformers' `Conv1D` does. `fixed` says why no other module
+    can stand in the layer's place; "" where one can.
+    """
+
+    kind: LayerKind
+    num_in: int
+    num_out: int
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    has_bias: bool = True
+    fixed: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        """M: outputs of a group."""
+        return self.num_out // self.groups
+
+    @property
+    def num_cols(self) -> int:
+        """N: what an output of a group is a weighted sum of."""
+        return self.num_in // self.groups * math.prod(self.kernel)
+
+    @property
+    def break_even(self) -> int:
+        """The rank of a group, rounded down, at which two factors have as many values as the matrix."""
+        return self.num_rows * self.num_cols // (self.num_rows + self.num_cols)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight as the layer holds it."""
+        if self.kind == "transposed_linear":
+            return self.num_in, self.num_out
+        return self.num_out, self.num_in // self.groups, *self.kernel
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """The weight as (G, M, N)."""
+        rows = weight.T if self.kind == "transposed_linear" else weight
+        return rows.reshape(self.groups, self.num_rows, self.num_cols)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +211,14 @@ class ModelView(Protocol):
 
     def weights(self, site: MlpSite) -> MlpWeights:
         """The canonical view of an MLP's weights."""
+        ...
+
+    def layers(self) -> Sequence[LayerSite]:
+        """Every linear and convolution layer, also those that can't be replaced."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Tell the user something about what was, or was not, done."""
         ...
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:

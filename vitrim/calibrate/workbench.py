@@ -12,9 +12,10 @@ from torch import Generator, Tensor, nn
 
 from vitrim.calibrate.streams import first_tensor
 from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.models.layers import find_layers
 from vitrim.models.taps import device_of, evaluating
 from vitrim.surgery import read_weights, submodule
-from vitrim.types import MlpSite, MlpWeights
+from vitrim.types import LayerSite, MlpSite, MlpWeights
 
 
 class Workbench:
@@ -31,6 +32,7 @@ class Workbench:
     ) -> None:
         self.model, self.sites, self.widths, self.batches = model, sites, widths, batches
         self.generator: Generator = torch.Generator().manual_seed(seed)
+        self.notes: list[str] = []
 
     @property
     def keep_ratio(self) -> float:
@@ -53,6 +55,14 @@ class Workbench:
     def weights(self, site: MlpSite) -> MlpWeights:
         """The canonical view of an MLP's weights."""
         return read_weights(self.model, site)
+
+    def layers(self) -> tuple[LayerSite, ...]:
+        """Every linear and convolution layer."""
+        return find_layers(self.model)
+
+    def note(self, text: str) -> None:
+        """Keep a note for the user."""
+        self.notes.append(text)
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
         """Run the calibration images through the whole model, watching these modules.

@@ -21,6 +21,7 @@ from vitrim.models.origin import require
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 SHARD = re.compile(r"^pipe:|\.(tar|tgz|tar\.gz)($|\?)")  # a command to run, or a tar file, also at the end of a url
+META = re.compile(r"__[^/]*__($|/)")  # what is said about a shard as a whole
 TAR_ERRORS = (OSError, tarfile.TarError, EOFError, ValueError)
 
 
@@ -47,11 +48,11 @@ def can_seek(url: str) -> bool:
 def sample_of(member: str) -> tuple[str, str]:
     """The sample that a member of a shard belongs to and what of it, as webdataset divides names: at the first dot.
 
-    The second is empty for what belongs to no sample: hidden files, and files without an ending.
+    The second is empty for what belongs to no sample: hidden files, `__names__`, and files without an ending.
     """
     folder, slash, name = member.rpartition("/")
     stem, _, kind = name.partition(".")
-    return folder + slash + stem, kind.lower() if stem else ""
+    return folder + slash + stem, kind.lower() if stem and not META.match(member) else ""
 
 
 class TarIndex:
@@ -93,6 +94,9 @@ class TarIndex:
             self.labels.append(-1 if label is None else label_of(label.read()))
             self._offsets.append(image.offset_data)
             self._sizes.append(image.size)
+        tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # type: ignore[union-attr]
+            raise EOFError(f"cut off, or damaged at byte {tar.offset}")
 
 
 def label_of(written: bytes) -> int:

@@ -44,16 +44,17 @@ def zero_shot_top(
         ks: how many classes to look at; those above the number of classes are left out.
 
     Returns:
-        `top1`, `top5` and so on, and `num_images` with a label.
+        `top1`, `top5` and so on, `num_images` with a label, `num_skipped` that could not be read.
 
     Raises:
         DataError: no image has a label, or a label is beyond the classes.
         ModelError: the two towers put out vectors of different widths.
     """
     ks = [k for k in ks if k <= len(classes_CE)]
-    hits, num_images = dict.fromkeys(ks, 0.0), 0
+    hits, num_images, num_skipped = dict.fromkeys(ks, 0.0), 0, 0
     with evaluating(model, pair.model):
-        for images, labels, *_ in batches:
+        for images, labels, *rest in batches:
+            num_skipped += rest[0] if rest else 0
             known = labels >= 0
             if not known.any():
                 continue
@@ -69,7 +70,8 @@ def zero_shot_top(
             num_images += int(known.sum())
     if not num_images:
         raise DataError("zero-shot: no image has a label; pass a labelled source.")
-    return {**{f"top{k}": hits[k] / num_images for k in ks}, "num_images": num_images}
+    shares = {f"top{k}": hits[k] / num_images for k in ks}
+    return {**shares, "num_images": num_images, "num_skipped": num_skipped}
 
 
 def build_classifier(

@@ -40,7 +40,8 @@ def adapted(
         write: whether this process is the one that writes.
 
     Yields:
-        What was done, as plain values: counts, memory in MiB, and the weights left out with the reason.
+        What was done, as plain values: counts, memory in MiB, the weights left out with the reason; after training also
+        how many of the generators' hidden units have died.
 
     Raises:
         RecipeError: a target names no such weight, or no weight can have an adapter of this rank.
@@ -55,7 +56,8 @@ def adapted(
         if options.save is not None:
             check_peft(model)
         yield done
-        done["num_dead_units"] = sum(a.num_dead() for _, a in find_adapters(model) if isinstance(a, OpLora))
+        if options.kind == "op-lora":
+            done["num_dead_units"] = sum(a.num_dead() for _, a in find_adapters(model) if isinstance(a, OpLora))
         if options.save is not None and write:
             save_adapter(model, options.save)
     finally:

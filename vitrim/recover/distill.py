@@ -25,6 +25,7 @@ from vitrim.errors import Interrupted, RecipeError
 from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.elastic import Widths
+from vitrim.recover.losses import Space
 from vitrim.recover.order import StreamOrder
 from vitrim.recover.parallel import any_process
 from vitrim.recover.run import Recovery, Run
@@ -50,6 +51,7 @@ def recover_(
     quiet: bool = False,
     on_validation: Callable[[int, float], None] | None = None,
     widths: Widths | None = None,
+    space: Space | None = None,
 ) -> Recovery:
     """Distil a teacher into a student, in place.
 
@@ -67,6 +69,7 @@ def recover_(
         quiet: show no progress.
         on_validation: called with step and relative error whenever held-out images are judged.
         widths: with `options.elastic`, the widths that the student is to serve.
+        space: for the image tower of a pair, where the pooled vector is compared; see `text_bank.space_of`.
 
     Returns:
         The curve and what was chosen.
@@ -81,7 +84,7 @@ def recover_(
     """
     if options.elastic is not None and widths is None:
         raise RecipeError("recover.elastic: recover_ needs its widths; pass widths=Widths.of(recipe, sites).")
-    run = Run(student, teacher, images, held_out, options, seed, widths, cache_folder(options, state))
+    run = Run(student, teacher, images, held_out, options, seed, widths, cache_folder(options, state), space)
     if not quiet and run.is_main:
         for note in run.targets.notes:
             print(note, file=sys.stderr)
@@ -102,7 +105,7 @@ def recover_(
         finally:
             keeper.trackers.close()
         run.finish()
-    run.result.notes = [*run.targets.notes, *run.result.notes, *_left_out(run)]
+    run.result.notes = [*run.notes, *run.targets.notes, *run.result.notes, *_left_out(run)]
     return run.result
 
 

@@ -1,8 +1,9 @@
 """One student for several widths: its units stand in pick order, so the first K of them are the student cut to K.
 
-While it trains, each step runs it at one of its widths; at the end each width but the largest gets output weights of
-its own, by least squares. No foreign `forward` is copied and no second model is trained. Cutting a width out of what
-was written is `slicing.py`'s.
+All widths share everything but their output projections: what the first K columns should put out is another thing when
+the others are gone. So each width but the largest gets output weights of its own, by least squares, before and after
+training; in between they train with the rest, each step running the student at one of its widths. No foreign `forward`
+is copied and no second model is trained. Cutting a width out of what was written is `slicing.py`'s.
 
 Shapes: D model width, K units of a width.
 """
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
 from vitrim.checkpoint import write_json
-from vitrim.errors import BudgetError, CheckpointError
+from vitrim.errors import BudgetError, CheckpointError, RecipeError
+from vitrim.methods import find_method
 from vitrim.models.taps import FeaturesAt
 from vitrim.ops.least_squares import fit_output
 from vitrim.recipe import Recipe, RepairOptions
@@ -33,6 +35,7 @@ from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import MlpSite
 
 WIDTHS, WIDTH_TENSORS, FORMAT = "elastic.json", "elastic.safetensors", "vitrim-elastic/1"
+SUFFIX = "_of_width_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,14 @@ class Widths:
             sites: the MLPs, uncut.
 
         Raises:
+            RecipeError: the method does not leave units in pick order, or other methods follow it.
             BudgetError: a width is outside what a site has, or two ratios come to the same widths.
         """
         ratios = None if recipe.recover is None else recipe.recover.elastic
         if ratios is None:
             return None
+        if recipe.then or find_method(recipe.method).select is None:
+            raise RecipeError("recover.elastic: needs one method that picks each MLP's units in order, such as dgmr.")
         units = {ratio: {site.path: recipe.width_of(site, width_ratio=ratio) for site in sites} for ratio in ratios}
         seen: dict[tuple[int, ...], float] = {}
         for ratio, widths in units.items():
@@ -88,13 +94,46 @@ class Widths:
 
         A layer reads views of its parameters while it is called and has its own back afterwards. So whatever wraps the
         model (DDP, shards, a second forward in the backward pass) finds the parameters that it knows, and gradients
-        reach them: zero for the units beyond the width.
+        reach them: zero for the units beyond the width. An output projection reads what `with_own_outputs` gave this
+        ratio, where it did.
         """
         with ExitStack() as stack:
             for site in self.sites:
-                for layer in _layers(model, site, self.units[ratio][site.path]):
+                for layer in _layers(model, site, self.units[ratio][site.path], suffix=self._suffix(ratio)):
                     stack.enter_context(layer.narrowed())
             yield
+
+    @contextmanager
+    def with_own_outputs(self, model: nn.Module, own: Mapping[float, Mapping[str, Tensor]]) -> Iterator[None]:
+        """Let output projections hold further parameters, which `held` reads at their ratio.
+
+        Args:
+            model: the student; afterwards it is as it was, and `own_outputs` has to be asked before.
+            own: by ratio, output tensors by their full names.
+        """
+        outputs = {site.output: submodule(model, site.output) for site in self.sites}
+        for ratio, tensors in own.items():
+            for name, tensor in tensors.items():
+                path, _, kind = name.rpartition(".")
+                outputs[path].register_parameter(kind + self._suffix(ratio), nn.Parameter(tensor.clone()))
+        try:
+            yield
+        finally:
+            for module in outputs.values():
+                for name in [name for name in module._parameters if SUFFIX in name]:
+                    delattr(module, name)
+
+    def own_outputs(self, model: nn.Module) -> dict[float, dict[str, Tensor]]:
+        """What the output projections hold for each ratio but the largest."""
+        state, found = model.state_dict(), {}
+        for ratio in [ratio for ratio in self.units if ratio != self.largest]:
+            ours = [name for name in state if name.endswith(self._suffix(ratio))]
+            found[ratio] = {name.removesuffix(self._suffix(ratio)): state[name].clone() for name in ours}
+        return found
+
+    def _suffix(self, ratio: float) -> str:
+        """What tells the parameters of a ratio apart from those of the largest."""
+        return f"{SUFFIX}{list(self.units).index(ratio)}"
 
 
 def first_units(site: MlpSite, width: int) -> KeepUnits:
@@ -104,13 +143,17 @@ def first_units(site: MlpSite, width: int) -> KeepUnits:
 
 @dataclass(kw_only=True)
 class _Layer:
-    """A layer whose parameters have hidden units along `dim`, in `num_groups` groups; `attribute` says how many."""
+    """A layer whose parameters have hidden units along `dim`, in `num_groups` groups; `attribute` says how many.
+
+    Where it holds a parameter of the same name and this suffix, that one is read instead.
+    """
 
     module: nn.Module
     dim: int
     width: int
     attribute: str
     num_groups: int = 1
+    suffix: str = SUFFIX
     own: dict[str, nn.Parameter | None] = field(default_factory=dict)
 
     @contextmanager
@@ -135,15 +178,19 @@ class _Layer:
     def _narrow(self, module: nn.Module, args: Any) -> None:
         self.own = dict(module._parameters)  # FSDP2 puts others here each time, so they are looked up when it is called
         for name, tensor in self.own.items():
-            if tensor is not None and tensor.ndim > self.dim:
+            other = self.own.get(name + self.suffix)
+            if other is not None:
+                module._parameters[name] = other
+            elif tensor is not None and tensor.ndim > self.dim and SUFFIX not in name:
                 grouped = tensor.unflatten(self.dim, (self.num_groups, -1))
-                module._parameters[name] = grouped.narrow(self.dim + 1, 0, self.width).flatten(self.dim, self.dim + 1)  # type: ignore[assignment]
+                narrow = grouped.narrow(self.dim + 1, 0, self.width).flatten(self.dim, self.dim + 1)
+                module._parameters[name] = narrow  # type: ignore[assignment]
 
     def _restore(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(self.own)
 
 
-def _layers(model: nn.Module, site: MlpSite, width: int) -> Iterator[_Layer]:
+def _layers(model: nn.Module, site: MlpSite, width: int, *, suffix: str) -> Iterator[_Layer]:
     """The layers of an MLP that know how many hidden units it has."""
     rows = {"dim": 0, "width": width, "attribute": "out_features"}
     yield _Layer(module=submodule(model, site.value), num_groups=site.num_groups, **rows)
@@ -151,14 +198,15 @@ def _layers(model: nn.Module, site: MlpSite, width: int) -> Iterator[_Layer]:
         yield _Layer(module=submodule(model, site.gate), **rows)
     if site.norm is not None:
         yield _Layer(module=submodule(model, site.norm), dim=0, width=width, attribute="normalized_shape")
-    yield _Layer(module=submodule(model, site.output), dim=1, width=width, attribute="in_features")
+    yield _Layer(module=submodule(model, site.output), dim=1, width=width, attribute="in_features", suffix=suffix)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """One width of a student: units by site path, the output tensors that are its own, and its error with and without.
+    """One width of a student: units by site path, the output tensors that are its own, and what they are worth.
 
-    `tensors` are those of the sites that least squares made better. Errors are relative, on held-out images.
+    Errors are relative, on held-out images: `sliced` of the student's first units and nothing else, `trained` with the
+    output weights as they were trained, `repaired` with those that are kept.
     """
 
     units: Mapping[str, int]
@@ -171,27 +219,58 @@ class Slice:
         return replace(self, units=units, tensors=tensors)
 
 
-def repair_widths(
-    student: nn.Module,
-    teacher: nn.Module,
-    widths: Widths,
-    batches: Sequence[Tensor],
-    *,
-    judged: Judged,
-    options: RepairOptions | None,
-    at: FeaturesAt = "final",
-) -> dict[float, Slice]:
-    """Fit output weights of its own for each width but the largest, site after site as the cut does.
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """What output weights are fitted and judged with.
+
+    `batches` are calibration images, all of which enter the sums; `judged` held-out images with the teacher's features,
+    read at `at`. `options` None fits nothing.
+    """
+
+    teacher: nn.Module
+    batches: Sequence[Tensor]
+    judged: Judged
+    options: RepairOptions | None
+    at: FeaturesAt = "final"
+
+
+@contextmanager
+def serving(student: nn.Module, widths: Widths, fitting: Fitting) -> Iterator[dict[float, Slice]]:
+    """Have a student serve its widths while it is trained in this context.
 
     Args:
-        student: the trained student at its largest width; it is not changed.
-        teacher: the original.
-        widths: what the student serves.
-        batches: calibration images (B, C, H, W); all of them enter the sums.
-        judged: held-out images with the teacher's features: a site's fit is taken only where it lowers their error, so
-            no width ends worse than its plain prefix.
-        options: ridge and feedback; None repairs nothing.
-        at: where the features are read.
+        student: at its largest width; it ends with its own parameters alone.
+        widths: what it serves.
+        fitting: how output weights are fitted.
+
+    Yields:
+        What each width has for itself, by ratio; filled when training has ended.
+    """
+    found: dict[float, Slice] = {}
+    start = {ratio: each.tensors for ratio, each in fit_widths(student, widths, fitting).items()}
+    with widths.with_own_outputs(student, start):
+        yield found
+        trained = widths.own_outputs(student)
+    found.update(fit_widths(student, widths, fitting, start=trained))
+
+
+def fit_widths(
+    student: nn.Module,
+    widths: Widths,
+    fitting: Fitting,
+    *,
+    start: Mapping[float, Mapping[str, Tensor]] | None = None,
+) -> dict[float, Slice]:
+    """Fit output weights for each width but the largest, site after site as the cut does.
+
+    A site's fit is taken only where it lowers the error on held-out images. So no width ends worse than the student's
+    first units alone, or than it starts.
+
+    Args:
+        student: at its largest width; it is not changed.
+        widths: what it serves.
+        fitting: the teacher, the images and the options.
+        start: by ratio, output tensors to start from where they are better than the student's own columns.
 
     Returns:
         By ratio, the smallest first. The largest has no tensors: the student itself is that width.
@@ -200,20 +279,50 @@ def repair_widths(
     for ratio, units in widths.units.items():
         sliced = copy.deepcopy(student)
         apply_(sliced, widths.edits(ratio))
-        error = start = relative_error(sliced, judged, at)
-        tensors: dict[str, Tensor] = {}
-        if options is not None and ratio != widths.largest:
+        errors = {"sliced": relative_error(sliced, fitting.judged, fitting.at)}
+        if ratio != widths.largest:
             sites = [replace(site, d_hidden=units[site.path]) for site in widths.sites]
-            for visit in walk(teacher, sliced, sites, batches, feedback=options.feedback, num_held_out=0, max_tokens=0):
-                before, fitted = _output_tensors(sliced, visit.site), _fitted(sliced, visit, options.ridge)
-                _put_(sliced, visit.site, fitted)
-                now = relative_error(sliced, judged, at)
-                if now < error:
-                    error, tensors = now, {**tensors, **fitted}
-                else:
-                    _put_(sliced, visit.site, before)
-        found[ratio] = Slice(units=units, tensors=tensors, errors={"sliced": start, "repaired": error})
+            best = _trained_(sliced, sites, (start or {}).get(ratio, {}), fitting, errors)
+            errors["repaired"] = _fit_(sliced, sites, fitting, best)
+            tensors = {name: t for site in sites for name, t in _output_tensors(sliced, site).items()}
+            found[ratio] = Slice(units=units, tensors=tensors, errors=errors)
+        else:
+            found[ratio] = Slice(units=units, errors={**errors, "repaired": errors["sliced"]})
     return found
+
+
+def _trained_(
+    sliced: nn.Module, sites: Sequence[MlpSite], own: Mapping[str, Tensor], fitting: Fitting, errors: dict[str, float]
+) -> float:
+    """Give a slice output weights that were trained for it, unless it is better without; its error."""
+    if not own:
+        return errors["sliced"]
+    before = {site.path: _output_tensors(sliced, site) for site in sites}
+    for site in sites:
+        _put_(sliced, site, {name: own[name] for name in before[site.path]})
+    errors["trained"] = relative_error(sliced, fitting.judged, fitting.at)
+    if errors["trained"] > errors["sliced"]:
+        for site in sites:
+            _put_(sliced, site, before[site.path])
+    return min(errors["trained"], errors["sliced"])
+
+
+def _fit_(sliced: nn.Module, sites: Sequence[MlpSite], fitting: Fitting, best: float) -> float:
+    """Fit the output weights of one MLP after the other by least squares; the error that is left."""
+    if fitting.options is None:
+        return best
+    feedback, ridge = fitting.options.feedback, fitting.options.ridge
+    for visit in walk(
+        fitting.teacher, sliced, sites, fitting.batches, feedback=feedback, num_held_out=0, max_tokens=0
+    ):
+        before = _output_tensors(sliced, visit.site)
+        _put_(sliced, visit.site, _fitted(sliced, visit, ridge))
+        error = relative_error(sliced, fitting.judged, fitting.at)
+        if error < best:
+            best = error
+        else:
+            _put_(sliced, visit.site, before)
+    return best
 
 
 def _output_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:

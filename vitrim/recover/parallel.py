@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
+from vitrim.surgery import Plan, reshape_
 
 T = TypeVar("T")
 
@@ -124,6 +126,31 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
         values = tensor.detach().contiguous()
         dist.broadcast(values, src=0, group=_control() if values.device.type == "cpu" else None)
         tensor.copy_(values)
+
+
+def plan_from_main(plan: Plan | None, student: nn.Module) -> Plan | None:
+    """The main process's plan on every process, and its student in place of their own.
+
+    Args:
+        plan: what the student has behind it; None where it is uncut.
+        student: cut by the same plan but for rounding, or uncut and then given its form here.
+
+    Returns:
+        The plan, its tensors on the CPU where they came from another process; None if the main process has none.
+    """
+    if num_processes() == 1:
+        return plan
+    bare = from_main(None if plan is None else plan.without_tensors())
+    if bare is None:
+        return None
+    if plan is None:
+        reshape_(student, bare.edits)
+    broadcast_([*student.parameters(), *student.buffers()])
+    edits = []
+    for index, edit in enumerate(bare.edits):  # one at a time, since they hold weights
+        tensors = plan.edits[index].tensors if plan is not None and is_main() else {}
+        edits.append(replace(edit, tensors=from_main({name: tensor.cpu() for name, tensor in tensors.items()})))
+    return replace(bare, edits=tuple(edits))
 
 
 def _words(error: Exception | None) -> VitrimError | None:

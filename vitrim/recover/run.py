@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.adapters import adapted, notes_on, without_decay
 from vitrim.recover.elastic import Widths
-from vitrim.recover.losses import FeatureModel, feature_loss, patches_at, relative_error
+from vitrim.recover.losses import FeatureModel, Space, feature_loss, patches_at, relative_error, space_loss
 from vitrim.recover.order import MicroBatch, open_order
 from vitrim.recover.parallel import from_main, mean, num_processes
 from vitrim.recover.schedule import cosine_between, rate_shape
@@ -36,8 +36,12 @@ RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
 EXPLODED = 100.0
 # The rate after a roll-back, and how many a run may have.
 SLOWER, MAX_ROLLBACKS = 0.5, 8
+# What a run in one process says to a wish for shards.
+ALONE = "recover.shard: there is one process, so nothing was spread; start several with torchrun."
 # A short run may end this much above the start before its rate counts as too high.
 SHOCK = 1.5
+# An error below this is none.
+TINY = 1e-12
 
 
 @dataclass
@@ -67,12 +71,15 @@ class Run:
         seed: int,
         widths: Widths | None = None,
         cache: Path | None = None,
+        space: Space | None = None,
     ) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.student, self.teacher, self.options, self.widths = student, teacher, options, widths
         self.device = next(student.parameters()).device
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        # A step at one width has nothing to say to the output weights of the others.
+        some_unused = DistributedDataParallelKwargs(find_unused_parameters=widths is not None)
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[some_unused])
         self.is_main = self.accelerator.is_main_process
         self.order = open_order(
             images,
@@ -90,6 +97,7 @@ class Run:
         if cache is not None and isinstance(images, ImageSet):  # a stream is never cached
             self.targets = open_cached(live, images, self.held_out[0][1], seed=seed, folder=cache)
         self.spread = options.shard and num_processes() > 1
+        self.notes = [ALONE] if options.shard and not self.spread else []
         self.blocks = block_paths(teacher) if self.spread or options.checkpoint_activations else []
         # With a cache each process runs the teacher when it meets a gap, which shards can't: all have to run together.
         self.teacher_spread = self.spread and cache is None
@@ -97,7 +105,9 @@ class Run:
             dtype = torch.bfloat16 if is_bf16(options, self.device) else None
             live.teacher = shard(teacher, self.blocks, device=self.device, at=options.features_at, dtype=dtype)
         self.best: dict[str, Tensor] = {}
+        self.best_score = math.inf
         self.ema: dict[str, Tensor] = {}
+        self.space = None if space is None else space.to(self.device)
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
@@ -107,8 +117,10 @@ class Run:
         self.student.eval()  # no dropout, no drop path: the target is the teacher's deterministic output
         self.student.requires_grad_(True)
         probe, target = self.held_out[0]
-        found = features(self.student, probe[:2].to(self.device), at=self.options.features_at)
-        feature_loss(found, _first(target, 2, self.device)).backward()
+        for ratio in [None] if self.widths is None else self.widths.units:
+            with self._held(self.student, ratio):
+                found = features(self.student, probe[:2].to(self.device), at=self.options.features_at)
+                feature_loss(found, _first(target, 2, self.device)).backward()
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
             p.grad = None
@@ -173,16 +185,16 @@ class Run:
             for rate in RATES:
                 for batches in self.batches(0, num_steps):
                     self.train_step(batches, lr=rate * rate_shape(self.step, num_steps, self.options.warmup_ratio))
-                errors[rate] = self._held_out_errors()["relative_error"]
+                errors[rate] = self._score(self._held_out_errors())
                 self.trained.load_state_dict(start)
                 self.optimizer.state.clear()
                 self.step, self.usual = 0, {}
                 bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")
                 if chosen is not None and errors[rate] >= errors[chosen]:
                     break
-                if errors[rate] <= SHOCK * self.result.best_error:
+                if errors[rate] <= SHOCK * self.best_score:
                     chosen = rate
-                    if errors[rate] > self.result.best_error:
+                    if errors[rate] > self.best_score:
                         break
         self.result.rate_test = {f"{rate:g}": error for rate, error in errors.items()}
         return chosen or RATES[-1]
@@ -219,7 +231,7 @@ class Run:
             group["lr"] = self.result.lr * shape if lr is None else lr
             group["weight_decay"] = decay if group["decays"] else 0.0
         total, share = 0.0, self.order.global_batch / num_processes()
-        with nullcontext() if self.widths is None else self.widths.held(self.trained, self.ratio):
+        with self._held(self.trained, self.ratio):
             for index, batch in enumerate(batches):
                 last = index == len(batches) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -240,6 +252,10 @@ class Run:
         for average, p in zip(self.ema.values(), self.parameters, strict=False):
             local(average).lerp_(local(p.detach()), 1 - self.options.ema)
         return total
+
+    def _held(self, model: nn.Module, ratio: float | None) -> AbstractContextManager[None]:
+        """A model at one of its widths, where it has several."""
+        return nullcontext() if self.widths is None or ratio is None else self.widths.held(model, ratio)
 
     def _is_bad(self, loss: float) -> bool:
         """Whether a loss is no number, or far above what it has been."""
@@ -275,27 +291,39 @@ class Run:
         with autocast(self.options, self.device):
             pooled, patches = self.model(batch.images_BCHW.to(self.device))
         found = patches_at(Features(pooled_BD=pooled, patches_BND=patches), target.positions_BP)
+        if self.space is not None:
+            return space_loss(found, target.features, self.space)
         return feature_loss(found, target.features)
 
     def validate(self, loss: float) -> float:
         """Judge the state (its moving average where one is kept), add to the curve, keep it if it is the best."""
         with self._averaged():
             errors = self._held_out_errors()
-            error = errors["relative_error"]
-            if error < self.result.best_error:
-                self.result.best_error, self.result.best_step = error, self.step
+            error, score = errors["relative_error"], self._score(errors)
+            if score < self.best_score:
+                self.best_score, self.result.best_error, self.result.best_step = score, error, self.step
                 self.best = self._values()
         point = {"step": self.step, **errors}
         self.result.curve.append(point if math.isnan(loss) else {**point, "loss": loss})
         return error
 
+    def _score(self, errors: Mapping[str, float]) -> float:
+        """What a state is judged by, the lower the better.
+
+        With several widths it is the worst of their errors, each as a multiple of what that width started with: so a
+        state that is kept has made none of them worse, however large the gain of another.
+        """
+        first = self.result.curve[0] if self.result.curve else errors
+        changes = [max(error, TINY) / max(first[key], TINY) for key, error in errors.items() if key != "relative_error"]
+        return max(changes, default=errors["relative_error"])
+
     def _held_out_errors(self) -> dict[str, float]:
-        """The relative error; with several widths that of each, and their mean: each serves as much as the others."""
+        """The relative error; with several widths their mean, and that of each."""
         if self.widths is None:
             return from_main({"relative_error": relative_error(self.judged, self.held_out, self.options.features_at)})
         errors = {}
         for ratio in self.widths.units:
-            with self.widths.held(self.trained, ratio):
+            with self._held(self.trained, ratio):
                 errors[f"width_ratio={ratio:g}"] = relative_error(self.judged, self.held_out, self.options.features_at)
         return from_main({"relative_error": sum(errors.values()) / len(errors), **errors})
 
@@ -330,6 +358,7 @@ class Run:
             "ema": self.ema,
             "step": self.step,
             "usual": dict(self.usual),
+            "best_score": self.best_score,
             "result": dict(self.result.__dict__),
         }
 
@@ -344,6 +373,7 @@ class Run:
                     key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments
                 }
         self.best, self.step, self.usual = dict(saved["best"]), saved["step"], dict(saved["usual"])
+        self.best_score = saved["best_score"]
         self.ema = {name: average.to(self.device, copy=True) for name, average in saved["ema"].items()}
         kept = saved["result"]
         self.result = Recovery(**{**kept, "curve": list(kept["curve"]), "notes": list(kept["notes"])})

@@ -1,9 +1,9 @@
 """Tunes the text tower of a CLIP-like pair to an image tower that was cut: DGMR's last step, on images with captions.
 
 The image tower is frozen and sees each image once. The text tower with its projection is trained and nothing else:
-scale and bias stay as they are. With several processes, each embeds its share of the captions and compares them with all
-images of the step, so the gradient is that of one process with the whole batch. What comes back is the best state on
-held-out pairs, the start included.
+scale and bias stay as they are. With several processes, each embeds its share of the captions and compares them with
+all images of the step, so the gradient is that of one process with the whole batch. What comes back is the best state
+on held-out pairs, the start included.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from vitrim.surgery.confirm import confirm_site
 from vitrim.surgery.edits import Edit, apply_, edit_of, reshape_, transform
+from vitrim.surgery.factorize import Factorize
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.plan import Plan
 
 __all__ = [
     "Edit",
+    "Factorize",
     "KeepUnits",
     "Plan",
     "apply_",

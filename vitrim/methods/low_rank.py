@@ -1,0 +1,296 @@
+"""Greenformers (arXiv 2108.10808) and LORTSAR (2407.14655): a layer as two of low rank, where that makes it smaller.
+
+Ours are the factors that fit what the layers put out on calibration images, a rank that follows from the budget, and
+convolutions group by group. Only matrices are factored here: no loss is looked at and nothing is trained, which
+`recover` does afterwards.
+
+Shapes: G groups, M outputs, N inputs (times kernel positions), K = min(M, N), R rank, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from pydantic import Field, StrictFloat, StrictInt, field_validator, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from vitrim.errors import BudgetError, RecipeError
+from vitrim.methods.registry import MethodOptions, register
+from vitrim.ops import low_rank as ops
+from vitrim.surgery import Factorize
+from vitrim.types import LayerSite, ModelView
+
+Solver = Literal["svd", "nmf", "semi-nmf", "random"]
+# Float64 sums of a pass over the images; a model that needs more is seen in several passes. A ViT-L needs 0.8 GiB.
+MAX_SUM_BYTES = 2**30
+
+
+class LowRankOptions(MethodOptions):
+    """How low, by which factors, and which layers.
+
+    `rank`: a whole number, or a share up to 1.0 of the break-even rank; `energy`: the rank that holds this share of
+    the weight's (with `whiten`, of the outputs') square. Without both the budget says it: the share of each layer's
+    values that stays. `whiten` fits what the layers put out; None does so with `svd` where there are images.
+    `num_iter` is for `nmf` and `semi-nmf`. `only` are patterns of paths, such as `*.attn.*`, or `*` for every linear
+    and convolution layer; without, the linear layers inside the blocks.
+    """
+
+    rank: StrictInt | StrictFloat | None = None
+    energy: float | None = Field(default=None, gt=0, le=1)
+    solver: Solver = "svd"
+    whiten: bool | None = None
+    num_iter: int = Field(default=100, ge=1)
+    only: tuple[str, ...] | None = None
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _one_pattern(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("give one of rank and energy, or neither to go by the budget")
+        if isinstance(self.rank, float) and not 0 < self.rank <= 1:
+            raise ValueError(f"rank {self.rank:g} is a share of the break-even rank, in 0..1; a rank is a whole number")
+        if isinstance(self.rank, int) and self.rank < 1:
+            raise ValueError("rank must be 1 or more")
+        if self.whiten and self.solver != "svd":
+            raise ValueError(f"whiten goes with solver svd, not {self.solver}")
+        return self
+
+
+class LortsarOptions(LowRankOptions):
+    """The paper's: a truncated SVD of the weights alone, of linear layers and convolutions anywhere in the model."""
+
+    solver: Literal["svd"] = "svd"
+    whiten: bool | None = False
+    only: tuple[str, ...] | None = ("*",)
+
+
+@dataclass(kw_only=True)
+class _Sums:
+    """What a layer's inputs, or where they are fewer its outputs, add up to: T vectors, each in G groups."""
+
+    layer: LayerSite
+    num_tokens: int = 0
+    total_GK: Tensor | None = None
+    square_GKK: Tensor | None = None
+
+    @property
+    def of_inputs(self) -> bool:
+        """Inputs are told apart from outputs where they are narrower; those of a convolution overlap."""
+        return self.layer.kind != "conv" and self.layer.num_cols < self.layer.num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the sums."""
+        width = self.layer.num_cols if self.of_inputs else self.layer.num_rows
+        return 8 * self.layer.groups * width * (width + 1)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Count a batch in."""
+        seen = inputs if self.of_inputs else outputs.movedim(1, -1) if self.layer.kind == "conv" else outputs
+        rows_GTK = seen.reshape(-1, self.layer.groups, seen.shape[-1] // self.layer.groups).transpose(0, 1).double()
+        total_GK, square_GKK = rows_GTK.sum(1), rows_GTK.mT @ rows_GTK
+        self.num_tokens += rows_GTK.shape[1]
+        self.total_GK = total_GK if self.total_GK is None else self.total_GK.add_(total_GK)
+        self.square_GKK = square_GKK if self.square_GKK is None else self.square_GKK.add_(square_GKK)
+
+
+@register(
+    "lortsar",
+    scope="model",
+    edits=(Factorize,),
+    options=LortsarOptions,
+    needs="weights",
+    paper="LORTSAR: Low-Rank Transformer for Skeleton-based Action Recognition",
+    arxiv="2407.14655",
+    summary="truncated SVD of every linear and convolution layer that it makes smaller",
+    repairs=False,
+)
+@register(
+    "low-rank",
+    scope="model",
+    edits=(Factorize,),
+    options=LowRankOptions,
+    needs="weights",
+    paper="Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank Approximation",
+    arxiv="2108.10808",
+    summary="linear layers as two of low rank, fitted to what they put out",
+    repairs=False,
+)
+def propose(view: ModelView, options: LowRankOptions) -> Iterator[Factorize]:
+    """Factors for each layer that they make smaller, in the order of the layers.
+
+    Args:
+        view: the model; its images are looked at for `whiten` alone, in one pass unless the sums need too much memory.
+        options: how low, by which factors, and which layers.
+
+    Raises:
+        RecipeError: images are needed and there are none, a pattern matches no layer, or nmf meets a negative value.
+        BudgetError: there is neither a rank nor a budget to go by.
+    """
+    whiten = view.has_images and options.solver == "svd" if options.whiten is None else options.whiten
+    if whiten and not view.has_images:
+        raise RecipeError("options.whiten needs images; pass data, or leave it out.")
+    if options.solver == "svd" and options.whiten is None and not whiten:
+        view.note("no images given: factors were fitted to weights alone; pass data to fit what layers put out.")
+    layers, dense = _chosen(view, options), []
+    for group in _passes(layers) if whiten else [layers]:
+        sums = _observe(view, group) if whiten else {}
+        for layer in group:
+            edit = _factors(view, layer, options, sums.pop(layer.path, None))
+            if edit is None:
+                dense.append(layer.path)
+            else:
+                yield edit
+    if dense:
+        view.note(f"{len(dense)} of {len(layers)} layers stay whole, since factors would save nothing: {_few(dense)}.")
+
+
+def _chosen(view: ModelView, options: LowRankOptions) -> list[LayerSite]:
+    """The layers to factor; a note says which can't be, and why."""
+    everything = view.layers()
+    if options.only is None:
+        inside = tuple(f"{site.block}." for site in view.sites)
+        wanted = [layer for layer in everything if layer.kind != "conv" and layer.path.startswith(inside)]
+    else:
+        unmet = [p for p in options.only if not any(fnmatchcase(layer.path, p) for layer in everything)]
+        if unmet:
+            raise RecipeError(
+                f"options.only: {unmet[0]!r} matches no linear or convolution layer; "
+                f"there are {_few([layer.path for layer in everything])}."
+            )
+        wanted = [layer for layer in everything if any(fnmatchcase(layer.path, pattern) for pattern in options.only)]
+    if not wanted:
+        raise RecipeError("low-rank: no linear layer inside a block; name layers with options.only.")
+    for reason in dict.fromkeys(layer.fixed for layer in wanted if layer.fixed):
+        view.note(f"kept whole: {_few([layer.path for layer in wanted if layer.fixed == reason])}; {reason}.")
+    chosen = [layer for layer in wanted if not layer.fixed]
+    negative = [layer.path for layer in chosen if options.solver == "nmf" and (_weight(view, layer) < 0).any()]
+    if negative:
+        raise RecipeError(f"options.solver: nmf needs weights of 0 or more, not {_few(negative)}; use semi-nmf or svd.")
+    return chosen
+
+
+def _passes(layers: Sequence[LayerSite]) -> Iterator[list[LayerSite]]:
+    """Layers in groups whose sums fit into memory together."""
+    group, num_bytes = [], 0
+    for layer in layers:
+        needed = _Sums(layer=layer).num_bytes
+        if group and num_bytes + needed > MAX_SUM_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append(layer)
+        num_bytes += needed
+    yield group
+
+
+def _observe(view: ModelView, layers: Sequence[LayerSite]) -> dict[str, _Sums]:
+    """The sums of layers over the calibration images, in one pass; a layer that is never called has none."""
+    sums = {layer.path: _Sums(layer=layer) for layer in layers}
+    view.observe(list(sums), lambda path, inputs, outputs: sums[path].add(inputs, outputs))
+    unseen = [path for path, found in sums.items() if found.num_tokens == 0]
+    if unseen:
+        view.note(
+            f"{_few(unseen)}: never called, since other code reads the weights; factored by weight alone, and smaller "
+            "but no faster."
+        )
+    return {path: found for path, found in sums.items() if found.num_tokens}
+
+
+def _factors(view: ModelView, layer: LayerSite, options: LowRankOptions, sums: _Sums | None) -> Factorize | None:
+    """The edit of one layer, None where two factors would have no fewer values than it has."""
+    weight_GMN = layer.matrices(_weight(view, layer))
+    rank = _rank(view, layer, options)
+    if rank is not None and rank >= layer.break_even:
+        return None
+    if options.solver != "svd":
+        rank = rank or _rank_by_energy([ops.weight_basis(weight_MN)[1] for weight_MN in weight_GMN], options)
+        solve = _solver(view, options)
+        return None if rank >= layer.break_even else _edit(layer, [solve(matrix, rank) for matrix in weight_GMN])
+    if sums is None and rank is not None:
+        return Factorize(layer=layer, rank=rank)
+    bases = [ops.weight_basis(matrix) for matrix in weight_GMN] if sums is None else _bases(weight_GMN, layer, sums)
+    rank = rank or _rank_by_energy([energy_K for _, energy_K in bases], options)
+    if rank >= layer.break_even:
+        return None
+    if sums is None:
+        return Factorize(layer=layer, rank=rank)
+    kept = [basis_MK[:, :rank] for basis_MK, _ in bases]
+    pairs = [ops.project(matrix, basis_MR) for matrix, basis_MR in zip(weight_GMN, kept, strict=True)]
+    return _edit(layer, pairs, bias=_bias(view, layer, sums, weight_GMN, torch.stack(kept)))
+
+
+def _rank(view: ModelView, layer: LayerSite, options: LowRankOptions) -> int | None:
+    """The rank that was asked for, at least 1; None where the energy says it."""
+    if isinstance(options.rank, int) or options.energy is not None:
+        return options.rank if isinstance(options.rank, int) else None
+    share = view.keep_ratio if options.rank is None else options.rank
+    if not share:
+        raise BudgetError("low-rank: no MLP is left that the budget could be taken from; give options.rank or energy.")
+    return max(1, int(layer.break_even * share))
+
+
+def _rank_by_energy(energies: Sequence[Tensor], options: LowRankOptions) -> int:
+    assert options.energy is not None
+    return ops.rank_for_energy(torch.stack(list(energies)), options.energy)
+
+
+def _solver(view: ModelView, options: LowRankOptions) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """One of the solvers that look at the weight alone, as a function of a matrix and a rank."""
+    solvers: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
+        "nmf": lambda matrix, rank: ops.nmf(matrix, rank, num_iter=options.num_iter, generator=view.generator),
+        "semi-nmf": lambda matrix, rank: ops.semi_nmf(matrix, rank, num_iter=options.num_iter),
+        "random": lambda matrix, rank: ops.random(*matrix.shape, rank, generator=view.generator),
+    }
+    return solvers[options.solver]
+
+
+def _bases(weight_GMN: Tensor, layer: LayerSite, sums: _Sums) -> list[tuple[Tensor, Tensor]]:
+    """Directions of each group's outputs; second moments are centred where a bias takes the mean."""
+    assert sums.total_GK is not None and sums.square_GKK is not None
+    moment_GKK = sums.square_GKK / sums.num_tokens
+    if layer.has_bias:
+        mean_GK = sums.total_GK / sums.num_tokens
+        moment_GKK = moment_GKK - mean_GK[:, :, None] * mean_GK[:, None]
+    name = "inputs_NN" if sums.of_inputs else "outputs_MM"
+    return [ops.output_basis(weight, **{name: moment}) for weight, moment in zip(weight_GMN, moment_GKK, strict=True)]
+
+
+def _bias(
+    view: ModelView, layer: LayerSite, sums: _Sums, weight_GMN: Tensor, basis_GMR: Tensor
+) -> Tensor | None:
+    """The bias plus what the factors lose of the mean output."""
+    if not layer.has_bias:
+        return None
+    assert sums.total_GK is not None
+    bias, mean_GK1 = view.tensor(f"{layer.path}.bias"), sums.total_GK[..., None] / sums.num_tokens
+    if sums.of_inputs:
+        product_GM1 = weight_GMN.to(mean_GK1) @ mean_GK1
+    else:
+        product_GM1 = mean_GK1 - bias.reshape_as(mean_GK1)
+    lost_GM1 = product_GM1 - basis_GMR @ (basis_GMR.mT @ product_GM1)
+    return bias + lost_GM1.flatten().to(bias)
+
+
+def _edit(layer: LayerSite, pairs: Sequence[tuple[Tensor, Tensor]], *, bias: Tensor | None = None) -> Factorize:
+    """The edit that puts these factors, a pair for each group."""
+    ups, downs = zip(*pairs, strict=True)
+    return Factorize.by(layer, torch.stack(ups).float(), torch.stack(downs).float(), bias=bias)
+
+
+def _weight(view: ModelView, layer: LayerSite) -> Tensor:
+    return view.tensor(f"{layer.path}.weight")
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,39 @@
+"""Where bf16 does not pay although it is asked for: attention that is trained on a CPU.
+
+Its backward pass in bf16 takes 571 ms where float32 takes 104 (torch 2.14, a Xeon with AMX, one thread, 128 images of 65
+tokens through six blocks of width 192), more than all that bf16 saves in the products of a step. The call is caught
+where torch's own functions are called, so no model's forward is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+
+def attention_in_float32(device: torch.device) -> AbstractContextManager[Any]:
+    """Hold this around forward and backward pass: attention that takes gradients under autocast runs in float32."""
+    return _Float32Attention() if device.type == "cpu" else nullcontext()
+
+
+class _Float32Attention(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        is_attention = func is scaled_dot_product_attention
+        if not (is_attention and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+            return func(*args, **named)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_widened, args), **{name: _widened(value) for name, value in named.items()})
+
+
+def _widened(value: Any) -> Any:
+    """A tensor of floating point in float32; a mask of booleans, a number or None as it is."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

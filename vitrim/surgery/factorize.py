@@ -1,0 +1,103 @@
+"""Putting two factors in the place of a linear or convolution layer: `layers.low_rank` modules and their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import BudgetError, SiteNotFoundError
+from vitrim.layers.low_rank import Conv, LowRankConv, LowRankLinear
+from vitrim.ops.low_rank import truncate
+from vitrim.surgery.edits import Edit
+from vitrim.surgery.modules import submodule
+from vitrim.types import LayerSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorize(Edit):
+    """A layer becomes two: `down` to `rank` channels a group, then `up`, which has the bias.
+
+    Without `tensors` the factors are those of that rank that are nearest to the weight; `Factorize.by` brings others.
+    """
+
+    KIND: ClassVar[str] = "factorize"
+    STAGE: ClassVar[int] = 1
+
+    layer: LayerSite
+    rank: int
+
+    @classmethod
+    def by(cls, layer: LayerSite, up_GMR: Tensor, down_GRN: Tensor, *, bias: Tensor | None = None) -> Factorize:
+        """The edit that puts given factors, one pair a group, and another bias where one is given."""
+        rank = down_GRN.shape[1]
+        tensors = _named(layer, up_GMR, down_GRN)
+        if bias is not None:
+            tensors[f"{layer.path}.up.bias"] = bias
+        return cls(layer=layer, rank=rank, tensors=tensors)
+
+    def describe(self) -> str:
+        """Rank after of before, and what is left of the weight's values."""
+        layer = self.layer
+        rows, cols = layer.num_rows, layer.num_cols
+        each = f" in each of {layer.groups} groups" if layer.groups > 1 else ""
+        return f"rank {self.rank} of {min(rows, cols)}{each}, {self.rank * (rows + cols) / (rows * cols):.0%} of its values"
+
+    def touched(self) -> list[str]:
+        """The layer's weight and bias."""
+        return [f"{self.layer.path}.weight", f"{self.layer.path}.bias"]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a rank that there is not, and a module that is not the layer."""
+        layer = self.layer
+        full = min(layer.num_rows, layer.num_cols)
+        if not 1 <= self.rank <= full:
+            raise BudgetError(f"{layer.path}: asked for rank {self.rank} of a layer of rank {full}; use 1..{full}.")
+        own = dict(submodule(model, layer.path).named_parameters(recurse=False)) if layer.path else {}
+        if "weight" not in own or tuple(own["weight"].shape) != layer.weight_shape:
+            shape = "x".join(map(str, layer.weight_shape))
+            raise SiteNotFoundError(f"{layer.path}: no layer with a weight of {shape}; the plan was made for another model.")
+
+    def reshape_(self, model: nn.Module) -> None:
+        """Put the two factors in the layer's place."""
+        parent, _, name = self.layer.path.rpartition(".")
+        old = submodule(model, self.layer.path)
+        weight = cast(nn.Parameter, old.weight)
+        if self.layer.kind == "conv":
+            new: nn.Module = LowRankConv(cast(Conv, old), self.rank)
+        else:
+            new = LowRankLinear(
+                self.layer.num_in,
+                self.layer.num_out,
+                self.rank,
+                bias=self.layer.has_bias,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+        setattr(submodule(model, parent), name, new.requires_grad_(weight.requires_grad).train(old.training))
+
+    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The weight as two factors; the bias under its new name, in memory of its own."""
+        path = self.layer.path
+        if name == f"{path}.bias":
+            new = f"{path}.up.bias"
+            yield new, self.given(new, tensor) if new in self.tensors else tensor.clone()
+            return
+        if f"{path}.up.weight" in self.tensors:
+            for new in (f"{path}.down.weight", f"{path}.up.weight"):
+                yield new, self.given(new, tensor)
+            return
+        ups, downs = zip(*(truncate(matrix, self.rank) for matrix in self.layer.matrices(tensor)), strict=True)
+        for new, factor in _named(self.layer, torch.stack(ups), torch.stack(downs)).items():
+            yield new, factor.to(tensor.dtype).contiguous()
+
+
+def _named(layer: LayerSite, up_GMR: Tensor, down_GRN: Tensor) -> dict[str, Tensor]:
+    """Factors in the shapes and under the names that the modules have for them."""
+    rank, ones = down_GRN.shape[1], [1] * len(layer.kernel)
+    down = down_GRN.reshape(layer.groups * rank, layer.num_in // layer.groups, *layer.kernel)
+    up = up_GMR.reshape(layer.num_out, rank, *ones)
+    return {f"{layer.path}.down.weight": down, f"{layer.path}.up.weight": up}
