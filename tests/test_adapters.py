@@ -375,6 +375,7 @@ def test_the_rate_is_found_and_a_run_that_diverges_goes_back_with_adapters_on(ho
     teacher = make_teacher()
     student = make_student(teacher)
     found = run(student, teacher, options={"lr": None, "steps": 20, "adapter": options(how)})
+    assert list(found.rate_test)[0] == {"lora": "0.02", "op-lora": "0.002"}[how]  # LoRA stands higher ones
     again = make_student(teacher)
     run(again, teacher, options={"lr": found.lr, "steps": 20, "adapter": options(how)})
     assert_equal(weights(student), weights(again))  # the range test leaves no trace
@@ -481,7 +482,8 @@ def test_a_compressed_model_bears_no_trace_of_op_lora(tmp_path):
     assert_equal(tensors, weights(result.model))
 
 
-def test_two_processes_train_adapters_as_one_does(tmp_path):
+def test_two_processes_train_adapters_as_one_does_also_in_shards_and_with_checkpointed_activations(tmp_path):
+    ways = {"ddp": {}, "sharded": {"shard": True, "checkpoint_activations": True}}
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent(
@@ -490,21 +492,24 @@ def test_two_processes_train_adapters_as_one_does(tmp_path):
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             torch.set_num_threads(1)
             from test_adapters import *
-            teacher = make_teacher()
-            student = make_student(teacher)
-            run(student, teacher, options={{"lr": 1e-3, "adapter": options("op-lora")}})
-            if int(os.environ.get("RANK", 0)) == 0:
-                torch.save(weights(student), sys.argv[1])
+            for way, chosen in {ways!r}.items():
+                teacher = make_teacher()
+                student = make_student(teacher)
+                run(student, teacher, options={{"lr": 1e-3, "adapter": options("op-lora"), **chosen}})
+                if int(os.environ["RANK"]) == 0:
+                    torch.save(weights(student), f"{tmp_path}/{{way}}.pt")
             """
         )
     )
-    alone, together = tmp_path / "alone.pt", tmp_path / "together.pt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command, out in (([sys.executable], alone), (launch, together)):
-        done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (torch.load(path, weights_only=True) for path in (alone, together))
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], atol=1e-4, rtol=1e-4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    teacher = make_teacher()
+    alone = make_student(teacher)
+    run(alone, teacher, options={"lr": 1e-3, "adapter": options("op-lora")})
+    for way in ways:
+        together = torch.load(tmp_path / f"{way}.pt", weights_only=True)
+        assert together.keys() == weights(alone).keys()
+        for name, tensor in weights(alone).items():
+            torch.testing.assert_close(tensor, together[name], atol=1e-4, rtol=1e-4)

@@ -17,6 +17,7 @@ import torch
 from vitrim.calibrate import streams
 from vitrim.data import open_images
 from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
+from vitrim.metrics.fidelity import fidelity
 from vitrim.recipe import BlockwiseOptions
 from vitrim.recover import blockwise, lessons
 from vitrim.recover.blockwise import recover_blocks_
@@ -37,10 +38,11 @@ def cut(case, share=0.5):
 
 def run(case, student, *, folder=None, images=IMAGES, **values):
     """Block by block on small batches."""
-    known = {"seed", "resume"}
+    known = {"seed", "resume", "held_out"}
     rest = {key: values.pop(key) for key in known & values.keys()}
     options = BlockwiseOptions(**{"num_images": 30, "batch_size": 3, "steps": 12, **values})
-    return recover_blocks_(student, case.model, case.sites, images, options=options, folder=folder, quiet=True, **rest)
+    rest = {"held_out": [], "options": options, "folder": folder, "quiet": True, **rest}
+    return recover_blocks_(student, case.model, case.sites, images, **rest)
 
 
 def weights(model):
@@ -187,6 +189,21 @@ def test_a_block_that_gets_worse_is_left_as_it_was(build):
     report = run(case, student, lr=30.0)
     assert not changed(start, weights(student))
     assert all(errors["before"] == errors["after"] > 0 for errors in report.errors.values())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_whole_is_put_back_where_it_came_out_worse(build, monkeypatch, sign):
+    case = build("timm-vit-scaled")
+    student, held_out = cut(case), [torch.randn(4, 3, 32, 32)]
+    start, real = weights(student), blockwise.relative_error
+    monkeypatch.setattr(blockwise, "relative_error", lambda *args: sign * real(*args))  # -1: what is better is worse
+    report = run(case, student, held_out=held_out)
+    if sign == 1:
+        assert report.notes == () and report.relative_error[1] < report.relative_error[0]
+        assert report.relative_error[1] == pytest.approx(fidelity(student, case.model, held_out)["relative_error"])
+    else:
+        assert "came out worse" in report.notes[0] and "inputs: student" in report.notes[0]
+        assert report.relative_error[1] == report.relative_error[0] and not changed(start, weights(student))
 
 
 def test_tensors_that_other_blocks_share_are_left_alone(build):

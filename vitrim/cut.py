@@ -134,6 +134,8 @@ class _Stage:
                     apply_(self.student, [edit])
                     self.edits.append(edit)
                 bar.advance(1, edit.where)
+        if self.repair is not None and not chosen:
+            view.note(f"repair: {self.method.name} cut no hidden units, so nothing was repaired.")
         return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
 
     def _cut_sites_(self, chosen: Mapping[str, KeepUnits], quiet: bool) -> list[str]:

@@ -11,10 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from vitrim.calibrate.activity import Activity, measure_activity
 from vitrim.checkpoint import is_output, open_model
 from vitrim.cost import num_parameters
+from vitrim.data import first_images
 from vitrim.errors import BudgetError, CheckpointError
+from vitrim.evaluation import check_inputs, open_inputs
 from vitrim.models.load import load_model, origin_of
+from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.recipe import Recipe
 from vitrim.streaming.forecast import Forecast, forecast
@@ -29,7 +33,7 @@ class Inspection:
     """What `inspect` found; `parameters` by part of the model, `predicted` by width ratio.
 
     `checkpoint` is what `prune_checkpoint` will need at width ratio 1, None where the weights are not on this machine;
-    `notes` say why it can't be run on those that are.
+    `notes` say why it can't be run on those that are. `activity` is one row an MLP, where images were given.
     """
 
     model: str
@@ -38,6 +42,7 @@ class Inspection:
     predicted: dict[float, int]
     checkpoint: Forecast | None = None
     notes: tuple[str, ...] = ()
+    activity: tuple[Activity, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description."""
@@ -49,16 +54,19 @@ class Inspection:
             "predicted": predicted,
             "checkpoint": None if self.checkpoint is None else self.checkpoint.to_json(),
             "notes": list(self.notes),
+            "activity": [asdict(row) for row in self.activity],
             "sites": sites,
         }
 
 
-def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
-    """Find a model's MLPs and say how small it would get, without running it.
+def inspect(model: nn.Module | str, *, scope: str | None = None, activity: Any = None, limit: int = 256) -> Inspection:
+    """Find a model's MLPs and say how small it would get, without running it unless activity is asked for.
 
     Args:
         model: a module, or a name or folder as for `compress`; of a name only the architecture is built, no weights.
         scope: dotted path of the subtree to look at.
+        activity: images, as for `compress`, on which to count active hidden units; this loads the weights.
+        limit: at most this many of them.
 
     Returns:
         Sites, widths, parameters by part, the parameters left at several width ratios, and for a checkpoint on this
@@ -72,7 +80,8 @@ def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
     if isinstance(model, str):
         checkpoint, notes = _checkpoint(model, scope)
         name = model
-        model, origin = open_model(model) if is_output(model) else load_model(model, weights=False)
+        whole = activity is not None or is_output(model)
+        model, origin = open_model(model) if whole else load_model(model, weights=False)
     else:
         origin = origin_of(model)
         name = origin.name
@@ -91,7 +100,20 @@ def inspect(model: nn.Module | str, *, scope: str | None = None) -> Inspection:
         predicted=predicted,
         checkpoint=checkpoint,
         notes=notes,
+        activity=() if activity is None else _activity(model, sites, origin, activity, limit),
     )
+
+
+def _activity(
+    model: nn.Module, sites: Sequence[MlpSite], origin: Origin, data: Any, limit: int
+) -> tuple[Activity, ...]:
+    """Count active units of a model's encoder."""
+    encoder = model.get_submodule(origin.encoder).float()
+    images = open_inputs(data, origin, limit=limit)
+    batches, _ = first_images(images, limit, seed=0)
+    check_inputs(encoder, origin, batches)
+    own = [site.within(origin.encoder) if origin.encoder else site for site in sites]
+    return tuple(measure_activity(encoder, own, batches))
 
 
 def _checkpoint(source: str, scope: str | None) -> tuple[Forecast | None, tuple[str, ...]]:

@@ -58,7 +58,7 @@ class BlockwiseOptions(_Options):
     `steps` of one batch are spent on each block. `inputs` are the student's own, so that a block corrects what the
     blocks before it got wrong, or the teacher's, so that blocks are independent and are spread over processes. `train`
     says what of a block is trained: its MLP, or all of it, attention and norms too. `lr` None is 1e-3 for the MLP and
-    1e-4 for all.
+    5e-4 for all.
     """
 
     num_images: int = Field(default=10_000, ge=1)

@@ -94,7 +94,7 @@ def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
     bad = next((edit for edit in others if edit.STAGE > KeepUnits.STAGE or not names.isdisjoint(edit.touched())), None)
     if bad is not None or not cuts:
         what = "no cut of hidden units" if bad is None else f"{bad.describe()} at {bad.where}"
-        raise CheckpointError(f"{source}: holds {what}, so it has no units to slice; compress the original instead.")
+        raise CheckpointError(f"{source}: holds {what}, so its units can't be sliced; compress the original instead.")
     return list(cuts.values())
 
 

@@ -79,8 +79,8 @@ class MlpSite(Site):
 class LayerSite(Site):
     """One linear or convolution layer, seen as G matrices, one a group: M outputs by N inputs times kernel positions.
 
-    A `transposed_linear` holds its weight as (in, out), as transformers' `Conv1D` does. `fixed` says why no other module
-    can stand in the layer's place; "" where one can.
+    A `transposed_linear` holds its weight as (in, out), as transformers' `Conv1D` does. `fixed` says why no other
+    module can stand in the layer's place; "" where one can.
     """
 
     kind: LayerKind

@@ -150,7 +150,7 @@ class ImageStream:
     def _pass(self, epoch: int, lane: int, num_lanes: int, window: int, seed: int, first: int = 0) -> Iterator[Record]:
         """One pass over a lane, from image `first` on."""
         number, inside = divmod(first, window)
-        records = self._kept(self._dealt(epoch, lane, num_lanes, seed), skip=number * window + 1)
+        records = self._kept(self._dealt(epoch, lane, num_lanes, seed), skip=number * window)
         while shuffled := list(islice(records, window)):
             for place in _permutation(len(shuffled), seed, epoch, lane, number)[inside:]:
                 yield shuffled[place]

@@ -1,6 +1,16 @@
 """The methods: one file a paper. Importing this package registers them all."""
 
-from vitrim.methods import dgmr, low_rank, magnitude, random_units
+from vitrim.methods import dgmr, low_rank, magnitude, random_units, top_k
 from vitrim.methods.registry import METHODS, Method, MethodOptions, find_method
 
-__all__ = ["METHODS", "Method", "MethodOptions", "dgmr", "find_method", "low_rank", "magnitude", "random_units"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodOptions",
+    "dgmr",
+    "find_method",
+    "low_rank",
+    "magnitude",
+    "random_units",
+    "top_k",
+]

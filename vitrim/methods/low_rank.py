@@ -141,11 +141,14 @@ def propose(view: ModelView, options: LowRankOptions) -> Iterator[Factorize]:
         raise RecipeError("options.whiten needs images; pass data, or leave it out.")
     if options.solver == "svd" and options.whiten is None and not whiten:
         view.note("no images given: factors were fitted to weights alone; pass data to fit what layers put out.")
-    layers, dense = _chosen(view, options), []
-    for group in _passes(layers) if whiten else [layers]:
+    layers = _chosen(view, options)
+    ranks = {layer.path: _rank(view, layer, options) for layer in layers}
+    dense = [layer.path for layer in layers if (ranks[layer.path] or 0) >= layer.break_even]
+    paying = [layer for layer in layers if layer.path not in dense]
+    for group in _passes(paying) if whiten else [paying]:
         sums = _observe(view, group) if whiten else {}
         for layer in group:
-            edit = _factors(view, layer, options, sums.pop(layer.path, None))
+            edit = _factors(view, layer, ranks[layer.path], options, sums.pop(layer.path, None))
             if edit is None:
                 dense.append(layer.path)
             else:
@@ -189,7 +192,8 @@ def _passes(layers: Sequence[LayerSite]) -> Iterator[list[LayerSite]]:
             group, num_bytes = [], 0
         group.append(layer)
         num_bytes += needed
-    yield group
+    if group:
+        yield group
 
 
 def _observe(view: ModelView, layers: Sequence[LayerSite]) -> dict[str, _Sums]:
@@ -205,27 +209,26 @@ def _observe(view: ModelView, layers: Sequence[LayerSite]) -> dict[str, _Sums]:
     return {path: found for path, found in sums.items() if found.num_tokens}
 
 
-def _factors(view: ModelView, layer: LayerSite, options: LowRankOptions, sums: _Sums | None) -> Factorize | None:
+def _factors(
+    view: ModelView, layer: LayerSite, rank: int | None, options: LowRankOptions, sums: _Sums | None
+) -> Factorize | None:
     """The edit of one layer, None where two factors would have no fewer values than it has."""
     weight_GMN = layer.matrices(_weight(view, layer))
-    rank = _rank(view, layer, options)
-    if rank is not None and rank >= layer.break_even:
-        return None
-    if options.solver != "svd":
-        rank = rank or _rank_by_energy([ops.weight_basis(weight_MN)[1] for weight_MN in weight_GMN], options)
-        solve = _solver(view, options)
-        return None if rank >= layer.break_even else _edit(layer, [solve(matrix, rank) for matrix in weight_GMN])
-    if sums is None and rank is not None:
-        return Factorize(layer=layer, rank=rank)
-    bases = [ops.weight_basis(matrix) for matrix in weight_GMN] if sums is None else _bases(weight_GMN, layer, sums)
-    rank = rank or _rank_by_energy([energy_K for _, energy_K in bases], options)
+    bases = _bases(weight_GMN, sums) if rank is None or sums is not None else []
+    if rank is None:
+        assert options.energy is not None
+        rank = ops.rank_for_energy(torch.stack([energy_K for _, energy_K in bases]), options.energy)
     if rank >= layer.break_even:
         return None
+    if options.solver != "svd":
+        solve = _solver(view, options)
+        return Factorize.by(layer, [solve(weight_MN, rank) for weight_MN in weight_GMN])
     if sums is None:
         return Factorize(layer=layer, rank=rank)
     kept = [basis_MK[:, :rank] for basis_MK, _ in bases]
-    pairs = [ops.project(matrix, basis_MR) for matrix, basis_MR in zip(weight_GMN, kept, strict=True)]
-    return _edit(layer, pairs, bias=_bias(view, layer, sums, weight_GMN, torch.stack(kept)))
+    pairs = [ops.project(weight_MN, basis_MR) for weight_MN, basis_MR in zip(weight_GMN, kept, strict=True)]
+    bias = _bias(view, sums, weight_GMN, torch.stack(kept)) if layer.has_bias else None
+    return Factorize.by(layer, pairs, bias=bias)
 
 
 def _rank(view: ModelView, layer: LayerSite, options: LowRankOptions) -> int | None:
@@ -238,52 +241,40 @@ def _rank(view: ModelView, layer: LayerSite, options: LowRankOptions) -> int | N
     return max(1, int(layer.break_even * share))
 
 
-def _rank_by_energy(energies: Sequence[Tensor], options: LowRankOptions) -> int:
-    assert options.energy is not None
-    return ops.rank_for_energy(torch.stack(list(energies)), options.energy)
-
-
 def _solver(view: ModelView, options: LowRankOptions) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     """One of the solvers that look at the weight alone, as a function of a matrix and a rank."""
     solvers: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
         "nmf": lambda matrix, rank: ops.nmf(matrix, rank, num_iter=options.num_iter, generator=view.generator),
         "semi-nmf": lambda matrix, rank: ops.semi_nmf(matrix, rank, num_iter=options.num_iter),
-        "random": lambda matrix, rank: ops.random(*matrix.shape, rank, generator=view.generator),
+        "random": lambda matrix, rank: ops.random_factors(matrix, rank, generator=view.generator),
     }
     return solvers[options.solver]
 
 
-def _bases(weight_GMN: Tensor, layer: LayerSite, sums: _Sums) -> list[tuple[Tensor, Tensor]]:
-    """Directions of each group's outputs; second moments are centred where a bias takes the mean."""
+def _bases(weight_GMN: Tensor, sums: _Sums | None) -> list[tuple[Tensor, Tensor]]:
+    """Directions of each group's outputs with their energies: of the weight, or of what was seen."""
+    if sums is None:
+        return [ops.weight_basis(weight_MN) for weight_MN in weight_GMN]
     assert sums.total_GK is not None and sums.square_GKK is not None
-    moment_GKK = sums.square_GKK / sums.num_tokens
-    if layer.has_bias:
-        mean_GK = sums.total_GK / sums.num_tokens
-        moment_GKK = moment_GKK - mean_GK[:, :, None] * mean_GK[:, None]
-    name = "inputs_NN" if sums.of_inputs else "outputs_MM"
-    return [ops.output_basis(weight, **{name: moment}) for weight, moment in zip(weight_GMN, moment_GKK, strict=True)]
+    moment_GKK, mean_GK = sums.square_GKK / sums.num_tokens, sums.total_GK / sums.num_tokens
+    if sums.layer.has_bias:  # which takes the mean
+        moment_GKK -= mean_GK[:, :, None] * mean_GK[:, None]
+    pairs = zip(weight_GMN, moment_GKK, strict=True)
+    if sums.of_inputs:
+        return [ops.output_basis(weight_MN, inputs_NN=moment_NN) for weight_MN, moment_NN in pairs]
+    return [ops.output_basis(weight_MN, outputs_MM=moment_MM) for weight_MN, moment_MM in pairs]
 
 
-def _bias(
-    view: ModelView, layer: LayerSite, sums: _Sums, weight_GMN: Tensor, basis_GMR: Tensor
-) -> Tensor | None:
+def _bias(view: ModelView, sums: _Sums, weight_GMN: Tensor, basis_GMR: Tensor) -> Tensor:
     """The bias plus what the factors lose of the mean output."""
-    if not layer.has_bias:
-        return None
     assert sums.total_GK is not None
-    bias, mean_GK1 = view.tensor(f"{layer.path}.bias"), sums.total_GK[..., None] / sums.num_tokens
+    bias, mean_GK1 = view.tensor(f"{sums.layer.path}.bias"), sums.total_GK[..., None] / sums.num_tokens
     if sums.of_inputs:
         product_GM1 = weight_GMN.to(mean_GK1) @ mean_GK1
     else:
         product_GM1 = mean_GK1 - bias.reshape_as(mean_GK1)
     lost_GM1 = product_GM1 - basis_GMR @ (basis_GMR.mT @ product_GM1)
     return bias + lost_GM1.flatten().to(bias)
-
-
-def _edit(layer: LayerSite, pairs: Sequence[tuple[Tensor, Tensor]], *, bias: Tensor | None = None) -> Factorize:
-    """The edit that puts these factors, a pair for each group."""
-    ups, downs = zip(*pairs, strict=True)
-    return Factorize.by(layer, torch.stack(ups).float(), torch.stack(downs).float(), bias=bias)
 
 
 def _weight(view: ModelView, layer: LayerSite) -> Tensor:

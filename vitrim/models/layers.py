@@ -32,7 +32,9 @@ def find_layers(model: nn.Module) -> tuple[LayerSite, ...]:
         the place of a layer, its `fixed` says why.
     """
     holders = Counter(
-        id(parameter) for _, module in model.named_modules(remove_duplicate=False) for parameter in _own(module).values()
+        id(parameter)
+        for _, module in model.named_modules(remove_duplicate=False)
+        for parameter in _own(module).values()
     )
     return tuple(_find(model, "", holders))
 

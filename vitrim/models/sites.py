@@ -144,7 +144,7 @@ def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
 
 
 def _linear(container: nn.Module, name: str) -> nn.Module | None:
-    """A linear layer below a container, by name; its weight is (out, in)."""
+    """A linear layer below a container, by name; its weight is (out, in) and its own, not made from others on demand."""
     try:
         layer = container.get_submodule(name)
     except AttributeError:
@@ -153,7 +153,7 @@ def _linear(container: nn.Module, name: str) -> nn.Module | None:
         getattr(layer, "weight", None),
         (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)),
     )
-    return layer if weight is not None and tuple(weight.shape) == features else None
+    return layer if isinstance(weight, nn.Parameter) and tuple(weight.shape) == features else None
 
 
 def _is_sequential_mlp(container: nn.Module, output_name: str) -> bool:

@@ -9,6 +9,8 @@ Shapes: M outputs, N inputs, K = min(M, N), R rank. All that solves runs in floa
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Generator, Tensor
 
@@ -103,7 +105,7 @@ def nmf(weight_MN: Tensor, rank: int, *, num_iter: int, generator: Generator) ->
 
     seed = int(torch.randint(2**31, (), generator=generator))
     # tol=0: all rounds are made, and none is reported as missing
-    solver = NMF(n_components=rank, init="nndsvda", max_iter=num_iter, tol=0, random_state=seed)
+    solver: Any = NMF(n_components=cast(Any, rank), init="nndsvda", max_iter=num_iter, tol=0, random_state=seed)
     up_MR = torch.from_numpy(solver.fit_transform(weight_MN.detach().double().cpu().numpy()))
     return balance(up_MR.double(), torch.from_numpy(solver.components_).double())
 
@@ -133,13 +135,13 @@ def semi_nmf(weight_MN: Tensor, rank: int, *, num_iter: int) -> tuple[Tensor, Te
     return balance(up_MR, down_RN)
 
 
-def random(num_rows: int, num_cols: int, rank: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Factors as torch starts two linear layers; for a model that is trained anew, since they know nothing of the weight."""
+def random_factors(weight_MN: Tensor, rank: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Factors as torch starts two linear layers: for a model that is trained anew, since only the shape is used."""
 
     def start(height: int, width: int) -> Tensor:
         return (2 * torch.rand(height, width, generator=generator, dtype=torch.float64) - 1) / width**0.5
 
-    return start(num_rows, rank), start(rank, num_cols)
+    return start(weight_MN.shape[0], rank), start(rank, weight_MN.shape[1])
 
 
 def _solve_up(weight_MN: Tensor, down_RN: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ held-out images, and finished blocks survive a kill. Nothing is trained through 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -31,13 +32,18 @@ from vitrim.models.taps import device_of
 from vitrim.progress import Progress, progress
 from vitrim.recipe import BlockwiseOptions
 from vitrim.recover.lessons import Lesson, Lessons, Share, disk_bytes
+from vitrim.recover.losses import relative_error
 from vitrim.recover.parallel import any_process, from_process, is_main, join_, num_processes, rank
 from vitrim.recover.refit import improve_
+from vitrim.recover.targets import features_on_cpu
 from vitrim.surgery import submodule
 from vitrim.types import MlpSite
 
 # Peak rates of Adam where none is given: an MLP alone stands a higher one than attention does.
-RATES = {"mlp": 1e-3, "block": 1e-4}
+RATES = {"mlp": 1e-3, "block": 5e-4}
+
+# Repair with feedback makes each block correct those before it; with the teacher's inputs it unlearns that.
+ADVICE = "use inputs: student, or repair with feedback: 0."
 
 Parts = Mapping[str, Mapping[str, nn.Parameter]]
 Errors = dict[str, dict[str, float]]
@@ -45,9 +51,13 @@ Errors = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Blockwise:
-    """What came of it: by block, the held-out squared error of a token before and after, and notes for the user."""
+    """What came of it: by block, the held-out squared error of a token before and after, and notes for the user.
+
+    `relative_error` is that of the whole student's features, before and after.
+    """
 
     errors: Errors
+    relative_error: tuple[float, float]
     notes: tuple[str, ...]
 
 
@@ -57,6 +67,7 @@ def recover_blocks_(
     sites: Sequence[MlpSite],
     images: ImageSet | ImageStream,
     *,
+    held_out: Sequence[Tensor],
     options: BlockwiseOptions,
     seed: int = 0,
     folder: Path | None,
@@ -66,11 +77,12 @@ def recover_blocks_(
     """Train a cut student's blocks one by one, in place.
 
     Args:
-        student: the cut model; each block ends no worse on held-out images than it was.
+        student: the cut model; neither a block nor the whole ends worse on held-out images than it was.
         teacher: the original; never changed.
         sites: the MLPs that were cut, by paths from the models' root; their blocks are trained.
-        images: what to learn from, preprocessed; the last tenth of the batches is held out. Of a stream, the first
-            images of a seeded order are held in memory, encoded as they came.
+        images: what to learn from, preprocessed; the last tenth of the batches judges the blocks. Of a stream, the
+            first images of a seeded order are held in memory, encoded as they came.
+        held_out: preprocessed images (B, C, H, W) that judge the whole.
         options: how many images, how long, and what of a block.
         seed: of the choice of images and the order of batches.
         folder: where streams lie while it runs, and finished blocks for a resumption; None keeps all in memory.
@@ -93,6 +105,8 @@ def recover_blocks_(
         images, _ = images.take(options.num_images, seed=seed)
     sample = torch.cat(first_images(images, 2, seed=seed)[0])
     parts = {block: _trained(student, block, sites, options.train) for block in forward_order(teacher, sites, sample)}
+    judged = [(batch, features_on_cpu(teacher, batch, "final")) for batch in held_out]
+    start, before = copy.deepcopy(student.state_dict()), relative_error(student, judged, "final")
     kept = _Kept(folder and folder / "blocks", {**options.model_dump(exclude={"num_workers"}), "seed": seed}, resume)
     errors = kept.take_up_(parts, spread)
     todo = [i for i, block in enumerate(parts) if parts[block] and block not in errors and _is_mine(i, spread)]
@@ -116,7 +130,17 @@ def recover_blocks_(
     if spread:
         _exchange_(parts, errors, spread)
     notes = [f"{block}: shares all of its tensors with others; left as it is." for block in parts if not parts[block]]
-    return Blockwise(errors={block: errors[block] for block in parts if block in errors}, notes=tuple(notes))
+    after = relative_error(student, judged, "final")
+    if after > before:
+        student.load_state_dict(start)
+        notes.append(
+            f"block by block: the whole came out worse ({before:.4g} to {after:.4g}) and was put back; {ADVICE}"
+        )
+    return Blockwise(
+        errors={block: errors[block] for block in parts if block in errors},
+        relative_error=(before, min(before, after)),
+        notes=tuple(notes),
+    )
 
 
 def _trained(student: nn.Module, block: str, sites: Sequence[MlpSite], train: str) -> dict[str, nn.Parameter]:

@@ -25,13 +25,12 @@ from vitrim.recover.elastic import Widths
 from vitrim.recover.losses import FeatureModel, Space, feature_loss, patches_at, relative_error, space_loss
 from vitrim.recover.order import MicroBatch, open_order
 from vitrim.recover.parallel import from_main, mean, num_processes
-from vitrim.recover.schedule import cosine_between, rate_shape
+from vitrim.recover.precision import attention_in_float32
+from vitrim.recover.schedule import cosine_between, rate_shape, rates_to_try
 from vitrim.recover.sharding import block_paths, checkpointed, full, local, shard, share_of
 from vitrim.recover.targets import LiveTargets, Target, Targets, autocast, features_on_cpu, is_bf16, open_cached
 from vitrim.types import Features
 
-# Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
-RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
 # A loss this many times the usual one, or one that is no number, is a run that has left the road.
 EXPLODED = 100.0
 # The rate after a roll-back, and how many a run may have.
@@ -181,8 +180,9 @@ class Run:
         start = self._values()
         errors: dict[float, float] = {}
         chosen: float | None = None
-        with progress("range test", len(RATES), quiet=quiet or not self.is_main) as bar:
-            for rate in RATES:
+        rates = rates_to_try(self.options)
+        with progress("range test", len(rates), quiet=quiet or not self.is_main) as bar:
+            for rate in rates:
                 for batches in self.batches(0, num_steps):
                     self.train_step(batches, lr=rate * rate_shape(self.step, num_steps, self.options.warmup_ratio))
                 errors[rate] = self._score(self._held_out_errors())
@@ -197,7 +197,7 @@ class Run:
                     if errors[rate] > self.best_score:
                         break
         self.result.rate_test = {f"{rate:g}": error for rate, error in errors.items()}
-        return chosen or RATES[-1]
+        return chosen or rates[-1]
 
     def is_due(self) -> bool:
         """Whether held-out images are to be judged after this step."""
@@ -231,7 +231,8 @@ class Run:
             group["lr"] = self.result.lr * shape if lr is None else lr
             group["weight_decay"] = decay if group["decays"] else 0.0
         total, share = 0.0, self.order.global_batch / num_processes()
-        with self._held(self.trained, self.ratio):
+        exact_attention = attention_in_float32(self.device, enabled=is_bf16(self.options, self.device))
+        with self._held(self.trained, self.ratio), exact_attention:
             for index, batch in enumerate(batches):
                 last = index == len(batches) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.model):

@@ -1,4 +1,4 @@
-"""When things happen in a long run: the rate and decay at each step, and where Ctrl-C may stop it."""
+"""When things happen in a long run: the rates to try, the rate and decay at each step, and where Ctrl-C may stop it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from vitrim.recipe import RecoverOptions
+
+# Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
+RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
+# LoRA's factors stand about 25 times the rate that the weights themselves do; what emits OP-LoRA's does not.
+LORA_RATES = (2e-2, 1e-2, 5e-3, *RATES)
+
+
+def rates_to_try(options: RecoverOptions) -> tuple[float, ...]:
+    """The rates of the range test, falling, by what trains."""
+    return LORA_RATES if options.adapter is not None and options.adapter.kind == "lora" else RATES
 
 
 def rate_shape(step: int, num_steps: int, warmup_ratio: float) -> float:

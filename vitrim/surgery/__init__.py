@@ -6,12 +6,14 @@ from vitrim.surgery.factorize import Factorize
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.plan import Plan
+from vitrim.surgery.top_k import TopKActivation
 
 __all__ = [
     "Edit",
     "Factorize",
     "KeepUnits",
     "Plan",
+    "TopKActivation",
     "apply_",
     "confirm_site",
     "edit_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -15,6 +15,8 @@ from vitrim.ops.low_rank import truncate
 from vitrim.surgery.edits import Edit
 from vitrim.surgery.modules import submodule
 from vitrim.types import LayerSite
+
+Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +33,20 @@ class Factorize(Edit):
     rank: int
 
     @classmethod
-    def by(cls, layer: LayerSite, up_GMR: Tensor, down_GRN: Tensor, *, bias: Tensor | None = None) -> Factorize:
-        """The edit that puts given factors, one pair a group, and another bias where one is given."""
-        rank = down_GRN.shape[1]
-        tensors = _named(layer, up_GMR, down_GRN)
+    def by(cls, layer: LayerSite, factors: Sequence[Factors], *, bias: Tensor | None = None) -> Factorize:
+        """The edit that puts given factors, `up` (M, R) and `down` (R, N) of each group, and with one another bias."""
+        tensors = {name: factor.float() for name, factor in _named(layer, factors).items()}
         if bias is not None:
             tensors[f"{layer.path}.up.bias"] = bias
-        return cls(layer=layer, rank=rank, tensors=tensors)
+        return cls(layer=layer, rank=len(factors[0][1]), tensors=tensors)
 
     def describe(self) -> str:
         """Rank after of before, and what is left of the weight's values."""
         layer = self.layer
         rows, cols = layer.num_rows, layer.num_cols
         each = f" in each of {layer.groups} groups" if layer.groups > 1 else ""
-        return f"rank {self.rank} of {min(rows, cols)}{each}, {self.rank * (rows + cols) / (rows * cols):.0%} of its values"
+        left = self.rank * (rows + cols) / (rows * cols)
+        return f"rank {self.rank} of {min(rows, cols)}{each}, {left:.0%} of its values"
 
     def touched(self) -> list[str]:
         """The layer's weight and bias."""
@@ -59,7 +61,9 @@ class Factorize(Edit):
         own = dict(submodule(model, layer.path).named_parameters(recurse=False)) if layer.path else {}
         if "weight" not in own or tuple(own["weight"].shape) != layer.weight_shape:
             shape = "x".join(map(str, layer.weight_shape))
-            raise SiteNotFoundError(f"{layer.path}: no layer with a weight of {shape}; the plan was made for another model.")
+            raise SiteNotFoundError(
+                f"{layer.path}: no layer with a weight of {shape}; the plan was made for another model."
+            )
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the two factors in the layer's place."""
@@ -90,14 +94,14 @@ class Factorize(Edit):
             for new in (f"{path}.down.weight", f"{path}.up.weight"):
                 yield new, self.given(new, tensor)
             return
-        ups, downs = zip(*(truncate(matrix, self.rank) for matrix in self.layer.matrices(tensor)), strict=True)
-        for new, factor in _named(self.layer, torch.stack(ups), torch.stack(downs)).items():
+        factors = [truncate(matrix, self.rank) for matrix in self.layer.matrices(tensor)]
+        for new, factor in _named(self.layer, factors).items():
             yield new, factor.to(tensor.dtype).contiguous()
 
 
-def _named(layer: LayerSite, up_GMR: Tensor, down_GRN: Tensor) -> dict[str, Tensor]:
-    """Factors in the shapes and under the names that the modules have for them."""
-    rank, ones = down_GRN.shape[1], [1] * len(layer.kernel)
-    down = down_GRN.reshape(layer.groups * rank, layer.num_in // layer.groups, *layer.kernel)
-    up = up_GMR.reshape(layer.num_out, rank, *ones)
+def _named(layer: LayerSite, factors: Sequence[Factors]) -> dict[str, Tensor]:
+    """The factors of all groups in the shapes and under the names that the modules have for them."""
+    ups, downs = zip(*factors, strict=True)
+    down = torch.cat(downs).reshape(-1, layer.num_in // layer.groups, *layer.kernel)
+    up = torch.cat(ups).reshape(layer.num_out, -1, *[1] * len(layer.kernel))
     return {f"{layer.path}.down.weight": down, f"{layer.path}.up.weight": up}

@@ -1,0 +1,308 @@
+"""Recovery on several processes equals recovery on one, its states fit any number of them, and SIGKILL costs little."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from test_distill import HELD_OUT, make_images, make_student, make_teacher, run, weights
+from two_processes import LONG, SHORT, losses_of, stopped, train, unreadable
+
+import vitrim
+from vitrim.data import augment_for, open_images
+from vitrim.errors import CheckpointError
+from vitrim.recipe import RecoverOptions
+from vitrim.recover.distill import recover_
+from vitrim.recover.state import has_state, load_state, save_state
+from vitrim.types import Features
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+WAYS = ("ddp", "sharded")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes did, each in its own words, and the folder in which they did it."""
+    folder = tmp_path_factory.mktemp("two")
+    for way in WAYS:
+        stopped({**SHORT, "ema": 0.8}, folder / f"one-{way}.state")
+    (folder / "taken").mkdir()
+    command = [*TORCHRUN, two_processes.__file__, str(folder)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def furthest(first, second) -> float:
+    """The largest difference between two models' weights."""
+    assert first["weights"].keys() == second["weights"].keys()
+    return max(float((first["weights"][name] - second["weights"][name]).abs().max()) for name in first["weights"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_curve_is_that_of_one_process_over_fifty_steps(together, tmp_path, way):
+    _, (main, other) = together
+    alone = train(LONG, log=tmp_path / "log.jsonl")
+    found = main["same_curve"][way]
+    assert len(found["losses"]) == 50
+    assert found["losses"] == pytest.approx(losses_of(tmp_path / "log.jsonl"), rel=1e-3)
+    errors, expected = ([p["relative_error"] for p in result["curve"]] for result in (found, alone))
+    assert errors == pytest.approx(expected, rel=1e-3) and errors[-1] < 0.2 * errors[0]
+    assert furthest(found, alone) < 2e-5
+    assert furthest(found, other["same_curve"][way]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "atol"),
+    [
+        ("everything", {"ema": 0.8, "accumulate": 2, "batch_size": 4, "weight_decay": (0.1, 0.0)}, 2e-5),
+        ("range test", {"lr": None}, 2e-5),
+        ("bf16", {"precision": "bf16"}, 2e-2),
+        ("uneven", {"batch_size": 5, "accumulate": 2}, 2e-5),
+        ("before the norm", {"features_at": "pre_norm"}, 2e-5),
+    ],
+)
+def test_shards_change_nothing_else_either(together, name, options, atol):
+    """Accumulation, moving average, decay, a second forward pass, the range test, batches that can't be halved."""
+    _, (main, other) = together
+    alone, found = train({**SHORT, **options}), main["extras"][name]
+    assert furthest(alone, found) < atol
+    assert (alone["lr"], alone["best_step"]) == (found["lr"], found["best_step"]) and found["best_step"] > 0
+    assert furthest(found, other["extras"][name]) == 0
+
+
+def test_a_process_that_can_read_no_image_takes_part_all_the_same(together):
+    _, (main, _) = together
+    alone, found = train({**SHORT, "steps": 3}, images=unreadable()), main["extras"]["unreadable"]
+    assert furthest(alone, found) < 2e-5 and found["best_step"] > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_state_goes_on_on_another_number_of_processes(together, way):
+    folder, (main, _) = together
+    whole = train({**SHORT, "ema": 0.8})
+    assert furthest(whole, main["resumed"][way]) < 1e-5  # two, then two
+    assert furthest(whole, main["resumed"][f"one to {way}"]) < 1e-5
+    left = folder / f"left-{way}.state"
+    assert load_state(left)["step"] == 3
+    found = train({**SHORT, "ema": 0.8}, state=left, resume=True)  # two, then one
+    assert furthest(whole, found) < 1e-5
+    assert [point["step"] for point in found["curve"]] == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("kept", ["on disk", "in memory"])
+def test_a_loss_that_is_no_number_on_one_process_sends_all_back(together, kept):
+    _, results = together
+    for result in results:
+        (note,) = result["diverging"][kept]["notes"]
+        assert "at step 5: went back to step 3 with the rate lowered to 0.0005" in note
+    assert furthest(results[0]["diverging"][kept], results[1]["diverging"][kept]) == 0
+
+
+def test_errors_of_the_main_process_end_all(together):
+    _, (main, other) = together
+    main, other = main["failing"], other["failing"]
+    assert "No space left on device" in main["full disk"] and main["full disk"] == other["full disk"]
+    assert main["for users"] == other["for users"] == "VitrimError: no such thing"
+    assert main["other"] == "ZeroDivisionError: by nought" and "the main process failed" in other["other"]
+    assert "exists already" in main["taken"] and main["taken"] == other["taken"]
+
+
+def test_compress_gives_every_process_the_same_and_writes_once(together):
+    folder, (main, other) = together
+    found, same = main["compressed"], other["compressed"]
+    assert found["sha256"] == same["sha256"] and found["metrics"] == same["metrics"]
+    assert furthest(found, same) == 0
+    assert not (folder / ".out.partial").exists()
+    loaded = vitrim.load(folder / "out")
+    assert all(torch.equal(tensor, found["weights"][name]) for name, tensor in loaded.state_dict().items())
+    alone = two_processes.compressed(folder, out="alone")
+    assert alone["sha256"] == found["sha256"]
+    assert furthest(alone, found) < 2e-5
+    notes = [json.loads(result["metrics"])["notes"] for result in (alone, found)]
+    assert "there is one process" in notes[0][0] and notes[1] == notes[0][1:]
+
+
+def test_a_process_without_a_cut_takes_the_main_ones(together):
+    _, (main, other) = together
+    assert main["taken_over"]["sha256"] == other["taken_over"]["sha256"]
+    assert furthest(main["taken_over"], other["taken_over"]) == 0
+    assert main["taken_over"]["nothing"] and other["taken_over"]["nothing"]
+
+
+def test_a_second_forward_pass_is_exact_and_runs_the_blocks_again():
+    results, calls = [], []
+    for again in (False, True):
+        teacher = make_teacher()
+        student = make_student(teacher)
+        seen: list[int] = []
+        student.blocks[0].mlp.fc1.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        run(student, teacher, options={"checkpoint_activations": again, "steps": 4})
+        results.append({"weights": weights(student)})
+        calls.append(len(seen))
+        assert "forward" not in vars(student.blocks[0])
+    assert furthest(*results) == 0
+    assert calls[1] == calls[0] + 4
+
+
+def test_a_state_keeps_what_it_is_given(tmp_path):
+    given = {
+        "tensors": [torch.arange(3), torch.ones(2, 3, dtype=torch.bfloat16).T, torch.tensor(True), torch.empty(0, 4)],
+        "keys": {1: "int", 0.5: "float", "word": None},
+        "numbers": (float("inf"), -1.5, 7, True),
+        "none": {},
+    }
+    save_state(tmp_path / "a.state", given)
+    found = load_state(tmp_path / "a.state")
+    for mine, theirs in zip(given.pop("tensors"), found.pop("tensors"), strict=True):
+        assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+    assert found == given and [type(key) for key in found["keys"]] == [int, float, str]
+
+
+@pytest.mark.parametrize("at", [0, 9, 300, -40, -1])
+def test_a_changed_byte_is_noticed_and_the_state_before_taken(tmp_path, at):
+    path = tmp_path / "a.state"
+    for step in (1, 2):
+        save_state(path, {"step": step, "tensor": torch.full((200,), float(step))})
+    assert load_state(path)["step"] == 2
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert load_state(path)["step"] == 1
+    path.with_name("a.state.before").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="start again without resume"):
+        load_state(path)
+
+
+def test_a_new_run_does_not_go_back_to_an_old_ones_state(tmp_path):
+    teacher, state = make_teacher(), tmp_path / "a.state"
+    save_state(state, {"step": 1})
+    save_state(state, {"step": 2})
+    run(make_student(teacher), teacher, state=state, options={"steps": 1, "num_validations": 1})
+    state.unlink()
+    assert load_state(state)["step"] == 0
+
+
+DIGITS_16 = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+KILLED = {"steps": 60, "batch_size": 8, "num_validations": 4, "save_every": 2, "ema": 0.9}
+
+
+def killed_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> None:
+    """A run over digits that goes on where the last one was killed; its weights in the end."""
+    torch.set_num_threads(1)
+    prepare()
+    teacher = make_teacher()
+    student = make_student(teacher)
+    images = open_images("digits", limit=64).augmented(augment_for(DIGITS_16, "light"), seed=0)
+    recover_(
+        student,
+        teacher,
+        images,
+        held_out=HELD_OUT,
+        options=RecoverOptions(**KILLED),
+        state=folder / "run.state",
+        log=folder / "log.jsonl",
+        resume=True,
+        quiet=True,
+    )
+    torch.save(weights(student), folder / "weights.pt")
+
+
+def start(folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """The run in a process of its own, by its id; forked, because importing torch takes longer than the run."""
+    folder.mkdir(exist_ok=True)
+    if process := os.fork():
+        return process
+    try:
+        killed_run(folder, prepare)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def last_step(log: Path) -> int:
+    """The last step that a log has whole."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("\n") else 0
+
+
+def kill_ten_times(folder: Path) -> None:
+    """Kill the run at seeded moments, go on with it each time, and see that little was lost."""
+    draw = random.Random(0)
+    for goal in sorted(draw.sample(range(1, KILLED["steps"] - 6), 10)):
+        process = start(folder)
+        while last_step(folder / "log.jsonl") < goal and os.waitpid(process, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.01))
+        os.kill(process, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
+        reached = last_step(folder / "log.jsonl")
+        kept = load_state(folder / "run.state")["step"]
+        assert goal <= reached and kept >= reached - KILLED["save_every"], (goal, reached, kept)
+
+
+def kill_at(moment: str) -> Callable[[], None]:
+    """Kill the process itself when it has kept some states and is about to keep another."""
+    name, count = moment.split(" ")
+    seen = [0]
+
+    def prepare() -> None:
+        owner = os if name == "fsync" else Path
+        real = getattr(owner, name)
+
+        def killing(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == int(count):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(owner, name, killing)
+
+    return prepare
+
+
+# The first state's values before they are on disk and before it is in place; then in a later one also between renamings.
+MOMENTS = ("fsync 1", "replace 1", "fsync 5", "replace 8", "replace 9")
+
+
+def unkillable(folder: Path) -> None:
+    """What runs in a process of its own: the run as it is, killed ten times, and killed while its state is written."""
+    import sklearn.datasets  # noqa: F401 -- before the forks, not in each
+
+    torch.set_num_threads(1)
+    assert os.waitpid(start(folder / "whole"), 0)[1] == 0
+    (folder / "ten").mkdir()
+    kill_ten_times(folder / "ten")
+    assert os.waitpid(start(folder / "ten"), 0)[1] == 0
+    for moment in MOMENTS:
+        place = folder / moment
+        assert os.WTERMSIG(os.waitpid(start(place, kill_at(moment)), 0)[1]) == signal.SIGKILL
+        assert has_state(place / "run.state") == (moment not in MOMENTS[:1])
+        assert os.waitpid(start(place), 0)[1] == 0
+
+
+def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path):
+    code = "import sys; from pathlib import Path; from test_parallel import unkillable; unkillable(Path(sys.argv[1]))"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = torch.load(tmp_path / "whole" / "weights.pt")
+    start_weights = weights(make_student(make_teacher()))
+    assert any(not torch.equal(whole[name], tensor) for name, tensor in start_weights.items())
+    for name in ("ten", *MOMENTS):
+        found = torch.load(tmp_path / name / "weights.pt")
+        assert all(torch.equal(whole[key], tensor) for key, tensor in found.items()), name
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, KILLED["steps"] + 1)), name

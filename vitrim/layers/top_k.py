@@ -1,0 +1,72 @@
+"""A linear layer that reads only the largest of its inputs, token by token.
+
+Nothing else changes: same weight, same names. The selection is the same in training; no straight-through estimator, so
+what was dropped gets no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Rank = Literal["magnitude", "value"]
+
+
+class TopKLinear(nn.Linear):
+    """`linear(x)` with all but the `num_active` largest entries of each token of x set to zero.
+
+    `gather` sums the picked columns of the weight instead of multiplying by a matrix that is mostly zeros. On two CPU
+    cores that pays below about one entry in sixty (benchmarks/lazy_neuron.py), so it is off unless asked for.
+    """
+
+    num_active: int
+    by: Rank
+    gather: bool = False
+
+    @classmethod
+    def of(cls, linear: nn.Linear, num_active: int, *, by: Rank) -> TopKLinear:
+        """The layer around another one's own parameters."""
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.in_features, new.out_features = linear.in_features, linear.out_features
+        new.weight, new.bias = linear.weight, linear.bias
+        new.num_active, new.by = num_active, by
+        return new.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product with what is left of the input."""
+        if self.num_active >= self.in_features:
+            return super().forward(input)
+        if not self.gather:
+            return super().forward(keep_top(input, self.num_active, by=self.by))
+        values, places = top_entries(input, self.num_active, by=self.by)
+        bags = functional.embedding_bag(
+            places.reshape(-1, self.num_active),
+            self.weight.t(),
+            per_sample_weights=values.reshape(-1, self.num_active),
+            mode="sum",
+        )
+        output = bags.reshape(*input.shape[:-1], self.out_features)
+        return output if self.bias is None else output + self.bias
+
+    def extra_repr(self) -> str:
+        """What nn.Linear says, and how many entries are read."""
+        return f"{super().extra_repr()}, num_active={self.num_active}, by={self.by}"
+
+
+def top_entries(input: Tensor, num_active: int, *, by: Rank) -> tuple[Tensor, Tensor]:
+    """The largest entries along the last dimension and their places: exactly `num_active` of them, ties included."""
+    scores = input.abs() if by == "magnitude" else input
+    places = scores.topk(num_active, dim=-1, sorted=False).indices
+    return input.gather(-1, places), places
+
+
+def keep_top(input: Tensor, num_active: int, *, by: Rank = "magnitude") -> Tensor:
+    """The input with all but its largest entries along the last dimension set to zero."""
+    if num_active >= input.shape[-1]:
+        return input
+    values, places = top_entries(input, num_active, by=by)
+    return torch.zeros_like(input).scatter(-1, places, values)
