@@ -31,7 +31,6 @@ from vitrim.evaluation import environment
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import recover_
 from vitrim.recover.elastic import Fitting, Widths, serving
-from vitrim.recover.targets import features_on_cpu
 from vitrim.surgery import apply_
 
 
@@ -99,7 +98,7 @@ class Elastic(Bench):
         fitting = Fitting(
             teacher=self.teacher,
             batches=self.calibration,
-            judged=[(batch, features_on_cpu(self.teacher, batch, "final")) for batch in self.judged],
+            held_out=self.judged,
             options=recipe.repair_options(),
         )
         with serving(student, widths, fitting) as slices:

@@ -1,9 +1,9 @@
 """Trains a small CLIP on CIFAR-10, then runs everything that vitrim does to a pair on it: the table of docs/clip.md.
 
 Captions are made from class names and from how the image was changed: "a blurry photo of a cat". So a caption tells
-more than a class, and retrieval has something to find. The chain: cut the image tower to width ratio 1, repaired; distil;
-zero-shot; retrieval; tune the text tower; write; load with open_clip alone. Needs ../shared (CIFAR-10). Prints a table
-and writes JSON with machine, versions, seed and command.
+more than a class, and retrieval has something to find. The chain: cut the image tower to width ratio 1, repaired;
+distil; zero-shot; retrieval; tune the text tower; write; load with open_clip alone. Needs ../shared (CIFAR-10). Prints
+a table and writes JSON with machine, versions, seed and command.
 
     python benchmarks/tiny_clip.py            # at most 20 minutes on 2 cores
     python benchmarks/tiny_clip.py --quick    # a minute, to see that it runs; its figures mean nothing

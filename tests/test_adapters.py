@@ -218,8 +218,11 @@ def test_written_factors_of_torch_attention_reproduce_the_adapted_model_in_peft(
     tower = clip_tower()
     attach_(tower, options(how, targets=["attn.in_proj", "c_fc"]))
     train_(tower, BATCH, steps=3)
-    save_adapter(tower, tmp_path)
     check_peft(tower)
+    save_adapter(tower, tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    ends = ("attn", "mlp.c_fc")
+    assert sorted(targets) == [f"transformer.resblocks.{block}.{end}" for block in range(2) for end in ends]
     found = peft_on(clip_tower(), tmp_path, BATCH)
     with torch.no_grad():
         torch.testing.assert_close(found.pooled_BD, features(tower, BATCH).pooled_BD, atol=1e-6, rtol=0)
@@ -335,7 +338,7 @@ def test_what_adapters_cost_is_reported(how):
     assert about["num_in_factors"] == sum(4 * (m + n) for m, n in shapes)
     expected = (16 * sum(per_weight) + 4 * sum(m * n for m, n in shapes)) / 2**20
     assert about["training_mib"] == pytest.approx(expected, abs=0.051)
-    assert about["skipped"] == {} and 0 <= about["num_dead_units"] < 64
+    assert about["skipped"] == {} and ("num_dead_units" in about) == (how == "op-lora")
 
 
 def test_norms_and_biases_train_beside_adapters_when_asked():
@@ -375,7 +378,7 @@ def test_the_rate_is_found_and_a_run_that_diverges_goes_back_with_adapters_on(ho
     teacher = make_teacher()
     student = make_student(teacher)
     found = run(student, teacher, options={"lr": None, "steps": 20, "adapter": options(how)})
-    assert list(found.rate_test)[0] == {"lora": "0.02", "op-lora": "0.002"}[how]  # LoRA stands higher ones
+    assert next(iter(found.rate_test)) == {"lora": "0.02", "op-lora": "0.002"}[how]  # LoRA stands higher ones
     again = make_student(teacher)
     run(again, teacher, options={"lr": found.lr, "steps": 20, "adapter": options(how)})
     assert_equal(weights(student), weights(again))  # the range test leaves no trace

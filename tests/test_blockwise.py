@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import vitrim
 from vitrim.calibrate import streams
 from vitrim.data import open_images
 from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from vitrim.metrics.fidelity import fidelity
-from vitrim.recipe import BlockwiseOptions
+from vitrim.recipe import BlockwiseOptions, Recipe
 from vitrim.recover import blockwise, lessons
 from vitrim.recover.blockwise import recover_blocks_
 from vitrim.recover.lessons import disk_bytes, read_ahead
@@ -339,6 +340,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
+
+import vitrim
 torch.set_num_threads(1)
 from conftest import build_case
 from test_blockwise import cut, run
@@ -416,3 +419,20 @@ def test_a_run_that_is_killed_between_blocks_ends_with_equal_tensors(alone, tmp_
     assert again["student"][1] == alone["student"][1]
     assert not changed(alone["student"][0], again["student"][0])
     assert not (tmp_path / "student" / "streams-0").exists()
+
+
+def test_the_main_job_trains_blocks_behind_the_cut(build, tmp_path):
+    case = build("timm-vit-scaled")
+    recipe = {"method": "magnitude", "keep_ratio": 0.5, "repair": {"refit": False}, "calibrate": {"num_images": 20}}
+    blocks = {"num_images": 40, "batch_size": 4, "steps": 20}
+    images = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    result = vitrim.compress(
+        case.model, data=images, recipe=Recipe.parse({**recipe, "blockwise": blocks}), quiet=True, device="cpu"
+    )
+    found, metrics = result.metrics["blockwise"], result.metrics
+    assert list(found["errors"]) == ["blocks.0", "blocks.1"]
+    before, after = (metrics[key]["fidelity"]["relative_error"] for key in ("after_cut", "after_recovery"))
+    assert found["relative_error"] == pytest.approx((before, after), rel=1e-4) and after < before
+    assert metrics["recovery"] is None
+    with pytest.raises(RecipeError, match="needs images"):
+        vitrim.compress(case.model, recipe=Recipe.parse({"blockwise": blocks}), quiet=True)

@@ -231,7 +231,7 @@ def test_training_on_tar_files_equals_training_on_the_folder_bit_for_bit(tmp_pat
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any),
     num_processes=st.integers(1, 5),
     batch_size=st.integers(1, 7),
     accumulate=st.integers(1, 3),
@@ -356,7 +356,7 @@ def test_a_shard_that_breaks_off_is_an_error(tmp_path, command):
 def test_empty_shards_are_an_error_and_no_endless_search():
     with pytest.raises(DataError, match="no images found"):
         numbers(0, 0).take(3, seed=0)
-    with pytest.raises(DataError, match="no images; have fewer lanes"):
+    with pytest.raises(DataError, match="no images found"):
         list(order_of(numbers(0, 0)).steps(0, 1))
 
 

@@ -132,9 +132,8 @@ def elastic_run(student, teacher, **kwargs):
     """Recovery at several widths, with output weights of their own; curve, widths and what each has for itself."""
     options = RecoverOptions(**{**OPTIONS, **kwargs.pop("options", {})})
     widths, images = widths_for(options), make_images()
-    judged = [(batch, features_on_cpu(teacher, batch, "final")) for batch in HELD_OUT]
     batches = [images[i][0][None] for i in range(16)]
-    fitting = Fitting(teacher=teacher, batches=batches, judged=judged, options=RepairOptions(ridge=1e-2))
+    fitting = Fitting(teacher=teacher, batches=batches, held_out=HELD_OUT, options=RepairOptions(ridge=1e-2))
     with serving(student, widths, fitting) as slices:
         result = recover_(
             student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, widths=widths, **kwargs
@@ -264,8 +263,7 @@ def test_two_processes_train_the_same_widths_as_one_also_in_shards(tmp_path):
 
 def fitting_for(case, *, repairs=True):
     options = RepairOptions(ridge=1e-2) if repairs else None
-    judged = [(case.batches[-1], features_on_cpu(case.model, case.batches[-1], "final"))]
-    return Fitting(teacher=case.model, batches=case.batches[:-1], judged=judged, options=options)
+    return Fitting(teacher=case.model, batches=case.batches[:-1], held_out=case.batches[-1:], options=options)
 
 
 def with_tensors(model, tensors):
@@ -469,7 +467,12 @@ def test_an_output_with_other_edits_than_cuts_of_hidden_units_is_refused(tmp_pat
 
 @pytest.mark.parametrize(
     "ratio, words",
-    [(3.0, r"width_ratio=3 .*use 1\.\.192"), (-1.0, r"width_ratio is -1; .*above 0"), (float("nan"), "above 0")],
+    [
+        (3.0, r"width_ratio=3 .*use 1\.\.192"),
+        (-1.0, r"width_ratio is -1; .*above 0"),
+        (float("nan"), "above 0"),
+        (float("inf"), "above 0"),
+    ],
 )
 def test_a_width_above_the_largest_is_refused_in_one_line(tmp_path, output, ratio, words):
     with pytest.raises(BudgetError, match=words) as caught:

@@ -374,7 +374,7 @@ def test_factors_on_the_output_basis_are_the_best_of_their_rank_on_the_inputs_se
     sigma = torch.linalg.svdvals(outputs)
     for seen in ({"inputs_NN": inputs.T @ inputs}, {"outputs_MM": outputs.T @ outputs}):
         basis, energy = ops.output_basis(weight, **seen)
-        torch.testing.assert_close(energy[: len(sigma)], sigma.square(), rtol=1e-4, atol=1e-4 * float(sigma[0] ** 2))
+        torch.testing.assert_close(energy, sigma[:9].square(), rtol=1e-4, atol=1e-4 * float(sigma[0] ** 2))
         for rank in (1, 4, 9):
             up, down = ops.project(weight, basis[:, :rank])
             error = (outputs - inputs @ (up @ down).T).norm()
@@ -502,7 +502,7 @@ def test_nmf_recovers_a_product_of_factors_without_negative_values():
 def test_random_factors_start_as_torch_starts_linear_layers():
     up, down = ops.random_factors(torch.zeros(300, 200), 50, generator=torch.Generator().manual_seed(0))
     for factor, (height, width) in ((up, (300, 50)), (down, (50, 200))):
-        theirs = nn.Linear(width, height).weight
+        theirs = nn.Linear(width, height).weight.detach()
         assert factor.shape == theirs.shape and factor.abs().max() <= width**-0.5
         assert float(factor.std()) == pytest.approx(float(theirs.std()), rel=0.05)
 
@@ -563,7 +563,7 @@ def test_a_transformers_conv1d_becomes_a_linear_pair():
     model = nn.Sequential(Conv1D(9, 7)).eval()
     nn.init.normal_(model[0].weight)
     expected = model(inputs)
-    proposed(model, [inputs], rank=3, only="*")
+    proposed(model, [inputs], rank=2, only="*")
     assert model[0].weight.shape == (9, 7) and (model(inputs) - expected).norm() < expected.norm()
 
 

@@ -9,20 +9,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import two_processes
-from test_distill import HELD_OUT, make_images, make_student, make_teacher, run, weights
+from test_distill import HELD_OUT, make_student, make_teacher, run, weights
 from two_processes import LONG, SHORT, losses_of, stopped, train, unreadable
 
 import vitrim
 from vitrim.data import augment_for, open_images
 from vitrim.errors import CheckpointError
 from vitrim.recipe import RecoverOptions
+from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
 from vitrim.recover.state import has_state, load_state, save_state
-from vitrim.types import Features
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -257,7 +258,7 @@ def kill_at(moment: str) -> Callable[[], None]:
     seen = [0]
 
     def prepare() -> None:
-        owner = os if name == "fsync" else Path
+        owner: Any = Path if name == "replace" else state_module
         real = getattr(owner, name)
 
         def killing(*args, **kwargs):
@@ -271,8 +272,8 @@ def kill_at(moment: str) -> Callable[[], None]:
     return prepare
 
 
-# The first state's values before they are on disk and before it is in place; then in a later one also between renamings.
-MOMENTS = ("fsync 1", "replace 1", "fsync 5", "replace 8", "replace 9")
+# Among the tensors of the first state and of a later one, before the first is in place, before and between renamings.
+MOMENTS = ("tensor_bytes 60", "tensor_bytes 600", "replace 1", "replace 8", "replace 9")
 
 
 def unkillable(folder: Path) -> None:
@@ -287,7 +288,7 @@ def unkillable(folder: Path) -> None:
     for moment in MOMENTS:
         place = folder / moment
         assert os.WTERMSIG(os.waitpid(start(place, kill_at(moment)), 0)[1]) == signal.SIGKILL
-        assert has_state(place / "run.state") == (moment not in MOMENTS[:1])
+        assert has_state(place / "run.state") == (moment != MOMENTS[0])
         assert os.waitpid(start(place), 0)[1] == 0
 
 

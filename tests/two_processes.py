@@ -1,4 +1,4 @@
-"""What two processes do together, for tests/test_parallel.py; started by torchrun with a folder for what comes of it."""
+"""What two processes do together, for tests/test_parallel.py; torchrun starts it with a folder for what comes of it."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,12 @@ from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.models.taps import device_of
 from vitrim.recipe import Recipe, RecoverOptions
+from vitrim.recover.blockwise import follow_cut_
 from vitrim.recover.distill import Recovery, recover_
-from vitrim.recover.elastic import Fitting, Slice, Widths, save_widths, serving
+from vitrim.recover.elastic import Fitting, Widths, save_widths, serving
 from vitrim.recover.losses import Space
 from vitrim.recover.order import check_stream
 from vitrim.recover.parallel import entered_on_main, from_main, is_main, join_, on_main, plan_from_main
-from vitrim.recover.targets import features_on_cpu
 from vitrim.recover.text_bank import space_of
 from vitrim.recover.trackers import TRACKER_LOGS, check_trackers
 from vitrim.report.collect import collect
@@ -133,8 +132,8 @@ def compress(
     )
     source = data if data is not None else chosen.data
     images = None if source is None else open_inputs(source, origin)
-    if images is None and chosen.recover is not None:
-        raise RecipeError("recover: distillation needs images; pass data.")
+    if images is None and (chosen.recover or chosen.blockwise):
+        raise RecipeError("recover, blockwise: distillation needs images; pass data.")
     if chosen.recover is not None:  # what would fail once the student is cut
         check_trackers(chosen.recover.track, folder=None if out is None else Path(out))
         if isinstance(images, ImageStream):
@@ -176,25 +175,28 @@ def _run(
     check_inputs(teacher, origin, split.calibration if split else [])
     cut = _cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
     stages = [on_main(lambda: _judge(student, teacher, split, sites))]
+    blocks = follow_cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
     recovery, slices = None, {}
     if split is not None and recipe.recover is not None:
-        with _serving(student, teacher, recipe, recipe.recover, split, widths) as slices:
+        with serving(student, widths, _fitting(teacher, recipe, recipe.recover, split)) as slices:
             recovery = _recover_(student, teacher, job, split, recipe.recover, widths, work, resume=resume)
+    if blocks or recovery:
         stages.append(on_main(lambda: _judge(student, teacher, split, sites)))
     plan = cut.plan.below(origin.encoder)
     stock = stock_origin(origin, plan.edits)
     metrics = {
         **on_main(lambda: _measured(job, teacher, student, split)),
         "after_cut": stages[0],
-        "after_recovery": stages[1] if recovery else None,
+        "after_recovery": stages[1] if blocks or recovery else None,
         **plan.describe(),
         "cut_errors": {path: dict(errors) for path, errors in cut.errors.items()},
+        "blockwise": None if blocks is None else dict(blocks.__dict__),
         "recovery": None if recovery is None else dict(recovery.__dict__),
         "elastic": {f"{ratio:g}": dict(found.errors) for ratio, found in slices.items()} or None,
         "stock": stock is not None,
         "notes": [
             *cut.notes,
-            *(recovery.notes if recovery else []),
+            *(note for step in (blocks, recovery) if step for note in step.notes),
             *([] if stock else [why_not_stock(origin, plan.edits)]),
         ],
     }
@@ -238,7 +240,7 @@ def _cut_(
     if cut is None:
         cut = cut_(student, teacher, sites, recipe, split and split.calibration, quiet=quiet)
         cut = _from_main(cut, student) or cut
-        if work is not None and recipe.recover is not None:
+        if work is not None and (recipe.recover or recipe.blockwise):
             on_main(lambda: save_cut(student, cut, recipe, work))
     return cut
 
@@ -319,28 +321,11 @@ def _recover_(
     )
 
 
-@contextmanager
-def _serving(
-    student: nn.Module,
-    teacher: nn.Module,
-    recipe: Recipe,
-    options: RecoverOptions,
-    split: Split,
-    widths: Widths | None,
-) -> Iterator[dict[float, Slice]]:
-    """Have the student serve all its widths while it is trained; what each has for itself, none if there is but one."""
-    if widths is None:
-        yield {}
-        return
-    fitting = Fitting(
-        teacher=teacher,
-        batches=split.calibration,
-        judged=[(b.images_BCHW, features_on_cpu(teacher, b.images_BCHW, options.features_at)) for b in split.held_out],
-        options=recipe.repair_options(),
-        at=options.features_at,
-    )
-    with serving(student, widths, fitting) as slices:
-        yield slices
+def _fitting(teacher: nn.Module, recipe: Recipe, options: RecoverOptions, split: Split) -> Fitting:
+    """What the output weights of several widths are fitted with."""
+    held_out = [batch.images_BCHW for batch in split.held_out]
+    repair, at = recipe.repair_options(), options.features_at
+    return Fitting(teacher=teacher, batches=split.calibration, held_out=held_out, options=repair, at=at)
 
 
 def _judge(

@@ -6,6 +6,7 @@ trained or measured here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def slice_output(source: str | Path, out: str | Path, *, width_ratio: float, mod
         CheckpointError: the source is not vitrim's, is damaged, or holds more than cuts of hidden units.
         OutputError: `out` can't be written, or does not load back.
     """
-    if not width_ratio > 0:
+    if not 0 < width_ratio < math.inf:
         raise BudgetError(f"width_ratio is {width_ratio:g}; give a multiple of the model width above 0.")
     source, out = Path(source), Path(out)
     about = read_about(source)

@@ -130,8 +130,8 @@ class ImageStream:
         for epoch in count():
             yield from self._pass(epoch, lane, num_lanes, window, seed, first)
             num_images = self._size(self._dealt(epoch, lane, num_lanes, seed)) or 0
-            if not num_images:
-                raise DataError(f"{self.name}: a share of its shards has no images; have fewer lanes.")
+            if not num_images and self._size(range(self.num_shards)) == 0:
+                raise DataError(f"{self.name}: no images found; check the shards.")
             first = max(0, first - num_images)
 
     def load(self, draws: Iterable[Sequence[Draw]], *, num_workers: int = 0) -> Iterator[tuple[list[Draw], Batch]]:

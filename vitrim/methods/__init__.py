@@ -1,6 +1,6 @@
 """The methods: one file a paper. Importing this package registers them all."""
 
-from vitrim.methods import dgmr, low_rank, magnitude, random_units, top_k
+from vitrim.methods import dgmr, low_rank, magnitude, moefication, random_units, relufy, top_k
 from vitrim.methods.registry import METHODS, Method, MethodOptions, find_method
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "find_method",
     "low_rank",
     "magnitude",
+    "moefication",
     "random_units",
+    "relufy",
     "top_k",
 ]

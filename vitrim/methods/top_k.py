@@ -1,4 +1,4 @@
-"""Top-k, the enforced sparsity of The Lazy Neuron Phenomenon (arXiv 2210.06313): few hidden units active for each token.
+"""Top-k, the enforced sparsity of The Lazy Neuron Phenomenon (arXiv 2210.06313): few hidden units active a token.
 
 Parameters stay; what falls is the work of the output projection, and only on kernels that skip zeros. After the fact
 a GELU loses what its small activations carried, and distillation (or a ReLU in its place) is what brings it back; so

@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from vitrim.errors import SiteNotFoundError
+from vitrim.layers.experts import ExpertMlp
 from vitrim.surgery import confirm_site, weight_of
 from vitrim.types import MlpKind, MlpSite
 
@@ -57,7 +58,10 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
     found: list[MlpSite] = []
     claimed: set[str] = set()
     confirmed: dict[tuple, bool] = {}
+    split = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertMlp))
     for name, module in root.named_modules(prefix=prefix):
+        if name.startswith(split):  # the units of experts can't be cut without their router
+            continue
         types = tuple(type(part) for part in module.modules())
         for site in _matches(module, name):
             if site.output in claimed:
@@ -144,7 +148,7 @@ def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
 
 
 def _linear(container: nn.Module, name: str) -> nn.Module | None:
-    """A linear layer below a container, by name; its weight is (out, in) and its own, not made from others on demand."""
+    """A linear layer below a container, by name; its weight is (out, in) and its own, not a product of others."""
     try:
         layer = container.get_submodule(name)
     except AttributeError:

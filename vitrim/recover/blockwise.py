@@ -15,9 +15,10 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim.calibrate.streams import forward_order
-from vitrim.data import ImageSet, ImageStream, first_images
+from vitrim.data import ImageSet, ImageStream, Split, first_images
 from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from vitrim.models.taps import device_of
 from vitrim.progress import Progress, progress
-from vitrim.recipe import BlockwiseOptions
+from vitrim.recipe import BlockwiseOptions, Recipe
 from vitrim.recover.lessons import Lesson, Lessons, Share, disk_bytes
 from vitrim.recover.losses import relative_error
 from vitrim.recover.parallel import any_process, from_process, is_main, join_, num_processes, rank
@@ -141,6 +142,38 @@ def recover_blocks_(
         relative_error=(before, min(before, after)),
         notes=tuple(notes),
     )
+
+
+def follow_cut_(
+    student: nn.Module,
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    recipe: Recipe,
+    split: Split | None,
+    work: Path | None,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> Blockwise | None:
+    """The step of the main job behind the cut, where the recipe asks for it and there are images.
+
+    Without a place to write, activations lie in a folder that goes with the run.
+    """
+    if recipe.blockwise is None or split is None:
+        return None
+    with nullcontext(work) if work is not None else TemporaryDirectory(prefix="vitrim-") as folder:
+        return recover_blocks_(
+            student,
+            teacher,
+            sites,
+            split.train,
+            held_out=[batch.images_BCHW for batch in split.held_out],
+            options=recipe.blockwise,
+            seed=recipe.seed,
+            folder=Path(folder),
+            resume=resume,
+            quiet=quiet,
+        )
 
 
 def _trained(student: nn.Module, block: str, sites: Sequence[MlpSite], train: str) -> dict[str, nn.Parameter]:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vitrim.models.taps import FeaturesAt
 from vitrim.ops.least_squares import fit_output
 from vitrim.recipe import Recipe, RepairOptions
 from vitrim.recover.losses import Judged, relative_error
+from vitrim.recover.targets import features_on_cpu
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import MlpSite
 
@@ -223,30 +225,38 @@ class Slice:
 class Fitting:
     """What output weights are fitted and judged with.
 
-    `batches` are calibration images, all of which enter the sums; `judged` held-out images with the teacher's features,
-    read at `at`. `options` None fits nothing.
+    `batches` are calibration images, all of which enter the sums; `held_out` images judge, by features read at `at`.
+    `options` None fits nothing.
     """
 
     teacher: nn.Module
     batches: Sequence[Tensor]
-    judged: Judged
+    held_out: Sequence[Tensor]
     options: RepairOptions | None
     at: FeaturesAt = "final"
 
+    @cached_property
+    def judged(self) -> Judged:
+        """The held-out images with the teacher's features."""
+        return [(batch, features_on_cpu(self.teacher, batch, self.at)) for batch in self.held_out]
+
 
 @contextmanager
-def serving(student: nn.Module, widths: Widths, fitting: Fitting) -> Iterator[dict[float, Slice]]:
+def serving(student: nn.Module, widths: Widths | None, fitting: Fitting) -> Iterator[dict[float, Slice]]:
     """Have a student serve its widths while it is trained in this context.
 
     Args:
         student: at its largest width; it ends with its own parameters alone.
-        widths: what it serves.
+        widths: what it serves; None leaves it as it is.
         fitting: how output weights are fitted.
 
     Yields:
         What each width has for itself, by ratio; filled when training has ended.
     """
     found: dict[float, Slice] = {}
+    if widths is None:
+        yield found
+        return
     start = {ratio: each.tensors for ratio, each in fit_widths(student, widths, fitting).items()}
     with widths.with_own_outputs(student, start):
         yield found
@@ -312,9 +322,7 @@ def _fit_(sliced: nn.Module, sites: Sequence[MlpSite], fitting: Fitting, best: f
     if fitting.options is None:
         return best
     feedback, ridge = fitting.options.feedback, fitting.options.ridge
-    for visit in walk(
-        fitting.teacher, sliced, sites, fitting.batches, feedback=feedback, num_held_out=0, max_tokens=0
-    ):
+    for visit in walk(fitting.teacher, sliced, sites, fitting.batches, feedback=feedback, num_held_out=0, max_tokens=0):
         before = _output_tensors(sliced, visit.site)
         _put_(sliced, visit.site, _fitted(sliced, visit, ridge))
         error = relative_error(sliced, fitting.judged, fitting.at)

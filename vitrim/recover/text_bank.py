@@ -44,5 +44,5 @@ def space_of(whole: nn.Module, origin: Origin, options: RecoverOptions) -> Space
         raise RecipeError(f"recover.text_bank: {options.text_bank} holds {len(texts)} texts; a bank needs two or more.")
     pair = open_pair(whole, origin)
     bank_TE = unit(embed_all(pair, pair.tokenize(texts)))
-    scale = float(scale_and_bias(whole)[0])
+    scale = float(scale_and_bias(whole)[0].detach())
     return Space(project=project, bank_TE=bank_TE, scale=scale, weight=options.text_bank_weight)

@@ -200,7 +200,7 @@ class _Run:
         self.steps_per_epoch = len(train) // self.batch
         self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.steps_per_epoch))
         scale, bias = scale_and_bias(pair.model)  # neither is trained
-        self.shift = (float(scale), float(bias) if isinstance(bias, Tensor) else None)
+        self.shift = (float(scale.detach()), float(bias.detach()) if isinstance(bias, Tensor) else None)
         self.step, self.result = 0, TextTuning(num_steps=self.num_steps)
         self.best: dict[str, Tensor] = {}
 

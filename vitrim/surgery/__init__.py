@@ -6,6 +6,8 @@ from vitrim.surgery.factorize import Factorize
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.plan import Plan
+from vitrim.surgery.replace_activation import ReplaceActivation
+from vitrim.surgery.split_experts import SplitExperts
 from vitrim.surgery.top_k import TopKActivation
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "Factorize",
     "KeepUnits",
     "Plan",
+    "ReplaceActivation",
+    "SplitExperts",
     "TopKActivation",
     "apply_",
     "confirm_site",

@@ -144,6 +144,7 @@ def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
         BudgetError: an edit asks for more than there is.
         SiteNotFoundError: an edit names a module that the model does not have.
     """
+    _check_first(model, edits)
     names = edit_of(edits)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     smaller = dict(transform(tensors, edits))
@@ -153,16 +154,20 @@ def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
 
 def reshape_(model: nn.Module, edits: Iterable[Edit]) -> None:
     """Give each edited module its new form; the new tensors are uninitialised, on the device of the old ones."""
-    edits, seen = tuple(edits), set[str]()
-    for (
-        edit
-    ) in edits:  # all that can be known to be bad, before the first is carried out, so that the model stays whole
-        if seen.isdisjoint(edit.touched()):
-            edit.check(model)
-        seen.update(edit.touched())
+    edits = tuple(edits)
+    _check_first(model, edits)
     for edit in edits:
         edit.check(model)
         edit.reshape_(model)
+
+
+def _check_first(model: nn.Module, edits: Iterable[Edit]) -> None:
+    """Refuse what can be known to be bad before anything is carried out, so that the model stays whole."""
+    seen: set[str] = set()
+    for edit in edits:
+        if seen.isdisjoint(edit.touched()):  # else it is about what an earlier edit will have made
+            edit.check(model)
+        seen.update(edit.touched())
 
 
 def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[tuple[str, Tensor]]:

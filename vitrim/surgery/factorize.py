@@ -59,11 +59,7 @@ class Factorize(Edit):
         if not 1 <= self.rank <= full:
             raise BudgetError(f"{layer.path}: asked for rank {self.rank} of a layer of rank {full}; use 1..{full}.")
         own = dict(submodule(model, layer.path).named_parameters(recurse=False)) if layer.path else {}
-        if "weight" not in own or tuple(own["weight"].shape) != layer.weight_shape:
-            shape = "x".join(map(str, layer.weight_shape))
-            raise SiteNotFoundError(
-                f"{layer.path}: no layer with a weight of {shape}; the plan was made for another model."
-            )
+        self._check_shape(own["weight"].shape if "weight" in own else ())
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the two factors in the layer's place."""
@@ -94,9 +90,17 @@ class Factorize(Edit):
             for new in (f"{path}.down.weight", f"{path}.up.weight"):
                 yield new, self.given(new, tensor)
             return
+        self._check_shape(tensor.shape)
         factors = [truncate(matrix, self.rank) for matrix in self.layer.matrices(tensor)]
         for new, factor in _named(self.layer, factors).items():
             yield new, factor.to(tensor.dtype).contiguous()
+
+    def _check_shape(self, found: Sequence[int]) -> None:
+        if tuple(found) != self.layer.weight_shape:
+            shape = "x".join(map(str, self.layer.weight_shape))
+            raise SiteNotFoundError(
+                f"{self.layer.path}: no layer with a weight of {shape}; the plan is of another model."
+            )
 
 
 def _named(layer: LayerSite, factors: Sequence[Factors]) -> dict[str, Tensor]:
