@@ -53,7 +53,7 @@ def main() -> None:
     """Train, then run the chain."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--train-steps", type=int, default=900, help="of 256 images")
+    parser.add_argument("--train-steps", type=int, default=600, help="of 256 images")
     parser.add_argument("--steps", type=int, default=120, help="of distillation, 128 images each")
     parser.add_argument("--text-steps", type=int, default=150)
     parser.add_argument("--num-sets", type=int, default=25, help=f"of {SET_SIZE} images, for retrieval")
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tiny_clip.json"))
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.train_steps, arguments.steps, arguments.text_steps, arguments.num_sets = 20, 12, 10, 2
+        arguments.train_steps, arguments.steps, arguments.text_steps, arguments.num_sets = 10, 10, 10, 2
     started = time.monotonic()
     bench = Bench(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,8 +83,9 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.seed = arguments, arguments.seed
         data = SHARED / "data" / "cifar10"
-        self.train_set = pixels(data / "train.parquet", 4000 if arguments.quick else 50_000)
-        self.test_set = pixels(data / "test.parquet", 1000 if arguments.quick else 10_000)
+        self.train_set = pixels(data / "train.parquet", 2000 if arguments.quick else 50_000)
+        self.test_set = pixels(data / "test.parquet", 500 if arguments.quick else 10_000)
+        self.batch_size = 32 if arguments.quick else 256
         self.tokenize = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class Bench:
         for step in range(self.arguments.train_steps):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * rate_shape(step, self.arguments.train_steps, 0.1)
-            images, captions = self.draw(256, generator, augment=True)
+            images, captions = self.draw(self.batch_size, generator, augment=True)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 found = (
                     model.encode_image(images, normalize=True),
@@ -175,18 +176,18 @@ class Bench:
 
     def compress(self, original: Path, out: Path, *, method: str = "dgmr", steps: int | None = None) -> vitrim.Result:
         """Cut the image tower to width ratio 1, on images without captions."""
-        images, _ = self.draw(1000 if self.arguments.quick else 20_000, torch.Generator().manual_seed(1), augment=False)
-        recover = None if steps is None else {"steps": steps, "batch_size": 128}
-        options = {"repair": {"refit_steps": 20}, "calibrate": {"num_images": 500}} if self.arguments.quick else {}
+        images, _ = self.draw(200 if self.arguments.quick else 20_000, torch.Generator().manual_seed(1), augment=False)
+        recover = None if steps is None else {"steps": steps, "batch_size": self.batch_size // 2, "flip": True}
+        options = {"repair": {"refit_steps": 20}, "calibrate": {"num_images": 100}} if self.arguments.quick else {}
         recipe = Recipe.parse({**options, "width_ratio": 1, "method": method, "recover": recover, "seed": self.seed})
         return vitrim.compress(str(original), data=list(images), recipe=recipe, out=out, quiet=True)
 
     def tune(self, source: Path, out: Path) -> Any:
         """Tune the text tower on training images with captions; a fifth judges."""
-        images, looks, labels = self.matched(*self.train_set, num_sets=10 if self.arguments.quick else 100)
+        images, looks, labels = self.matched(*self.train_set, num_sets=2 if self.arguments.quick else 50)
         pairs = self.pairs(images, looks, labels)
         held_out = pairs[: len(pairs) // 5]
-        options = {"steps": self.arguments.text_steps, "batch_size": 256, "lr": 1e-4}
+        options = {"steps": self.arguments.text_steps, "batch_size": self.batch_size, "lr": 1e-4}
         given = {"options": options, "held_out": held_out, "out": out, "seed": self.seed, "quiet": True}
         return tune_text(str(source), pairs[len(held_out) :], **given)
 

@@ -340,8 +340,6 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
-
-import vitrim
 torch.set_num_threads(1)
 from conftest import build_case
 from test_blockwise import cut, run
@@ -421,7 +419,7 @@ def test_a_run_that_is_killed_between_blocks_ends_with_equal_tensors(alone, tmp_
     assert not (tmp_path / "student" / "streams-0").exists()
 
 
-def test_the_main_job_trains_blocks_behind_the_cut(build, tmp_path):
+def test_the_main_job_trains_blocks_behind_the_cut(build):
     case = build("timm-vit-scaled")
     recipe = {"method": "magnitude", "keep_ratio": 0.5, "repair": {"refit": False}, "calibrate": {"num_images": 20}}
     blocks = {"num_images": 40, "batch_size": 4, "steps": 20}

@@ -194,7 +194,7 @@ def test_a_new_run_does_not_go_back_to_an_old_ones_state(tmp_path):
 
 
 DIGITS_16 = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-KILLED = {"steps": 60, "batch_size": 8, "num_validations": 4, "save_every": 2, "ema": 0.9}
+KILLED = {"steps": 40, "batch_size": 8, "num_validations": 4, "save_every": 2, "ema": 0.9}
 
 
 def killed_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> None:

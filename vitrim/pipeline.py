@@ -127,9 +127,7 @@ def compress(
     if encoder != origin.encoder:  # what is known of the inputs was known of another part
         origin = replace(origin, encoder=encoder, preprocessing={})
     space = None if chosen.recover is None else space_of(whole, origin, chosen.recover)
-    job = _Job(
-        whole=whole, origin=origin, scope=scope, recipe=chosen, quiet=quiet or not is_main(), space=space
-    )
+    job = _Job(whole=whole, origin=origin, scope=scope, recipe=chosen, quiet=quiet or not is_main(), space=space)
     source = data if data is not None else chosen.data
     images = None if source is None else open_inputs(source, origin)
     if images is None and (chosen.recover or chosen.blockwise):

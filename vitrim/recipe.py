@@ -123,6 +123,8 @@ class RecoverOptions(_Options):
     `stream_lanes` and `shuffle_buffer` are for streams: the length of an epoch, how many lanes are read side by side,
     and how many images are shuffled among each other. `track` names trackers that get what the log gets.
     `text_bank` is a text file: how similar the image tower of a pair finds each of its lines is to stay, too.
+    `save_every` keeps a state to resume from every so many steps, beside those at validations. `shard` spreads both
+    models over the processes, `checkpoint_activations` runs the student's blocks twice rather than keep what they saw.
     """
 
     steps: int | None = Field(default=None, ge=1)

@@ -76,6 +76,27 @@ class MlpSite(Site):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionSite(Site):
+    """One self-attention: paths of its projections, one and the same where `fused` (rows of q, then k, then v).
+
+    `as_tuple`: its output is the first of a tuple.
+    """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("path", "query", "key", "value", "output")
+
+    query: str
+    key: str
+    value: str
+    output: str
+    fused: bool
+    d_model: int
+    num_heads: int
+    head_dim: int
+    scale: float
+    as_tuple: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSite(Site):
     """One linear or convolution layer, seen as G matrices, one a group: M outputs by N inputs times kernel positions.
 
@@ -219,6 +240,10 @@ class ModelView(Protocol):
 
     def note(self, text: str) -> None:
         """Tell the user something about what was, or was not, done."""
+        ...
+
+    def attentions(self) -> Sequence[AttentionSite]:
+        """Its plain self-attentions, each confirmed by running one of ours beside it; this takes images."""
         ...
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:

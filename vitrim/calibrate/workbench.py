@@ -5,17 +5,21 @@ Plain tensors go out, nothing comes in: the model is changed by whoever carries 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from vitrim.calibrate.streams import first_tensor
 from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.models.attention import find_attentions
 from vitrim.models.layers import find_layers
 from vitrim.models.taps import device_of, evaluating
-from vitrim.surgery import read_weights, submodule
-from vitrim.types import LayerSite, MlpSite, MlpWeights
+from vitrim.surgery import KeepHeadDims, apply_, read_weights, submodule
+from vitrim.types import AttentionSite, LayerSite, MlpSite, MlpWeights
 
 
 class Workbench:
@@ -60,6 +64,29 @@ class Workbench:
         """Every linear and convolution layer."""
         return find_layers(self.model)
 
+    def attentions(self) -> list[AttentionSite]:
+        """Every self-attention for which ours puts out the same on real tokens; the others are noted.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        found: dict[str, AttentionSite | None] = {}
+        candidates = list(find_attentions(self.model))
+        handles = [
+            submodule(self.model, site.path).register_forward_hook(_confirm(self.model, site, found), with_kwargs=True)
+            for site in candidates
+        ]
+        try:
+            with evaluating(self.model):
+                self.model(self._batches()[0][:2].to(device_of(self.model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for site in candidates:
+            if found.get(site.path) is None:
+                self.note(f"{site.path}: no plain attention (positions, norms or masks inside), so it was left alone.")
+        return [site for site in found.values() if site is not None]
+
     def note(self, text: str) -> None:
         """Keep a note for the user."""
         self.notes.append(text)
@@ -70,16 +97,42 @@ class Workbench:
         Raises:
             RecipeError: there are no images.
         """
-        if self.batches is None:
-            raise RecipeError("method: needs calibration images; pass data.")
+        batches = self._batches()
         handles = [submodule(self.model, path).register_forward_hook(_watch(path, see)) for path in paths]
         try:
             with evaluating(self.model):
-                for batch in self.batches:
+                for batch in batches:
                     self.model(batch.to(device_of(self.model)))
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _batches(self) -> Sequence[Tensor]:
+        if self.batches is None:
+            raise RecipeError("method: needs calibration images; pass data.")
+        return self.batches
+
+
+def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSite | None]) -> Callable[..., None]:
+    """A forward hook that runs our attention, with the module's own weights, on what the module was given."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        exact = replace(site, as_tuple=isinstance(output, tuple), scale=float(getattr(module, "scale", site.scale)))
+        every = (tuple(range(site.head_dim)),) * site.num_heads
+        local, holder = exact.within(site.path).below("0"), nn.Sequential()
+        handles, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
+        try:
+            holder.append(copy.deepcopy(module))
+            apply_(holder, [KeepHeadDims(site=local, keep_qk=every, keep_v=every)])
+            mine = first_tensor(holder[0](*args, **kwargs))
+            same = torch.allclose(mine, first_tensor(output), atol=1e-4 * float(mine.abs().max()), rtol=1e-4)
+        except Exception:  # what a foreign module is called with may suit ours in no way
+            same = False
+        finally:
+            module._forward_hooks = handles
+        found[site.path] = exact if same else None
+
+    return hook
 
 
 def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:

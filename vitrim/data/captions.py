@@ -107,8 +107,8 @@ def open_pairs(
 
     Args:
         source: webdataset's shards (a sample is an image and a `.txt` with a caption a line, or a `.json` with
-            `caption` or `captions`), a parquet file with a column of captions (text, or lists of text), COCO's captions as
-            `.json`, a folder of shards or parquet files, a `datasets.Dataset`, or any iterable of (image, caption or
+            `caption` or `captions`), a parquet file with a column of captions (text, or lists of text), COCO's captions
+            as `.json`, a folder of shards or parquet files, a `datasets.Dataset`, or any iterable of (image, caption or
             captions), or of dicts that name them.
         transform: from a PIL image to a tensor (C, H, W).
         split: which part of a source that has parts.

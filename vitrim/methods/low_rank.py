@@ -161,7 +161,7 @@ def _chosen(view: ModelView, options: LowRankOptions) -> list[LayerSite]:
     """The layers to factor; a note says which can't be, and why."""
     everything = view.layers()
     if options.only is None:
-        inside = tuple(f"{site.block}." for site in view.sites)
+        inside = tuple(f"{site.block}.".removeprefix(".") for site in view.sites)
         wanted = [layer for layer in everything if layer.kind != "conv" and layer.path.startswith(inside)]
     else:
         unmet = [p for p in options.only if not any(fnmatchcase(layer.path, p) for layer in everything)]
@@ -233,8 +233,10 @@ def _factors(
 
 def _rank(view: ModelView, layer: LayerSite, options: LowRankOptions) -> int | None:
     """The rank that was asked for, at least 1; None where the energy says it."""
-    if isinstance(options.rank, int) or options.energy is not None:
-        return options.rank if isinstance(options.rank, int) else None
+    if options.energy is not None:
+        return None
+    if isinstance(options.rank, int):
+        return options.rank
     share = view.keep_ratio if options.rank is None else options.rank
     if not share:
         raise BudgetError("low-rank: no MLP is left that the budget could be taken from; give options.rank or energy.")

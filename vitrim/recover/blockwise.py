@@ -106,8 +106,7 @@ def recover_blocks_(
         images, _ = images.take(options.num_images, seed=seed)
     sample = torch.cat(first_images(images, 2, seed=seed)[0])
     parts = {block: _trained(student, block, sites, options.train) for block in forward_order(teacher, sites, sample)}
-    judged = [(batch, features_on_cpu(teacher, batch, "final")) for batch in held_out]
-    start, before = copy.deepcopy(student.state_dict()), relative_error(student, judged, "final")
+    whole = _Whole(student, teacher, held_out)
     kept = _Kept(folder and folder / "blocks", {**options.model_dump(exclude={"num_workers"}), "seed": seed}, resume)
     errors = kept.take_up_(parts, spread)
     todo = [i for i, block in enumerate(parts) if parts[block] and block not in errors and _is_mine(i, spread)]
@@ -131,17 +130,9 @@ def recover_blocks_(
     if spread:
         _exchange_(parts, errors, spread)
     notes = [f"{block}: shares all of its tensors with others; left as it is." for block in parts if not parts[block]]
-    after = relative_error(student, judged, "final")
-    if after > before:
-        student.load_state_dict(start)
-        notes.append(
-            f"block by block: the whole came out worse ({before:.4g} to {after:.4g}) and was put back; {ADVICE}"
-        )
-    return Blockwise(
-        errors={block: errors[block] for block in parts if block in errors},
-        relative_error=(before, min(before, after)),
-        notes=tuple(notes),
-    )
+    found, said = whole.settle_()
+    errors = {block: errors[block] for block in parts if block in errors}
+    return Blockwise(errors=errors, relative_error=found, notes=(*notes, *said))
 
 
 def follow_cut_(
@@ -285,6 +276,24 @@ def _check_disk(folder: Path | None, total: int) -> None:
             f"{folder}: block by block puts {needed / 10**9:.2f} GB of activations there and {free / 10**9:.2f} GB are "
             "free; lower blockwise.num_images, or write the output to a larger disk."
         )
+
+
+class _Whole:
+    """The student as it came, and how far its features are from the teacher's."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, held_out: Sequence[Tensor]) -> None:
+        self.student, self.start = student, copy.deepcopy(student.state_dict())
+        self.judged = [(batch, features_on_cpu(teacher, batch, "final")) for batch in held_out]
+        self.before = relative_error(student, self.judged, "final")
+
+    def settle_(self) -> tuple[tuple[float, float], list[str]]:
+        """Put the student back where it is worse than it came; its error before and after, and what is to be said."""
+        before, after = self.before, relative_error(self.student, self.judged, "final")
+        if after <= before:
+            return (before, after), []
+        self.student.load_state_dict(self.start)
+        said = f"block by block: the whole came out worse ({before:.4g} to {after:.4g}) and was put back; {ADVICE}"
+        return (before, before), [said]
 
 
 class _Kept:

@@ -3,6 +3,7 @@
 from vitrim.surgery.confirm import confirm_site
 from vitrim.surgery.edits import Edit, apply_, edit_of, reshape_, transform
 from vitrim.surgery.factorize import Factorize
+from vitrim.surgery.keep_head_dims import KeepHeadDims
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.plan import Plan
@@ -13,6 +14,7 @@ from vitrim.surgery.top_k import TopKActivation
 __all__ = [
     "Edit",
     "Factorize",
+    "KeepHeadDims",
     "KeepUnits",
     "Plan",
     "ReplaceActivation",

@@ -1,0 +1,240 @@
+"""CORP (arXiv 2602.05243): drop MLP units and head dimensions, and fold what can be predicted of them into the rest.
+
+One shot, no labels, no gradients. Units rank by their energy times how often they are active; dimensions of queries and
+keys by the energy of what they put into the logits. Statistics are taken anew after each layer has changed. Folding
+units is the ridge regression that this package's repair is, so its code is shared; the ridge is relative, its size by
+oracle approximating shrinkage unless it is given. What the paper's code leaves alone, values and outputs, can be folded
+exactly, because attention rows sum to one; it is an option.
+
+Shapes: N tokens, H hidden units, F dimensions of a head, K kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.methods.registry import MethodOptions, register
+from vitrim.ops.gram_schmidt import working_dtype
+from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
+from vitrim.ops.least_squares import fit_output, moments, of_units
+from vitrim.surgery import Edit, KeepHeadDims, KeepUnits
+from vitrim.types import AttentionSite, MlpSite, MlpWeights, ModelView, Stats
+
+ACTIVE = 0.01  # share of its own root mean square above which a unit counts as active
+MIN_RIDGE = 1e-6
+
+
+class CorpOptions(MethodOptions):
+    """`parts` of each block that are cut; MLPs to the budget's width, head dimensions to `keep_dims` (None: its share).
+
+    `values` drops value dimensions, too, as many as of queries and keys. `ridge` None takes what shrinkage says.
+    `compensate` False drops without folding, to see what folding is worth.
+    """
+
+    parts: Literal["mlp", "attention", "both"] = "mlp"
+    keep_dims: float | None = Field(default=None, gt=0, le=1)
+    values: bool = False
+    ridge: float | None = Field(default=None, gt=0)
+    compensate: bool = True
+
+
+@register(
+    "corp",
+    scope="model",
+    edits=(KeepUnits, KeepHeadDims),
+    options=CorpOptions,
+    needs="images",
+    paper="CORP: Closed-form One-shot Representation-preserving Pruning",
+    arxiv="2602.05243",
+    summary="MLP units by active energy and head dims by logit energy, the dropped ones folded into the rest",
+    repairs=False,
+)
+def propose(view: ModelView, options: CorpOptions) -> Iterator[Edit]:
+    """Attention, then MLP, of one block after the other."""
+    attentions = [] if options.parts == "mlp" else list(view.attentions())
+    if options.parts != "mlp" and not attentions:
+        raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
+    sites = [] if options.parts == "attention" else list(view.sites)
+    order = sorted([*attentions, *sites], key=lambda site: _depth(view, site))
+    for site in order:
+        if isinstance(site, AttentionSite):
+            yield _cut_attention(view, site, options)
+        else:
+            yield _cut_mlp(view, site, options)
+
+
+def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
+    """Where the data meets a site: the number of its block by the MLPs' order, attention first."""
+    blocks = list(dict.fromkeys(each.block for each in view.sites))
+    if isinstance(site, MlpSite):
+        return blocks.index(site.block), 1
+    return next((number for number, block in enumerate(blocks) if site.path.startswith(f"{block}.")), len(blocks)), 0
+
+
+def _cut_mlp(view: ModelView, site: MlpSite, options: CorpOptions) -> KeepUnits:
+    """Units by active energy; the others folded into output weight and bias."""
+    weights = view.weights(site)
+    stats, hidden = _mlp_stats(view, site, weights)
+    energy_H = stats.hidden_HH.diagonal() / stats.num_tokens
+    active_H = _active_rates(view, site, energy_H.sqrt()) if hidden else torch.ones_like(energy_H)
+    keep = (energy_H * active_H).sort(descending=True, stable=True).indices[: view.widths[site.path]]
+    tensors = {}
+    if options.compensate:
+        bias_D = weights.output_bias_D
+        gram_KK, _ = moments(of_units(stats, keep), centred=bias_D is not None)
+        ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_KK / stats.num_tokens, stats.num_tokens))
+        start_DK = weights.output_DH[:, keep.to(weights.output_DH.device)]
+        weight_DK, folded_D = fit_output(stats, keep, start_DK, bias_D, ridge=ridge)
+        tensors = {f"{site.output}.weight": weight_DK} | ({} if folded_D is None else {f"{site.output}.bias": folded_D})
+    else:
+        tensors = {f"{site.output}.weight": weights.output_DH[:, keep.to(weights.output_DH.device)].clone()}
+    return KeepUnits(site=site, keep=tuple(keep.tolist()), tensors=tensors)
+
+
+def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> tuple[Stats, bool]:
+    """Sums of the hidden activations and of what the output projection makes of them; whether any token was seen."""
+    total, count = torch.zeros(()), 0
+    square = torch.zeros(())
+
+    def see(_: str, hidden: Tensor, __: Tensor) -> None:
+        nonlocal total, square, count
+        hidden_NH = hidden.flatten(0, -2).to(working_dtype(hidden.device))
+        total, square = total + hidden_NH.sum(0).cpu(), square + (hidden_NH.T @ hidden_NH).cpu()
+        count += len(hidden_NH)
+
+    view.observe([site.output], see)
+    output_DH = weights.output_DH.to(square)
+    bias_D = (
+        torch.zeros(len(output_DH)).to(square) if weights.output_bias_D is None else weights.output_bias_D.to(square)
+    )
+    target_D = output_DH @ total + count * bias_D
+    energy = float(torch.einsum("dh,hg,dg->", output_DH, square, output_DH) + 2 * bias_D @ (output_DH @ total))
+    stats = Stats(
+        num_tokens=count,
+        hidden_H=total,
+        hidden_HH=square,
+        target_D=target_D,
+        cross_HD=square @ output_DH.T + torch.outer(total, bias_D),
+        target_square=energy + count * float(bias_D @ bias_D),
+    )
+    return stats, count > 0
+
+
+def _active_rates(view: ModelView, site: MlpSite, rms_H: Tensor) -> Tensor:
+    """How often each unit is above a share of its own root mean square."""
+    counts, total = torch.zeros_like(rms_H), 0
+
+    def see(_: str, hidden: Tensor, __: Tensor) -> None:
+        nonlocal counts, total
+        hidden_NH = hidden.flatten(0, -2)
+        counts = counts + (hidden_NH.abs() > ACTIVE * rms_H.to(hidden_NH)).sum(0).cpu()
+        total += len(hidden_NH)
+
+    view.observe([site.output], see)
+    return counts / max(1, total)
+
+
+class _HeadSums:
+    """Second moments of queries, keys and values of every head, and the energy of q times k at the same token."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site, self.count = site, 0
+        self.energy, self.value_sum = torch.zeros(()), torch.zeros(())
+        self.grams = {role: torch.zeros(()) for role in "qkv"}
+        self.last: dict[str, Tensor] = {}
+
+    def see(self, path: str, _: Tensor, output: Tensor) -> None:
+        """Add what one projection put out; q waits for k."""
+        site = self.site
+        roles = [role for role, own in zip("qkv", (site.query, site.key, site.value), strict=True) if own == path]
+        parts = output.flatten(0, -2).to(working_dtype(output.device)).chunk(len(roles), dim=-1)
+        for role, part in zip(roles, parts, strict=True):
+            heads_HNF = part.unflatten(-1, (site.num_heads, site.head_dim)).transpose(0, 1).cpu()
+            self.grams[role] = self.grams[role] + heads_HNF.mT @ heads_HNF
+            self.last[role] = heads_HNF
+            if role == "v":
+                self.value_sum = self.value_sum + heads_HNF.sum(1)
+                self.count += heads_HNF.shape[1]
+        if "q" in self.last and "k" in self.last:
+            self.energy = self.energy + (self.last.pop("q") * self.last.pop("k")).square().sum(1)
+
+
+def _cut_attention(view: ModelView, site: AttentionSite, options: CorpOptions) -> KeepHeadDims:
+    """Dimensions by the energy of q times k; logits and values of the dropped ones folded."""
+    sums = _HeadSums(site)
+    view.observe(list(dict.fromkeys((site.query, site.key, site.value))), sums.see)
+    share = view.keep_ratio if options.keep_dims is None else options.keep_dims
+    num_keep = max(1, round(share * site.head_dim))
+    every = tuple(range(site.head_dim))
+    qk = [_best(sums.energy[head], num_keep) for head in range(site.num_heads)]
+    spread = sums.grams["v"].diagonal(dim1=-2, dim2=-1)
+    v = [_best(spread[head], num_keep) if options.values else torch.tensor(every) for head in range(site.num_heads)]
+    edit = KeepHeadDims(
+        site=site, keep_qk=tuple(tuple(k.tolist()) for k in qk), keep_v=tuple(tuple(k.tolist()) for k in v)
+    )
+    return _folded(view, edit, sums, options) if options.compensate else edit
+
+
+def _best(scores_F: Tensor, num_keep: int) -> Tensor:
+    """The dimensions with the highest scores, in their own order."""
+    return scores_F.sort(descending=True, stable=True).indices[:num_keep].sort().values
+
+
+def _folded(view: ModelView, edit: KeepHeadDims, sums: _HeadSums, options: CorpOptions) -> KeepHeadDims:
+    """The edit with projections that stand in for the dropped dimensions."""
+    site, tensors = edit.site, {}
+    rows = {role: _projection(view, site, role) for role in "qkv"}
+    kept: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+    output_DA = view.tensor(f"{site.output}.weight").double().cpu()
+    output_bias = _bias(view, site.output)
+    columns, shift_D = [], torch.zeros(len(output_DA), dtype=torch.float64)
+    for head in range(site.num_heads):
+        gram_q, gram_k = (sums.grams[role][head] / sums.count for role in "qk")
+        keep = torch.tensor(edit.keep_qk[head])
+        ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_q[keep][:, keep], sums.count))
+        left, right = fold_logits(gram_q, gram_k, keep, ridge=ridge)
+        kept["q"].append(left @ rows["q"][head][keep])
+        kept["k"].append(right @ rows["k"][head][keep])
+        keep = torch.tensor(edit.keep_v[head])
+        kept["v"].append(rows["v"][head][keep])
+        own_DF = output_DA.unflatten(1, (site.num_heads, site.head_dim))[:, head]
+        b_PK, c_P, dropped = fold_values(
+            sums.value_sum[head], sums.grams["v"][head], sums.count, keep, ridge=options.ridge or MIN_RIDGE
+        )
+        fold = output_bias is not None and len(dropped) > 0
+        columns.append(own_DF[:, keep] + own_DF[:, dropped] @ b_PK if fold else own_DF[:, keep])
+        shift_D += own_DF[:, dropped] @ c_P if fold else 0
+    for role, parts in kept.items():
+        whole = torch.cat(parts)
+        tensors[f"{site.path}.{role}.weight"] = whole[:, : site.d_model].contiguous()
+        if whole.shape[1] > site.d_model:
+            tensors[f"{site.path}.{role}.bias"] = whole[:, site.d_model].contiguous()
+    tensors[f"{site.path}.proj.weight"] = torch.cat(columns, dim=1).contiguous()
+    if output_bias is not None:
+        tensors[f"{site.path}.proj.bias"] = output_bias + shift_D
+    return replace(edit, tensors=tensors)
+
+
+def _projection(view: ModelView, site: AttentionSite, role: str) -> Tensor:
+    """Rows of one projection by head, (heads, F, D), with the bias as a last column where there is one."""
+    path = {"q": site.query, "k": site.key, "v": site.value}[role]
+    weight, bias = view.tensor(f"{path}.weight").double().cpu(), _bias(view, path)
+    rows = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+    if site.fused:
+        rows = rows.chunk(3)["qkv".index(role)]
+    return rows.unflatten(0, (site.num_heads, site.head_dim))
+
+
+def _bias(view: ModelView, path: str) -> Tensor | None:
+    """A layer's bias, None where it has none."""
+    try:
+        return view.tensor(f"{path}.bias").double().cpu()
+    except SiteNotFoundError:
+        return None

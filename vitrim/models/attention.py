@@ -1,0 +1,64 @@
+"""Finds the self-attentions of any model by structure: three projections (or one for all), heads, an output projection.
+
+What is found is a candidate: whether it is plain attention, without positions, norms or masks inside, shows when it is
+run beside one (`calibrate.Workbench.attentions`). No foreign class is named and no foreign forward copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from vitrim.types import AttentionSite
+
+# Paths below an attention: queries, keys, values, output. The first kind has all three in one matrix.
+NAMES = (
+    ("qkv", "qkv", "qkv", "proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("attention.query", "attention.key", "attention.value", "output.dense"),
+)
+HEADS = ("num_heads", "num_attention_heads")
+
+
+def find_attentions(model: nn.Module) -> Iterator[AttentionSite]:
+    """Candidates in the order of the model's modules."""
+    for path, module in model.named_modules():
+        for names in NAMES:
+            site = _match(module, path, names)
+            if site is not None:
+                yield site
+                break
+
+
+def _match(module: nn.Module, path: str, names: tuple[str, str, str, str]) -> AttentionSite | None:
+    """A module as an attention whose layers have these names, None if it is none."""
+    try:
+        query, key, value, output = (module.get_submodule(name) for name in names)
+    except AttributeError:
+        return None
+    layers = (query, key, value, output)
+    num_heads = next((getattr(part, name) for part in module.modules() for name in HEADS if hasattr(part, name)), None)
+    if not all(type(layer) is nn.Linear for layer in layers) or not isinstance(num_heads, int):
+        return None
+    assert isinstance(query, nn.Linear) and isinstance(key, nn.Linear) and isinstance(output, nn.Linear)
+    fused = names[0] == names[1]
+    rows = query.out_features // (3 if fused else 1)
+    if rows % num_heads or output.in_features != rows or (not fused and key.out_features != rows):
+        return None
+    head_dim = rows // num_heads
+    query_path, key_path, value_path, output_path = (f"{path}.{name}".strip(".") for name in names)
+    return AttentionSite(
+        path=path,
+        query=query_path,
+        key=key_path,
+        value=value_path,
+        output=output_path,
+        fused=fused,
+        d_model=query.in_features,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        as_tuple=False,
+    )

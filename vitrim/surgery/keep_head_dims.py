@@ -1,0 +1,105 @@
+"""Dropping dimensions of attention heads: of queries and keys together, and of values. See `layers.attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import BudgetError, SiteNotFoundError
+from vitrim.layers.attention import SlimAttention
+from vitrim.surgery.edits import Edit
+from vitrim.surgery.modules import submodule
+from vitrim.types import AttentionSite
+
+Dims = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepHeadDims(Edit):
+    """Keep these dimensions of each head's queries and keys, and of its values; as many in every head.
+
+    `tensors` may hold what compensation makes of the projections, under their new names `q`, `k`, `v` and `proj`.
+    """
+
+    KIND: ClassVar[str] = "keep_head_dims"
+
+    site: AttentionSite
+    keep_qk: Dims
+    keep_v: Dims
+
+    def shape_only(self) -> KeepHeadDims:
+        """The counts, whichever dimensions they are of."""
+        first = [tuple(tuple(range(len(dims))) for dims in kept) for kept in (self.keep_qk, self.keep_v)]
+        return replace(self, keep_qk=first[0], keep_v=first[1], tensors={})
+
+    def describe(self) -> str:
+        """Dimensions of a head that stay."""
+        total = self.site.head_dim
+        return f"{len(self.keep_qk[0])} of {total} query and key, {len(self.keep_v[0])} of {total} value dims a head"
+
+    def touched(self) -> list[str]:
+        """The projections' tensors."""
+        layers = dict.fromkeys((self.site.query, self.site.key, self.site.value, self.site.output))
+        return [f"{path}.{name}" for path in layers for name in ("weight", "bias")]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse dimensions that are not there, and heads of different sizes."""
+        site = self.site
+        for kept in (self.keep_qk, self.keep_v):
+            sizes = {len(dims) for dims in kept}
+            good = all(len(set(dims)) == len(dims) and set(dims) <= set(range(site.head_dim)) for dims in kept)
+            if len(kept) != site.num_heads or len(sizes) != 1 or 0 in sizes or not good:
+                raise BudgetError(
+                    f"{site.path}: keep as many of 0..{site.head_dim - 1} in each of {site.num_heads} heads, "
+                    "at least one."
+                )
+        rows = site.num_heads * site.head_dim * (3 if site.fused else 1)
+        if cast(nn.Linear, submodule(model, site.query)).weight.shape[0] != rows:
+            raise SiteNotFoundError(f"{site.query}: has not {rows} rows; the plan was made for another model.")
+
+    def reshape_(self, model: nn.Module) -> None:
+        """Put the slim attention in the module's place."""
+        site = self.site
+        parent, _, name = site.path.rpartition(".")
+        query, output = (cast(nn.Linear, submodule(model, path)) for path in (site.query, site.output))
+        new = SlimAttention(
+            site.d_model,
+            num_heads=site.num_heads,
+            num_qk=len(self.keep_qk[0]),
+            num_v=len(self.keep_v[0]),
+            scale=site.scale,
+            qkv_bias=query.bias is not None,
+            proj_bias=output.bias is not None,
+            as_tuple=site.as_tuple,
+            device=query.weight.device,
+            dtype=query.weight.dtype,
+        ).requires_grad_(query.weight.requires_grad)
+        setattr(submodule(model, parent), name, new.train(submodule(model, site.path).training))
+
+    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The kept rows of queries, keys and values under their new names; the kept columns of the output."""
+        site = self.site
+        layer, _, part = name.rpartition(".")
+        if layer == site.output:
+            rows = self._flat(self.keep_v, tensor)
+            value = tensor if part == "bias" else tensor.index_select(1, rows).contiguous()
+            yield self._new(f"{site.path}.proj.{part}", value)
+            return
+        roles = [("q", site.query, self.keep_qk), ("k", site.key, self.keep_qk), ("v", site.value, self.keep_v)]
+        for number, (role, path, kept) in enumerate(roles):
+            if path == layer:
+                offset = number * site.num_heads * site.head_dim if site.fused else 0
+                rows = self._flat(kept, tensor) + offset
+                yield self._new(f"{site.path}.{role}.{part}", tensor.index_select(0, rows).contiguous())
+
+    def _new(self, name: str, sliced: Tensor) -> tuple[str, Tensor]:
+        return name, self.given(name, sliced) if name in self.tensors else sliced
+
+    def _flat(self, kept: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+        """Rows of a projection that hold the kept dimensions, head after head."""
+        rows = [head * self.site.head_dim + dim for head, dims in enumerate(kept) for dim in dims]
+        return torch.tensor(rows, device=like.device)
