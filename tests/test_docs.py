@@ -21,7 +21,16 @@ from cyclopts import CycloptsError
 
 from vitrim.cli import app
 from vitrim.methods import METHODS
-from vitrim.recipe import CalibrateOptions, Recipe, RecoverOptions, RepairOptions, known_keys
+from vitrim.recipe import (
+    AdapterOptions,
+    BlockwiseOptions,
+    CacheOptions,
+    CalibrateOptions,
+    Recipe,
+    RecoverOptions,
+    RepairOptions,
+    known_keys,
+)
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -92,13 +101,16 @@ def test_yaml_blocks_are_recipes(page: Path):
 
 def test_the_reference_has_every_key_of_a_recipe_with_its_default():
     data = yaml.safe_load(blocks_of(ROOT / "docs" / "api.md", "yaml")[0].code)
-    nested = {"calibrate": CalibrateOptions, "repair": RepairOptions, "recover": RecoverOptions}
-    assert {*data} | {f"{part}.{key}" for part in nested for key in data[part]} == {*known_keys()}
+    keys = {*data} | {f"{part}.{key}" for part in data if isinstance(data[part], dict) for key in data[part]}
+    deeper = ("cache_teacher", "adapter")
+    keys |= {f"recover.{part}.{key}" for part in deeper for key in data["recover"][part]}
+    assert keys - {"options.select_on"} == {*known_keys()}
     recipe = Recipe.parse(data)
     assert recipe.calibrate == CalibrateOptions()
     assert recipe.repair == RepairOptions()
-    assert recipe.recover == RecoverOptions(epochs=2)
-    assert {"round_to", "seed", "device", "scope", "method"} <= {
+    assert recipe.blockwise == BlockwiseOptions()
+    assert recipe.recover == RecoverOptions(epochs=2, cache_teacher=CacheOptions(), adapter=AdapterOptions())
+    assert {"round_to", "seed", "device", "scope", "method", "stock"} <= {
         key for key, value in data.items() if value == Recipe.model_fields[key].default
     }
 

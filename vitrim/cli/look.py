@@ -1,8 +1,9 @@
-"""Commands that look at models: inspect, evaluate, methods."""
+"""Commands that look at models: inspect, evaluate, zero-shot, retrieval, methods."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from vitrim.cli.app import Json, app, console, number, print_json, print_notes, print_table
 
@@ -85,6 +86,101 @@ def evaluate(
         shown = [f"{t['median_ms']:.2f} ({t['iqr_ms']:.2f})" for t in times]
         rows.append((f"latency batch {size} (ms, IQR)", shown[0], shown[1]))
     print_table(("measure", "original", "small"), rows)
+
+
+@app.command
+def zero_shot(
+    model: str,
+    *,
+    data: str,
+    names: str = "imagenet",
+    templates: str = "openai",
+    text_from: str | None = None,
+    cache: Path | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    device: str = "auto",
+    quiet: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Classify images by the names of their classes, with a CLIP model or its pruned image tower.
+
+    Example: vitrim zero-shot small --text-from open_clip/ViT-B-16/laion2b_s34b_b88k --data imagenet/val
+
+    Args:
+        model: a pair, or an image tower of the same space.
+        data: labelled images.
+        names: imagenet, or a text file with a name a line, in the order of the labels.
+        templates: openai, simple, or a text file of templates with {} for the name.
+        text_from: the pair whose text tower makes the classifier; without, the model itself.
+        cache: folder that keeps classifiers between runs.
+        limit: at most this many images.
+        split: which part of a data source that has parts.
+        device: auto, cpu, cuda, mps.
+        quiet: no progress.
+    """
+    from vitrim.clip import zero_shot as classify
+
+    found = classify(
+        model,
+        data,
+        names=names,
+        templates=templates,
+        text_from=text_from,
+        cache=cache,
+        limit=limit,
+        split=split,
+        device=device,
+        quiet=quiet or as_json,
+    )
+    if as_json:
+        return print_json(found)
+    print_table(("zero-shot", "value"), [(name, number(value)) for name, value in found.items()])
+
+
+@app.command
+def retrieval(
+    model: str,
+    *,
+    pairs: str,
+    text_from: str | None = None,
+    image_folder: Path | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    device: str = "auto",
+    quiet: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Find captions by images and images by captions, with a CLIP model or its pruned image tower.
+
+    Example: vitrim retrieval small --text-from open_clip/ViT-B-16/laion2b_s34b_b88k --pairs flickr30k.parquet
+
+    Args:
+        model: a pair, or an image tower of the same space.
+        pairs: images with captions: tar shards, parquet, or JSON as COCO has it.
+        text_from: the pair whose text tower embeds the captions; without, the model itself.
+        image_folder: where the images that a JSON names are.
+        limit: at most this many images.
+        split: which part of a source that has parts.
+        device: auto, cpu, cuda, mps.
+        quiet: no progress.
+    """
+    from vitrim.clip import retrieval as search
+
+    found = search(
+        model,
+        pairs,
+        text_from=text_from,
+        image_folder=image_folder,
+        limit=limit,
+        split=split,
+        device=device,
+        quiet=quiet or as_json,
+    )
+    if as_json:
+        return print_json(found)
+    ways = [way for way in found if isinstance(found[way], dict)]
+    print_table(("%", *ways), [(k, *(number(found[way][k]) for way in ways)) for k in found[ways[0]]])
 
 
 @app.command

@@ -36,6 +36,7 @@ def compress(
     """
     from vitrim.pipeline import compress as run
     from vitrim.recipe import Recipe
+    from vitrim.recover.parallel import is_main
     from vitrim.report.collect import summarise
 
     given = {"model": model, "data": data, **cut.given(), "recover": recover.given()}
@@ -43,6 +44,8 @@ def compress(
     if asked.model is None:
         raise RecipeError("model: none given; name one on the command line or in the recipe.")
     result = run(asked.model, recipe=asked, out=out, resume=resume, quiet=quiet or as_json)
+    if not is_main():
+        return
     if as_json:
         return print_json({"out": str(out), **result.metrics})
     print_summary(summarise(result.metrics))
@@ -117,6 +120,67 @@ def slice_(source: Path, *, width_ratio: float, out: Path, as_json: Json = False
         return print_json({"out": str(out), **found.metrics})
     print_notes(found.metrics["notes"])
     console.print(f"Written and verified by loading it in a fresh process: {found.metrics['loads_with']}")
+
+
+@app.command
+def tune_text(
+    model: str,
+    *,
+    pairs: str,
+    out: Path,
+    steps: int | None = None,
+    epochs: float | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    image_folder: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    quiet: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Tune the text tower of a CLIP model to its image tower, which stays as it is.
+
+    Example: vitrim tune-text small --pairs flickr30k.parquet --out tuned --epochs 20
+
+    Args:
+        model: a pair: a folder that vitrim or its library wrote, or a name.
+        pairs: images with captions: tar shards, parquet, or JSON as COCO has it.
+        out: folder to write; it must not exist.
+        steps: steps; one epoch without steps or epochs.
+        epochs: epochs.
+        lr: rate (default 1e-6, the paper's for EVA-CLIP-E; small towers want more).
+        batch_size: captions that a step compares (default 320).
+        image_folder: where the images that a JSON names are.
+        seed: makes two runs equal.
+        device: auto, cpu, cuda, mps.
+        resume: go on with a run into this folder that was stopped.
+        quiet: no progress.
+    """
+    from vitrim.clip import tune_text as tune
+    from vitrim.recover.parallel import is_main
+
+    length = {"epochs": 1.0} if steps is None and epochs is None else {"steps": steps, "epochs": epochs}
+    given = {**length, "lr": lr, "batch_size": batch_size}
+    found = tune(
+        model,
+        pairs,
+        options={key: value for key, value in given.items() if value is not None},
+        image_folder=image_folder,
+        out=out,
+        seed=seed,
+        device=device,
+        resume=resume,
+        quiet=quiet or as_json,
+    )
+    if not is_main():
+        return
+    if as_json:
+        return print_json({"out": str(out), **found.metrics})
+    curve = found.metrics["text_tuning"]["curve"]
+    names = ("step", "held_out_loss")
+    print_table(names, [tuple(f"{point[name]:.4g}" for name in names) for point in curve])
+    console.print(f"Written to {out}")
 
 
 @app.command
