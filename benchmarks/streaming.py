@@ -111,7 +111,7 @@ def main() -> None:
     finally:
         if not arguments.keep:
             remove(folder)
-    print(markdown(result))
+    print(markdown(result), calibration_table(result), sep="\n\n")
 
 
 def one(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -315,6 +315,11 @@ def markdown(result: dict[str, Any]) -> str:
                 killed,
             )
         )
+    return table(head, rows)
+
+
+def calibration_table(result: dict[str, Any]) -> str:
+    """Selection and repair on images, as the documentation shows them."""
     program = {row["model"]: row["forecast"]["program"] for row in result["rows"]}
     head_of_images = ("model", "blocks", "images", "way", "peak memory (said)", "time", "same bytes as in memory")
     calibrated = [
@@ -329,7 +334,7 @@ def markdown(result: dict[str, Any]) -> str:
         )
         for row in result["calibration"]
     ]
-    return table(head, rows) + "\n\n" + table(head_of_images, calibrated)
+    return table(head_of_images, calibrated)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -280,9 +280,20 @@ def test_lanes_share_the_shards_and_a_pass_holds_every_image_once():
     for _ in range(2):
         seen = Counter(next(lane).place for lane in lanes for _ in range(10))
         assert seen == Counter((shard, number) for shard in range(6) for number in range(5))
-    assert list(itertools.islice(stream.lane(0, num_lanes=3, window=4, seed=2), 9)) != list(
-        itertools.islice(stream.lane(0, num_lanes=3, window=4, seed=1), 9)
-    )
+
+
+def test_seed_pass_and_window_each_draw_an_order_of_their_own():
+    def places(seed, first, shards=(40,)):
+        lane = numbers(*shards).lane(0, num_lanes=1, window=20, seed=seed, first=first)
+        return [record.place for record in itertools.islice(lane, 20)]
+
+    first_window, second_window, second_pass = (places(0, first) for first in (0, 20, 40))
+    assert sorted(first_window) == sorted(second_pass) == [(0, number) for number in range(20)]
+    assert first_window != [(0, number) for number in range(20)] != second_pass
+    assert first_window != second_pass and first_window != places(1, 0)
+    assert [number - 20 for _, number in second_window] != [number for _, number in first_window]
+    in_order = [[shard for shard, _ in places(0, first, shards=[1] * 20)] for first in (0, 20)]
+    assert in_order[0] != in_order[1]
 
 
 @pytest.mark.parametrize(("num_processes", "times_read"), [(1, 1), (2, 1), (4, 1), (8, 2), (3, 3)])

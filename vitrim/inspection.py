@@ -16,7 +16,7 @@ from vitrim.checkpoint import is_output, open_model
 from vitrim.cost import num_parameters
 from vitrim.data import first_images
 from vitrim.errors import BudgetError, CheckpointError
-from vitrim.evaluation import check_inputs, open_inputs
+from vitrim.evaluation import check_inputs, open_set
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
@@ -109,7 +109,7 @@ def _activity(
 ) -> tuple[Activity, ...]:
     """Count active units of a model's encoder."""
     encoder = model.get_submodule(origin.encoder).float()
-    images = open_inputs(data, origin, limit=limit)
+    images = open_set(data, origin, split="train", limit=limit)
     batches, _ = first_images(images, limit, seed=0)
     check_inputs(encoder, origin, batches)
     own = [site.within(origin.encoder) if origin.encoder else site for site in sites]
