@@ -126,9 +126,7 @@ def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
     return whole.get_submodule(origin.encoder), origin
 
 
-def open_inputs(
-    data: Any, origin: Origin, *, split: str = "train", limit: int | None = None
-) -> ImageSet | ImageStream:
+def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int | None = None) -> ImageSet | ImageStream:
     """Images behind a model's own preprocessing, or text in rows of its tokenizer's ids.
 
     A model without known preprocessing takes tensors, or images of the right size. What can only be read in order
