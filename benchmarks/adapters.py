@@ -39,12 +39,13 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[16])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-images", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adapters.json"))
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.num_images, arguments.seed)
     result: dict[str, Any] = {
         "environment": environment(),
@@ -60,8 +61,7 @@ def main() -> None:
             row = run_row(bench, cut, kind, rank, steps=arguments.steps, batch_size=arguments.batch_size)
             result["rows"].append({"method": method, **row})
             print(format_row(result["rows"][-1]), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result))
 
 

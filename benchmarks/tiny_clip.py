@@ -42,7 +42,7 @@ TEMPLATES = ("a {look}photo of a {name}.", "a {look}picture of the {name}.", "{n
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
 CONFIG: dict[str, Any] = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": 32, "layers": 6, "width": 96, "head_width": 32, "patch_size": 4, "mlp_ratio": 4.0},
+    "vision_cfg": {"image_size": 32, "layers": 6, "width": 96, "head_width": 32, "patch_size": 8, "mlp_ratio": 4.0},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 # One image for each class and look: a set in which every caption has one right image.
