@@ -53,7 +53,7 @@ def main() -> None:
     """Train, then run the chain."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--train-steps", type=int, default=600, help="of 256 images")
+    parser.add_argument("--train-steps", type=int, default=1500, help="of 256 images")
     parser.add_argument("--steps", type=int, default=120, help="of distillation, 128 images each")
     parser.add_argument("--text-steps", type=int, default=150)
     parser.add_argument("--num-sets", type=int, default=25, help=f"of {SET_SIZE} images, for retrieval")
@@ -142,12 +142,11 @@ class Bench:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * rate_shape(step, self.arguments.train_steps, 0.1)
             images, captions = self.draw(self.batch_size, generator, augment=True)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                found = (
-                    model.encode_image(images, normalize=True),
-                    model.encode_text(self.tokenize(captions), normalize=True),
-                )
-            loss = contrastive_loss(*(vectors.float() for vectors in found), model.logit_scale.exp())
+            found = (
+                model.encode_image(images, normalize=True),
+                model.encode_text(self.tokenize(captions), normalize=True),
+            )
+            loss = contrastive_loss(*found, model.logit_scale.exp())
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

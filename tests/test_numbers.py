@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
         ("streaming", "docs/checkpoints.md", "calibration_table"),
         ("streaming", "README.md", "markdown"),
         ("selection", "README.md", "markdown"),
+        ("adapters", "docs/methods/op-lora.md", "markdown"),
+        ("tiny_clip", "docs/clip.md", "markdown"),
     ],
 )
 def test_the_table_is_the_one_that_the_benchmark_wrote(name, page, made_by, monkeypatch):
