@@ -17,7 +17,23 @@ from torch.nn.utils import skip_init
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class LowRankLinear(nn.Module):
+class _Factors(nn.Module):
+    """What the two kinds share: `down`, then `up`, which has the bias."""
+
+    down: nn.Linear | Conv
+    up: nn.Linear | Conv
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which is `up`'s."""
+        return self.up.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Through few channels to all of them."""
+        return self.up(self.down(inputs))
+
+
+class LowRankLinear(_Factors):
     """Linear to `rank` channels without bias, then linear to all of them; parameters are uninitialised.
 
     `weight` is (out, in), as a linear layer has it, also in the place of a transformers `Conv1D`.
@@ -44,21 +60,12 @@ class LowRankLinear(nn.Module):
         """The matrix that the factors stand for."""
         return self.up.weight @ self.down.weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, which is `up`'s."""
-        return self.up.bias
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs (..., in) to outputs (..., out)."""
-        return self.up(self.down(inputs))
-
     def extra_repr(self) -> str:
         """Sizes, as torch's own layers show theirs."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class LowRankConv(nn.Module):
+class LowRankConv(_Factors):
     """A convolution to `rank` channels a group without bias, then a 1x1 one with as many groups; uninitialised.
 
     `down` has the kernel, stride, padding and dilation of the layer in whose place they stand.
@@ -92,15 +99,6 @@ class LowRankConv(nn.Module):
         up_GMR = self.up.weight.reshape(self.groups, -1, self.rank)
         down_GRN = self.down.weight.reshape(self.groups, self.rank, -1)
         return (up_GMR @ down_GRN).reshape(self.out_channels, -1, *self.kernel_size)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, which is `up`'s."""
-        return self.up.bias
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs (B, in, ...) to outputs (B, out, ...)."""
-        return self.up(self.down(inputs))
 
     def extra_repr(self) -> str:
         """Sizes, as torch's own layers show theirs."""

@@ -34,7 +34,7 @@ class TopKLinear(nn.Linear):
         new.in_features, new.out_features = linear.in_features, linear.out_features
         new.weight, new.bias = linear.weight, linear.bias
         new.num_active, new.by = num_active, by
-        return new.train(linear.training)
+        return new
 
     def forward(self, input: Tensor) -> Tensor:
         """The product with what is left of the input."""

@@ -81,25 +81,24 @@ def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
 def _cut_mlp(view: ModelView, site: MlpSite, options: CorpOptions) -> KeepUnits:
     """Units by active energy; the others folded into output weight and bias."""
     weights = view.weights(site)
-    stats, hidden = _mlp_stats(view, site, weights)
+    stats = _mlp_stats(view, site, weights)
     energy_H = stats.hidden_HH.diagonal() / stats.num_tokens
-    active_H = _active_rates(view, site, energy_H.sqrt()) if hidden else torch.ones_like(energy_H)
-    keep = (energy_H * active_H).sort(descending=True, stable=True).indices[: view.widths[site.path]]
-    tensors = {}
+    keep = (
+        (energy_H * _active_rates(view, site, energy_H.sqrt()))
+        .sort(descending=True, stable=True)
+        .indices[: view.widths[site.path]]
+    )
+    weight_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
     if options.compensate:
-        bias_D = weights.output_bias_D
         gram_KK, _ = moments(of_units(stats, keep), centred=bias_D is not None)
         ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_KK / stats.num_tokens, stats.num_tokens))
-        start_DK = weights.output_DH[:, keep.to(weights.output_DH.device)]
-        weight_DK, folded_D = fit_output(stats, keep, start_DK, bias_D, ridge=ridge)
-        tensors = {f"{site.output}.weight": weight_DK} | ({} if folded_D is None else {f"{site.output}.bias": folded_D})
-    else:
-        tensors = {f"{site.output}.weight": weights.output_DH[:, keep.to(weights.output_DH.device)].clone()}
+        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge)
+    tensors = {f"{site.output}.weight": weight_DK} | ({} if bias_D is None else {f"{site.output}.bias": bias_D})
     return KeepUnits(site=site, keep=tuple(keep.tolist()), tensors=tensors)
 
 
-def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> tuple[Stats, bool]:
-    """Sums of the hidden activations and of what the output projection makes of them; whether any token was seen."""
+def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> Stats:
+    """Sums of the hidden activations and of what the output projection makes of them."""
     total, count = torch.zeros(()), 0
     square = torch.zeros(())
 
@@ -116,7 +115,7 @@ def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> tuple[Sta
     )
     target_D = output_DH @ total + count * bias_D
     energy = float(torch.einsum("dh,hg,dg->", output_DH, square, output_DH) + 2 * bias_D @ (output_DH @ total))
-    stats = Stats(
+    return Stats(
         num_tokens=count,
         hidden_H=total,
         hidden_HH=square,
@@ -124,7 +123,6 @@ def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> tuple[Sta
         cross_HD=square @ output_DH.T + torch.outer(total, bias_D),
         target_square=energy + count * float(bias_D @ bias_D),
     )
-    return stats, count > 0
 
 
 def _active_rates(view: ModelView, site: MlpSite, rms_H: Tensor) -> Tensor:

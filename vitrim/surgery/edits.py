@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from vitrim.errors import CheckpointError
+from vitrim.surgery.modules import submodule
 from vitrim.types import Site, tensor_sha256
 
 KINDS: dict[str, type[Edit]] = {}
@@ -144,30 +145,41 @@ def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
         BudgetError: an edit asks for more than there is.
         SiteNotFoundError: an edit names a module that the model does not have.
     """
-    _check_first(model, edits)
-    names = edit_of(edits)
+    checked, names = _check_first(model, edits), edit_of(edits)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     smaller = dict(transform(tensors, edits))
-    reshape_(model, edits)
+    _reshape_checked_(model, edits, checked)
     model.load_state_dict(smaller, strict=False, assign=True)
 
 
 def reshape_(model: nn.Module, edits: Iterable[Edit]) -> None:
     """Give each edited module its new form; the new tensors are uninitialised, on the device of the old ones."""
     edits = tuple(edits)
-    _check_first(model, edits)
-    for edit in edits:
-        edit.check(model)
-        edit.reshape_(model)
+    _reshape_checked_(model, edits, _check_first(model, edits))
 
 
-def _check_first(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Refuse what can be known to be bad before anything is carried out, so that the model stays whole."""
+def _check_first(model: nn.Module, edits: Iterable[Edit]) -> list[bool]:
+    """Refuse what can be known to be bad before anything is carried out, so that the model stays whole.
+
+    Returns:
+        For each edit, whether it was checked; one about what an earlier edit will have made has to wait for its turn.
+    """
     seen: set[str] = set()
+    checked = []
     for edit in edits:
-        if seen.isdisjoint(edit.touched()):  # else it is about what an earlier edit will have made
+        checked.append(seen.isdisjoint(edit.touched()))
+        if checked[-1]:
             edit.check(model)
         seen.update(edit.touched())
+    return checked
+
+
+def _reshape_checked_(model: nn.Module, edits: Iterable[Edit], checked: Iterable[bool]) -> None:
+    """Reshape edit after edit, checking at their turn those that had to wait."""
+    for edit, known in zip(edits, checked, strict=True):
+        if not known:
+            edit.check(model)
+        edit.reshape_(model)
 
 
 def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[tuple[str, Tensor]]:
@@ -213,3 +225,10 @@ def resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
             setattr(module, name, nn.Parameter(fresh, requires_grad=old.requires_grad))
     if hasattr(module, attribute):
         setattr(module, attribute, (size,) if attribute == "normalized_shape" else size)
+
+
+def replace_(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put a module in the place of another one, in the mode that that one was in."""
+    parent, _, name = path.rpartition(".")
+    holder = submodule(model, parent)
+    setattr(holder, name, new.train(submodule(holder, name).training))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitrim.errors import BudgetError, SiteNotFoundError
 from vitrim.layers.low_rank import Conv, LowRankConv, LowRankLinear
 from vitrim.ops.low_rank import truncate
-from vitrim.surgery.edits import Edit
+from vitrim.surgery.edits import Edit, replace_
 from vitrim.surgery.modules import submodule
 from vitrim.types import LayerSite
 
@@ -63,7 +63,6 @@ class Factorize(Edit):
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the two factors in the layer's place."""
-        parent, _, name = self.layer.path.rpartition(".")
         old = submodule(model, self.layer.path)
         weight = cast(nn.Parameter, old.weight)
         if self.layer.kind == "conv":
@@ -77,7 +76,7 @@ class Factorize(Edit):
                 device=weight.device,
                 dtype=weight.dtype,
             )
-        setattr(submodule(model, parent), name, new.requires_grad_(weight.requires_grad).train(old.training))
+        replace_(model, self.layer.path, new.requires_grad_(weight.requires_grad))
 
     def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The weight as two factors; the bias under its new name, in memory of its own."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import BudgetError, SiteNotFoundError
 from vitrim.layers.attention import SlimAttention
-from vitrim.surgery.edits import Edit
+from vitrim.surgery.edits import Edit, replace_
 from vitrim.surgery.modules import submodule
 from vitrim.types import AttentionSite
 
@@ -64,7 +64,6 @@ class KeepHeadDims(Edit):
     def reshape_(self, model: nn.Module) -> None:
         """Put the slim attention in the module's place."""
         site = self.site
-        parent, _, name = site.path.rpartition(".")
         query, output = (cast(nn.Linear, submodule(model, path)) for path in (site.query, site.output))
         new = SlimAttention(
             site.d_model,
@@ -78,7 +77,7 @@ class KeepHeadDims(Edit):
             device=query.weight.device,
             dtype=query.weight.dtype,
         ).requires_grad_(query.weight.requires_grad)
-        setattr(submodule(model, parent), name, new.train(submodule(model, site.path).training))
+        replace_(model, site.path, new)
 
     def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The kept rows of queries, keys and values under their new names; the kept columns of the output."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import SiteNotFoundError
-from vitrim.surgery.edits import Edit
+from vitrim.surgery.edits import Edit, replace_
 from vitrim.surgery.modules import submodule
 from vitrim.types import MlpSite
 
@@ -37,8 +37,7 @@ class ReplaceActivation(Edit):
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the ReLU there."""
-        parent, _, name = find_activation(model, self.site).rpartition(".")
-        setattr(submodule(model, parent), name, nn.ReLU())
+        replace_(model, find_activation(model, self.site), nn.ReLU())
 
     def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """As it was."""

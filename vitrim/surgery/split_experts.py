@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import BudgetError, CheckpointError, SiteNotFoundError
 from vitrim.layers.experts import ExpertMlp, RouterKind
-from vitrim.surgery.edits import Edit
+from vitrim.surgery.edits import Edit, replace_
 from vitrim.surgery.modules import submodule
 from vitrim.types import MlpSite
 
@@ -67,7 +67,6 @@ class SplitExperts(Edit):
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the split MLP in the MLP's place, around the MLP itself."""
-        parent, _, name = self.site.path.rpartition(".")
         local, mlp = self.site.within(self.site.path), submodule(model, self.site.path)
         weight = next(mlp.parameters())
         new = ExpertMlp(
@@ -84,7 +83,7 @@ class SplitExperts(Edit):
         )
         if new.router is not None:
             new.router.to(device=weight.device, dtype=weight.dtype).requires_grad_(weight.requires_grad)
-        setattr(submodule(model, parent), name, new.train(mlp.training))
+        replace_(model, self.site.path, new)
 
     def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A tensor of the MLP under its new name, its units in order; with the output weight comes the router."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import BudgetError, SiteNotFoundError
 from vitrim.layers.top_k import Rank, TopKLinear
-from vitrim.surgery.edits import Edit
+from vitrim.surgery.edits import Edit, replace_
 from vitrim.surgery.modules import submodule
 from vitrim.types import MlpSite
 
@@ -47,10 +47,9 @@ class TopKActivation(Edit):
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the layer in the output projection's place, around the same parameters."""
-        parent, _, name = self.site.output.rpartition(".")
         output = submodule(model, self.site.output)
         assert isinstance(output, nn.Linear)
-        setattr(submodule(model, parent), name, TopKLinear.of(output, self.num_active, by=self.by))
+        replace_(model, self.site.output, TopKLinear.of(output, self.num_active, by=self.by))
 
     def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """As it was."""
