@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitrim.cli import run
+from vitrim.errors import VitrimError
 from vitrim.methods import METHODS
 
 ASSET = files("vitrim") / "assets" / "digits-vit"
@@ -54,6 +55,38 @@ def test_no_repair_and_select_on(tmp_path, capsys):
     command = ["compress", DIGITS, "--data", "digits", "--out", str(tmp_path / "out"), "--no-repair", "--quiet"]
     assert run([*command, "--select-on", "weights", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cut_errors"] == {}
+
+
+def test_options_of_the_command_line_reach_the_recipe(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def stop_there(model, *, recipe, **_):
+        seen.append(recipe)
+        raise VitrimError("that is all")
+
+    monkeypatch.setattr("vitrim.pipeline.compress", stop_there)
+    given = "--method low-rank --option rank=0.5 --option solver=svd --blockwise block --steps 8 --accumulate 2"
+    given += " --precision bf16 --checkpoint-activations --save-every 3 --epoch-images 64"
+    command = ["compress", DIGITS, "--out", str(tmp_path / "out"), *given.split()]
+    assert run(command) == 2 and "that is all" in capsys.readouterr().err
+    (recipe,) = seen
+    assert recipe.method == "low-rank" and recipe.options == {"rank": 0.5, "solver": "svd"}
+    assert recipe.blockwise.train == "block"
+    wanted = {"accumulate": 2, "precision": "bf16", "checkpoint_activations": True, "save_every": 3, "epoch_images": 64}
+    assert wanted.items() <= recipe.recover.model_dump().items()
+
+
+@pytest.mark.parametrize("option", ["sparsity", "=3", "rank=[1,"])
+def test_an_option_of_a_method_is_a_key_and_a_value(tmp_path, capsys, option):
+    assert run(["compress", DIGITS, "--out", str(tmp_path / "out"), "--option", option]) == 2
+    assert f"--option {option!r}: give KEY=VALUE" in capsys.readouterr().err
+
+
+def test_of_several_processes_each_says_which_one_failed(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(["inspect", "nowhere/at/all"]) == 2
+    assert capsys.readouterr().err.startswith("vitrim [1]: ")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Wrong input ends in one line on standard error and exit code 2; a run stopped by
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -43,8 +44,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def fail(message: Any, code: int) -> int:
-    """One line on standard error."""
-    print(f"vitrim: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line on standard error; of several processes each says which one it is."""
+    who = f"vitrim [{os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "vitrim"
+    print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
     return code
 
 

@@ -30,7 +30,8 @@ def compress(
     Args:
         model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, or a model folder; may stand in the recipe.
         out: folder to write; it must not exist.
-        data: folder of images, parquet, tar shards, saved dataset or "digits", no labels; texts for a text encoder.
+        data: folder of images, parquet, saved dataset, tar shards ("pipe:COMMAND" and "hf-stream:NAME" too) or
+            "digits", all without labels; texts for a text encoder.
         resume: go on with a run into this folder that was stopped.
         quiet: no progress.
     """
@@ -39,7 +40,7 @@ def compress(
     from vitrim.recover.parallel import is_main
     from vitrim.report.collect import summarise
 
-    given = {"model": model, "data": data, **cut.given(), "recover": recover.given()}
+    given = {"model": model, "data": data, **cut.given(), **recover.given()}
     asked = (Recipe() if cut.recipe is None else Recipe.load(cut.recipe)).updated(given)
     if asked.model is None:
         raise RecipeError("model: none given; name one on the command line or in the recipe.")

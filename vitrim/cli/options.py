@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from cyclopts import Parameter
+
+from vitrim.errors import RecipeError
 
 SelectOn = Literal["weights", "activations", "outputs"]
 
@@ -27,6 +30,9 @@ class CutOptions:
         SelectOn | None,
         Parameter(help="what dgmr tells units apart by; outputs where there are images, else weights"),
     ] = None
+    option: Annotated[
+        list[str] | None, Parameter(negative="", help="an option of the method, as KEY=VALUE; may be given again")
+    ] = None
     repair: Annotated[bool | None, Parameter(help="closed-form repair after the cut")] = None
     refit: Annotated[bool | None, Parameter(help="the local refit that follows the repair")] = None
     seed: Annotated[int | None, Parameter(help="makes two runs equal")] = None
@@ -41,13 +47,26 @@ class CutOptions:
             "width_ratio": self.width_ratio,
             "keep_ratio": self.keep_ratio,
             "width": self.width,
-            "options": None if self.select_on is None else {"select_on": self.select_on},
+            "options": self._options() or None,
             "repair": self._repair(),
             "seed": self.seed,
             "device": self.device,
             "scope": self.scope,
             "stock": self.stock,
         }
+
+    def _options(self) -> dict[str, Any]:
+        """The method's options; values are read as YAML, as they would be in a recipe."""
+        found: dict[str, Any] = {} if self.select_on is None else {"select_on": self.select_on}
+        for given in self.option or ():
+            key, equals, value = given.partition("=")
+            try:
+                found[key] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                equals = ""
+            if not (key and equals):
+                raise RecipeError(f"--option {given!r}: give KEY=VALUE, such as --option sparsity=0.75.")
+        return found
 
     def _repair(self) -> Any:
         """The recipe's repair from two switches; `{}` stands for its defaults."""
@@ -59,12 +78,31 @@ class CutOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RecoverOptions:
-    """Distillation after the cut."""
+    """What is trained after the cut."""
 
+    blockwise: Annotated[
+        Literal["mlp", "block"] | None,
+        Parameter(help="first train each block by itself: its MLP, or all of it"),
+    ] = None
     steps: Annotated[int | None, Parameter(help="distillation steps; none without steps or epochs")] = None
     epochs: Annotated[float | None, Parameter(help="distillation epochs")] = None
     lr: Annotated[float | None, Parameter(help="distillation rate; found by a range test if not given")] = None
     batch_size: Annotated[int | None, Parameter(help="images a distillation step")] = None
+    accumulate: Annotated[
+        int | None, Parameter(help="parts in which each process takes its images of a step; results do not change")
+    ] = None
+    precision: Annotated[
+        Literal["auto", "no", "bf16"] | None, Parameter(help="auto is bf16 on GPUs that have it, float32 elsewhere")
+    ] = None
+    checkpoint_activations: Annotated[
+        bool | None, Parameter(negative="", help="compute the student's blocks twice rather than keep what they saw")
+    ] = None
+    save_every: Annotated[
+        int | None, Parameter(help="keep a state to resume from every so many steps, beside those at validations")
+    ] = None
+    epoch_images: Annotated[
+        int | None, Parameter(help="images an epoch, for data that has no length, such as a stream")
+    ] = None
     adapter: Annotated[
         Literal["lora", "op-lora"] | None, Parameter(help="train low-rank adapters, merged at the end")
     ] = None
@@ -81,17 +119,25 @@ class RecoverOptions:
         str | None, Parameter(help="trackers beside the log, such as tensorboard or wandb, separated by commas")
     ] = None
 
-    def given(self) -> dict[str, Any] | None:
-        """What was given, as the recipe has it; None where nothing was."""
+    def given(self) -> dict[str, Any]:
+        """As values over a recipe; None stands for what was not given."""
         values = {
             "steps": self.steps,
             "epochs": self.epochs,
             "lr": self.lr,
             "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "precision": self.precision,
+            "checkpoint_activations": self.checkpoint_activations,
+            "save_every": self.save_every,
+            "epoch_images": self.epoch_images,
             "adapter": self.adapter,
             "elastic": None if self.elastic is None else self.elastic.split(","),
             "cache_teacher": self.cache_teacher,
             "shard": self.shard,
             "track": None if self.track is None else self.track.split(","),
         }
-        return {key: value for key, value in values.items() if value is not None} or None
+        return {
+            "blockwise": None if self.blockwise is None else {"train": self.blockwise},
+            "recover": {key: value for key, value in values.items() if value is not None} or None,
+        }

@@ -1,20 +1,34 @@
-"""Where bf16 does not pay although it is asked for: attention that is trained on a CPU.
+"""Whether models run in bf16, and where it does not pay although asked for: attention that is trained on a CPU.
 
-Its backward pass in bf16 takes 571 ms where float32 takes 104 (torch 2.14, a Xeon with AMX, one thread, 128 images of
-65 tokens through six blocks of width 192), more than all that bf16 saves in the products of a step. The call is caught
-where torch's own functions are called, so no model's forward is touched.
+Its backward pass in bf16 takes 571 ms where that in float32 takes 104 (torch 2.14, a Xeon with AMX, one thread, 128
+images of 65 tokens through six blocks of width 192), more than all that bf16 saves in the products of a step. The call
+is caught where torch's own functions are called, so no model's forward is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+Precision = Literal["auto", "no", "bf16"]
+
+
+def is_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether models run in bf16: where it was asked for, or where a GPU has it."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16" or (precision == "auto" and on_gpu)
+
+
+def autocast(precision: Precision, device: torch.device, *, keep_casts: bool = True) -> torch.autocast:
+    """Run models in that precision; with `keep_casts` the bf16 copies of weights stay until the context is left."""
+    enabled = is_bf16(precision, device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
 
 
 def attention_in_float32(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:

@@ -25,10 +25,10 @@ from vitrim.recover.elastic import Widths
 from vitrim.recover.losses import FeatureModel, Space, feature_loss, patches_at, relative_error, space_loss
 from vitrim.recover.order import MicroBatch, open_order
 from vitrim.recover.parallel import from_main, mean, num_processes
-from vitrim.recover.precision import attention_in_float32
+from vitrim.recover.precision import attention_in_float32, is_bf16
 from vitrim.recover.schedule import cosine_between, rate_shape, rates_to_try
 from vitrim.recover.sharding import block_paths, checkpointed, full, local, shard, share_of
-from vitrim.recover.targets import LiveTargets, Target, Targets, autocast, features_on_cpu, is_bf16, open_cached
+from vitrim.recover.targets import LiveTargets, Target, Targets, features_on_cpu, in_precision, open_cached
 from vitrim.types import Features
 
 # A loss this many times the usual one, or one that is no number, is a run that has left the road.
@@ -101,7 +101,7 @@ class Run:
         # With a cache each process runs the teacher when it meets a gap, which shards can't: all have to run together.
         self.teacher_spread = self.spread and cache is None
         if self.teacher_spread:
-            dtype = torch.bfloat16 if is_bf16(options, self.device) else None
+            dtype = torch.bfloat16 if is_bf16(options.precision, self.device) else None
             live.teacher = shard(teacher, self.blocks, device=self.device, at=options.features_at, dtype=dtype)
         self.best: dict[str, Tensor] = {}
         self.best_score = math.inf
@@ -231,7 +231,7 @@ class Run:
             group["lr"] = self.result.lr * shape if lr is None else lr
             group["weight_decay"] = decay if group["decays"] else 0.0
         total, share = 0.0, self.order.global_batch / num_processes()
-        exact_attention = attention_in_float32(self.device, enabled=is_bf16(self.options, self.device))
+        exact_attention = attention_in_float32(self.device, enabled=is_bf16(self.options.precision, self.device))
         with self._held(self.trained, self.ratio), exact_attention:
             for index, batch in enumerate(batches):
                 last = index == len(batches) - 1
@@ -289,7 +289,7 @@ class Run:
             target = self.targets(batch)
         else:
             target = Target(_first(self.held_out[0][1], 1, self.device))
-        with autocast(self.options, self.device):
+        with in_precision(self.options, self.device):
             pooled, patches = self.model(batch.images_BCHW.to(self.device))
         found = patches_at(Features(pooled_BD=pooled, patches_BND=patches), target.positions_BP)
         if self.space is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from vitrim.models.taps import FeaturesAt, device_of, features
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.losses import read
 from vitrim.recover.order import MicroBatch
+from vitrim.recover.precision import autocast, is_bf16
 from vitrim.recover.teacher_cache import Layout, TeacherCache
 from vitrim.types import Features, tensor_sha256
 
@@ -62,7 +63,7 @@ class LiveTargets:
 
     def __call__(self, batch: MicroBatch) -> Target:
         """The teacher's features of a micro-batch, on the device."""
-        with torch.no_grad(), autocast(self.options, self.device):
+        with torch.no_grad(), in_precision(self.options, self.device):
             return Target(read(self.teacher, batch.images_BCHW.to(self.device), self.options.features_at))
 
     def flush(self) -> None:
@@ -139,7 +140,7 @@ def open_cached(live: LiveTargets, images: ImageSet, like: Features, *, seed: in
         "data": images.name,
         "teacher": _weights_sha256(live.teacher.state_dict()),
         "features_at": live.options.features_at,
-        "precision": "bf16" if is_bf16(live.options, live.device) else "float32",
+        "precision": "bf16" if is_bf16(live.options.precision, live.device) else "float32",
         "images": _witnesses_sha256(images, options.views),
     }
     layout = Layout.of(like, options)
@@ -163,17 +164,9 @@ def _witnesses_sha256(images: ImageSet, num_views: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def autocast(options: RecoverOptions, device: torch.device) -> Any:
-    """bf16 where it was asked for, or where a GPU has it."""
-    # Weights in shards are whole for a moment only; their bf16 copies must not stay for all blocks.
-    enabled, keep_casts = is_bf16(options, device), not options.shard
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
-
-
-def is_bf16(options: RecoverOptions, device: torch.device) -> bool:
-    """Whether models run in bf16."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return options.precision == "bf16" or (options.precision == "auto" and on_gpu)
+def in_precision(options: RecoverOptions, device: torch.device) -> torch.autocast:
+    """Run models as the options say. Weights in shards are whole for a moment only, so no casts of them are kept."""
+    return autocast(options.precision, device, keep_casts=not options.shard)
 
 
 def features_on_cpu(model: nn.Module, images: Tensor, at: FeaturesAt) -> Features:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,6 +27,7 @@ from vitrim.models.towers import Pair, scale_and_bias, unit
 from vitrim.progress import progress
 from vitrim.recover.contrastive import contrastive_loss, gather_rows
 from vitrim.recover.parallel import any_process, is_main, mean, num_processes, rank
+from vitrim.recover.precision import Precision, autocast
 from vitrim.recover.schedule import rate_shape, stop_on_interrupt
 from vitrim.recover.state import clear_state, has_state, load_state, save_state
 
@@ -46,7 +47,7 @@ class TextOptions(BaseModel):
     lr: float = Field(default=1e-6, gt=0)
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    precision: Literal["auto", "no", "bf16"] = "auto"
+    precision: Precision = "auto"
     num_validations: int = Field(default=10, ge=1)
 
     @model_validator(mode="after")
@@ -260,7 +261,7 @@ class _Run:
     def _loss(self, images_BE: Tensor, ids_BL: Tensor) -> Tensor:
         """This process's part of the loss of the whole batch."""
         device, own = self.pair.device, slice(rank() * self.share, (rank() + 1) * self.share)
-        with _autocast(self.options.precision, device):
+        with autocast(self.options.precision, device):
             texts_QE = self.model(ids_BL[own].to(device))
         return contrastive_loss(images_BE.to(device), gather_rows(texts_QE), *self.shift, own=own)
 
@@ -328,9 +329,3 @@ def _loop(run: _Run, state: Path | None, quiet: bool) -> None:
             if stopped:
                 where = f"; continue with --resume (state in {state})" if state else ""
                 raise Interrupted(f"text tuning stopped at step {run.step} of {run.num_steps}{where}.")
-
-
-def _autocast(precision: str, device: torch.device) -> Any:
-    """bf16 where it was asked for, or where a GPU has it."""
-    on = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
