@@ -153,6 +153,22 @@ def test_the_rate_is_found_by_a_range_test_that_leaves_no_trace():
     assert_equal(weights(student), weights(again))
 
 
+@pytest.mark.parametrize(
+    ("errors", "wanted"),
+    [
+        pytest.param([0.01, 0.014, 0.012], "0.002", id="a near student: the first rate whose shock is small"),
+        pytest.param([0.01, 0.016, 0.013], "0.001", id="a near student: not one with a large shock"),
+        pytest.param([1.0, 1.2, 0.9, 0.95], "0.001", id="a far student: not one that makes it worse"),
+    ],
+)
+def test_the_range_test_asks_more_of_a_rate_where_the_student_is_far_off(monkeypatch, errors, wanted):
+    left = iter(errors)
+    monkeypatch.setattr("vitrim.recover.run.relative_error", lambda *_: next(left, errors[-1]))
+    teacher = make_teacher()
+    found = run(make_student(teacher), teacher, options={"lr": None, "steps": 8, "num_validations": 1})
+    assert f"{found.lr:g}" == wanted
+
+
 class Broken(torch.utils.data.Dataset):
     """Images of which some can't be read."""
 

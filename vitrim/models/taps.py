@@ -122,6 +122,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's mode and every parameter's `requires_grad` back afterwards, and drop all gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+            p.grad = None
+        for module, mode in modes:
+            module.training = mode
+
+
 def _features(model: nn.Module, inputs: Tensor) -> Features:
     """Features behind the final norm, by the way in which each library hands them out."""
     if hasattr(model, "trunk") and hasattr(model, "head"):  # open_clip's wrapper around a timm tower

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.data import ImageSet, ImageStream
-from vitrim.models.taps import features
+from vitrim.models.taps import features, restored
 from vitrim.progress import progress
 from vitrim.recipe import RecoverOptions
 from vitrim.recover.adapters import adapted, notes_on, without_decay
@@ -37,8 +37,8 @@ EXPLODED = 100.0
 SLOWER, MAX_ROLLBACKS = 0.5, 8
 # What a run in one process says to a wish for shards.
 ALONE = "recover.shard: there is one process, so nothing was spread; start several with torchrun."
-# A short run may end this much above the start before its rate counts as too high.
-SHOCK = 1.5
+# A short run may end this much above the start before its rate counts as too high, if the start is nearer than that.
+SHOCK, NEAR = 1.5, 0.1
 # An error below this is none.
 TINY = 1e-12
 
@@ -111,8 +111,19 @@ class Run:
     @contextmanager
     def trainable(self) -> Iterator[None]:
         """Train exactly the parameters that the loss reaches; put modes and flags back afterwards."""
-        flags = {name: p.requires_grad for name, p in self.student.named_parameters()}
-        modes = {module: module.training for module in self.student.modules()}
+        with restored(self.student):
+            self._require_grad_of_reached_()
+            try:
+                with adapted(self.student, self.options.adapter, seed=self.order.seed, write=self.is_main) as adapter:
+                    with self._prepared():
+                        yield
+                self.result.adapter, self.result.notes = adapter, [*self.result.notes, *notes_on(adapter)]
+            finally:
+                for model in (self.student, self.teacher) if self.spread else ():  # they waited in main memory
+                    model.to(self.device)
+
+    def _require_grad_of_reached_(self) -> None:
+        """Have exactly those parameters ask for gradients that one backward pass gives one."""
         self.student.eval()  # no dropout, no drop path: the target is the teacher's deterministic output
         self.student.requires_grad_(True)
         probe, target = self.held_out[0]
@@ -123,19 +134,6 @@ class Run:
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
             p.grad = None
-        try:
-            with adapted(self.student, self.options.adapter, seed=self.order.seed, write=self.is_main) as adapter:
-                with self._prepared():
-                    yield
-            self.result.adapter, self.result.notes = adapter, [*self.result.notes, *notes_on(adapter)]
-        finally:
-            for model in (self.student, self.teacher) if self.spread else ():  # they waited in main memory
-                model.to(self.device)
-            for name, p in self.student.named_parameters():
-                p.requires_grad_(flags[name])
-                p.grad = None
-            for module, mode in modes.items():
-                module.training = mode
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -174,12 +172,14 @@ class Run:
 
         Where a rate improves the student at once, the best such rate is taken. A repaired student is near its optimum:
         no short run improves it, all that shows is the shock of the first noisy steps; then the largest rate whose
-        shock stays within SHOCK is taken, since the full run has the time to make up for it.
+        shock stays within SHOCK is taken, since the full run has the time to make up for it. A student that is not
+        NEAR the original has everything to gain, so there a rate has to improve it.
         """
         num_steps = max(8, min(30, self.num_steps // 10))
         start = self._values()
         errors: dict[float, float] = {}
         chosen: float | None = None
+        shock = SHOCK if self.result.curve[0]["relative_error"] < NEAR else 1.0
         rates = rates_to_try(self.options)
         with progress("range test", len(rates), quiet=quiet or not self.is_main) as bar:
             for rate in rates:
@@ -192,7 +192,7 @@ class Run:
                 bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")
                 if chosen is not None and errors[rate] >= errors[chosen]:
                     break
-                if errors[rate] <= SHOCK * self.best_score:
+                if errors[rate] <= shock * self.best_score:
                     chosen = rate
                     if errors[rate] > self.best_score:
                         break

@@ -23,6 +23,7 @@ from vitrim.data import PairSet
 from vitrim.errors import DataError, Interrupted
 from vitrim.metrics.retrieval import embed_captioned
 from vitrim.metrics.zero_shot import embed_all
+from vitrim.models.taps import restored
 from vitrim.models.towers import Pair, scale_and_bias, unit
 from vitrim.progress import progress
 from vitrim.recover.contrastive import contrastive_loss, gather_rows
@@ -208,10 +209,15 @@ class _Run:
     @contextmanager
     def trainable(self) -> Iterator[None]:
         """Train exactly the text parameters that the loss reaches; put modes and flags back afterwards."""
-        model = self.pair.model
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval().requires_grad_(False)  # no dropout
+        with restored(self.pair.model):
+            self._require_grad_of_reached_()
+            self.optimizer = self._optimizer()
+            self.model: nn.Module = self.accelerator.prepare(_TextModel(self.pair))
+            yield
+
+    def _require_grad_of_reached_(self) -> None:
+        """Have exactly those text parameters ask for gradients that one backward pass gives one."""
+        self.pair.model.eval().requires_grad_(False)  # no dropout
         named = self.pair.text_parameters()
         for p in named.values():
             p.requires_grad_(True)
@@ -220,16 +226,6 @@ class _Run:
         for p in named.values():
             p.requires_grad_(p.grad is not None)
             p.grad = None
-        self.optimizer = self._optimizer()
-        self.model: nn.Module = self.accelerator.prepare(_TextModel(self.pair))
-        try:
-            yield
-        finally:
-            for p, flag in flags:
-                p.requires_grad_(flag)
-                p.grad = None
-            for module, mode in modes:
-                module.training = mode
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW with decay on matrices only, as for the image tower."""
