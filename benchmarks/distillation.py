@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,13 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "start": bench.error(bench.student),
     }
-    for name, part in (("speed", bench.speed), ("blockwise", bench.blockwise), ("processes", bench.processes)):
-        result[name] = part()
-        print(f"\n{name}\n{table(result[name])}", flush=True)
+    for part, table in (
+        (bench.speed, speed_table),
+        (bench.blockwise, blockwise_table),
+        (bench.processes, processes_table),
+    ):
+        result[part.__name__] = part()
+        print(f"\n{table(result)}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -306,13 +310,49 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as lines of text, one column a key."""
-    lines = []
-    for row in rows:
-        cells = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
-        lines.append(f"{row['way']:40}" + "  ".join(cells[1:]))
-    return "\n".join(lines)
+def speed_table(result: dict[str, Any]) -> str:
+    """How much faster than the plain loop an epoch is, and where each way ends."""
+    return _table(
+        ("loop", "first epoch", "later epochs", "relative error at the end"),
+        [
+            (row["way"], f"{row['first_ratio']:.2f}x", f"{row['later_ratio']:.2f}x", f"{row['error']:.4f}")
+            for row in result["speed"]
+        ],
+    )
+
+
+def blockwise_table(result: dict[str, Any]) -> str:
+    """Block by block, and under each row end to end for about as long."""
+    return _table(
+        ("what is trained", "seconds", "relative error before", "after"),
+        [
+            (row["way"], f"{row['seconds']:.0f}", f"{row['start']:.4f}", f"{row['error']:.4f}")
+            for row in result["blockwise"]
+        ],
+    )
+
+
+def processes_table(result: dict[str, Any]) -> str:
+    """Losses of the same run among several processes."""
+    return _table(
+        ("run", "steps", "first loss", "last loss", "largest relative difference of a loss"),
+        [
+            (
+                row["way"],
+                str(row["steps"]),
+                f"{row['first_loss']:.4f}",
+                f"{row['last_loss']:.4f}",
+                f"{row['largest_difference']:.1e}",
+            )
+            for row in result["processes"]
+        ],
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 if __name__ == "__main__":

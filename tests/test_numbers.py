@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
         ("selection", "README.md", "markdown"),
         ("adapters", "docs/methods/op-lora.md", "markdown"),
         ("tiny_clip", "docs/clip.md", "markdown"),
+        ("distillation", "docs/recovery.md", "speed_table"),
+        ("distillation", "docs/recovery.md", "blockwise_table"),
+        ("distillation", "docs/scaling.md", "processes_table"),
     ],
 )
 def test_the_table_is_the_one_that_the_benchmark_wrote(name, page, made_by, monkeypatch):

@@ -87,9 +87,9 @@ class RecoverOptions:
     steps: Annotated[int | None, Parameter(help="distillation steps; none without steps or epochs")] = None
     epochs: Annotated[float | None, Parameter(help="distillation epochs")] = None
     lr: Annotated[float | None, Parameter(help="distillation rate; found by a range test if not given")] = None
-    batch_size: Annotated[int | None, Parameter(help="images a distillation step")] = None
+    batch_size: Annotated[int | None, Parameter(help="images a pass, over all processes")] = None
     accumulate: Annotated[
-        int | None, Parameter(help="parts in which each process takes its images of a step; results do not change")
+        int | None, Parameter(help="passes a step, which so sees that many times --batch-size images")
     ] = None
     precision: Annotated[
         Literal["auto", "no", "bf16"] | None, Parameter(help="auto is bf16 on GPUs that have it, float32 elsewhere")
