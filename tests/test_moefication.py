@@ -13,6 +13,7 @@ import vitrim
 from vitrim.cut import cut_
 from vitrim.errors import BudgetError, CheckpointError, SiteNotFoundError
 from vitrim.layers.experts import ExpertMlp, Router
+from vitrim.methods import moefication
 from vitrim.methods.moefication import captured_share, expert_scores
 from vitrim.models.sites import find_mlps
 from vitrim.ops.balanced_kmeans import assign_equally, balanced_kmeans, exchange
@@ -121,6 +122,41 @@ def test_moefication_oracle_captures_at_least_what_any_router_does():
     assert all(captured_share(torch.randn(200, 8, generator=generator), scores, 3) <= oracle for _ in range(20))
     best = scores.sort(dim=1, descending=True).values[:, :3].sum() / scores.sum()
     assert oracle == pytest.approx(float(best))
+
+
+def test_moefication_oracle_of_a_relu_layer_runs_the_experts_with_the_most_activation():
+    """The slow way, and no router captures more; by norms of outputs, some would."""
+    model, tokens = Tiny(), torch.randn(60, 8, generator=torch.Generator().manual_seed(1))
+    edit = tiny_edit(model, num_active=2)
+    hidden = model.mlp.act(model.mlp.fc1(tokens)).detach()[:, list(edit.order)]
+    mass = torch.stack([hidden[:, 4 * expert : 4 * expert + 4].sum(1) for expert in range(6)], dim=1)
+    weight = model.mlp.fc2.weight.detach()[:, list(edit.order)]
+    expected = model.mlp.fc2.bias.detach().repeat(60, 1)
+    for token, chosen in enumerate(mass.topk(2, dim=1).indices.tolist()):
+        for unit in (4 * expert + offset for expert in chosen for offset in range(4)):
+            expected[token] += hidden[token, unit] * weight[:, unit]
+    apply_(model, [edit])
+    outputs, scores = model.mlp.contributions(tokens)
+    torch.testing.assert_close(model.mlp(tokens), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores, mass, atol=1e-5, rtol=1e-5)
+    others = [outputs.norm(dim=-1), Router(8, 6, kind="mlp")(tokens), Router(8, 6, kind="similarity")(tokens)]
+    assert all(captured_share(other, mass, 2) < captured_share(scores, mass, 2) for other in others)
+
+
+def test_moefication_keeps_the_best_epoch_of_the_router_not_the_second_best(monkeypatch):
+    shares = [0.2, 0.5, 0.9, 0.7, 0.6]  # before training, then epoch by epoch
+    states, router = [], Router(8, 4, kind="mlp")
+
+    def judge(*_):
+        states.append({name: tensor.clone() for name, tensor in router.state_dict().items()})
+        return shares[len(states) - 1]
+
+    monkeypatch.setattr(moefication, "captured_share", judge)
+    generator = torch.Generator().manual_seed(0)
+    inputs, scores = torch.randn(64, 8, generator=generator), torch.rand(64, 4, generator=generator)
+    moefication._train_(router, inputs, scores, 1, moefication.MoeficationOptions(epochs=4), generator)
+    assert len(states) == 5 and not torch.equal(states[2]["first.weight"], states[3]["first.weight"])
+    assert all(torch.equal(tensor, states[2][name]) for name, tensor in router.state_dict().items())
 
 
 def test_moefication_scores_are_activation_mass_for_a_relu_and_output_norms_else():

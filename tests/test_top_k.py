@@ -78,8 +78,13 @@ def test_lazy_neuron_gathered_columns_equal_the_dense_product():
         layer = TopKLinear.of(nn.Linear(40, 12, bias=bias), 6, by="magnitude")
         tokens = torch.randn(3, 5, 40)
         dense = layer(tokens)
-        layer.gather = True
+        weight = layer.weight.clone()
+        layer.gather_()
         torch.testing.assert_close(layer(tokens), dense, atol=1e-5, rtol=1e-5)
+        assert torch.equal(layer.weight, weight) and layer.weight.t().is_contiguous()
+        again = TopKLinear.of(nn.Linear(40, 12, bias=bias), 6, by="magnitude")
+        again.load_state_dict(layer.state_dict())
+        assert torch.equal(again(tokens), dense)
         assert layer(tokens[0, 0]).shape == (12,)
 
 
@@ -87,7 +92,7 @@ def test_lazy_neuron_gathered_columns_equal_the_dense_product():
 def test_lazy_neuron_gives_no_gradient_to_what_was_dropped(gather):
     torch.manual_seed(1)
     layer = TopKLinear.of(nn.Linear(20, 4), 3, by="magnitude")
-    layer.gather = gather
+    layer = layer.gather_() if gather else layer
     tokens = torch.randn(2, 20, requires_grad=True)
     layer(tokens).square().sum().backward()
     assert tokens.grad is not None and torch.equal(tokens.grad != 0, keep_top(tokens.detach(), 3) != 0)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitrim.models.taps import evaluating
+from vitrim.types import MlpSite
 
 MIB = 2**20
 
@@ -45,6 +46,18 @@ class ModelSize(TypedDict):
 def num_parameters(model: nn.Module) -> int:
     """Number of parameters, shared ones once, frozen ones too; buffers are not parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def site_parameters(site: MlpSite, width: int) -> int:
+    """Parameters of a site's hidden units at a width: input rows with their biases, output columns, inner norm."""
+    num_inputs = 1 if site.kind == "plain" else 2
+    per_unit = num_inputs * (site.d_model + int(site.has_bias)) + site.d_model + (2 if site.norm else 0)
+    return per_unit * width
+
+
+def site_macs(site: MlpSite, width: int) -> int:
+    """Multiply-accumulates of a site for one token, at a width."""
+    return (2 if site.kind == "plain" else 3) * site.d_model * width
 
 
 def model_size(model: nn.Module) -> ModelSize:

@@ -74,6 +74,7 @@ def cut_(
         BudgetError: a width is outside what a site has.
         RecipeError: the method needs images and there are none.
     """
+    recipe.check_widths(sites)
     edits: list[Edit] = list(done)
     errors: dict[str, dict[str, float]] = {}
     notes: list[str] = []

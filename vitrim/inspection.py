@@ -13,7 +13,7 @@ from torch import nn
 
 from vitrim.calibrate.activity import Activity, measure_activity
 from vitrim.checkpoint import is_output, open_model
-from vitrim.cost import num_parameters
+from vitrim.cost import num_parameters, site_parameters
 from vitrim.data import first_images
 from vitrim.errors import BudgetError, CheckpointError
 from vitrim.evaluation import check_inputs, open_set
@@ -133,10 +133,3 @@ def predict_parameters(total: int, sites: Sequence[MlpSite], recipe: Recipe) -> 
     """Parameters left after a recipe's cut."""
     cut = (site_parameters(site, site.d_hidden) - site_parameters(site, recipe.width_of(site)) for site in sites)
     return total - sum(cut)
-
-
-def site_parameters(site: MlpSite, width: int) -> int:
-    """Parameters of a site's hidden units at a width: input rows with their biases, output columns, inner norm."""
-    num_inputs = 1 if site.kind == "plain" else 2
-    per_unit = num_inputs * (site.d_model + int(site.has_bias)) + site.d_model + (2 if site.norm else 0)
-    return per_unit * width

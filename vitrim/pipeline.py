@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrim.allocate import allocate, beside_uniform
 from vitrim.checkpoint import RECOVERY_LOG, RECOVERY_STATE, open_model, save, staged_output, verify, write_json
 from vitrim.cut import CutReport, cut_, resume_cut_, save_cut, with_stock_width
 from vitrim.data import ImageSet, ImageStream, Split, augment_for, split_images
@@ -171,8 +172,12 @@ def _run(
     seen = work if work is not None and work.is_dir() else None  # another machine may not have it
     split = None if images is None else split_images(images, recipe, work=seen)
     check_inputs(teacher, origin, split.calibration if split else [])
+    batches = split and split.calibration
+    allocation = on_main(lambda: allocate(recipe, teacher, sites, batches, work=work, quiet=job.quiet))
+    asked, recipe = recipe, allocation.recipe
     cut = _cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
     stages = [on_main(lambda: _judge(student, teacher, split, sites))]
+    allocation = on_main(lambda: beside_uniform(allocation, asked, stages[0], teacher, sites, split))
     blocks = follow_cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
     recovery, slices = None, {}
     if split is not None and recipe.recover is not None:
@@ -187,12 +192,14 @@ def _run(
         "after_cut": stages[0],
         "after_recovery": stages[1] if blocks or recovery else None,
         **plan.describe(),
+        "allocation": allocation.about,
         "cut_errors": {path: dict(errors) for path, errors in cut.errors.items()},
         "blockwise": None if blocks is None else dict(blocks.__dict__),
         "recovery": None if recovery is None else dict(recovery.__dict__),
         "elastic": {f"{ratio:g}": dict(found.errors) for ratio, found in slices.items()} or None,
         "stock": stock is not None,
         "notes": [
+            *allocation.notes,
             *cut.notes,
             *(note for step in (blocks, recovery) if step for note in step.notes),
             *([] if stock else [why_not_stock(origin, plan.edits)]),

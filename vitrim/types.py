@@ -250,6 +250,24 @@ class ModelView(Protocol):
         """Run the calibration images, and call `see(path, input, output)` for each batch at each of these modules."""
         ...
 
+    def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What an MLP puts out for tokens, with other tensors, by full name, in its layers; gradients go to them."""
+        ...
+
+    def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
+        """The pooled features (B, D) of each batch of calibration images, always the same batches.
+
+        `silenced` gives, by path of a module, positions along the last dimension of its input that are set to zero.
+        With `num_images` only as many batches are run as it takes to see so many.
+        """
+        ...
+
+    def differentiate(
+        self, loss: Callable[[Features], Tensor], paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
+    ) -> None:
+        """For each batch, take a loss of its features; `see(path, input, its gradient)` is called for each module."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Features:

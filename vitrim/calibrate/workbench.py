@@ -6,20 +6,22 @@ Plain tensors go out, nothing comes in: the model is changed by whoever carries 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 
 from vitrim.calibrate.streams import first_tensor
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.layers import find_layers
-from vitrim.models.taps import device_of, evaluating
-from vitrim.surgery import KeepHeadDims, apply_, read_weights, submodule
-from vitrim.types import AttentionSite, LayerSite, MlpSite, MlpWeights
+from vitrim.models.taps import device_of, evaluating, features
+from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule
+from vitrim.types import AttentionSite, Features, LayerSite, MlpSite, MlpWeights
 
 
 class Workbench:
@@ -107,10 +109,75 @@ class Workbench:
             for handle in handles:
                 handle.remove()
 
+    def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
+        """The pooled features of each batch, with some inputs of some modules set to zero.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        batches = self._batches()
+        handles = [
+            submodule(self.model, path).register_forward_pre_hook(_silence(positions))
+            for path, positions in (silenced or {}).items()
+        ]
+        found: list[Tensor] = []
+        try:
+            with evaluating(self.model):
+                for batch in batches:
+                    if num_images is None or sum(map(len, found)) < num_images:
+                        found.append(features(self.model, batch.to(device_of(self.model))).pooled_BD)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def differentiate(
+        self, loss: Callable[[Features], Tensor], paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
+    ) -> None:
+        """Gradients of a loss of the features with respect to the inputs of some modules, batch by batch.
+
+        The graph of one batch is held at a time; it begins at the first of the modules, and no parameter is in it.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        batches, seen = self._batches(), []
+        handles = [submodule(self.model, path).register_forward_pre_hook(_keep_input(path, seen)) for path in paths]
+        try:
+            with evaluating(self.model), _recording(self.model):
+                for batch in batches:
+                    total = loss(features(self.model, batch.to(device_of(self.model))))
+                    inputs = [hidden for _, hidden in seen]
+                    gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
+                    for (path, hidden), gradient in zip(seen, gradients, strict=True):
+                        see(path, hidden.detach(), gradient)
+                    seen.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The output of an MLP's output projection, in eval mode; an MLP that needs its block gives something else."""
+        mlp, trains = submodule(self.model, site.path), torch.is_grad_enabled()
+        local = {f"mlp.{name.removeprefix(f'{site.path}.')}": tensor for name, tensor in tensors.items()}
+        with evaluating(mlp), torch.inference_mode(False), torch.set_grad_enabled(trains):
+            return functional_call(_OneMlp(mlp, site.within(site.path)), local, (tokens_ND,), tie_weights=False)
+
     def _batches(self) -> Sequence[Tensor]:
         if self.batches is None:
             raise RecipeError("method: needs calibration images; pass data.")
         return self.batches
+
+
+class _OneMlp(nn.Module):
+    """An MLP as a module whose output is its output projection's."""
+
+    def __init__(self, mlp: nn.Module, site: MlpSite) -> None:
+        super().__init__()
+        self.mlp, self.site = mlp, site
+
+    def forward(self, tokens_ND: Tensor) -> Tensor:
+        """As `mlp_output`."""
+        return mlp_output(self.mlp, self.site, tokens_ND)
 
 
 def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSite | None]) -> Callable[..., None]:
@@ -142,3 +209,37 @@ def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..
         see(path, args[0], first_tensor(output))
 
     return hook
+
+
+def _silence(positions: Tensor) -> Callable[..., tuple[Any, ...]]:
+    """A forward hook that sets positions along the last dimension of a module's first input to zero."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return args[0].index_fill(-1, positions.to(args[0].device), 0), *args[1:]
+
+    return hook
+
+
+def _keep_input(path: str, seen: list[tuple[str, Tensor]]) -> Callable[..., tuple[Any, ...]]:
+    """A forward hook that keeps a module's first input and, where no graph leads to it, lets one begin there."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        hidden = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        seen.append((path, hidden))
+        return hidden, *args[1:]
+
+    return hook
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[None]:
+    """Let graphs be recorded, of activations alone: no parameter asks for a gradient meanwhile."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

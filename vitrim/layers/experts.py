@@ -4,7 +4,7 @@ The MLP stays whole as a submodule, with its hidden units in the order of the ex
 `forward` on a slice of its weights, so activation and gating are what they were. One product for each expert that has
 tokens: on a GPU, where many small products are slow, gains need a grouped kernel, which is not here.
 
-Shapes: T tokens, D model width, E experts, A experts active a token.
+Shapes: T tokens, D model width, E experts, S hidden units of an expert, A experts active a token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ExpertMlp(nn.Module):
     """An MLP whose hidden units are in `num_experts` equal slices; a token runs the `num_active` that score highest.
 
     `value`, `gate` and `output` are the paths of its layers inside `mlp`; `packed` says that the value layer holds the
-    gate rows first. An oracle has no router: it runs every expert and keeps those that put out the most.
+    gate rows first. An oracle has no router: it runs every expert and keeps those that contribute the most.
     """
 
     def __init__(
@@ -111,8 +111,21 @@ class ExpertMlp(nn.Module):
         return output_TD
 
     def _run_all(self, tokens_TD: Tensor) -> Tensor:
-        """The experts with the largest outputs, known because all of them were run."""
-        outputs_ETD = torch.stack([self.expert(number, tokens_TD) for number in range(self.num_experts)])
-        norms_TE = outputs_ETD.norm(dim=-1).T
-        chosen_TE = torch.zeros_like(norms_TE).scatter(-1, norms_TE.topk(self.num_active, dim=-1).indices, 1.0)
-        return torch.einsum("etd,te->td", outputs_ETD, chosen_TE)
+        """The sum of the experts that contribute the most, known because all of them were run."""
+        outputs_TED, scores_TE = self.contributions(tokens_TD)
+        chosen_TE = torch.zeros_like(scores_TE).scatter(-1, scores_TE.topk(self.num_active, dim=-1).indices, 1.0)
+        return torch.einsum("ted,te->td", outputs_TED, chosen_TE)
+
+    def contributions(self, tokens_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """What every expert puts out (T, E, D), and its score (T, E): a ReLU's sum of activations, else the norm."""
+        caught: list[Tensor] = []
+        output = self.mlp.get_submodule(self.output)
+        handle = output.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        try:
+            self.mlp(tokens_TD[None])
+        finally:
+            handle.remove()
+        hidden_TES = caught[0][0].unflatten(-1, (self.num_experts, -1))
+        weight_DES = cast(Tensor, output.weight).unflatten(-1, (self.num_experts, -1))
+        outputs_TED = torch.einsum("tes,des->ted", hidden_TES, weight_DES)
+        return outputs_TED, hidden_TES.sum(-1) if bool((hidden_TES >= 0).all()) else outputs_TED.norm(dim=-1)

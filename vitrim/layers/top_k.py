@@ -18,8 +18,9 @@ Rank = Literal["magnitude", "value"]
 class TopKLinear(nn.Linear):
     """`linear(x)` with all but the `num_active` largest entries of each token of x set to zero.
 
-    `gather` sums the picked columns of the weight instead of multiplying by a matrix that is mostly zeros. On two CPU
-    cores that pays below about one entry in sixty (benchmarks/lazy_neuron.py), so it is off unless asked for.
+    After `gather_()` it sums the picked columns of the weight instead of multiplying by a matrix that is mostly zeros.
+    When that pays depends on how many tokens come at once (measured by benchmarks/lazy_neuron.py, told in
+    docs/methods/top-k.md), so it is off unless asked for.
     """
 
     num_active: int
@@ -36,6 +37,12 @@ class TopKLinear(nn.Linear):
         new.num_active, new.by = num_active, by
         return new
 
+    def gather_(self) -> TopKLinear:
+        """Gather from now on, the weight's memory laid out column by column; its shape and values stay."""
+        self.weight.data = self.weight.data.t().contiguous().t()
+        self.gather = True
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         """The product with what is left of the input."""
         if self.num_active >= self.in_features:
@@ -45,7 +52,7 @@ class TopKLinear(nn.Linear):
         values, places = top_entries(input, self.num_active, by=self.by)
         bags = functional.embedding_bag(
             places.reshape(-1, self.num_active),
-            self.weight.t(),
+            self.weight.t().contiguous(),  # no copy behind `gather_`; strided, the sum would take ten times as long
             per_sample_weights=values.reshape(-1, self.num_active),
             mode="sum",
         )

@@ -1,19 +1,38 @@
 """The methods: one file a paper. Importing this package registers them all."""
 
-from vitrim.methods import corp, dgmr, low_rank, magnitude, moefication, random_units, relufy, top_k
+from vitrim.methods import (
+    amp,
+    corp,
+    dgmr,
+    fips,
+    low_rank,
+    magnitude,
+    moefication,
+    random_units,
+    relufy,
+    subspace_node,
+    taylor,
+    top_k,
+    torch_pruning,
+)
 from vitrim.methods.registry import METHODS, Method, MethodOptions, find_method
 
 __all__ = [
     "METHODS",
     "Method",
     "MethodOptions",
+    "amp",
     "corp",
     "dgmr",
     "find_method",
+    "fips",
     "low_rank",
     "magnitude",
     "moefication",
     "random_units",
     "relufy",
+    "subspace_node",
+    "taylor",
     "top_k",
+    "torch_pruning",
 ]

@@ -94,7 +94,10 @@ def prune_checkpoint(
         raise RecipeError(
             "method: file to file only single methods that cut hidden units MLP by MLP run; use compress."
         )
+    if recipe.allocate is not None:
+        raise RecipeError("allocate: error curves need the whole model in memory; use compress, or give its widths.")
     job = open_job(source, recipe)
+    recipe.check_widths(job.sites)
     recipe = with_stock_width(recipe, job.origin, job.sites)
     check_tensors(job)
     data = recipe.data if data is None else data
