@@ -26,7 +26,7 @@ LAYERS = (
     ("cut", "evaluation"),
     ("allocate",),
     ("clip", "pipeline", "slicing", "streaming"),
-    ("inspection",),
+    ("inspection", "zoo", "export", "hub", "doctor"),
     ("demo",),
     ("cli", "__init__"),
 )
@@ -37,11 +37,14 @@ HEAVY = (
     "datasets",
     "huggingface_hub",
     "matplotlib",
+    "onnxruntime",
     "open_clip",
+    "openvino",
     "peft",
     "sklearn",
     "tensorboard",
     "timm",
+    "torch_pruning",
     "transformers",
     "webdataset",
 )

@@ -55,12 +55,15 @@ def dumped(plan):
 @CUTS
 @pytest.mark.parametrize("images", [True, False])
 def test_the_count_asked_for_is_kept_each_unit_once(kind, method, images):
-    student, report = cut(kind, method=method, width=10, images=images)
+    student, report = cut_or_skip(kind, method=method, width=10, images=images)
     assert [edit.site for edit in report.plan.edits] == list(kind.sites)
     for edit in report.plan.edits:
-        assert len(edit.keep) == len(set(edit.keep)) == 10
+        assert len(edit.keep) == len(set(edit.keep))
+        assert find_method(method).propose is not None or len(edit.keep) == 10
         assert 0 <= min(edit.keep) and max(edit.keep) < edit.site.d_hidden
-        assert read_weights(student, edit.site).num_units == 10
+        assert read_weights(student, edit.site).num_units == len(edit.keep)
+    # A method that sees the whole model may spread the units over it.
+    assert sum(edit.width for edit in report.plan.edits) == 10 * len(kind.sites)
 
 
 @BUDGETED

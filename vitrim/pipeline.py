@@ -43,6 +43,7 @@ from vitrim.recover.order import check_stream
 from vitrim.recover.parallel import entered_on_main, from_main, is_main, join_, on_main, plan_from_main
 from vitrim.recover.text_bank import space_of
 from vitrim.recover.trackers import TRACKER_LOGS, check_trackers
+from vitrim.report.card import licence_of, write_card
 from vitrim.report.collect import collect
 from vitrim.surgery import Plan
 from vitrim.types import MlpSite
@@ -218,6 +219,7 @@ def _run(
         if recovery is not None and work is not None:
             _move_logs(work, folder)
         _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
+        write_card(folder, origin, recipe, metrics, licence=licence_of(job.whole, origin))
 
     if folder is not None:
         on_main(lambda: write(folder))

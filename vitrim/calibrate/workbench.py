@@ -129,6 +129,7 @@ class Workbench:
         finally:
             for handle in handles:
                 handle.remove()
+        return found
 
     def differentiate(
         self, loss: Callable[[Features], Tensor], paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]

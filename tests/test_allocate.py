@@ -1,0 +1,272 @@
+"""Allocation: curves against slow least squares, the optimum against brute force, one pass for all budgets."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vitrim
+from vitrim.allocate import allocate, through
+from vitrim.cost import site_macs, site_parameters
+from vitrim.errors import BudgetError, CheckpointError, RecipeError
+from vitrim.methods import METHODS
+from vitrim.methods.registry import register
+from vitrim.ops.allocation import best_choices, dropped_energy, explained_energy
+from vitrim.recipe import Recipe
+
+
+def measured(num_tokens=300, num_hidden=12, num_out=4):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, num_hidden, generator=generator, dtype=torch.float64)
+    hidden = hidden @ torch.randn(num_hidden, num_hidden, generator=generator, dtype=torch.float64)
+    target = hidden.relu() @ torch.randn(num_hidden, num_out, generator=generator, dtype=torch.float64)
+    return hidden, target, torch.randperm(num_hidden, generator=generator)
+
+
+def test_every_prefix_explains_what_a_fit_of_its_own_does():
+    hidden, target, order = measured()
+    explained = explained_energy(hidden.T @ hidden, hidden.T @ target, order)
+    for count in range(1, len(order) + 1):
+        columns = hidden[:, order[:count]]
+        residual = (target - columns @ torch.linalg.lstsq(columns, target).solution).square().sum()
+        torch.testing.assert_close(target.square().sum() - explained[count - 1], residual, rtol=1e-5, atol=1e-5)
+
+
+def test_a_unit_that_repeats_others_explains_nothing():
+    hidden, target, _ = measured()
+    hidden = torch.cat([hidden[:, :6], hidden[:, :6] @ torch.randn(6, 3, dtype=torch.float64)], dim=1)
+    explained = explained_energy(hidden.T @ hidden, hidden.T @ target, torch.arange(9))
+    assert (explained.diff() >= 0).all()
+    torch.testing.assert_close(explained[5:], explained[5].expand(4), rtol=1e-6, atol=0)
+
+
+def test_what_dropped_units_put_out_is_missing():
+    hidden, _, order = measured()
+    weight = torch.randn(4, 12, dtype=torch.float64)
+    missing = dropped_energy(hidden.T @ hidden, weight, order)
+    for count in range(1, 13):
+        gone = order[count:]
+        torch.testing.assert_close(missing[count - 1], (hidden[:, gone] @ weight[:, gone].T).square().sum())
+
+
+def brute_force(errors, costs, budget):
+    """The least error, and the least cost that has it."""
+    sums = [
+        (sum(e[j] for e, j in zip(errors, picked, strict=True)), sum(c[j] for c, j in zip(costs, picked, strict=True)))
+        for picked in product(*(range(len(e)) for e in errors))
+    ]
+    return min((pair for pair in sums if pair[1] <= budget), default=None)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 60)), min_size=1, max_size=5), min_size=1, max_size=5
+    ),
+    st.integers(0, 200),
+)
+def test_the_choice_is_the_best_that_the_budget_allows(options, budget):
+    """Errors are multiples of 2^-12, so that their sums are exact in any order."""
+    errors = [np.array([error for error, _ in of]) / 2**12 for of in options]
+    costs = [np.array([cost for _, cost in of], dtype=np.int64) for of in options]
+    expected = brute_force(errors, costs, budget)
+    if expected is None:
+        with pytest.raises(BudgetError, match="is below the"):
+            best_choices(errors, costs, budget)
+        return
+    picked = best_choices(errors, costs, budget)
+    found = sum(e[j] for e, j in zip(errors, picked, strict=True))
+    spent = sum(int(c[j]) for c, j in zip(costs, picked, strict=True))
+    assert (found, spent) == expected
+
+
+def test_final_errors_run_through_what_was_measured():
+    own = np.array([1.0, 0.6, 0.3, 0.1, 0.0])
+    final = through(own, np.array([0.1, 0.3]), np.array([0.02, 0.01]))
+    assert final.tolist() == pytest.approx([0.2 / 3, 0.04, 0.02, 0.02, 0.0])  # what fell counts as equal
+    assert (np.diff(final) <= 0).all()
+
+
+def recipe_of(**values):
+    return Recipe.parse({"method": "dgmr", "keep_ratio": 0.5, "repair": {"refit": False}, "allocate": "auto", **values})
+
+
+@pytest.mark.parametrize("budget", ["params", "macs", "latency"])
+def test_widths_cost_no_more_than_equal_ones_and_promise_no_less(kind, budget, tmp_path):
+    found = allocate(
+        recipe_of(allocate={"budget": budget, "cache": tmp_path}), kind.model, kind.sites, kind.batches, quiet=True
+    )
+    about, recipe = found.about, found.recipe
+    assert about["cost"] <= about["allowed"]
+    assert about["predicted"]["allocated"] <= about["predicted"]["uniform"]
+    assert recipe.allocate is None and recipe.widths == about["widths"]
+    uniform = Recipe(keep_ratio=0.5)
+    for site in kind.sites:
+        width = recipe.width_of(site)
+        assert width % 8 == 0 or width in (uniform.width_of(site), site.d_hidden)
+    if budget == "latency":
+        return
+    tokens = 1 if budget == "params" else tokens_of(kind)
+    cost = site_parameters if budget == "params" else site_macs
+    assert about["allowed"] == sum(cost(site, uniform.width_of(site)) * tokens for site in kind.sites)
+    assert about["cost"] == sum(cost(site, recipe.width_of(site)) * tokens for site in kind.sites)
+
+
+def tokens_of(case):
+    seen = []
+    model = case.copy()
+    model.get_submodule(case.sites[0].value).register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    with torch.inference_mode():
+        model(case.batches[0][:1])
+    return seen[0] // case.sites[0].d_model
+
+
+def test_width_goes_where_it_matters(build):
+    case = build("timm-vit")
+    model = case.copy()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.mul_(1e-3)
+    for method, repair in (("dgmr", {"refit": False}), ("magnitude", False)):
+        recipe = recipe_of(method=method, repair=repair)
+        widths = allocate(recipe, model, case.sites, case.batches, quiet=True).recipe.widths
+        assert widths == {"blocks.0.mlp": 88, "blocks.1.mlp": 8}
+
+
+def refuse(*_):
+    raise AssertionError("the model was run")
+
+
+@pytest.fixture(scope="module")
+def measured_once(tmp_path_factory):
+    """A model that can't be run any more, and the folder with what was measured on it."""
+    case, folder = build_case("timm-vit"), tmp_path_factory.mktemp("curves")
+    model = case.copy()
+    allocate(recipe_of(allocate={"cache": folder}), model, case.sites, case.batches, quiet=True)
+    model.register_forward_pre_hook(refuse)
+    for block in model.blocks:
+        block.register_forward_pre_hook(refuse)
+    return case, model, folder
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(8, 96), st.sampled_from([1, 4, 8, 24]), st.sampled_from(["params", "macs"]))
+def test_another_budget_runs_no_model_and_is_kept(measured_once, width, round_to, budget):
+    case, model, folder = measured_once
+    recipe = Recipe.parse(
+        {
+            "method": "dgmr",
+            "width": width,
+            "round_to": round_to,
+            "repair": {"refit": False},
+            "allocate": {"budget": budget, "cache": str(folder)},
+        }
+    )
+    found = allocate(recipe, model, case.sites, case.batches, quiet=True)
+    assert sum(found.recipe.widths.values()) <= 2 * width
+    assert found.about["predicted"]["allocated"] <= found.about["predicted"]["uniform"]
+    assert all(1 <= found.recipe.width_of(site) <= site.d_hidden for site in case.sites)
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"method": "dgmr-paper"}, {"seed": 1}, {"repair": False}, {"options": {"select_on": "activations"}}]
+)
+def test_what_was_measured_serves_nothing_else(measured_once, change):
+    case, model, folder = measured_once
+    with pytest.raises(AssertionError, match="the model was run"):
+        allocate(recipe_of(allocate={"cache": folder}, **change), model, case.sites, case.batches, quiet=True)
+    with pytest.raises(AssertionError, match="the model was run"):
+        batches = [batch + 1 for batch in case.batches]
+        allocate(recipe_of(allocate={"cache": folder}), model, case.sites, batches, quiet=True)
+
+
+def test_damaged_measurements_are_refused(measured_once, tmp_path):
+    case, model, folder = measured_once
+    (file,) = folder.iterdir()
+    (tmp_path / file.name).write_text(file.read_text()[:-20])
+    with pytest.raises(CheckpointError, match="it is only a cache"):
+        allocate(recipe_of(allocate={"cache": tmp_path}), model, case.sites, case.batches, quiet=True)
+
+
+def test_a_method_without_one_order_is_told_of(build, monkeypatch):
+    case = build("timm-vit")
+    monkeypatch.setattr("vitrim.methods.registry.METHODS", dict(METHODS))
+
+    @register("fickle", needs="weights", paper="none", arxiv="0.0", summary="", repairs=True)
+    def fickle(view, options):
+        return torch.arange(view.num_keep) if view.num_keep % 16 else torch.arange(view.num_keep).add(1) % 96
+
+    half = recipe_of(method="fickle", repair={"refit": False})
+    found = allocate(half, case.model, case.sites, case.batches, quiet=True)
+    assert any("does not pick units in one order" in note for note in found.notes)
+    straight = allocate(recipe_of(), case.model, case.sites, case.batches, quiet=True)
+    assert straight.notes == ()
+
+
+def test_what_can_not_be_allocated_is_refused(build, tmp_path):
+    case = build("timm-vit")
+    with pytest.raises(RecipeError, match="decides about the whole model by itself"):
+        allocate(recipe_of(method="top-k", repair=False), case.model, case.sites, case.batches)
+    with pytest.raises(RecipeError, match="need calibration images"):
+        allocate(recipe_of(), case.model, case.sites, None)
+    with pytest.raises(RecipeError, match="use compress, or give its widths"):
+        vitrim.prune_checkpoint("nowhere", tmp_path / "out", recipe=recipe_of())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"widths": {"blocks.0.mlp": 8}, "allocate": "auto"}, "drop one of the two"),
+        ({"allocate": "auto", "stock": True}, "allocate: stock and recover.elastic want the same width"),
+        ({"widths": {"mlp": 8}, "recover": {"steps": 1, "elastic": [0.5, 1]}}, "widths: stock and recover.elastic"),
+        ({"allocate": {"budgt": "macs"}}, "did you mean 'allocate.budget'"),
+        ({"allocate": "sometimes"}, "allocate"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(values, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(values)
+
+
+def test_widths_are_given_by_path_or_the_end_of_it(build):
+    first, second = build("timm-vit").sites
+    recipe = Recipe.parse({"keep_ratio": 0.25, "widths": {"blocks.0.mlp": 17}, "then": [{"method": "magnitude"}]})
+    assert (recipe.width_of(first), recipe.width_of(second)) == (17, 24)
+    assert recipe.width_of(first.below("visual.trunk")) == 17
+    both = Recipe(widths={"mlp": 9, "visual.blocks.1.mlp": 5})
+    assert (both.width_of(first), both.width_of(second)) == (9, 5)
+    assert recipe.stages()[1].width_of(first) == 32  # a later step has its own
+    assert Recipe.parse({"allocate": "uniform"}).allocate is None
+    with pytest.raises(BudgetError, match="widths=97 asks to keep 97 of 96"):
+        Recipe(widths={"mlp": 97}).width_of(first)
+    with pytest.raises(BudgetError, match=r"no MLP 'blocks.7.mlp'; there are blocks.0.mlp"):
+        Recipe(widths={"blocks.7.mlp": 8}).check_widths([first, second])
+
+
+def test_compress_tells_both_errors_and_its_recipe_gives_the_plan_again(build, tmp_path):
+    images = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    model, out = build("timm-vit").copy(), tmp_path / "out"
+    recipe = recipe_of(calibrate={"batch_size": 16})
+    found = vitrim.compress(model, data=images, recipe=recipe, out=out, quiet=True)
+    about = found.metrics["allocation"]
+    assert found.plan.widths == about["widths"]
+    errors = about["relative_error"]
+    assert errors["allocated"] == found.metrics["after_cut"]["fidelity"]["relative_error"]
+    note = next(note for note in found.metrics["notes"] if note.startswith("allocate:"))
+    assert f"{errors['allocated']:.4g}" in note and f"{errors['uniform']:.4g}" in note
+    assert ("drop allocate" in note) == (errors["allocated"] > errors["uniform"])
+    written = Recipe.load(out / "recipe.yaml")
+    again = vitrim.compress(model, data=images, recipe=written, quiet=True)
+    assert again.plan.sha256 == found.plan.sha256
+    assert again.metrics["allocation"] is None
+    assert json.loads(Path(out / "metrics.json").read_text())["allocation"]["budget"] == "params"
+    equal = vitrim.compress(model, data=images, recipe=written.model_copy(update={"widths": None}), quiet=True)
+    assert equal.metrics["after_cut"]["fidelity"]["relative_error"] == errors["uniform"]

@@ -1,0 +1,100 @@
+"""Commands around a finished model and the machine: export, push, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from vitrim.budget import show_bytes
+from vitrim.cli.app import Json, app, console, print_json, print_notes, print_table
+
+
+@app.command
+def export(
+    model: str,
+    *,
+    out: Path,
+    to: Literal["onnx", "openvino", "torch"] = "onnx",
+    data: str | None = None,
+    tokens: Annotated[bool, Parameter(negative="")] = False,
+    opset: int | None = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in a form that runs without its library, and compare that with PyTorch.
+
+    Example: vitrim export small --to onnx --out small.onnx --data photos/
+
+    Args:
+        model: a folder that vitrim wrote, or any model that compress takes.
+        out: file to write, ending in .onnx, .xml (OpenVINO) or .pt2 (torch); it must not exist.
+        to: the form. Batches may have any size; weights are float32.
+        data: images to compare on, besides noise.
+        tokens: give the pooled vector and the patch tokens, in place of what the model itself puts out.
+        opset: of ONNX; without, the one that torch prefers.
+    """
+    from vitrim.export import TOLERANCE
+    from vitrim.export import export as run
+
+    found = run(model, out, to=to, data=data, tokens=tokens, opset=opset)
+    if as_json:
+        return print_json(found.to_json())
+    sizes = next(iter(found.latency.values()))
+    rows = [(name, *(f"{times[size]['median_ms']:.2f}" for size in sizes)) for name, times in found.latency.items()]
+    print_table(("CPU, ms a pass", *(f"batch {size}" for size in sizes)), rows)
+    for name, difference in found.differences.items():
+        console.print(f"Largest difference from PyTorch on {name}: {difference:.1e} (allowed {TOLERANCE:g})")
+    opset_said = "" if found.opset is None else f", opset {found.opset}"
+    console.print(f"Written: {found.path}, {show_bytes(found.num_bytes)}{opset_said}, gives {', '.join(found.outputs)}")
+
+
+@app.command
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    yes: Annotated[bool, Parameter(negative="", help="send it; without, only show what would be sent")] = False,
+    public: Annotated[bool, Parameter(negative="", help="of a new repository; without, it is private")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload an output, with its model card, to the Hugging Face hub.
+
+    Example: vitrim push small my-org/dinov2-base-half --yes
+
+    Args:
+        folder: what vitrim wrote.
+        repo: ORG/NAME; made if there is none.
+    """
+    from vitrim.hub import push as run
+
+    found = run(folder, repo, confirm=yes, private=not public)
+    if as_json:
+        return print_json(found.__dict__)
+    if found.url is not None:
+        return console.print(f"Uploaded: {found.url}")
+    print_table(("file", "size"), [(name, show_bytes(size)) for name, size in found.files.items()])
+    console.print(f"Nothing was sent. To upload these to {repo}, give --yes.")
+
+
+@app.command
+def doctor(*, as_json: Json = False) -> None:
+    """Show what a run will find on this machine: versions, devices, threads, free memory and disk.
+
+    Example: vitrim doctor
+    """
+    from vitrim.doctor import examine
+
+    found = examine()
+    if as_json:
+        return print_json(found)
+    print_table(("package", "version"), list(found["versions"].items()))
+    rows = [
+        (name, ", ".join(f"{package} {version or 'missing'}" for package, version in packages.items()))
+        for name, packages in found["extras"].items()
+    ]
+    print_table(("extra", "packages"), rows)
+    console.print(f"Devices: {', '.join(found['devices'])}; --device auto takes {found['device']}")
+    console.print(f"Threads: {found['threads']} on {found['cores']} cores")
+    console.print(f"Free: {show_bytes(found['memory'])} of memory, {show_bytes(found['disk'])} of disk here")
+    print_notes(found["problems"])

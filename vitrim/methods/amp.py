@@ -1,0 +1,173 @@
+"""AMP, adaptive MLP pruning (arXiv 2603.08100): a label-free score of units, and widths by an entropy budget a layer.
+
+How similar the images of a batch are, as a softmax over the batch, has an entropy E. A unit's score is what its removal
+changes of E to first order. From the last layer to the first, a binary search finds the fewest units with which E rises
+by at most delta. Widths differ from layer to layer. Only units are chosen here; the paper recovers by distillation.
+
+Two things are ours. E measures concentration, not fidelity, and one that falls passes any budget, so a guard also
+bounds how far similarities drift from the dense model's. And delta is found by bisection where only a width was asked
+for. The search reads calibration images, in their fixed batches, never validation images.
+
+Shapes: B images, D feature width, H hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vitrim.errors import RecipeError
+from vitrim.methods.registry import MethodOptions, register
+from vitrim.surgery import KeepUnits
+from vitrim.types import Features, ModelView
+
+DELTAS = (1e-5, 1.0)  # in nats; the paper's lie between 2e-4 and 1e-1
+
+
+class AmpOptions(MethodOptions):
+    """`delta`: by how many nats a layer may raise the entropy; None finds what meets the recipe's total of units.
+
+    With `delta` widths are what it gives, and the recipe's budget plays no part. `tau` sharpens the similarities.
+    `trials` halve a layer's width, to 1/64 of it by default. `guard` times delta is how far the similarities of a batch
+    may drift from the dense model's (Kullback-Leibler) in a layer; None is the paper, which does not look. `rounds` is
+    how often delta is tried.
+    """
+
+    delta: float | None = None
+    tau: float = Field(default=15.0, gt=0)
+    trials: int = Field(default=6, ge=1)
+    guard: float | None = Field(default=1.0, gt=0)
+    rounds: int = Field(default=6, ge=1)
+    num_images: int = Field(default=512, ge=2)
+
+
+@register(
+    "amp",
+    scope="model",
+    options=AmpOptions,
+    needs="images",
+    paper="Adaptive MLP Pruning for Large Vision Transformers",
+    arxiv="2603.08100",
+    summary="units by what they change of the entropy of a batch's similarities; widths by an entropy budget a layer",
+    repairs=False,
+)
+def propose(view: ModelView, options: AmpOptions) -> Iterator[KeepUnits]:
+    """The best units of each MLP, as many as the search says."""
+    search = _Search(view, options)
+    kept = search.widths(options.delta) if options.delta is not None else search.widths_at_budget()
+    for site in view.sites:
+        yield KeepUnits(site=site, keep=tuple(search.orders[site.path][: kept[site.path]].tolist()))
+
+
+def similarities(features_BD: Tensor, tau: float) -> Tensor:
+    """Log of the softmax, over a batch and itself, of tau times the cosine of an image to each: (B, B)."""
+    unit_BD = normalize(features_BD.float(), dim=1)
+    return (tau * unit_BD @ unit_BD.T).log_softmax(dim=1)
+
+
+def entropies(features_BD: Tensor, tau: float) -> Tensor:
+    """Entropy of each image's similarities in nats, 0 to log B: (B,)."""
+    log_BB = similarities(features_BD, tau)
+    return -(log_BB.exp() * log_BB).sum(1)
+
+
+class _Search:
+    """Orders of units by score, and how many of each MLP an entropy budget leaves."""
+
+    def __init__(self, view: ModelView, options: AmpOptions) -> None:
+        self.view, self.options = view, options
+        self.dense = self._pooled({})
+        if max(len(features_BD) for features_BD in self.dense) < 2:
+            raise RecipeError("calibrate: amp compares the images of a batch; use a batch_size and num_images above 1.")
+        self.orders = self._orders()
+        self.measured: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    def _orders(self) -> dict[str, Tensor]:
+        """The units of each MLP, those first whose removal changes the entropy most; scored on the dense model."""
+        sums = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in self.view.sites}
+
+        def total_entropy(found: Features) -> Tensor:  # a sum, so that an image of a smaller batch counts as much
+            return entropies(found.pooled_BD, self.options.tau).sum()
+
+        def see(path: str, hidden: Tensor, gradient: Tensor) -> None:
+            effects_BH = (hidden * gradient).reshape(len(hidden), -1, hidden.shape[-1]).sum(1)
+            sums[path] += effects_BH.abs().sum(0).double().cpu()
+
+        self.view.differentiate(total_entropy, list(sums), see)
+        return {site.path: sums[site.output].sort(descending=True, stable=True).indices for site in self.view.sites}
+
+    def _pooled(self, silenced: Mapping[str, Tensor]) -> list[Tensor]:
+        """Features of the images that the search looks at."""
+        return self.view.pooled(silenced, num_images=self.options.num_images)
+
+    def measure(self, kept: Mapping[str, int]) -> tuple[float, float]:
+        """Mean entropy with so many of each MLP's best units, and the drift of the similarities from the dense ones."""
+        key = tuple(kept.values())
+        if key not in self.measured:
+            silenced = {
+                site.output: self.orders[site.path][kept[site.path] :]
+                for site in self.view.sites
+                if kept[site.path] < site.d_hidden
+            }
+            entropy, drift, count = 0.0, 0.0, 0
+            for dense_BD, features_BD in zip(self.dense, self._pooled(silenced), strict=True):
+                dense_BB, log_BB = (similarities(each, self.options.tau).double() for each in (dense_BD, features_BD))
+                entropy -= float((log_BB.exp() * log_BB).sum())
+                drift += float((dense_BB.exp() * (dense_BB - log_BB)).sum())
+                count += len(features_BD)
+            self.measured[key] = entropy / count, drift / count
+        return self.measured[key]
+
+    def widths(self, delta: float) -> dict[str, int]:
+        """How many units of each MLP stay where a layer may cost `delta`; the paper's search, last layer first."""
+        kept = {site.path: site.d_hidden for site in self.view.sites}
+        before = self.measure(kept)
+        limits = delta, math.inf if self.options.guard is None else self.options.guard * delta
+        for site in reversed(self.view.sites):
+            low, high, best = 0, site.d_hidden, before
+            for _ in range(self.options.trials):
+                middle = (low + high) // 2
+                if middle == low:  # nothing between what is refused and what is accepted
+                    break
+                found = self.measure({**kept, site.path: middle})
+                if all(new - old <= limit for new, old, limit in zip(found, before, limits, strict=True)):
+                    high, best = middle, found
+                else:
+                    low = middle
+            kept[site.path], before = high, best
+        return kept
+
+    def widths_at_budget(self) -> dict[str, int]:
+        """Widths that keep as many units in all as the recipe asks for: those of the two nearest deltas, mixed."""
+        budget = sum(self.view.widths.values())
+        many = {site.path: site.d_hidden for site in self.view.sites}
+        few = dict.fromkeys(many, 1)
+        low, high = DELTAS
+        for _ in range(self.options.rounds):
+            if budget in (sum(many.values()), sum(few.values())):
+                break
+            delta = math.sqrt(low * high)
+            kept = self.widths(delta)
+            if sum(kept.values()) >= budget:
+                many, low = kept, delta
+            else:
+                few, high = kept, delta
+        self.view.note(f"amp: these widths lie at a delta of {low:.2g} to {high:.2g} nats a block.")
+        return _between(few, many, budget)
+
+
+def _between(few: Mapping[str, int], many: Mapping[str, int], total: int) -> dict[str, int]:
+    """Widths on the straight line between two, of a given total; the largest remainders are rounded up."""
+    gap = sum(many.values()) - sum(few.values())
+    if gap == 0:
+        return dict(few)
+    share = total - sum(few.values())
+    parts = {path: divmod(few[path] * gap + share * (many[path] - few[path]), gap) for path in few}
+    missing = total - sum(whole for whole, _ in parts.values())
+    ahead = sorted(parts, key=lambda path: -parts[path][1])[:missing]
+    return {path: whole + (path in ahead) for path, (whole, _) in parts.items()}

@@ -1,0 +1,144 @@
+"""Widths under a common budget: how much of an MLP's output its first units carry, and the best widths of all MLPs.
+
+Both are exact: one factorisation gives the least-squares fit of every width at once, and the choice of widths is solved
+to the optimum, not rounded from a relaxed one. Nothing here knows what an error or a cost stands for.
+
+Shapes: H hidden units, D model width, J choices of one MLP, S states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitrim.errors import BudgetError
+
+Values = NDArray[np.float64]
+BISECTIONS = 100  # halvings of the price of a unit of cost: to the last bit of a float64
+
+
+def explained_energy(gram_HH: Tensor, cross_HD: Tensor, order_H: Tensor) -> Tensor:
+    """How much of a target's energy a least-squares fit on the first 1..H units explains, for all H at once.
+
+    The leading K rows of the Gram matrix's Cholesky factor L are the factor of the first K units, so each row of
+    L^-1 C adds what its unit explains beyond those before it. A ridge of the square root of the working precision,
+    relative to the mean energy, keeps the factor where units are linearly dependent.
+
+    Args:
+        gram_HH: second moments of the units, centred where a bias takes the mean.
+        cross_HD: the same with the target.
+        order_H: the units in the order in which they are kept.
+
+    Returns:
+        (H,), never falling. O(H^3 + H^2 D).
+    """
+    order_H = order_H.to(gram_HH.device)
+    gram_HH, cross_HD = gram_HH[order_H][:, order_H].to(cross_HD.dtype), cross_HD[order_H]
+    energy = gram_HH.diagonal().mean().clamp(min=torch.finfo(gram_HH.dtype).tiny)
+    gram_HH.diagonal().add_(torch.finfo(gram_HH.dtype).eps ** 0.5 * energy)
+    rows_HD = torch.linalg.solve_triangular(torch.linalg.cholesky(gram_HH), cross_HD, upper=False)
+    return rows_HD.square().sum(1).cumsum(0)
+
+
+def dropped_energy(gram_HH: Tensor, weight_DH: Tensor, order_H: Tensor) -> Tensor:
+    """The energy that is missing from the output if the first 1..H units stay as they are and the others go.
+
+    Args:
+        gram_HH: second moments of the units.
+        weight_DH: the output projection.
+        order_H: the units in the order in which they are kept.
+
+    Returns:
+        (H,), the last one zero. O(H^2 D).
+    """
+    order_H = order_H.to(gram_HH.device)
+    weight_DH = weight_DH.to(gram_HH)[:, order_H]
+    pairs_HH = gram_HH[order_H][:, order_H] * (weight_DH.T @ weight_DH)
+    last_H = pairs_HH.flip(0, 1).cumsum(0).cumsum(1).diagonal()  # of the last 1..H units together
+    return torch.cat([last_H.flip(0)[1:], last_H.new_zeros(1)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Relaxed:
+    """The best choices at a price of cost, which fit the budget, and each choice's distance from the best by price."""
+
+    price: float
+    choices: list[int]
+    excess: list[Values]
+
+
+def best_choices(errors: Sequence[Values], costs: Sequence[NDArray[np.int64]], budget: int) -> list[int]:
+    """One choice for each MLP such that the sum of errors is the least that the budget allows.
+
+    A multiple-choice knapsack, solved to the optimum: sums of cost and error that are beaten in both are dropped, and
+    so are those that a Lagrangian bound shows to end above a solution at hand.
+
+    Args:
+        errors: (J,) for each MLP.
+        costs: (J,) for each MLP, whole numbers.
+        budget: bound on the sum of costs.
+
+    Returns:
+        Index of each MLP's choice; of equal solutions the cheapest.
+
+    Raises:
+        BudgetError: even the cheapest choices cost more.
+    """
+    least = [int(cost_J.min()) for cost_J in costs]
+    if sum(least) > budget:
+        raise BudgetError(f"budget: {budget:,} is below the {sum(least):,} that the smallest widths cost.")
+    relaxed = _relax(errors, costs, budget)
+    found = sum(float(error_J[j]) for error_J, j in zip(errors, relaxed.choices, strict=True))
+    spent = sum(int(cost_J[j]) for cost_J, j in zip(costs, relaxed.choices, strict=True))
+    # What the bound leaves open; a choice or a sum whose excess is larger ends above what was found.
+    gap = relaxed.price * (budget - spent) + 1e-12 * (found + sum(float(error_J.max()) for error_J in errors))
+    cost_S, error_S, excess_S = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
+    steps: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # of each MLP: the state before, and the choice
+    for number, (error_J, cost_J) in enumerate(zip(errors, costs, strict=True)):
+        total_SJ = cost_S[:, None] + cost_J
+        excess_SJ = excess_S[:, None] + relaxed.excess[number]
+        open_SJ = (excess_SJ <= gap) & (total_SJ <= budget - sum(least[number + 1 :]))
+        before, choice = np.nonzero(open_SJ)
+        cost, error = total_SJ[before, choice], error_S[before] + error_J[choice]
+        kept = _undominated(cost, error)
+        steps.append((before[kept], choice[kept]))
+        cost_S, error_S, excess_S = cost[kept], error[kept], excess_SJ[before, choice][kept]
+    state, picked = len(cost_S) - 1, []  # errors fall as costs rise: the last state is the best
+    for before, choice in reversed(steps):
+        picked.append(int(choice[state]))
+        state = before[state]
+    return picked[::-1]
+
+
+def _undominated(cost: NDArray[np.int64], error: Values) -> NDArray[np.int64]:
+    """Indices of what nothing else beats in both, by rising cost."""
+    order = np.lexsort((error, cost))
+    lowest_before = np.minimum.accumulate(np.concatenate([[np.inf], error[order][:-1]]))
+    return order[error[order] < lowest_before]
+
+
+def _relax(errors: Sequence[Values], costs: Sequence[NDArray[np.int64]], budget: int) -> _Relaxed:
+    """The lowest price of cost at which the choices that are best by error plus price times cost fit the budget."""
+
+    def at(price: float) -> tuple[list[int], list[Values]]:
+        sums = [error_J + price * cost_J for error_J, cost_J in zip(errors, costs, strict=True)]
+        # Of equal sums the cheapest.
+        best = [int(np.lexsort((cost_J, sum_J))[0]) for sum_J, cost_J in zip(sums, costs, strict=True)]
+        return best, [sum_J - sum_J.min() for sum_J in sums]
+
+    def fits(choices: list[int]) -> bool:
+        return sum(int(cost_J[j]) for cost_J, j in zip(costs, choices, strict=True)) <= budget
+
+    low, high = 0.0, sum(float(np.ptp(error_J)) for error_J in errors) + 1.0  # costs are whole: the cheapest win there
+    if fits(at(low)[0]):
+        high = low
+    for _ in range(BISECTIONS if high else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(at(middle)[0]) else (middle, high)
+    choices, excess = at(high)
+    return _Relaxed(price=high, choices=choices, excess=excess)

@@ -1,0 +1,123 @@
+"""The leaderboard's table and what it says in plain words, from plain values; nothing is run or measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+LATENCY_BATCH = "8"
+# Title, key of the value in a row, and how it is written; of the last, more is better.
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("parameters", "parameters", "count"),
+    ("MACs", "macs", "count"),
+    (f"latency, batch {LATENCY_BATCH} (ms)", f"latency_ms.{LATENCY_BATCH}", "time"),
+    ("on disk (MB)", "bytes", "megabytes"),
+    ("error, cut", "after_cut.relative_error", "number"),
+    ("error, recovered", "after_recovery.relative_error", "number"),
+    ("top-1, cut (%)", "after_cut.top1", "percent"),
+    ("top-1, recovered (%)", "after_recovery.top1", "percent"),
+    ("seconds", "seconds", "seconds"),
+)
+MORE_IS_BETTER = "percent"
+
+
+def table(
+    report: Mapping[str, Any], best: Callable[[str], str] = lambda text: f"**{text}**"
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, the smallest error first, the original on top and what failed at the end.
+
+    Args:
+        report: what `zoo` returns.
+        best: marks the best cell of a column, among the rows that met the budget that was asked for.
+    """
+    rows = sorted(report["rows"], key=lambda row: float("inf") if row["error"] else final(row)["relative_error"])
+    shown = [column for column in COLUMNS if any(_value(row, column[1]) is not None for row in rows)]
+    header = ["method", "repair", "held to", *(title for title, _, _ in shown)]
+    original = report["original"] or {}
+    top1 = {"after_cut": {"top1": original.get("top1")}}
+    cells = [["original", "", "", *(_cell({**original, **top1}, column, original) for column in shown)]]
+    winners = {column: _best(report, rows, column) for column in shown}
+    for row in rows:
+        line = [row["method"], row["repair"]]
+        if row["error"]:
+            cells.append([*line, row["error"], *("" for _ in shown)])
+            continue
+        values = [(_cell(row, column, original), _value(row, column[1]) == winners[column]) for column in shown]
+        cells.append([*line, _held_to(report, row), *(best(text) if wins and text else text for text, wins in values)])
+    return header, cells
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table and the verdict as Markdown."""
+    header, rows = table(report)
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join([*lines, "", *report["verdict"]]) + "\n"
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> list[str]:
+    """Which methods end with a larger error than a baseline of the same size and with the same repair."""
+    done = [row for row in rows if not row["error"]]
+    said = []
+    for base in [row for row in done if row["method"] in baselines]:
+        rivals = [row for row in done if _terms(row) == _terms(base) and row["method"] not in baselines]
+        error = final(base)["relative_error"]
+        losers = [row["method"] for row in rivals if final(row)["relative_error"] > error]
+        name = f"{base['method']}, {'with our repair' if base['repair'] == 'ours' else 'without our repair'}"
+        what = f"lost to it: {', '.join(losers)}" if losers else "nothing of the same size lost to it"
+        if rivals:
+            said.append(f"{name} (error {error:.4g}): {what}.")
+    failed = [row["method"] for row in rows if row["error"]]
+    return said + ([f"Failed: {', '.join(failed)}."] if failed else [])
+
+
+def final(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How good a row is in the end."""
+    return row["after_recovery"] or row["after_cut"]
+
+
+def _terms(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two rows must have in common to be compared."""
+    return row["repair"], row["fitted"]["counted"]
+
+
+def _held_to(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The size that a row was brought to."""
+    fitted, share = row["fitted"], report["asked"]["budget"]
+    if fitted["counted"] is None:
+        return f"keep_ratio {fitted['keep_ratio']:g}, saves neither parameters nor MACs"
+    return f"{share:.0%} of {'parameters' if fitted['counted'] == 'params' else 'MACs'}"
+
+
+def _value(row: Mapping[str, Any], key: str) -> float | None:
+    """A value of a row by its dotted key; None where it is not there."""
+    found: Any = row
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _best(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: tuple[str, str, str]) -> float | None:
+    """The best value of a column among the rows that met the budget."""
+    met = [row for row in rows if not row["error"] and row["fitted"]["counted"] == report["asked"]["budget_in"]]
+    values = [value for row in met if (value := _value(row, column[1])) is not None]
+    pick = max if column[2] == MORE_IS_BETTER else min
+    return pick(values) if len(set(values)) > 1 else None
+
+
+def _cell(row: Mapping[str, Any], column: tuple[str, str, str], original: Mapping[str, Any]) -> str:
+    """A value in words; sizes with their share of the original's."""
+    _, key, kind = column
+    value = _value(row, key)
+    if value is None:
+        return ""
+    whole = _value(original, key)
+    share = f" ({value / whole:.0%})" if kind == "count" and whole and row is not original else ""
+    written = {
+        "count": f"{value:,.0f}{share}",
+        "time": f"{value:.2f}",
+        "megabytes": f"{value / 1e6:.2f}",
+        "number": f"{value:.4f}",
+        "percent": f"{value:.1f}",
+        "seconds": f"{value:.0f}",
+    }
+    return written[kind]
