@@ -2,7 +2,7 @@
 
 What was written is loaded by the runtime it is for and compared with PyTorch, on other batch sizes than the one that
 was traced; what differs is not left behind. Weights are float32 in the file, whatever they were. Of a pair (CLIP) or a
-VLM the part that takes the images is exported.
+VLM the part that takes the images is exported. Matrices that share a basis are written multiplied out.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from vitrim.cost import Latency, measure_latency
 from vitrim.errors import ModelError, OutputError, RecipeError
 from vitrim.evaluation import Model, open_encoder, open_set, random_inputs
 from vitrim.layers.experts import ExpertMlp
+from vitrim.layers.shared_basis import SharedBasisLinear
 from vitrim.models.origin import require
 from vitrim.models.taps import evaluating, features
+from vitrim.surgery.edits import replace_
 
 Form = Literal["onnx", "openvino", "torch"]
 SUFFIXES: Mapping[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -104,7 +106,7 @@ def export(
     if data is not None:
         batch = next(iter(open_set(data, origin, limit=max(COMPARED)).loader(batch_size=max(COMPARED))))
         inputs["images"] = batch.images_BCHW
-    wrapped = _Tensors(copy.deepcopy(encoder).cpu().float().eval(), tokens=tokens)
+    wrapped = _Tensors(_multiplied_out(copy.deepcopy(encoder).cpu().float().eval()), tokens=tokens)
     with _placed(out) as path, evaluating(wrapped):
         opset = _write(wrapped, noise[:TRACED], path, to, opset)
         session = _Session(_runner(path, to))
@@ -123,6 +125,17 @@ def export(
         differences=differences,
         latency=times,
     )
+
+
+def _multiplied_out(model: nn.Module) -> nn.Module:
+    """The model with each matrix that a shared basis stands for as a plain one: a graph would build it at every run."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SharedBasisLinear):
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            tensors = {"weight": module.weight.detach(), "bias": module.bias}
+            plain.load_state_dict({name: t for name, t in tensors.items() if t is not None}, assign=True)
+            replace_(model, path, plain)
+    return model
 
 
 class _Tensors(nn.Module):

@@ -1,0 +1,101 @@
+"""Export: every form and every kind of edit gives what PyTorch gives, or says why it can't be had."""
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+from vitrim.cli import run
+from vitrim.cut import cut_
+from vitrim.errors import ModelError, OutputError, VitrimError
+from vitrim.export import SUFFIXES, export
+from vitrim.layers.experts import ExpertMlp
+from vitrim.methods import METHODS
+from vitrim.recipe import Recipe
+from vitrim.surgery.edits import KINDS
+
+# Of each kind of edit, the first method that makes one.
+METHOD_OF = {name: next(n for n, m in METHODS.items() if kind in m.edits) for name, kind in KINDS.items()}
+
+
+@pytest.fixture
+def cut(build):
+    """A student that a method has cut by half."""
+
+    def make(method, case="timm-vit", **options):
+        made = build(case)
+        student = made.copy()
+        recipe = Recipe.parse({"method": method, "options": options, "keep_ratio": 0.5, "repair": False})
+        report = cut_(student, made.model, made.sites, recipe, made.batches, quiet=True)
+        return student, report.plan
+
+    return make
+
+
+@pytest.mark.parametrize("to", SUFFIXES)
+@pytest.mark.parametrize("tokens", [False, True])
+def test_every_form_gives_what_the_model_gives(cut, tmp_path, to, tokens):
+    student, _ = cut("magnitude")
+    found = export(student, tmp_path / f"small{SUFFIXES[to]}", to=to, tokens=tokens, latency=False)
+    assert found.outputs == (("pooled", "patches") if tokens else ("output",))
+    assert found.differences.keys() == {"noise"} and max(found.differences.values()) <= 1e-4
+    assert (found.opset is not None) == (to == "onnx")
+    assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("edit", KINDS)
+def test_every_kind_of_edit_is_exported_or_says_why_not(cut, tmp_path, edit):
+    student, plan = cut(METHOD_OF[edit], **({"parts": "both"} if edit == "keep_head_dims" else {}))
+    assert edit in {made.KIND for made in plan.edits}
+    path = tmp_path / "small.onnx"
+    if any(isinstance(module, ExpertMlp) for module in student.modules()):
+        with pytest.raises(ModelError, match=r"blocks\.0\.mlp: which experts a token runs is decided while it runs"):
+            export(student, path)
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert export(student, path, latency=False).differences["noise"] <= 1e-4
+
+
+def test_the_file_alone_gives_what_the_model_gives_for_any_batch(cut, tmp_path):
+    student, _ = cut("magnitude", "timm-split")
+    export(student, tmp_path / "gated.onnx", latency=False)
+    session = onnxruntime.InferenceSession(tmp_path / "gated.onnx")
+    for size in (1, 5):
+        images = torch.randn(size, 3, 32, 32)
+        (found,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), student.eval()(images), atol=1e-4, rtol=1e-4)
+
+
+def test_what_puts_out_something_else_is_not_left_behind(cut, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitrim.export._runner", lambda path, to: lambda inputs: (torch.ones(len(inputs), 5),))
+    with pytest.raises(OutputError, match="puts out something else than PyTorch"):
+        export(cut("magnitude")[0], tmp_path / "small.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_requests_are_refused_before_anything_is_written(cut, tmp_path):
+    student, _ = cut("magnitude")
+    (tmp_path / "there.onnx").write_text("mine")
+    for path, kwargs, said in (
+        ("there.onnx", {}, "exists already"),
+        ("small.pb", {}, "ends in .onnx"),
+        ("nowhere/small.onnx", {}, "can't be written"),
+        ("small.onnx", {"to": "tflite"}, "one of onnx, openvino, torch"),
+        ("small.onnx", {"data": "no-such-folder/"}, "no-such-folder"),
+    ):
+        with pytest.raises(VitrimError, match=said):
+            export(student, tmp_path / path, **kwargs)
+    with pytest.raises(ModelError, match="size of its inputs is not known"):
+        export(torch.nn.Sequential(torch.nn.Linear(3, 3)), tmp_path / "small.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+    assert (tmp_path / "there.onnx").read_text() == "mine"
+
+
+def test_the_command_prints_what_was_compared(tmp_path, capsys):
+    asset = Path(__file__).parents[1] / "vitrim" / "assets" / "digits-vit"
+    command = ["export", str(asset), "--to", "torch", "--out", str(tmp_path / "digits.pt2"), "--data", "digits"]
+    assert run(command) == 0
+    printed = capsys.readouterr().out
+    assert "on noise" in printed and "on images" in printed and "batch 8" in printed
