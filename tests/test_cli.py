@@ -1,7 +1,9 @@
 """The command line: exit codes, one clear line on bad input, one JSON document on request, stop and resume."""
 
+import inspect
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitrim.cli import run
+from vitrim.cli import app, run
 from vitrim.errors import VitrimError
 from vitrim.methods import METHODS
 
@@ -55,6 +57,19 @@ def test_no_repair_and_select_on(tmp_path, capsys):
     command = ["compress", DIGITS, "--data", "digits", "--out", str(tmp_path / "out"), "--no-repair", "--quiet"]
     assert run([*command, "--select-on", "weights", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cut_errors"] == {}
+
+
+def test_every_command_has_an_example_that_parses(capsys):
+    commands = [name for name in app if not name.startswith("-")]
+    assert len(commands) > 10
+    for name in commands:
+        lines = inspect.getdoc(app[name].default_command).split("\n\n")
+        (example,) = [line.removeprefix("Example: ") for line in lines if line.startswith("Example: ")]
+        words = shlex.split(example.replace("\n", " "))
+        assert words[:2] == ["vitrim", name]
+        app.parse_args(words[1:], exit_on_error=False, print_error=False)
+    assert run(["--help"]) == 0
+    assert "Exit codes: 0 done, 2 wrong input" in " ".join(capsys.readouterr().out.split())
 
 
 def test_options_of_the_command_line_reach_the_recipe(tmp_path, monkeypatch, capsys):

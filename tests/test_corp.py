@@ -1,5 +1,6 @@
 """CORP (arXiv 2602.05243): ranking, folding of MLP units, of query and key dimensions, and of values."""
 
+import copy
 from importlib.resources import files
 
 import pytest
@@ -11,11 +12,13 @@ from vitrim.calibrate import Workbench
 from vitrim.cut import cut_
 from vitrim.errors import BudgetError, ModelError, RecipeError
 from vitrim.layers.attention import SlimAttention
+from vitrim.methods import corp
 from vitrim.models.attention import find_attentions
 from vitrim.models.sites import find_mlps
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
 from vitrim.recipe import Recipe
 from vitrim.surgery import KeepHeadDims, Plan, apply_
+from vitrim.types import MlpSite
 
 
 def cut(case, **options):
@@ -84,23 +87,112 @@ def test_corp_attention_folding_beats_dropping(build, run):
         assert folded < dropped
 
 
-def test_corp_a_dropped_unit_that_depends_on_kept_ones_costs_nothing(build, run):
+class Tower(nn.Module):
+    """Two residual MLPs in float64; by their biases every ReLU is always on, so hidden units are affine in 8 inputs."""
+
+    def __init__(self, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 8)) for _ in range(2))
+        self.double()
+        for layer in self.layers:
+            nn.init.constant_(layer[0].bias, bias)
+
+    def forward(self, tokens):
+        for layer in self.layers:
+            tokens = tokens + layer(tokens)
+        return tokens
+
+
+def tower(bias, **options):
+    """A tower cut to 10 of 20 units, the original, its batches and the edits."""
+    model = Tower(bias).eval()
+    batches = [torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)]
+    sites = tuple(
+        MlpSite(path=f"layers.{n}", kind="plain", d_model=8, d_hidden=20, value=f"layers.{n}.0", output=f"layers.{n}.2")
+        for n in range(2)
+    )
+    view = Workbench(copy.deepcopy(model), sites, {site.path: 10 for site in sites}, batches, seed=0)
+    edits = []
+    for edit in corp.propose(view, corp.CorpOptions(**options)):
+        apply_(view.model, [edit])
+        edits.append(edit)
+    return view.model, model, batches, edits
+
+
+def hidden_of(model, edit, batches):
+    """All tokens' activations in front of an output projection, as one matrix."""
+    seen = []
+    hook = model.get_submodule(edit.site.output).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().flatten(0, -2))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def test_corp_dropped_units_that_are_affine_in_kept_ones_cost_nothing():
+    student, model, batches, _ = tower(40.0, ridge=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(student(batches[0]), model(batches[0]), atol=1e-5, rtol=1e-5)
+    dropped = tower(40.0, compensate=False)[0]
+    with torch.no_grad():
+        assert (dropped(batches[0]) - model(batches[0])).abs().max() > 1
+
+
+def test_corp_ranks_by_active_energy_and_a_huge_ridge_compensates_the_mean_alone_layer_by_layer():
+    """The slow way, on the model as it is with the layers before already cut."""
+    student, model, batches, edits = tower(-0.5, ridge=1e12)
+    now = copy.deepcopy(model)
+    for edit in edits:
+        hidden = hidden_of(now, edit, batches)
+        energy = hidden.square().mean(0)
+        active = (hidden.abs() > 0.01 * energy.sqrt()).double().mean(0)
+        assert list(edit.keep) == sorted(range(20), key=lambda unit: -float(energy[unit] * active[unit]))[:10]
+        output, lost = now.get_submodule(edit.site.output), sorted(set(range(20)) - set(edit.keep))
+        bias = output.bias + output.weight[:, lost] @ hidden.mean(0)[lost]
+        torch.testing.assert_close(edit.tensors[f"{edit.site.output}.weight"], output.weight.detach()[:, edit.keep])
+        torch.testing.assert_close(edit.tensors[f"{edit.site.output}.bias"], bias.detach())
+        apply_(now, [edit])
+    assert torch.equal(now(batches[0]), student(batches[0]))
+
+
+def test_corp_calibration_error_of_a_layer_is_no_more_than_dropped_or_mean_only():
+    for bias in (-0.5, 0.3):
+        errors = {}
+        for name, options in (("folded", {}), ("mean only", {"ridge": 1e12}), ("dropped", {"compensate": False})):
+            _, model, batches, (edit, _) = tower(bias, **options)
+            hidden, output = hidden_of(model, edit, batches), model.get_submodule(edit.site.output)
+            made = hidden[:, edit.keep] @ edit.tensors[f"{edit.site.output}.weight"].T
+            made = made + edit.tensors[f"{edit.site.output}.bias"]
+            errors[name] = float((made - output(hidden)).detach().square().mean())
+        assert errors["folded"] < errors["mean only"] < errors["dropped"]
+
+
+def test_corp_streamed_sums_equal_those_of_one_batch_and_a_ridge_does_not_depend_on_the_count():
+    """The published code's ridge is absolute while its Gram matrices grow with the number of tokens."""
+    _, model, batches, edits = tower(0.0, ridge=0.1)
+    site = edits[0].site
+    view = Workbench(model, (site,), {site.path: 10}, batches, seed=0)
+    whole = hidden_of(model, edits[0], batches)
+    stats = corp._mlp_stats(view, site, view.weights(site))
+    torch.testing.assert_close(stats.hidden_HH, whole.T @ whole)
+    torch.testing.assert_close(stats.hidden_H, whole.sum(0))
+    for others in ([torch.cat(batches)], batches * 5):
+        view = Workbench(model, (site,), {site.path: 10}, others, seed=0)
+        (again,) = corp.propose(view, corp.CorpOptions(ridge=0.1))
+        assert again.keep == edits[0].keep
+        for name, tensor in edits[0].tensors.items():
+            torch.testing.assert_close(again.tensors[name], tensor)
+
+
+def test_corp_takes_no_gradients(build):
     case = build("timm-vit")
-    for site in case.sites:  # unit 1 is unit 0 at half the height: GELU is no line, so copy it exactly and weigh less
-        value = case.model.get_submodule(site.value)
-        with torch.no_grad():
-            value.weight[1], value.bias[1] = value.weight[0], value.bias[0]
-    sites = find_mlps(case.model)
-    student = case.copy()
-    recipe = Recipe.parse({"method": "corp", "width": sites[0].d_hidden - 1, "options": {"ridge": 1e-12}})
-    report = cut_(student, case.model, sites, recipe, case.batches, quiet=True)
-    lost = [set(range(edit.site.d_hidden)) - set(edit.keep) for edit in report.plan.edits]
-    if all(units <= {0, 1} for units in lost):
-        torch.testing.assert_close(
-            run(student, case.batches[0]), run(case.model, case.batches[0]), atol=1e-5, rtol=1e-4
-        )
-    kept = run(student, case.batches[0]) - run(case.model, case.batches[0])
-    assert float(kept.square().mean()) < 1e-3 * float(run(case.model, case.batches[0]).square().mean())
+    student, report = cut(case, parts="both", keep_ratio=0.5, values=True)
+    assert all(p.grad is None for model in (student, case.model) for p in model.parameters())
+    assert not any(tensor.requires_grad for edit in report.plan.edits for tensor in edit.tensors.values())
 
 
 def spread(size, seed):
@@ -147,6 +239,27 @@ def test_shrinkage_is_large_for_few_samples_and_small_for_many():
     covariance = torch.diag(torch.linspace(1, 9, 30, dtype=torch.float64))
     assert 0 < oas_shrinkage(covariance, 100_000) < 0.01 < oas_shrinkage(covariance, 20) <= 1
     assert oas_shrinkage(torch.eye(5), 100) == 1.0
+
+
+def test_corp_ridge_of_logits_is_relative():
+    gram_q, gram_k, keep = spread(8, 0), spread(8, 1), torch.tensor([0, 2, 3, 5])
+    small, large = (fold_logits(scale * gram_q, scale * gram_k, keep, ridge=0.3) for scale in (1, 1000))
+    torch.testing.assert_close(small[0].T @ small[1], large[0].T @ large[1])
+
+
+def test_corp_ranks_head_dimensions_by_the_energy_of_q_times_k(build):
+    case = build("timm-vit")
+    _, report = cut(case, parts="attention", keep_dims=0.25, compensate=False)
+    edit, seen = report.plan.edits[0], []
+    hook = case.model.get_submodule(edit.site.query).register_forward_hook(lambda _, __, out: seen.append(out))
+    with torch.no_grad():
+        for batch in case.batches:
+            case.model(batch)
+    hook.remove()
+    q, k, _ = torch.cat(seen).flatten(0, 1).double().unflatten(-1, (3, edit.site.num_heads, -1)).unbind(1)
+    energy = (q * k).square().mean(0)
+    for head, dims in enumerate(edit.keep_qk):
+        assert list(dims) == sorted(energy[head].topk(len(dims)).indices.tolist())
 
 
 def test_corp_softmax_keeps_its_scale_and_the_edit_replays(build, run):

@@ -10,7 +10,9 @@ import torch
 from conftest import Residual, Tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
@@ -236,9 +238,8 @@ def test_fips_basis_moves_copies_freezes_and_takes_other_values_as_one(build, ru
     expected = run(student, case.batches[0])
     twin = copy.deepcopy(student)
     student.get_submodule(case.sites[0].value).basis.data.zero_()
-    assert torch.equal(run(twin, case.batches[0]), expected) and not torch.equal(
-        run(student, case.batches[0]), expected
-    )
+    assert torch.equal(run(twin, case.batches[0]), expected)
+    assert not torch.equal(run(student, case.batches[0]), expected)
     swapped = {f"{case.sites[0].value}.basis": twin.get_submodule(case.sites[0].value).basis}
     assert torch.equal(torch.func.functional_call(student.eval(), swapped, (case.batches[0],)).detach(), expected)
     student.load_state_dict(twin.state_dict())
@@ -248,7 +249,7 @@ def test_fips_basis_moves_copies_freezes_and_takes_other_values_as_one(build, ru
     assert last.basis_DR.dtype == torch.float64 and last.places.dtype == torch.uint8
     assert all(layer.basis_DR.is_meta for layer in shared_layers(twin.to("meta")).values())
     student.requires_grad_(False)
-    assert not last.bias.requires_grad or not student.get_submodule(case.sites[-1].output).basis_DR.requires_grad
+    assert not any(layer.basis_DR.requires_grad for layer in shared_layers(student).values())
     frozen = case.copy().requires_grad_(False)
     apply_(frozen, [share(frozen, case.sites, 20)])
     assert not any(p.requires_grad for p in frozen.parameters())
@@ -258,7 +259,7 @@ def test_fips_training_the_whole_model_keeps_every_mask(build):
     """The paper's global stage: what is not stored can't come back, whatever the optimizer does."""
     case = build("timm-vit")
     student, report = cut(case, images=False)
-    zeros = {path: layer.weight.detach().clone() for path, layer in shared_layers(student).items()}
+    before = {path: layer.weight.detach().clone() for path, layer in shared_layers(student).items()}
     masks = {path: layer.coeff_RC != 0 for path, layer in shared_layers(student).items()}
     hashed = report.plan.sha256
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
@@ -268,8 +269,21 @@ def test_fips_training_the_whole_model_keeps_every_mask(build):
         optimizer.step()
         for path, layer in shared_layers(student).items():
             assert not (layer.coeff_RC != 0)[~masks[path]].any()
-            assert not torch.equal(layer.weight, zeros[path])
+            assert not torch.equal(layer.weight, before[path])
     assert report.plan.sha256 == hashed  # the plan's tensors are its own
+
+
+def test_fips_basis_in_shards_is_refused(build):
+    case, student = build("timm-vit"), build("timm-vit").copy()
+    apply_(student, [share(student, case.sites, 20)])
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for block in student.blocks:
+            fully_shard(block, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+        with pytest.raises(RecipeError, match=r"recover\.shard: blocks that share a basis"):
+            student(case.batches[0])
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_an_edit_that_does_not_fit_is_refused_and_changes_nothing(build):
@@ -471,7 +485,8 @@ def test_fips_goes_before_and_after_what_it_can():
             Recipe.parse({"method": later, "then": [{"method": "fips"}]})
 
 
-def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, run, tmp_path):
+def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fips, "_better", lambda view, mlps, pairs, plain, trained: trained)
     case = build("timm-vit")
     attention = {"method": "low-rank", "options": {"rank": 4, "only": ["*.attn.*"]}}
     step = {"method": "fips", "keep_ratio": 0.5, "options": {"steps": 4}}
@@ -480,6 +495,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
     shared = [edit for edit in report.plan.edits if isinstance(edit, ShareBasis)]
     assert [edit.columns for edit in shared] == [(40,) * 4]
+    assert not torch.equal(student.blocks[1].mlp.fc2.bias, case.model.blocks[1].mlp.fc2.bias)  # biases train, too
     again = case.copy()
     reshape_(again, Plan.from_json(json.loads(json.dumps(report.plan.to_json()))).edits)
     again.load_state_dict(student.state_dict())

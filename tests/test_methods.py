@@ -1,7 +1,10 @@
 """Every registered method on every kind of MLP, and each method against a slow, obvious version of itself."""
 
 import json
+import runpy
 from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import scipy.linalg
@@ -9,6 +12,9 @@ import torch
 from conftest import stored_stats
 from torch import Tensor
 
+import vitrim
+from vitrim import methods
+from vitrim.cli import run as run_command
 from vitrim.cut import cut_
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
 from vitrim.methods import METHODS, find_method
@@ -21,6 +27,7 @@ CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items(
 # But for those whose edit has no size.
 BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits != (ReplaceActivation,)])
 QUICK = {"refit_steps": 3}
+FEW = {"fips": {"steps": 3, "every": 1}}  # options of methods that train by themselves
 
 
 def cut(case, *, images=True, **values):
@@ -35,7 +42,8 @@ def cut(case, *, images=True, **values):
 def cut_or_skip(case, *, images=True, **values):
     """As `cut`; a method that needs images and has none, or can't do this MLP, must say so and change nothing."""
     method, student = find_method(values["method"]), case.copy()
-    recipe = Recipe.parse({"repair": QUICK if method.repairs else None, **values})
+    few = {"repair": QUICK if method.repairs else None, "options": FEW.get(method.name, {})}
+    recipe = Recipe.parse({**few, **values})
     needs = method.propose is not None and method.needs == "images" and not images
     try:
         report = cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
@@ -323,3 +331,68 @@ def test_a_method_says_where_it_comes_from(method):
     assert entry.name == method and entry.needs in ("weights", "images")
     assert len(entry.arxiv.split(".")) == 2 and entry.arxiv.replace(".", "").isdigit()
     assert entry.paper and entry.summary
+
+
+def method_files(folder):
+    """The files of a folder that ought to hold a method."""
+    return {path.stem for path in folder.glob("*.py")} - {"__init__", "registry"}
+
+
+def idle(files, entries):
+    """Those files in which none of the registered methods was defined."""
+    decide = [entry.select or entry.propose for entry in entries]
+    return files - {function.__module__.rpartition(".")[2] for function in decide}
+
+
+def test_every_file_in_methods_is_imported_and_registers_a_method(tmp_path):
+    files = method_files(Path(methods.__file__).parent)
+    assert idle(files, METHODS.values()) == set()
+    assert files <= set(methods.__all__)
+    for name in ("dgmr", "forgotten", "__init__", "registry"):
+        (tmp_path / f"{name}.py").touch()
+    assert idle(method_files(tmp_path), METHODS.values()) == {"forgotten"}  # the check sees what it should
+
+
+THIRTEENTH = '''
+"""Two methods that nobody has thought of, in a file that is no part of the package."""
+from torch import arange
+from vitrim.methods.registry import MethodOptions, register
+from vitrim.surgery import TopKActivation
+
+class FirstOptions(MethodOptions):
+    offset: int = 0
+
+ABOUT = {"needs": "weights", "paper": "none", "arxiv": "0000.00000", "repairs": False}
+
+@register("first-units", options=FirstOptions, summary="units as they come", **ABOUT)
+def select(view, options):
+    return arange(view.num_keep) + options.offset
+
+@register("one-active", scope="model", edits=(TopKActivation,), summary="one unit a token", **ABOUT)
+def propose(view, options):
+    for site in view.sites:
+        yield TopKActivation(site=site, num_active=1)
+'''
+
+
+def test_a_thirteenth_method_needs_no_edit_of_the_package(tmp_path, monkeypatch, capsys):
+    names = ("first-units", "one-active")
+    for name in names:
+        monkeypatch.setitem(METHODS, name, None)  # taken out again after the test
+    (tmp_path / "thirteenth.py").write_text(THIRTEENTH)
+    runpy.run_path(str(tmp_path / "thirteenth.py"))
+    values = {"method": "first-units", "options": {"offset": 3}, "keep_ratio": 0.5, "calibrate": {"num_images": 16}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**values, "then": [{"method": "one-active"}]}))
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    with pytest.raises(RecipeError, match="its options are offset"):
+        Recipe.parse({"method": "first-units", "options": {"offst": 3}})
+    digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+    found = vitrim.compress(digits, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
+    assert found.plan.method == "first-units+one-active" and found.metrics["reload_difference"] <= 1e-6
+    cuts = [edit for edit in found.plan.edits if isinstance(edit, KeepUnits)]
+    assert cuts and all(edit.keep == tuple(range(3, 3 + edit.width)) for edit in cuts)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))
+    assert run_command(["methods", "--json"]) == 0
+    listed = {row["name"]: row["edit"] for row in json.loads(capsys.readouterr().out)}
+    assert {name: listed[name] for name in names} == {"first-units": "keep units", "one-active": "top k"}

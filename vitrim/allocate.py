@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
@@ -167,34 +168,40 @@ def _solved(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], found:
         _grid(site, width, recipe.round_to, timed=budget == "latency")
         for site, width in zip(sites, uniform, strict=True)
     ]
-    price = {
-        "params": lambda site, width: site_parameters(site, width),
-        "macs": lambda site, width: round(site_macs(site, width) * found.tokens[site.path]),
-        "latency": lambda site, width: found.times[_shape(site, found)][str(width)],
-    }[budget]
     if budget == "latency":
         for site, grid in zip(sites, grids, strict=True):
             _time_(found, teacher, site, grid)
         found.save()
-    costs = [np.array([price(site, width) for width in grid]) for site, grid in zip(sites, grids, strict=True)]
+    costs = [
+        np.array([_cost(budget, site, width, found) for width in grid]) for site, grid in zip(sites, grids, strict=True)
+    ]
     errors = [np.array(found.errors[site.path])[np.array(grid) - 1] for site, grid in zip(sites, grids, strict=True)]
     equal = [grid.index(width) for grid, width in zip(grids, uniform, strict=True)]
-    allowed = sum(int(cost[j]) for cost, j in zip(costs, equal, strict=True))
-    picked = best_choices(errors, costs, allowed)
-    widths = {site.path: grid[j] for site, grid, j in zip(sites, grids, picked, strict=True)}
+    allowed = _sum(costs, equal)
+    picked = best_choices(errors, costs, int(allowed))
     about = {
         "budget": budget,
-        "allowed": allowed,
-        "cost": sum(int(cost[j]) for cost, j in zip(costs, picked, strict=True)),
-        "predicted": {
-            "allocated": sum(float(error[j]) for error, j in zip(errors, picked, strict=True)),
-            "uniform": sum(float(error[j]) for error, j in zip(errors, equal, strict=True)),
-        },
-        "widths": widths,
+        "allowed": int(allowed),
+        "cost": int(_sum(costs, picked)),
+        "predicted": {"allocated": _sum(errors, picked), "uniform": _sum(errors, equal)},
     }
-    return Allocation(
-        recipe=recipe.model_copy(update={"allocate": None, "widths": widths}), about=about, notes=tuple(found.notes)
-    )
+    widths = {site.path: grid[j] for site, grid, j in zip(sites, grids, picked, strict=True)}
+    allocated = recipe.model_copy(update={"allocate": None, "widths": widths})
+    return Allocation(recipe=allocated, about=about, notes=tuple(found.notes))
+
+
+def _sum(values: Sequence[NDArray[Any]], choices: Sequence[int]) -> float:
+    """The sum of one value of each MLP."""
+    return sum(value_J[j].item() for value_J, j in zip(values, choices, strict=True))
+
+
+def _cost(budget: str, site: MlpSite, width: int, found: _Measured) -> int:
+    """What an MLP of a width costs: parameters, multiply-accumulates an image, or nanoseconds."""
+    if budget == "params":
+        return site_parameters(site, width)
+    if budget == "macs":
+        return round(site_macs(site, width) * found.tokens[site.path])
+    return found.times[_shape(site, found)][str(width)]
 
 
 def _grid(site: MlpSite, uniform: int, round_to: int, *, timed: bool) -> list[int]:

@@ -11,7 +11,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +31,14 @@ from vitrim.pipeline import compress
 from vitrim.progress import progress
 from vitrim.recipe import Recipe
 from vitrim.report.leaderboard import markdown, verdict
-from vitrim.surgery import Edit, KeepUnits, Plan, apply_
+from vitrim.surgery import KeepUnits, Plan, apply_
 from vitrim.types import MlpSite
 
 Unit = Literal["params", "macs"]
 FORMAT, REPORT = "vitrim-zoo/1", "zoo.json"
+SHARED = {"calibrate", "repair", "blockwise", "recover", "scope", "round_to"}  # what rows take of a recipe
 NUM_TRIAL_IMAGES = 32
-SMALLEST, TOLERANCE, MAX_TRIALS = 0.02, 0.01, 8  # of keep_ratio, and of a share of the model
+SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 8  # of keep_ratio, and of a share of the model
 
 
 def zoo(
@@ -65,7 +66,7 @@ def zoo(
         budget_in: what the share is of. A method that can't save it is run at the same share of MACs, or else at that
             keep_ratio, and its row says so.
         recover_steps: distillation steps for every row; 0 for none.
-        recipe: calibration, repair and recovery of every row, in place of the defaults.
+        recipe: calibration, repair, recovery, scope and rounding of every row, in place of the defaults.
         baselines: methods that the others are told to have lost to, where they have.
         out: folder for `zoo.json` and `zoo.md`; rows that it has already are kept, but for failed ones.
         seed: of every row.
@@ -84,14 +85,15 @@ def zoo(
     names = [find_method(name).name for name in methods or METHODS]
     model = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}" if model is None else model
     given = {"recover": {"steps": recover_steps} if recover_steps else None, "seed": seed or None, "device": device}
-    base = (recipe or Recipe()).updated(given)
+    shared = (recipe or Recipe()).model_dump(exclude_unset=True, include=SHARED)
+    base = Recipe.parse(shared).updated(given)
     asked = {
         "model": model if isinstance(model, str) else type(model).__name__,
         "data": str(data) if isinstance(data, str | Path) else type(data).__name__,
         "budget": budget,
         "budget_in": budget_in,
         "baselines": list(baselines),
-        "recipe": json.loads(base.model_dump_json(exclude={"model", "data", "method", "options", "device"})),
+        "recipe": base.model_dump(mode="json", include={*SHARED, "seed"}),
     }
     report = _opened(out, asked)
     runner = _Runner.of(model, data, base, budget, budget_in)
@@ -109,6 +111,14 @@ def zoo(
     return report
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """What a cut left of a model, as shares; `repairable`: it cut hidden units and brought no tensors along."""
+
+    shares: Mapping[Unit, float]
+    repairable: bool
+
+
 @dataclass(kw_only=True)
 class _Runner:
     """What every row shares: the model, the images, the recipe, and a teacher to try cuts on."""
@@ -123,6 +133,7 @@ class _Runner:
     sites: Sequence[MlpSite]
     images_BCHW: Tensor
     original: dict[str, Any] | None = None
+    tried: dict[tuple[str, float], _Trial] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module | str, data: Any, base: Recipe, budget: float, unit: Unit) -> _Runner:
@@ -191,18 +202,13 @@ class _Runner:
     def fit(self, name: str) -> dict[str, Any]:
         """The keep_ratio at which a method leaves the budget's share, by trying cuts on a few images."""
         units: list[Unit] = [self.unit] if self.unit == "macs" else ["params", "macs"]
-        for unit in units:
-            ratio = self._meet(name, unit)
-            if ratio is not None:
-                break
-        else:
-            unit, ratio = None, self.budget
-        repairable = any(isinstance(edit, KeepUnits) and not edit.tensors for edit in self._cut(name, ratio)[1])
-        return {"keep_ratio": ratio, "counted": unit, "repairable": repairable}
+        met = ((ratio, unit) for unit in units if (ratio := self._meet(name, unit)) is not None)
+        ratio, counted = next(met, (self.budget, None))
+        return {"keep_ratio": ratio, "counted": counted, "repairable": self._try(name, ratio).repairable}
 
     def _meet(self, name: str, unit: Unit) -> float | None:
         """The largest keep_ratio found at which at most the budget stays; None where no width saves that much."""
-        low, high = (SMALLEST, self._share(name, SMALLEST, unit)), (1.0, 1.0)
+        low, high = (SMALLEST, self._try(name, SMALLEST).shares[unit]), (1.0, 1.0)
         if low[1] > self.budget:
             return None
         for _ in range(MAX_TRIALS):
@@ -210,29 +216,29 @@ class _Runner:
                 break
             slope = (high[0] - low[0]) / max(high[1] - low[1], 1e-9)
             ratio = low[0] + slope * (self.budget - TOLERANCE / 2 - low[1])
-            share = self._share(name, ratio, unit)
+            share = self._try(name, ratio).shares[unit]
             low, high = (low, (ratio, share)) if share > self.budget else ((ratio, share), high)
         return low[0]
 
-    def _share(self, name: str, keep_ratio: float, unit: Unit) -> float:
-        """Share of the model that a cut leaves."""
-        student, _ = self._cut(name, keep_ratio)
-        mine, theirs = (self._cost(model, unit) for model in (student, self.teacher))
-        return mine / theirs
-
-    def _cut(self, name: str, keep_ratio: float) -> tuple[nn.Module, Sequence[Edit]]:
-        """A student of the right shapes, and the edits that made it."""
-        student, method = copy.deepcopy(self.teacher), find_method(name)
-        recipe = self.base.updated({"method": name, "keep_ratio": keep_ratio, "repair": False})
-        if method.select is None:
-            cut = cut_(student, self.teacher, self.sites, recipe, [self.images_BCHW], quiet=True)
-            return student, cut.plan.edits
-        edits = [KeepUnits(site=site, keep=tuple(range(recipe.width_of(site)))) for site in self.sites]
-        apply_(student, edits)  # which units they are makes no difference to what they cost
-        return student, edits
-
-    def _cost(self, model: nn.Module, unit: Unit) -> int:
-        return num_parameters(model) if unit == "params" else count_macs(model, self.images_BCHW[:1])
+    def _try(self, name: str, keep_ratio: float) -> _Trial:
+        """A cut on a few images, or for a method that is asked MLP by MLP, one to its widths alone."""
+        if (name, keep_ratio) not in self.tried:
+            student, method = copy.deepcopy(self.teacher), find_method(name)
+            recipe = self.base.updated({"method": name, "keep_ratio": keep_ratio, "repair": False})
+            if method.select is None:
+                cut = cut_(student, self.teacher, self.sites, recipe, [self.images_BCHW], quiet=True)
+                edits = cut.plan.edits
+            else:
+                edits = [KeepUnits(site=site, keep=tuple(range(recipe.width_of(site)))) for site in self.sites]
+                apply_(student, edits)
+            one = self.images_BCHW[:1]
+            shares: dict[Unit, float] = {
+                "params": num_parameters(student) / num_parameters(self.teacher),
+                "macs": count_macs(student, one) / count_macs(self.teacher, one),
+            }
+            repairable = any(isinstance(edit, KeepUnits) and not edit.tensors for edit in edits)
+            self.tried[name, keep_ratio] = _Trial(shares=shares, repairable=repairable)
+        return self.tried[name, keep_ratio]
 
 
 def _costs(measured: Mapping[str, Any]) -> dict[str, Any]:

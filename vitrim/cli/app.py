@@ -17,7 +17,12 @@ from rich.table import Table
 
 from vitrim.errors import Interrupted, VitrimError
 
-app = App(name="vitrim", help="Make pretrained Vision Transformers smaller and keep their features.")
+app = App(
+    name="vitrim",
+    help="Make pretrained Vision Transformers smaller and keep their features.",
+    help_epilogue="Exit codes: 0 done, 2 wrong input (one line on standard error), 130 stopped by Ctrl-C.",
+)
+app.register_install_completion_command()
 console = Console()
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSON document and nothing else")]

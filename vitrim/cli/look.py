@@ -185,7 +185,10 @@ def retrieval(
 
 @app.command
 def methods(*, as_json: Json = False) -> None:
-    """List the methods: paper, what each needs, what it does."""
+    """List the methods: paper, what each needs, what it does.
+
+    Example: vitrim methods --json
+    """
     from vitrim.methods import METHODS
 
     fields = ("name", "arxiv", "needs", "edit", "summary", "paper")

@@ -188,6 +188,8 @@ def tune_text(
 def demo(*, out: Path = Path("vitrim-demo"), steps: int = 200) -> None:
     """Cut a small ViT that comes with vitrim to half its size, on scikit-learn's digits: no network, a few minutes.
 
+    Example: vitrim demo --out my-first
+
     Args:
         out: folder to write; it must not exist.
         steps: distillation steps.

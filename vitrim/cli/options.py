@@ -26,6 +26,12 @@ class CutOptions:
     ] = None
     keep_ratio: Annotated[float | None, Parameter(help="share of each MLP's units to keep")] = None
     width: Annotated[int | None, Parameter(help="units to keep in each MLP")] = None
+    allocate: Annotated[
+        Literal["auto", "uniform"] | None, Parameter(help="auto: widths that differ from MLP to MLP, at the same cost")
+    ] = None
+    budget: Annotated[
+        Literal["params", "macs", "latency"] | None, Parameter(help="what allocate counts cost in (default params)")
+    ] = None
     select_on: Annotated[
         SelectOn | None,
         Parameter(help="what dgmr tells units apart by; outputs where there are images, else weights"),
@@ -47,6 +53,7 @@ class CutOptions:
             "width_ratio": self.width_ratio,
             "keep_ratio": self.keep_ratio,
             "width": self.width,
+            "allocate": self._allocate(),
             "options": self._options() or None,
             "repair": self._repair(),
             "seed": self.seed,
@@ -67,6 +74,14 @@ class CutOptions:
             if not (key and equals):
                 raise RecipeError(f"--option {given!r}: give KEY=VALUE, such as --option sparsity=0.75.")
         return found
+
+    def _allocate(self) -> Any:
+        """The recipe's allocation; `{}` stands for its defaults."""
+        if self.budget is not None and self.allocate == "uniform":
+            raise RecipeError("allocate: a budget needs allocate=auto; drop one of the two.")
+        if self.budget is not None:
+            return {"budget": self.budget}
+        return {} if self.allocate == "auto" else self.allocate
 
     def _repair(self) -> Any:
         """The recipe's repair from two switches; `{}` stands for its defaults."""

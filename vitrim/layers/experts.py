@@ -106,7 +106,7 @@ class ExpertMlp(nn.Module):
                 part = self.expert(number, tokens_TD[rows])
                 if output_TD is None:
                     output_TD = part.new_zeros(len(tokens_TD), part.shape[-1])
-                output_TD = output_TD.index_add(0, rows, part)
+                output_TD.index_add_(0, rows, part)  # a copy for each expert took longer than the experts
         assert output_TD is not None
         return output_TD
 

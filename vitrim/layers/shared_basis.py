@@ -14,7 +14,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
+
+from vitrim.errors import RecipeError
 
 Role = Literal["input", "output"]  # what of the layer is in the space of the basis: its inputs, or its outputs
 
@@ -51,8 +54,15 @@ class SharedBasisLinear(nn.Module):
 
     @property
     def basis_DR(self) -> Tensor:
-        """The shared basis, wherever it stands."""
-        return (self.others or (self,))[0].basis
+        """The shared basis, wherever it stands.
+
+        Raises:
+            RecipeError: its owner's block is in shards, and gathered only while that block runs.
+        """
+        basis_DR = (self.others or (self,))[0].basis
+        if isinstance(basis_DR, DTensor):
+            raise RecipeError("recover.shard: blocks that share a basis can't be gathered one at a time; drop shard.")
+        return basis_DR
 
     @property
     def coeff_RC(self) -> Tensor:

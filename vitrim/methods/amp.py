@@ -66,7 +66,7 @@ def propose(view: ModelView, options: AmpOptions) -> Iterator[KeepUnits]:
 
 def similarities(features_BD: Tensor, tau: float) -> Tensor:
     """Log of the softmax, over a batch and itself, of tau times the cosine of an image to each: (B, B)."""
-    unit_BD = normalize(features_BD.float(), dim=1)
+    unit_BD = normalize(features_BD.to(torch.promote_types(features_BD.dtype, torch.float32)), dim=1)
     return (tau * unit_BD @ unit_BD.T).log_softmax(dim=1)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LATENCY_BATCH = "8"
-# Title, key of the value in a row, and how it is written; of the last, more is better.
+# Title, key of the value in a row, and how it is written; the end is what recovery makes of a cut.
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("parameters", "parameters", "count"),
     ("MACs", "macs", "count"),
-    (f"latency, batch {LATENCY_BATCH} (ms)", f"latency_ms.{LATENCY_BATCH}", "time"),
+    (f"ms, batch {LATENCY_BATCH}", f"latency_ms.{LATENCY_BATCH}", "time"),
     ("on disk (MB)", "bytes", "megabytes"),
     ("error, cut", "after_cut.relative_error", "number"),
-    ("error, recovered", "after_recovery.relative_error", "number"),
-    ("top-1, cut (%)", "after_cut.top1", "percent"),
-    ("top-1, recovered (%)", "after_recovery.top1", "percent"),
+    ("error, end", "after_recovery.relative_error", "number"),
+    ("top-1 %, cut", "after_cut.top1", "percent"),
+    ("top-1 %, end", "after_recovery.top1", "percent"),
     ("seconds", "seconds", "seconds"),
 )
 MORE_IS_BETTER = "percent"
@@ -84,8 +84,8 @@ def _held_to(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """The size that a row was brought to."""
     fitted, share = row["fitted"], report["asked"]["budget"]
     if fitted["counted"] is None:
-        return f"keep_ratio {fitted['keep_ratio']:g}, saves neither parameters nor MACs"
-    return f"{share:.0%} of {'parameters' if fitted['counted'] == 'params' else 'MACs'}"
+        return f"keep_ratio {fitted['keep_ratio']:g}; it saves neither parameters nor MACs"
+    return f"{share:.0%} {fitted['counted'].replace('macs', 'MACs')}"
 
 
 def _value(row: Mapping[str, Any], key: str) -> float | None:
@@ -113,7 +113,7 @@ def _cell(row: Mapping[str, Any], column: tuple[str, str, str], original: Mappin
     whole = _value(original, key)
     share = f" ({value / whole:.0%})" if kind == "count" and whole and row is not original else ""
     written = {
-        "count": f"{value:,.0f}{share}",
+        "count": f"{value / 1e6:.2f}M{share}",
         "time": f"{value:.2f}",
         "megabytes": f"{value / 1e6:.2f}",
         "number": f"{value:.4f}",
