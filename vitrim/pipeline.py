@@ -43,7 +43,6 @@ from vitrim.recover.order import check_stream
 from vitrim.recover.parallel import entered_on_main, from_main, is_main, join_, on_main, plan_from_main
 from vitrim.recover.text_bank import space_of
 from vitrim.recover.trackers import TRACKER_LOGS, check_trackers
-from vitrim.report.card import licence_of, write_card
 from vitrim.report.collect import collect
 from vitrim.surgery import Plan
 from vitrim.types import MlpSite
@@ -219,7 +218,7 @@ def _run(
         if recovery is not None and work is not None:
             _move_logs(work, folder)
         _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
-        write_card(folder, origin, recipe, metrics, licence=licence_of(job.whole, origin))
+        _write_card(folder, job, recipe, metrics)
 
     if folder is not None:
         on_main(lambda: write(folder))
@@ -378,6 +377,13 @@ def _write_report(
     write_report(
         folder / "report.html", collect(teacher, student, origin, plan, recipe, metrics, split and split.sample)
     )
+
+
+def _write_card(folder: Path, job: _Job, recipe: Recipe, metrics: dict[str, Any]) -> None:
+    """What stands beside the model on a hub."""
+    from vitrim.report.card import licence_of, write_card  # its numbers are written as the page's are
+
+    write_card(folder, job.origin, recipe, metrics, licence=licence_of(job.whole, job.origin))
 
 
 def _as_recover(recover: int | Mapping[str, Any] | RecoverOptions | None) -> Any:
