@@ -68,6 +68,7 @@ def main() -> None:
             size = {"steps": arguments.steps, "batch_size": arguments.batch_size}
             rows = [run_row(bench, cut, kind, rank, lr=lr, **size) for lr in RATES[method][kind]]
             row = min(rows, key=lambda row: row["best_error"])
+            row["peak_mib"] = peak_of(bench, cut, kind, rank, batch_size=arguments.batch_size)
             row["rates"] = {f"{each['lr']:g}": each["best_error"] for each in rows}
             result["rows"].append({"method": method, **row})
             print(format_row(result["rows"][-1]), flush=True)
@@ -79,11 +80,8 @@ def run_row(
     bench: Bench, cut: nn.Module, kind: str, rank: int, *, lr: float, steps: int, batch_size: int
 ) -> dict[str, Any]:
     """Recover a copy of the cut model by what this row trains, at one rate, and judge it."""
-    adapter = None if kind == "full" else AdapterOptions.model_validate({"kind": kind, "rank": rank, "alpha": rank})
-    more = {"flip": True, "num_validations": 10, "adapter": adapter}
+    more = {"flip": True, "num_validations": 10, "adapter": adapter_of(kind, rank)}
     options = RecoverOptions(steps=steps, batch_size=batch_size, lr=lr, **more)
-    one_step = options.model_copy(update={"steps": 1, "num_validations": 1, "lr": 1e-6})
-    peak = peak_mib(lambda: recover(bench, copy.deepcopy(cut), one_step))
     student, marks = copy.deepcopy(cut), list[tuple[int, float]]()
     found = recover(bench, student, options, lambda step, error: marks.append((step, time.monotonic())))
     (first, started), (last, ended) = marks[1], marks[-1]
@@ -94,12 +92,23 @@ def run_row(
         "rank": rank,
         "num_trained": trained,
         "state_mib": STATE_BYTES * trained / 2**20,
-        "peak_mib": peak,
         "step_s": (ended - started) / (last - first),
         **found.__dict__,
         "start_error": found.curve[0]["relative_error"],
         "test": bench.scores(student),
     }
+
+
+def adapter_of(kind: str, rank: int) -> AdapterOptions | None:
+    """What a row trains in place of the weights."""
+    return None if kind == "full" else AdapterOptions.model_validate({"kind": kind, "rank": rank, "alpha": rank})
+
+
+def peak_of(bench: Bench, cut: nn.Module, kind: str, rank: int, *, batch_size: int) -> float:
+    """Peak memory of one step and its validation."""
+    more = {"num_validations": 1, "flip": True, "adapter": adapter_of(kind, rank)}
+    options = RecoverOptions(steps=1, batch_size=batch_size, lr=1e-6, **more)
+    return peak_mib(lambda: recover(bench, copy.deepcopy(cut), options))
 
 
 def recover(
