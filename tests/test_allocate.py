@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 import vitrim
 from vitrim.allocate import allocate, through
+from vitrim.cli.options import CutOptions
 from vitrim.cost import measure_latency, site_macs, site_parameters
 from vitrim.errors import BudgetError, CheckpointError, RecipeError
 from vitrim.methods import METHODS
 from vitrim.methods.registry import register
 from vitrim.ops.allocation import best_choices, dropped_energy, explained_energy
+from vitrim.options import AllocateOptions
 from vitrim.recipe import Recipe
 
 
@@ -235,6 +237,22 @@ def test_what_can_not_be_allocated_is_refused(build, tmp_path):
 def test_a_recipe_that_contradicts_itself_is_refused(values, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.parse(values)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"allocate": "auto"}, AllocateOptions(cache=Path("kept"))),
+        ({"budget": "macs"}, AllocateOptions(budget="macs", cache=Path("kept"))),
+        ({"allocate": "uniform"}, None),
+        ({}, AllocateOptions(cache=Path("kept"))),
+    ],
+)
+def test_the_command_line_goes_over_the_recipe(given, expected):
+    base = Recipe.parse({"allocate": {"cache": "kept"}})
+    assert base.updated(CutOptions(**given).given()).allocate == expected
+    with pytest.raises(RecipeError, match="a budget needs allocate=auto"):
+        CutOptions(allocate="uniform", budget="macs").given()
 
 
 def test_widths_are_given_by_path_or_the_end_of_it(build):

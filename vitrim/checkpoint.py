@@ -7,6 +7,7 @@ pickled. Reloading needs the plan's widths alone; tensors stand once, in model.s
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from vitrim.tensor_files import open_tensors
 WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
 CUT_STATE, RECOVERY_STATE, RECOVERY_LOG = "cut.json", "recover.state", "recovery.jsonl"
 PICKS, TEXT_STATE = "picks.jsonl", "text.state"
+STATES = (CUT_STATE, PICKS, TEXT_STATE)  # each is something to go on from
+LOCK = "lock"
 
 # Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
 STOCK_CHECK = """
@@ -75,34 +78,90 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
         state of a run that was stopped after its cut.
 
     Raises:
-        OutputError: `out` exists already, or its parent can't be written to.
+        OutputError: `out` exists already, its parent can't be written to, or another run is writing it.
     """
-    if out.exists():
-        raise OutputError(f"{out}: exists already; choose another output folder or remove this one.")
-    made = [parent for parent in out.parents if not parent.exists()]
+    _refuse_existing(out)
+    made = [parent for parent in out.parents if not os.path.lexists(parent)]
     work = out.with_name(f".{out.name}.partial")
     folder = work / "output"
     try:
-        shutil.rmtree(folder if resume else work, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{out}: can't be written ({error.strerror}); choose a folder you may write to.") from None
-    try:
-        yield folder, work
-        for config in folder.glob("*config.json"):  # one that names a part of its own folder gets the final name
-            config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
-        folder.rename(out)
-        for state in (CUT_STATE, PICKS, TEXT_STATE):
-            (work / state).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
+        with _alone(work, out):
+            try:
+                _start(work, out, resume=resume)
+                yield folder, work
+                for config in folder.glob("*config.json"):  # one that names a part of its own folder gets the final name
+                    config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
+                _settle(folder)
+                folder.rename(out)
+                for state in STATES:
+                    (work / state).unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                if not any((work / state).exists() for state in STATES):
+                    shutil.rmtree(work, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not any((work / state).exists() for state in (CUT_STATE, PICKS, TEXT_STATE)):
-            shutil.rmtree(work, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
+        for parent in (work, *made):
+            with suppress(OSError, ValueError):  # what holds something stays
                 parent.rmdir()
+
+
+def _refuse_existing(out: Path) -> None:
+    """Refuse a place where something is, if only a link that leads nowhere."""
+    if os.path.lexists(out):
+        raise OutputError(f"{out}: exists already; choose another output folder or remove this one.")
+
+
+@contextmanager
+def _alone(work: Path, out: Path) -> Iterator[None]:
+    """Make a folder and hold a lock in it. The system drops the lock of a process that dies, whatever it died of."""
+    try:
+        if work.is_symlink():
+            raise OSError(errno.ELOOP, f"{work} is a link")
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{out}: can't be written ({reason}); choose a folder you may write to.") from None
+    try:
+        if not _hold(lock) or not (work / LOCK).exists():  # the run that held it may have ended between the two
+            raise OutputError(f"{out}: another run is writing it; wait for that one, or choose another output folder.")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _hold(lock: int) -> bool:
+    """Lock an open file, if no other process has; a system or a disk without locks lets every run through."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno != errno.EWOULDBLOCK
+    return True
+
+
+def _start(work: Path, out: Path, *, resume: bool) -> None:
+    """Empty the folder of a run, but for what it goes on from, and make that of its output."""
+    _refuse_existing(out)
+    for old in [work / "output"] if resume else [path for path in work.iterdir() if path.name != LOCK]:
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+    (work / "output").mkdir()
+
+
+def _settle(folder: Path) -> None:
+    """Bring every file to disk before the folder gets its final name: after a power cut it is whole, or not there."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> bool:

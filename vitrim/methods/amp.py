@@ -5,7 +5,7 @@ changes of E to first order. From the last layer to the first, a binary search f
 by at most delta. Widths differ from layer to layer. Only units are chosen here; the paper recovers by distillation.
 
 Two things are ours. E measures concentration, not fidelity, and one that falls passes any budget, so a guard also
-bounds how far similarities drift from the dense model's. And delta is found by bisection where only a width was asked
+bounds how far features drift from the dense model's. And delta is found by bisection where only a width was asked
 for. The search reads calibration images, in their fixed batches, never validation images.
 
 Shapes: B images, D feature width, H hidden units.
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import RecipeError
 from vitrim.methods.registry import MethodOptions, register
@@ -33,9 +33,9 @@ class AmpOptions(MethodOptions):
     """`delta`: by how many nats a layer may raise the entropy; None finds what meets the recipe's total of units.
 
     With `delta` widths are what it gives, and the recipe's budget plays no part. `tau` sharpens the similarities.
-    `trials` halve a layer's width, to 1/64 of it by default. `guard` times delta is how far the similarities of a batch
-    may drift from the dense model's (Kullback-Leibler) in a layer; None is the paper, which does not look. `rounds` is
-    how often delta is tried.
+    `trials` halve a layer's width, to 1/64 of it by default. `guard` times delta is how much a layer may add to the
+    mean cosine distance from the dense features; None is the paper, which does not look. `rounds` is how often delta is
+    tried, on `num_images` images.
     """
 
     delta: float | None = None
@@ -64,15 +64,10 @@ def propose(view: ModelView, options: AmpOptions) -> Iterator[KeepUnits]:
         yield KeepUnits(site=site, keep=tuple(search.orders[site.path][: kept[site.path]].tolist()))
 
 
-def similarities(features_BD: Tensor, tau: float) -> Tensor:
-    """Log of the softmax, over a batch and itself, of tau times the cosine of an image to each: (B, B)."""
-    unit_BD = normalize(features_BD.to(torch.promote_types(features_BD.dtype, torch.float32)), dim=1)
-    return (tau * unit_BD @ unit_BD.T).log_softmax(dim=1)
-
-
 def entropies(features_BD: Tensor, tau: float) -> Tensor:
-    """Entropy of each image's similarities in nats, 0 to log B: (B,)."""
-    log_BB = similarities(features_BD, tau)
+    """Entropy in nats, 0 to log B, of each image's softmax over its batch of tau times the cosine, itself included."""
+    unit_BD = normalize(features_BD.to(torch.promote_types(features_BD.dtype, torch.float32)), dim=1)
+    log_BB = (tau * unit_BD @ unit_BD.T).log_softmax(dim=1)
     return -(log_BB.exp() * log_BB).sum(1)
 
 
@@ -106,7 +101,7 @@ class _Search:
         return self.view.pooled(silenced, num_images=self.options.num_images)
 
     def measure(self, kept: Mapping[str, int]) -> tuple[float, float]:
-        """Mean entropy with so many of each MLP's best units, and the drift of the similarities from the dense ones."""
+        """Mean entropy with so many of each MLP's best units, and mean cosine distance from the dense features."""
         key = tuple(kept.values())
         if key not in self.measured:
             silenced = {
@@ -116,9 +111,8 @@ class _Search:
             }
             entropy, drift, count = 0.0, 0.0, 0
             for dense_BD, features_BD in zip(self.dense, self._pooled(silenced), strict=True):
-                dense_BB, log_BB = (similarities(each, self.options.tau).double() for each in (dense_BD, features_BD))
-                entropy -= float((log_BB.exp() * log_BB).sum())
-                drift += float((dense_BB.exp() * (dense_BB - log_BB)).sum())
+                entropy += float(entropies(features_BD, self.options.tau).double().sum())
+                drift += float((1 - cosine_similarity(features_BD.float(), dense_BD.float())).double().sum())
                 count += len(features_BD)
             self.measured[key] = entropy / count, drift / count
         return self.measured[key]

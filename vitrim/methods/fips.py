@@ -53,7 +53,7 @@ class FipsOptions(MethodOptions):
     group: PositiveInt | tuple[PositiveInt, ...] = 4
     sparsity: float = Field(default=0.75, ge=0, lt=1)
     count_masks: bool = True
-    schedule: Literal["gmp", "rigl"] = "gmp"
+    schedule: Literal["rigl", "gmp"] = "rigl"
     every: int = Field(default=10, ge=1)
     steps: int = Field(default=500, ge=0)
     batch_size: int = Field(default=1024, ge=1)
