@@ -42,8 +42,8 @@ class AmpOptions(MethodOptions):
     tau: float = Field(default=15.0, gt=0)
     trials: int = Field(default=6, ge=1)
     guard: float | None = Field(default=1.0, gt=0)
-    rounds: int = Field(default=6, ge=1)
-    num_images: int = Field(default=512, ge=2)
+    rounds: int = Field(default=4, ge=1)
+    num_images: int = Field(default=256, ge=2)
 
 
 @register(
