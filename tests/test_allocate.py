@@ -96,6 +96,11 @@ def test_final_errors_run_through_what_was_measured():
     final = through(own, np.array([0.1, 0.3]), np.array([0.02, 0.01]))
     assert final.tolist() == pytest.approx([0.2 / 3, 0.04, 0.02, 0.02, 0.0])  # what fell counts as equal
     assert (np.diff(final) <= 0).all()
+    swapped = through(own, np.array([0.3, 0.1]), np.array([0.01, 0.02]))  # widths without repair may be out of order
+    assert swapped.tolist() == final.tolist()
+    assert through(own, np.array([0.0, 0.3]), np.array([0.0, 0.03])).tolist() == pytest.approx(
+        [0.1, 0.06, 0.03, 0.01, 0]
+    )
 
 
 def recipe_of(**values):

@@ -19,13 +19,14 @@ from vitrim.cut import cut_
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
 from vitrim.methods import METHODS, find_method
 from vitrim.recipe import Recipe
-from vitrim.surgery import KeepUnits, Plan, ReplaceActivation, apply_, read_weights, reshape_
+from vitrim.surgery import KeepUnits, Plan, Quantize, ReplaceActivation, apply_, read_weights, reshape_
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.edits == (KeepUnits,)])
 # But for those whose edit has no size.
-BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits != (ReplaceActivation,)])
+SIZELESS = ((ReplaceActivation,), (Quantize,))
+BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits not in SIZELESS])
 QUICK = {"refit_steps": 3}
 FEW = {"fips": {"steps": 3, "every": 1}}  # options of methods that train by themselves
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -266,16 +267,17 @@ def _measure_(
 
 @dataclass(frozen=True, kw_only=True)
 class _Picks:
-    """One MLP and the order in which a method picks its units, which is the same for all widths."""
+    """One MLP, the `number`th in forward order, and what a method picks of its units."""
 
     recipe: Recipe
     visit: SiteVisit
     weights: MlpWeights
     number: int
-    order: tuple[int, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "order", self.first(self.weights.num_units))
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """All units, the first to be kept first."""
+        return self.first(self.weights.num_units)
 
     def first(self, width: int) -> tuple[int, ...]:
         """What the method picks for a width, as `cut_` asks it."""
@@ -325,12 +327,13 @@ def through(own_H: Values, own_P: Values, final_P: Values) -> Values:
     """Final errors at all widths: straight lines in the MLP's own error, from zero through what was measured.
 
     Args:
-        own_H: the MLP's error at widths 1..H, falling.
-        own_P: the same where the final error was measured, rising.
+        own_H: the MLP's error at widths 1..H.
+        own_P: the same where the final error was measured.
         final_P: the final error there; one that falls while the MLP's own rises counts as equal.
     """
-    x = np.concatenate([[0.0], np.maximum(own_P, TINY)])
-    y = np.concatenate([[0.0], np.maximum.accumulate(final_P)])
+    rising = np.argsort(own_P, kind="stable")
+    x = np.concatenate([[0.0], np.maximum(own_P[rising], TINY)])
+    y = np.concatenate([[0.0], np.maximum.accumulate(final_P[rising])])
     return np.where(own_H > x[-1], own_H * (y[-1] / x[-1]), np.interp(own_H, x, y))
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, OutputError
 from vitrim.models.load import build_empty, library, load_model, origin_of
-from vitrim.models.origin import Library, Origin, copy_companions, match_buffers_
+from vitrim.models.origin import Library, Origin, copy_companions, in_one_line, match_buffers_
 from vitrim.models.stock import stock_origin
 from vitrim.models.taps import evaluating
 from vitrim.surgery import Plan, reshape_
@@ -227,7 +227,8 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     about = read_about(path)
     plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"])
     student = model if model is not None else build_empty(origin)
-    reshape_(student, plan.edits)
+    with in_one_line(str(path)):
+        reshape_(student, plan.edits)
     _fill_(student, path, library(origin.library))
     if origin.library != "transformers":  # it keeps such buffers in float32 beside bf16 weights
         match_buffers_(student)
@@ -298,7 +299,7 @@ def read_about(path: Path) -> dict[str, Any]:
         reason = f"its format is {about['format']!r}; this version reads 'vitrim/1'"
     except FileNotFoundError:
         reason = f"has no {ABOUT}; pass a folder that vitrim wrote"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{ABOUT} is damaged ({error!r})"
     raise CheckpointError(f"{path}: {reason}.")
 

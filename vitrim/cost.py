@@ -83,6 +83,7 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
 
     packets = [getattr(torch.ops.aten, name) for name in UNCOUNTED_ATTENTION if hasattr(torch.ops.aten, name)]
     mapping = {packet: _attention_flops for packet in packets if packet not in flop_registry}
+    mapping[torch.ops.aten._int_mm] = _product_flops  # int8 by int8
     # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
     # an attention pool) while it asks for gradients.
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -205,6 +206,11 @@ def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
         "iqr_ms": run.iqr * 1e3,
         "images_per_s": len(images) / run.median,
     }
+
+
+def _product_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of a matrix product, from the shapes of its factors."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

@@ -282,12 +282,13 @@ def _move_logs(work: Path, folder: Path) -> None:
 def _typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
     """The student with each tensor in the type that it has in the original: a bf16 model may keep float32 buffers.
 
-    What an edit has put there takes the type of the original's parameters, if it is of floating point at all.
+    What an edit has put there takes the type of the original's parameters, if it is of floating point.
     """
     types = {name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())}
     usual = next((p.dtype for p in original.parameters()), torch.float32)
     for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-        tensor.data = tensor.data.to(types.get(name, usual if tensor.is_floating_point() else tensor.dtype))
+        if tensor.is_floating_point():  # what an edit has made an integer is one
+            tensor.data = tensor.data.to(types.get(name, usual))
     return student
 
 

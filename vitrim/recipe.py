@@ -30,6 +30,7 @@ from vitrim.types import MlpSite
 
 LENGTHS = {"steps", "epochs"}
 BUDGETS = {"width_ratio", "keep_ratio", "width"}
+MAX_VALUES = 10_000
 
 
 class Step(Options):
@@ -115,10 +116,10 @@ class Recipe(Options):
             RecipeError: the file is missing, is no YAML mapping, or has an unknown key or a value not allowed.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = str(error).replace("\n", " ")[:200]
-            raise RecipeError(f"{path}: can't be read as YAML ({reason}).") from None
+            text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: can't be read ({error}); pass a YAML file.") from None
+        data = read_yaml(text, where=str(path))
         if not isinstance(data, dict):
             raise RecipeError(f"{path}: holds {type(data).__name__}; a recipe is a mapping of keys to values.")
         return cls.parse(data, where=str(path))
@@ -225,6 +226,27 @@ class Recipe(Options):
         if round(exact) >= full:
             return round(exact)
         return min(full, max(self.round_to, round(exact / self.round_to) * self.round_to))
+
+
+def read_yaml(text: str, *, where: str) -> Any:
+    """A value from YAML that holds plain data alone; what is larger than any recipe is refused before it is unfolded.
+
+    Raises:
+        RecipeError: it is no YAML, or holds too much: a few lines of names for names can stand for any number of values.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except Exception as error:  # its constructors raise ValueError, KeyError, AttributeError, RecursionError and more
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RecipeError(f"{where}: can't be read as YAML ({reason}).") from None
+    left, waiting = MAX_VALUES, [value]
+    while waiting:
+        left -= 1
+        if left < 0:
+            raise RecipeError(f"{where}: holds more than {MAX_VALUES:,} values; a recipe has some dozens.")
+        part = waiting.pop()
+        waiting += [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list | set) else []
+    return value
 
 
 def _is_end(one: str, other: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -181,14 +182,14 @@ def _open_shards(index: Path) -> TensorFiles:
     """The shards that an index names, each tensor from the shard that the index puts it in."""
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: is no index of shards ({error!r}); fetch it again.") from None
     infos: dict[str, TensorInfo] = {}
     mapped: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: names {shard!r}, which is not a file beside it; fetch it again.")
-        if not (index.parent / shard).is_file():
+        if not os.path.isfile(index.parent / shard):  # pathlib raises for a name that is too long
             raise CheckpointError(f"{index.parent / shard}: missing, named by {index.name}; fetch it again.")
         opened = _open_file(index.parent / shard)
         for name in [name for name, where in weight_map.items() if where == shard]:

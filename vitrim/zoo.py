@@ -38,7 +38,7 @@ Unit = Literal["params", "macs"]
 FORMAT, REPORT = "vitrim-zoo/1", "zoo.json"
 SHARED = {"calibrate", "repair", "blockwise", "recover", "scope", "round_to"}  # what rows take of a recipe
 NUM_TRIAL_IMAGES = 32
-SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 8  # of keep_ratio, and of a share of the model
+SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 6  # of keep_ratio, and of a share of the model
 
 
 def zoo(
@@ -211,11 +211,13 @@ class _Runner:
         low, high = (SMALLEST, self._try(name, SMALLEST).shares[unit]), (1.0, 1.0)
         if low[1] > self.budget:
             return None
-        for _ in range(MAX_TRIALS):
+        for number in range(MAX_TRIALS):
             if low[1] >= self.budget - TOLERANCE:
                 break
             slope = (high[0] - low[0]) / max(high[1] - low[1], 1e-9)
-            ratio = low[0] + slope * (self.budget - TOLERANCE / 2 - low[1])
+            straight = low[0] + slope * (self.budget - TOLERANCE / 2 - low[1])
+            # Where sizes come in steps, such as experts, a straight line may stand still: every other trial halves.
+            ratio = (low[0] + high[0]) / 2 if number % 2 else straight
             share = self._try(name, ratio).shares[unit]
             low, high = (low, (ratio, share)) if share > self.budget else ((ratio, share), high)
         return low[0]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from cyclopts import Parameter
 
 from vitrim.errors import RecipeError
@@ -64,15 +63,14 @@ class CutOptions:
 
     def _options(self) -> dict[str, Any]:
         """The method's options; values are read as YAML, as they would be in a recipe."""
+        from vitrim.recipe import read_yaml  # slow to import
+
         found: dict[str, Any] = {} if self.select_on is None else {"select_on": self.select_on}
         for given in self.option or ():
             key, equals, value = given.partition("=")
-            try:
-                found[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                equals = ""
             if not (key and equals):
                 raise RecipeError(f"--option {given!r}: give KEY=VALUE, such as --option sparsity=0.75.")
+            found[key] = read_yaml(value, where=f"--option {given!r}: give KEY=VALUE, such as sparsity=0.75")
         return found
 
     def _allocate(self) -> Any:

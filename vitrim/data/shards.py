@@ -100,8 +100,9 @@ class TarIndex:
 
 
 def label_of(written: bytes) -> int:
-    """The class number that a `.cls` member holds, or -1 for whatever is none."""
-    return int(written) if written.strip().isdigit() else -1
+    """The class number that a `.cls` member holds, or -1 for whatever is none, or none that 64 bits hold."""
+    digits = written.strip()
+    return int(digits) if digits.isdigit() and len(digits) < 19 else -1
 
 
 def _expand(name: str) -> list[str]:

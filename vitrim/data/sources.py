@@ -34,6 +34,7 @@ ALLOWED = (
     "a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
 )
 NUM_DIGITS_TRAIN = 1437  # of 1797; the test part has 360
+MAX_ASPECT = 200  # a strip of one pixel by a million is a small file, and its short side is scaled to the model's
 PARQUET_CACHE_BYTES = 512 * 2**20  # encoded row groups kept, in each process; CIFAR-10's 50,000 images take 114 MB
 READ_ERRORS = (
     OSError,
@@ -345,6 +346,10 @@ def decode(encoded: bytes | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # remarks on metadata; the pixels are what counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+                if image.format == "EPS":  # the bytes decide, not the name, and PIL would have Ghostscript run them
+                    raise OSError("an EPS is a program, not an image")
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    raise OSError(f"{image.width} x {image.height} pixels: more than {MAX_ASPECT} times as long as wide")
                 return image.convert("RGB")
     except DECODE_ERRORS as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -79,6 +80,10 @@ def build(origin: Origin) -> nn.Module:
     """The uncut architecture."""
     import timm
 
+    _check_name(origin.architecture)
+    foreign = inspect.signature(timm.create_model).parameters.keys() & origin.model_args.keys()
+    if foreign:  # such as checkpoint_path: files of whoever wrote the plan would be opened
+        raise ModelError(f"timm/{origin.architecture}: {min(foreign)} is not an argument of the model; compress it again.")
     return timm.create_model(origin.architecture, pretrained=False, **origin.model_args)
 
 

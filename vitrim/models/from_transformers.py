@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitrim.errors import ModelError
+from vitrim.errors import CheckpointError, ModelError
 from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.taps import encoder_path
 from vitrim.surgery import KeepUnits
@@ -80,7 +80,10 @@ def build(origin: Origin) -> nn.Module:
     transformers = require("transformers", "hf")
     args = dict(origin.model_args)
     config = transformers.AutoConfig.for_model(args.pop("model_type"), **args)
-    return getattr(transformers, origin.architecture)(config)
+    model_class: Any = _known_class(transformers, origin.architecture)
+    if model_class is None:  # a name from a file is never called but for a model
+        raise CheckpointError(f"origin: transformers has no model {origin.architecture!r}; update it, or compress again.")
+    return model_class(config)
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:

@@ -57,7 +57,8 @@ def load_model(source: str, *, weights: bool = True) -> tuple[nn.Module, Origin]
         name = str(folder) if found == "transformers" else f"local-dir:{folder}"
     reader = library(found)
     assert reader is not None
-    model, origin = reader.load(name, weights)
+    with in_one_line(source):
+        model, origin = reader.load(name, weights)
     return model.eval(), Origin(**{**origin.__dict__, "name": source})
 
 
@@ -98,8 +99,9 @@ def build_empty(origin: Origin) -> nn.Module:
         raise CheckpointError(
             f"{origin.name}: no library can build this model; build it and pass it: vitrim.load(path, model=...)."
         )
-    model = on_meta(lambda: reader.build(origin)).eval()
-    reshape_(model, origin.earlier_edits)
+    with in_one_line(origin.name):
+        model = on_meta(lambda: reader.build(origin)).eval()
+        reshape_(model, origin.earlier_edits)
     return model
 
 
@@ -113,7 +115,7 @@ def _library_of(folder: Path, source: str, *, weights: bool) -> str:
         raise ModelError(f"{folder}: has no config.json; a model folder holds one, beside model.safetensors.")
     try:
         config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder / 'config.json'}: is no JSON ({error}); fetch it again.") from None
     if not isinstance(config, dict) or not {"model_type", "architecture"} & config.keys():
         raise ModelError(

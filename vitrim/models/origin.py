@@ -5,6 +5,7 @@ One module a library (`from_timm`, `from_transformers` and so on) fills in `Libr
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
 from vitrim.surgery import Edit, KeepUnits
+
+MAX_MODULES = 100_000  # models have some thousands; a damaged config may ask for any number, and would be built for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +139,18 @@ def require(package: str, extra: str) -> ModuleType:
 
 @contextmanager
 def in_one_line(source: str) -> Iterator[None]:
-    """Turn whatever a library raises while it loads a model into one line.
+    """Turn whatever a library raises while it loads a model into one line; one of endless depth is stopped.
 
     Raises:
         ModelError: the model could not be loaded.
     """
+    made = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(made) > MAX_MODULES:
+            raise ModelError(f"{source}: its config asks for more than {MAX_MODULES:,} modules; fetch it again.")
+
+    hook = register_module_module_registration_hook(count)
     try:
         yield
     except VitrimError:
@@ -150,6 +161,8 @@ def in_one_line(source: str) -> Iterator[None]:
             f"{source}: could not load the model ({reason}); check the name, the files or the network, "
             "or pass local-dir:PATH."
         ) from error
+    finally:
+        hook.remove()
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:

@@ -7,6 +7,7 @@ from vitrim.surgery.keep_head_dims import KeepHeadDims
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.plan import Plan
+from vitrim.surgery.quantize import Quantize
 from vitrim.surgery.replace_activation import ReplaceActivation
 from vitrim.surgery.share_basis import ShareBasis
 from vitrim.surgery.split_experts import SplitExperts
@@ -18,6 +19,7 @@ __all__ = [
     "KeepHeadDims",
     "KeepUnits",
     "Plan",
+    "Quantize",
     "ReplaceActivation",
     "ShareBasis",
     "SplitExperts",

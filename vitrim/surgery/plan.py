@@ -52,7 +52,7 @@ class Plan:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise CheckpointError(f"plan: damaged ({where}: {first['msg']}); write it again with compress.") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"plan: damaged or incomplete ({error!r}); write it again with compress.") from None
 
     @property

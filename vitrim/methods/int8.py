@@ -1,0 +1,44 @@
+"""Int8: the weights of linear layers in a byte each, and activations, too, where asked for; torchao rounds.
+
+No paper is reproduced here: it is what everyone does last. It goes behind all other methods, and behind recovery, since
+integers can't be trained: quantise the output of a run in a run of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vitrim.methods.registry import MethodOptions, register
+from vitrim.surgery import Quantize
+from vitrim.types import ModelView
+
+
+class Int8Options(MethodOptions):
+    """`activations` rounds each token to int8 as well. `skip` are ends of layer names that stay as they are."""
+
+    activations: bool = False
+    skip: tuple[str, ...] = ("head",)
+
+
+@register(
+    "int8",
+    scope="model",
+    edits=(Quantize,),
+    options=Int8Options,
+    needs="weights",
+    paper="Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
+    arxiv="2004.09602",
+    summary="linear weights as int8 with a scale for each output, by torchao; a quarter of the file",
+    repairs=False,
+)
+def propose(view: ModelView, options: Int8Options) -> Iterator[Quantize]:
+    """One edit for each linear layer that another module can stand in for."""
+    left = 0
+    for layer in view.layers():
+        if layer.fixed or layer.kind == "conv" or layer.path.endswith(options.skip):
+            left += 1
+        else:
+            yield Quantize(layer=layer, activations=options.activations)
+    if left:
+        why = "convolutions, those named in skip, and what can't be replaced"
+        view.note(f"int8: {left} layers stay as they are ({why}).")
