@@ -87,6 +87,13 @@ def test_steps_work_on_what_the_ones_before_have_left(build, run):
     assert torch.equal(run(alone, case.batches[0]), run(student, case.batches[0]))
 
 
+def test_a_step_without_a_width_takes_all_that_is_left(build):
+    case = build("timm-vit")
+    student, report = cut(case, method="magnitude", width=12, repair=False, then=[{"method": "random"}])
+    assert [edit.width for edit in report.plan.edits] == [12] * 2 * len(case.sites)
+    assert all(site.d_hidden == 12 for site in find_mlps(student))
+
+
 def test_a_cut_of_several_steps_is_taken_up_with_every_tensor_of_its_plan(build, run, tmp_path):
     case = build("timm-vit")
     recipe = Recipe.parse({**TWICE, "repair": {"refit_steps": 2}})

@@ -34,7 +34,10 @@ MAX_VALUES = 10_000
 
 
 class Step(Options):
-    """Another method, on what the steps before it have left. What is not given is as in a recipe."""
+    """Another method, on what the steps before it have left, and without a width on all of it.
+
+    What else is not given is as in a recipe.
+    """
 
     method: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -162,7 +165,11 @@ class Recipe(Options):
         """The recipe as one recipe for each of its methods, in their order."""
         own = dict.fromkeys((*Step.model_fields, "widths", "allocate"))  # what a step does not give is nobody's
         alone = self.model_copy(update={"then": ()})
-        return [alone, *(alone.model_copy(update={**own, **dict(step)}) for step in self.then)]
+        steps = [dict(step) for step in self.then]
+        for step in steps:
+            if all(step[name] is None for name in BUDGETS):
+                step["keep_ratio"] = 1.0
+        return [alone, *(alone.model_copy(update={**own, **step}) for step in steps)]
 
     def dump(self) -> str:
         """The recipe as YAML; `load` gives it back."""
@@ -232,7 +239,7 @@ def read_yaml(text: str, *, where: str) -> Any:
     """A value from YAML that holds plain data alone; what is larger than any recipe is refused before it is unfolded.
 
     Raises:
-        RecipeError: it is no YAML, or holds too much: a few lines of names for names can stand for any number of values.
+        RecipeError: it is no YAML, or holds too much: names for names for names can stand for any number of values.
     """
     try:
         value = yaml.safe_load(text)

@@ -38,10 +38,17 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, **make)) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs (..., in) to outputs (..., out)."""
-        kwargs = _rounding_of_tokens() if self.activations else None
+        """Inputs (..., in) to outputs (..., out); the gradient passes the rounding of activations straight through."""
+        if not self.activations:
+            return self._product(inputs, None)
+        if not (torch.is_grad_enabled() and inputs.requires_grad):
+            return self._product(inputs, _rounding_of_tokens())
+        exact = self._product(inputs, None)  # torchao's product of integers has no gradient
+        return exact + (self._product(inputs.detach(), _rounding_of_tokens()) - exact).detach()
+
+    def _product(self, inputs: Tensor, rounding: Any) -> Tensor:
         weight = _torchao().Int8Tensor(
-            self.weight.detach(), self.scale.detach(), [1, self.in_features], inputs.dtype, act_quant_kwargs=kwargs
+            self.weight.detach(), self.scale.detach(), [1, self.in_features], inputs.dtype, act_quant_kwargs=rounding
         )
         return functional.linear(inputs, weight, self.bias)
 

@@ -1,7 +1,8 @@
 """Int8: the weights of linear layers in a byte each, and activations, too, where asked for; torchao rounds.
 
-No paper is reproduced here: it is what everyone does last. It goes behind all other methods, and behind recovery, since
-integers can't be trained: quantise the output of a run in a run of its own.
+The paper is a survey of how it is done; nothing is calibrated here. It goes behind all other methods. Integers are not
+trained: recovery behind it trains what is left (biases, norms, embeddings). So recover first, and quantise the output
+of that run in a run of its own.
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ class Run:
     def _require_grad_of_reached_(self) -> None:
         """Have exactly those parameters ask for gradients that one backward pass gives one."""
         self.student.eval()  # no dropout, no drop path: the target is the teacher's deterministic output
-        self.student.requires_grad_(True)
+        for p in self.student.parameters():
+            p.requires_grad_(p.is_floating_point())  # int8 weights stay as they are
         probe, target = self.held_out[0]
         for ratio in [None] if self.widths is None else self.widths.units:
             with self._held(self.student, ratio):
