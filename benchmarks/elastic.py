@@ -53,19 +53,21 @@ def main() -> None:
         "environment": environment(),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "teacher": bench.scores(bench.teacher),
+        "command": " ".join(sys.argv),
         "rows": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(rows, ratios))
+    print(markdown(result))
 
 
-def markdown(rows: list[dict[str, Any]], ratios: list[float]) -> str:
-    """One line a run, one column a width: top-1 and relative error on the test images, and the time it took."""
-    runs = list(dict.fromkeys(row["run"] for row in rows))
+def markdown(result: dict[str, Any]) -> str:
+    """One line a run, one column a width: top-1 and relative error on all test images."""
+    rows = result["rows"]
+    runs, ratios = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "ratio"))
     lines = [
-        "| run | " + " | ".join(f"width ratio {ratio:g}" for ratio in ratios) + " | steps | seconds |",
-        "|---|" + "---|" * (len(ratios) + 2),
+        "| run | " + " | ".join(f"width ratio {ratio:g}" for ratio in ratios) + " | steps |",
+        "|---|" + "---|" * (len(ratios) + 1),
     ]
     for run in runs:
         mine = {row["ratio"]: row for row in rows if row["run"] == run}
@@ -73,8 +75,8 @@ def markdown(rows: list[dict[str, Any]], ratios: list[float]) -> str:
             f"{mine[ratio]['top1']:.2f} ({mine[ratio]['relative_error']:.5f})" if ratio in mine else "-"
             for ratio in ratios
         ]
-        steps, seconds = (sum(row[key] for row in mine.values()) for key in ("steps", "seconds"))
-        lines.append(f"| {run} | " + " | ".join(cells) + f" | {steps} | {seconds:.0f} |")
+        steps = sum(row["steps"] for row in mine.values())
+        lines.append(f"| {run} | " + " | ".join(cells) + f" | {steps} |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
         ("distillation", "docs/recovery.md", "speed_table"),
         ("distillation", "docs/recovery.md", "blockwise_table"),
         ("distillation", "docs/scaling.md", "processes_table"),
+        ("elastic", "docs/recovery.md", "markdown"),
+        ("export", "docs/sharing.md", "markdown"),
     ],
 )
 def test_the_table_is_the_one_that_the_benchmark_wrote(name, page, made_by, monkeypatch):
