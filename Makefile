@@ -7,7 +7,7 @@ export MPLBACKEND := Agg
 # mkdocs-material prints an announcement otherwise
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench faults clean
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,9 @@ docs: $(VENV)/.test  ## serve the documentation on localhost
 
 bench: $(VENV)/.test  ## the numbers in the README; needs ../shared
 	$(BIN)/python benchmarks/recovery.py
+
+faults: $(VENV)/.test  ## hostile files and failing disks, many of each; writes docs/reliability.md; Linux, needs cc
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf $(VENV) vitrim-demo build dist site

@@ -8,6 +8,7 @@ the check in a fresh process, in place of which the output is loaded here. Not c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import json
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ from faults import Outcome, Scene, in_child
 
 KILL = 0
 # errno (0: SIGKILL), and whether every later change fails, too.
-FAULTS = {"disk full": (errno.ENOSPC, 1), "no permission": (errno.EACCES, 0), "read-only": (errno.EROFS, 1), "killed": (0, 0)}
+FAULTS = {
+    "disk full": (errno.ENOSPC, 1),
+    "no permission": (errno.EACCES, 0),
+    "read-only": (errno.EROFS, 1),
+    "killed": (KILL, 0),
+}
 JOBS = ("compress", "resume", "prune-checkpoint", "slice", "export")
 RECIPE = "calibrate: {num_images: 12, batch_size: 8}\nwidth_ratio: 1\nrepair: {refit: false}\n"
 RECOVER = "recover: {steps: 2, batch_size: 4, lr: 1.0e-5, num_validations: 1}\n"
@@ -63,7 +69,8 @@ class Bench:
         if job == "resume":
             self._stop()
         whole = self._copy(root / "whole")
-        assert in_child(lambda: self.run(whole)).code == 0
+        with contextlib.redirect_stdout(sys.stderr):
+            assert self.run(whole) == 0  # in this process, so that its forks find everything imported
         self.whole = self._weights(whole)
         assert not [path for path in whole.iterdir() if path.name.startswith(".")]
 
@@ -99,7 +106,7 @@ class Bench:
         return run(self.command(place, resume=self.job == "resume" if resume is None else resume))
 
     def trial(self, number: int, fault: str, root: Path) -> tuple[str | None, bool]:
-        """Let change `number` fail: what is wrong with what is left (None: nothing), and whether it came to that change."""
+        """Let a change fail: what is wrong with what is left (None: nothing), and whether it got that far."""
         error, lasting = FAULTS[fault]
         with tempfile.TemporaryDirectory(dir=root) as scratch:
             place = self._copy(Path(scratch) / "place")
@@ -115,10 +122,11 @@ class Bench:
 
             outcome = in_child(work)
             struck = not counted.exists() or counted.read_text() == "1"
-            return self._judge(place, outcome, killed=struck and error == KILL), struck
+            killed = struck and error == KILL
+            return self._judge(place, outcome, killed=killed, again=killed or number % 5 == 1), struck
 
-    def _judge(self, place: Path, outcome: Outcome, *, killed: bool) -> str | None:
-        """What is wrong after a fault, and after a run that is made without one."""
+    def _judge(self, place: Path, outcome: Outcome, *, killed: bool, again: bool) -> str | None:
+        """What is wrong after a fault, and after one more run, without a fault."""
         if not (outcome.code == -9 if killed else outcome.survived):
             return f"ended with {outcome.code}: {outcome.said[-600:]}"
         if (wrong := self._left(place)) is not None:
@@ -128,10 +136,11 @@ class Bench:
             return "says that it is done, and there is no output"
         if not killed and not done and self.job in ("slice", "export") and (extra := self._extra(place)):
             return f"left {extra}"
-        if not done:
-            again = in_child(lambda: self.run(place, resume=None if self.job in ("slice", "export") else killed or None))
-            if again.code != 0:
-                return f"can't be run again: {again.said[-600:]}"
+        if done or not again:
+            return None
+        second = in_child(lambda: self.run(place, resume=killed or None))
+        if second.code != 0:
+            return f"can't be run again: {second.said[-600:]}"
         return self._left(place) or (None if os.path.lexists(place / self.out) else "no output after a second run")
 
     def _extra(self, place: Path) -> list[str]:
@@ -148,11 +157,12 @@ class Bench:
         return None
 
     def _weights(self, place: Path) -> dict[str, Any]:
-        """An output's weights and plan by their bytes, and the names of its files; of an exported file its existence."""
+        """An output's weights and plan by their bytes, and the names of its files; of an exported file its size."""
         out = place / self.out
         if not out.is_dir():
             return {"size": out.stat().st_size}
-        kept = {name: (out / name).read_bytes() for name in ("model.safetensors", "vitrim.json") if (out / name).exists()}
+        files = [file for file in (out / "model.safetensors", out / "vitrim.json") if file.exists()]
+        kept = {file.name: file.read_bytes() for file in files}
         return {**kept, "files": sorted(str(path.relative_to(out)) for path in out.rglob("*"))}
 
 

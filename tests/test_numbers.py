@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("distillation", "docs/recovery.md", "speed_table"),
         ("distillation", "docs/recovery.md", "blockwise_table"),
         ("distillation", "docs/scaling.md", "processes_table"),
+        ("faults", "docs/reliability.md", "table"),
         ("elastic", "docs/recovery.md", "markdown"),
         ("export", "docs/sharing.md", "markdown"),
     ],

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from vitrim.errors import OutputError
-from vitrim.report import figures
+from vitrim.report import figures, tiles
 from vitrim.report.data import ReportData
 from vitrim.report.page import write_report
 
-PICTURES = ["size", "blocks", "residuals", "recovery", "latency", "patches"]
+PICTURES = ["size", "latency", "widths", "blocks", "residuals", "recovery", "patches", "neighbours", "answers"]
 TABLES = ["summary", "sites", "recipe", "environment", "notes"]
 
 
@@ -34,7 +34,10 @@ def data():
             "cosine CLS": {"before": 1.0, "after_cut": 0.91, "after": 0.9731},
             "top-1 (%)": {"before": 81.1, "after_cut": None, "after": 79.2},
         },
-        sites=[{"path": f"blocks.{i}.mlp", "kind": "plain", "width_before": 384, "width_after": 96} for i in range(6)],
+        sites=[
+            {"path": f"blocks.{i}.mlp", "kind": "plain", "width_before": 384, "width_after": 96 + 32 * i}
+            for i in range(6)
+        ],
         edits=[],
         block_errors=[{"block": i, "after_cut": 0.1 + 0.04 * i, "after": 0.02 * (i + 1)} for i in range(6)],
         residual_curves={
@@ -55,6 +58,17 @@ def data():
         teacher_patches=teacher,
         student_patches=student,
         grid=(8, 8),
+        neighbours={
+            "num_images": 6,
+            "overlap": 0.75,
+            "queries": [
+                {"image": 0, "original": [1, 2], "smaller": [3, 1]},
+                {"image": 4, "original": [5, 0], "smaller": [5, 0]},
+            ],
+            "thumbnails": {i: torch.rand(3, 32, 32, generator=generator) for i in range(6)},
+            "labels": {i: -1 if i == 5 else i % 2 for i in range(6)},
+        },
+        answers={"labels": [0, 0, 1, 2, 2, -1], "before": [0, 0, 0, 2, 2, 2], "after": [0, 2, 1, 2, 1, 0]},
         recipe_yaml="model: vit_tiny\nmethod: dgmr\n",
         environment={"torch": "2.14.1"},
         notes=["Measured with one thread."],
@@ -78,6 +92,8 @@ def empty():
         teacher_patches=None,
         student_patches=None,
         grid=None,
+        neighbours={},
+        answers={},
         recipe_yaml="",
         environment={},
         notes=[],
@@ -148,11 +164,15 @@ def test_sections_come_pictures_first_and_ids_are_unique(text):
 def test_every_picture_has_an_alternative_text(text):
     page = Page(text)
     svgs, images = page.find("svg"), page.find("img")
-    assert len(svgs) == 5 and len(images) == 4
+    assert len(svgs) == 7 and len(images) == 4 + 2 * 5
     assert all(svg["role"] == "img" and len(svg["aria-label"]) > 30 for svg in svgs)
     assert all(len(image["alt"]) > 10 for image in images)
     assert "Parameters from 22.1M to 11.4M" in svgs[0]["aria-label"]
-    assert "between 25% and 25%" in svgs[2]["aria-label"]  # (1 - 48/96) ** 2, at pick 48
+    assert "kept from 25% in block 0 to 67% in block 5" in svgs[2]["aria-label"]
+    assert (
+        "class 0 gained 0 and lost 1, class 1 gained 1 and lost 0, class 2 gained 0 and lost 1" in svgs[6]["aria-label"]
+    )
+    assert "between 25% and 25%" in svgs[4]["aria-label"]  # (1 - 48/96) ** 2, at pick 48
 
 
 def test_pictures_take_their_colours_from_the_page(text):
@@ -166,8 +186,8 @@ def test_pictures_take_their_colours_from_the_page(text):
 def test_headline_and_table_say_the_numbers(text):
     headline = re.sub(r"<[^>]+>", "", re.findall(r"<h1>(.*?)</h1>", text)[0])
     assert headline == (
-        "vit_tiny: 48% fewer parameters and 48% fewer MACs, with CLS cosine 0.973 and relative error 0.12"
-        " against the original."
+        "vit_tiny: 48% fewer parameters and 48% fewer MACs, 1.60 times as fast here at batch 8, with CLS cosine 0.973"
+        " and relative error 0.12 against the original."
     )
     minus = "\N{MINUS SIGN}"
     assert f"{minus}48.3%" in text and f"{minus}1.9 points" in text
@@ -176,7 +196,9 @@ def test_headline_and_table_say_the_numbers(text):
 def test_a_cut_without_recovery_is_the_end(data, tmp_path):
     summary = {name: {**row, "after": None} for name, row in data.summary.items()}
     blocks = [{**row, "after": None} for row in data.block_errors]
-    text = render(tmp_path / "r.html", replace(data, summary=summary, block_errors=blocks, recovery=[]))
+    text = render(
+        tmp_path / "r.html", replace(data, summary=summary, block_errors=blocks, recovery=[], sites=[], answers={})
+    )
     assert "relative error <b>0.35</b>" in text
     assert "recovery" not in Page(text).sections
     assert '<i style="background: var(--cut)"></i>' in text
@@ -199,8 +221,10 @@ def test_an_empty_report_has_no_sections(tmp_path, empty):
         ("recovery", {"recovery": []}),
         ("latency", {"latency": {"before": {1: 3.0}}}),
         ("patches", {"student_patches": None}),
+        ("neighbours", {"neighbours": {}}),
+        ("answers", {"answers": {}}),
         ("size summary", {"summary": {}}),
-        ("sites", {"sites": []}),
+        ("widths sites", {"sites": []}),
         ("recipe", {"recipe_yaml": "", "command": ""}),
         ("environment", {"environment": {}}),
         ("notes", {"notes": []}),
@@ -213,7 +237,7 @@ def test_a_missing_part_leaves_only_its_section_out(tmp_path, data, section, mis
 
 
 def test_patches_without_images_show_three_rows(tmp_path, data):
-    assert len(Page(render(tmp_path / "report.html", replace(data, images=None))).find("img")) == 3
+    assert len(Page(render(tmp_path / "report.html", replace(data, images=None, neighbours={}))).find("img")) == 3
 
 
 def test_foreign_text_is_escaped(tmp_path, data):
@@ -264,7 +288,7 @@ def test_tokens_that_do_not_fill_the_grid_are_refused(tmp_path, data):
 
 def test_patch_colours_share_the_projection_of_the_teacher(data):
     teacher = data.teacher_patches
-    teacher_rgb, same_rgb, difference = figures.patch_colors(teacher, teacher.clone())
+    teacher_rgb, same_rgb, difference = tiles.patch_colors(teacher, teacher.clone())
     assert torch.equal(teacher_rgb, same_rgb)
     assert difference.max() < 0.02  # black
     # The slow way: singular vectors of the centred tokens span the same three directions.

@@ -1,4 +1,4 @@
-"""What pruning a checkpoint will need, said before it starts: memory, disk and time, from shapes alone."""
+"""What a run will need, said before it starts: memory, disk and time, from shapes alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate.walk import CHUNK_TOKENS, TILE_ROWS
-from vitrim.errors import RecipeError
+from vitrim.errors import BudgetError, RecipeError
+from vitrim.methods import find_method
 from vitrim.models.sites import find_mlps
+from vitrim.models.taps import evaluating
 from vitrim.recipe import Recipe, RepairOptions
 from vitrim.tensor_files import CHUNK_BYTES
 from vitrim.types import MlpSite
@@ -85,7 +88,7 @@ def needs_of(
     Args:
         sites: what is cut, by paths from the encoder.
         recipe: widths and repair.
-        encoder: the model; it is not changed.
+        encoder: the model; it is not changed. One on the meta device is not run but for its shapes.
         inputs: one image, or one row of token ids; its values play no part.
         num_images: how many there will be.
         batch_size: images a batch.
@@ -110,6 +113,51 @@ def needs_of(
         kept=max(recipe.width_of(site) for site in sites),
         d_model=d_model,
     )
+
+
+def check_memory(
+    encoder: nn.Module, sites: Sequence[MlpSite], recipe: Recipe, batches: Sequence[Tensor] | None, *, quiet: bool
+) -> None:
+    """Say what a run in memory needs beside its two models, and refuse one that this machine could never hold.
+
+    Args:
+        encoder: the teacher, on the device of the run.
+        sites: what is cut, by paths from the encoder.
+        recipe: what will be done.
+        batches: calibration images, if there are any.
+        quiet: say nothing.
+
+    Raises:
+        BudgetError: it is more than all memory that there is, in use or not.
+    """
+    method, device = find_method(recipe.method), next(encoder.parameters()).device
+    needed = {"training": 16 * sum(p.numel() for p in encoder.parameters())}  # gradients, two moments, the best state
+    if recipe.recover is None and recipe.blockwise is None:
+        needed = {}
+    if batches and method.select is not None and (method.needs == "images" or recipe.repair_options() is not None):
+        num_images, size = sum(map(len, batches)), len(batches[0])
+        needs = needs_of(sites, recipe, encoder, batches[0][0], num_images=num_images, batch_size=size)
+        needed["calibration"] = replace(needs, resident=0).bytes(spilled=False, moments=torch.float64)
+    if not needed or device.type not in ("cpu", "cuda"):
+        return
+    most = max(needed, key=lambda step: needed[step])
+    said = f"{most} needs about {show_bytes(needed[most])} of {device.type} memory beside the models"
+    free, total = _memory_of(device)
+    if needed[most] > total:
+        raise BudgetError(
+            f"{said}, there are {show_bytes(total)}; lower calibrate.num_images or calibrate.batch_size, or use "
+            "prune-checkpoint with --memory-budget."
+        )
+    if not quiet:
+        print(f"{said}, {show_bytes(free)} are free", file=sys.stderr)
+
+
+def _memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes of a device's memory that are free, and all of them; swap counts as memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total + psutil.swap_memory().total
 
 
 def selection_bytes(site: MlpSite, width: int, itemsize: int) -> int:
@@ -189,8 +237,10 @@ def _flops_per_s() -> float:
 
 
 def _tokens_of(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]) -> list[int]:
-    """Tokens an image at each site, seen by hooks in a forward pass on meta."""
-    encoder, seen = copy.deepcopy(encoder).to("meta"), [0] * len(sites)
+    """Tokens an image at each site, seen by hooks in a forward pass, on meta if parameters are there."""
+    if any(parameter.is_meta for parameter in encoder.parameters()):
+        encoder, inputs = copy.deepcopy(encoder).to("meta"), inputs.to("meta")
+    first, seen = next(encoder.parameters()), [0] * len(sites)
 
     def note(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -198,9 +248,12 @@ def _tokens_of(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]) -> 
 
         return see
 
-    for index, site in enumerate(sites):
-        encoder.get_submodule(site.value).register_forward_pre_hook(note(index))
-    dtype = next(encoder.parameters()).dtype
-    with torch.no_grad():
-        encoder(torch.empty_like(inputs[None], device="meta", dtype=dtype if inputs.is_floating_point() else None))
+    layers = [encoder.get_submodule(site.value) for site in sites]
+    hooks = [layer.register_forward_pre_hook(note(index)) for index, layer in enumerate(layers)]
+    try:
+        with evaluating(encoder):
+            encoder(inputs[None].to(first.device, first.dtype if inputs.is_floating_point() else None))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return seen

@@ -89,14 +89,15 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
             try:
                 _start(work, out, resume=resume)
                 yield folder, work
-                for config in folder.glob("*config.json"):  # one that names a part of its own folder gets the final name
+                for config in folder.glob("*config.json"):  # one that names a part of its folder gets the final name
                     config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
                 _settle(folder)
                 folder.rename(out)
                 for state in STATES:
                     (work / state).unlink(missing_ok=True)
-            except OSError as error:
-                raise OutputError(f"{out}: could not be written ({error.strerror or error}).") from error
+            except (OSError, SafetensorError) as error:  # the second is how safetensors says that a disk is full
+                reason = getattr(error, "strerror", None) or error
+                raise OutputError(f"{out}: could not be written ({reason}).") from error
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 if not any((work / state).exists() for state in STATES):

@@ -15,9 +15,9 @@ from vitrim.models.taps import FeaturesAt
 
 
 class Options(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """Frozen, numbers are finite, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CalibrateOptions(Options):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vitrim.allocate import allocate, beside_uniform
+from vitrim.budget import check_memory
 from vitrim.checkpoint import RECOVERY_LOG, RECOVERY_STATE, open_model, save, staged_output, verify, write_json
 from vitrim.cut import CutReport, cut_, resume_cut_, save_cut, with_stock_width
 from vitrim.data import ImageSet, ImageStream, Split, augment_for, split_images
@@ -43,7 +44,7 @@ from vitrim.recover.order import check_stream
 from vitrim.recover.parallel import entered_on_main, from_main, is_main, join_, on_main, plan_from_main
 from vitrim.recover.text_bank import space_of
 from vitrim.recover.trackers import TRACKER_LOGS, check_trackers
-from vitrim.report.collect import collect
+from vitrim.report.collect import collect, look
 from vitrim.surgery import Plan
 from vitrim.types import MlpSite
 
@@ -173,6 +174,7 @@ def _run(
     split = None if images is None else split_images(images, recipe, work=seen)
     check_inputs(teacher, origin, split.calibration if split else [])
     batches = split and split.calibration
+    check_memory(teacher, sites, recipe, batches, quiet=job.quiet)
     allocation = on_main(lambda: allocate(recipe, teacher, sites, batches, work=work, quiet=job.quiet))
     asked, recipe = recipe, allocation.recipe
     cut = _cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
@@ -205,6 +207,9 @@ def _run(
             *([] if stock else [why_not_stock(origin, plan.edits)]),
         ],
     }
+    seen_by_both: dict[str, Any] = {}  # on the device, and on the main process alone
+    if folder is not None:
+        on_main(lambda: seen_by_both.update(look(teacher, student, origin, split and split.held_out)))
     teacher, student = teacher.cpu(), _typed_as(original, student.cpu())
     whole = _with_encoder(job.whole, original, student)
     reader = library(origin.library)
@@ -217,7 +222,7 @@ def _run(
             save_widths(folder, whole, {ratio: found.below(origin.encoder) for ratio, found in slices.items()})
         if recovery is not None and work is not None:
             _move_logs(work, folder)
-        _write_report(folder, teacher, student, origin, cut.plan, recipe, metrics, split)
+        _write_report(folder, teacher, origin, cut.plan, recipe, metrics, seen_by_both)
         _write_card(folder, job, recipe, metrics)
 
     if folder is not None:
@@ -341,10 +346,9 @@ def _judge(
     """How close the student is on held-out images, as a whole and block by block."""
     if split is None:
         return None
-    blocks = list(dict.fromkeys(site.block for site in sites))
     return {
         "fidelity": compare(student, teacher, split.held_out),
-        "blocks": block_fidelity(student, teacher, split.held_out, blocks),
+        "blocks": block_fidelity(student, teacher, split.held_out, list(dict.fromkeys(site.block for site in sites))),
         **top1_of(student, split.held_out),
     }
 
@@ -363,21 +367,18 @@ def _write(
 def _write_report(
     folder: Path,
     teacher: nn.Module,
-    student: nn.Module,
     origin: Origin,
     plan: Plan,
     recipe: Recipe,
     metrics: dict[str, Any],
-    split: Split | None,
+    seen: Mapping[str, Any],
 ) -> None:
     """Recipe, metrics and the page."""
     from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
 
     (folder / "recipe.yaml").write_text(recipe.dump())
     write_json(folder / "metrics.json", metrics)
-    write_report(
-        folder / "report.html", collect(teacher, student, origin, plan, recipe, metrics, split and split.sample)
-    )
+    write_report(folder / "report.html", collect(teacher, origin, plan, recipe, metrics, seen))
 
 
 def _write_card(folder: Path, job: _Job, recipe: Recipe, metrics: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from vitrim.cost import num_parameters
 from vitrim.errors import BudgetError, CheckpointError
 from vitrim.evaluation import environment, random_inputs
 from vitrim.models.load import library
-from vitrim.models.origin import Origin
+from vitrim.models.origin import Origin, in_one_line
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.recipe import Recipe
 from vitrim.recover.elastic import Slice, first_units, read_widths
@@ -59,10 +59,11 @@ def slice_output(source: str | Path, out: str | Path, *, width_ratio: float, mod
     about = read_about(source)
     origin, plan = Origin.from_json(about["origin"]).placed_at(str(source)), Plan.from_json(about["plan"])
     cuts, found = _last_cuts(plan, source), read_widths(source).get(width_ratio)
-    chosen = _prefix(cuts, width_ratio) if found is None else found
+    chosen = _prefix(cuts, width_ratio) if found is None else _checked(found, cuts, source)
     whole = load(source, model=model)
     before = num_parameters(whole)
-    apply_(whole, [_second_cut(edit, chosen) for edit in cuts])
+    with in_one_line(str(source)):
+        apply_(whole, [_second_cut(edit, chosen) for edit in cuts])
     narrowed = {id(edit): _narrowed(edit, chosen) for edit in cuts}
     plan = replace(plan, edits=tuple(narrowed.get(id(edit), edit) for edit in plan.edits))
     note = f"width ratio {width_ratio:g} was not trained or repaired for: these are the first units of {source}."
@@ -104,6 +105,20 @@ def _prefix(cuts: Sequence[KeepUnits], width_ratio: float) -> Slice:
     recipe = Recipe()
     sites = [replace(edit.site, d_hidden=edit.width) for edit in cuts]
     return Slice(units={site.path: recipe.width_of(site, width_ratio=width_ratio) for site in sites})
+
+
+def _checked(found: Slice, cuts: Sequence[KeepUnits], source: Path) -> Slice:
+    """A width as a file has it.
+
+    Raises:
+        CheckpointError: it is not one of this model.
+    """
+    widths = {edit.site.path: edit.width for edit in cuts}
+    if found.units.keys() != widths.keys() or not all(
+        isinstance(count, int) and 1 <= count <= widths[path] for path, count in found.units.items()
+    ):
+        raise CheckpointError(f"{source}: its widths are not those of its model; write the output again.")
+    return found
 
 
 def _second_cut(edit: KeepUnits, chosen: Slice) -> KeepUnits:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from vitrim.errors import CheckpointError
 
 CHUNK_BYTES = 32 * 2**20
+MAX_NAME = 200  # of a shard; file systems end at 255 bytes, and raise for more
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -187,9 +187,9 @@ def _open_shards(index: Path) -> TensorFiles:
     infos: dict[str, TensorInfo] = {}
     mapped: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: names {shard!r}, which is not a file beside it; fetch it again.")
-        if not os.path.isfile(index.parent / shard):  # pathlib raises for a name that is too long
+        if Path(shard).name != shard or len(shard) > MAX_NAME:
+            raise CheckpointError(f"{index}: names {shard[:80]!r}, which is not a file beside it; fetch it again.")
+        if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index.parent / shard}: missing, named by {index.name}; fetch it again.")
         opened = _open_file(index.parent / shard)
         for name in [name for name, where in weight_map.items() if where == shard]:

@@ -7,6 +7,7 @@ arguments are kept, in memory or in files.
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
@@ -141,7 +142,9 @@ class Store(Sequence[Any]):
             self.values[index] = value
             return
         leaves, spec = tree_flatten(value)
-        torch.save([leaf for leaf in leaves if isinstance(leaf, Tensor)], self.folder / f"{index}.pt")
+        written = io.BytesIO()  # given a path, torch's writer aborts the whole process on a full disk
+        torch.save([leaf for leaf in leaves if isinstance(leaf, Tensor)], written)
+        (self.folder / f"{index}.pt").write_bytes(written.getbuffer())
         self.values[index] = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
 
     def get(self, index: int) -> Any:

@@ -1,4 +1,4 @@
-"""Commands around a finished model and the machine: export, push, doctor."""
+"""Commands around finished models and the machine: report, export, push, doctor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ from cyclopts import Parameter
 
 from vitrim.budget import show_bytes
 from vitrim.cli.app import Json, app, console, print_json, print_notes, print_table
+
+
+@app.command
+def report(*folders: Path, out: Path) -> None:
+    """Compare output folders of one original: a page with a table and a picture of cost against closeness.
+
+    Example: vitrim report small-dgmr small-corp small-amp --out compare.html
+
+    Args:
+        folders: two or more that compress wrote; no model is loaded.
+        out: HTML file to write; it must not exist.
+    """
+    from vitrim.report.compare import compare_runs
+
+    header, rows, notes = compare_runs(folders, out)
+    print_table(header, rows)
+    print_notes(notes)
+    console.print(f"Report: {out}")
 
 
 @app.command

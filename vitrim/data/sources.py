@@ -349,7 +349,7 @@ def decode(encoded: bytes | Path) -> Image.Image:
                 if image.format == "EPS":  # the bytes decide, not the name, and PIL would have Ghostscript run them
                     raise OSError("an EPS is a program, not an image")
                 if max(image.size) > MAX_ASPECT * min(image.size):
-                    raise OSError(f"{image.width} x {image.height} pixels: more than {MAX_ASPECT} times as long as wide")
+                    raise OSError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times as long as wide")
                 return image.convert("RGB")
     except DECODE_ERRORS as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -83,7 +83,7 @@ def build(origin: Origin) -> nn.Module:
     _check_name(origin.architecture)
     foreign = inspect.signature(timm.create_model).parameters.keys() & origin.model_args.keys()
     if foreign:  # such as checkpoint_path: files of whoever wrote the plan would be opened
-        raise ModelError(f"timm/{origin.architecture}: {min(foreign)} is not an argument of the model; compress it again.")
+        raise ModelError(f"timm/{origin.architecture}: {min(foreign)} is no argument of a model; compress it again.")
     return timm.create_model(origin.architecture, pretrained=False, **origin.model_args)
 
 

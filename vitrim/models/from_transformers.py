@@ -82,7 +82,7 @@ def build(origin: Origin) -> nn.Module:
     config = transformers.AutoConfig.for_model(args.pop("model_type"), **args)
     model_class: Any = _known_class(transformers, origin.architecture)
     if model_class is None:  # a name from a file is never called but for a model
-        raise CheckpointError(f"origin: transformers has no model {origin.architecture!r}; update it, or compress again.")
+        raise CheckpointError(f"origin: transformers has no model {origin.architecture!r}; update it.")
     return model_class(config)
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
 from vitrim.surgery import Edit, KeepUnits
 
-MAX_MODULES = 100_000  # models have some thousands; a damaged config may ask for any number, and would be built for ever
+MAX_MODULES = 100_000  # models have some thousands; a damaged config asks for any number, and would be built for ever
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from vitrim.models.origin import Origin
-from vitrim.models.taps import evaluating, features
+from vitrim.models.taps import device_of, evaluating, features, logits, num_classes
 from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.recipe import Recipe
 from vitrim.report.data import ReportData
 from vitrim.surgery import KeepUnits, Plan, read_weights
 
 NUM_IMAGES = 8
+NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
 CURVE_POINTS = 64
+CHANNELS = (1, 3)  # of images that can be shown
+# What `look` sees without images.
+NOTHING: Mapping[str, Any] = {
+    **dict.fromkeys(("images", "teacher_patches", "student_patches", "grid")),
+    "neighbours": {},
+    "answers": {},
+}
 
 
 def collect(
     teacher: nn.Module,
-    student: nn.Module,
     origin: Origin,
     plan: Plan,
     recipe: Recipe,
     metrics: Mapping[str, Any],
-    sample: Tensor | None,
+    seen: Mapping[str, Any],
 ) -> ReportData:
     """Everything that the page of one run shows.
 
     Args:
         teacher: the original model.
-        student: the cut model.
-        origin: name and preprocessing of the original.
+        origin: name of the original.
         plan: what was cut.
         recipe: what was asked for.
         metrics: what was measured, as in metrics.json.
-        sample: preprocessed images to show, or None.
+        seen: what `look` gave back.
     """
     recovery = metrics["recovery"]
     stages: list[Any] = [metrics["after_cut"], metrics["after_recovery"] or metrics["after_cut"]]
@@ -75,7 +81,7 @@ def collect(
         recipe_yaml=recipe.dump(),
         environment=environment,
         notes=list(metrics["notes"]),
-        **_pictures(teacher, student, origin, sample),
+        **seen,
     )
 
 
@@ -131,24 +137,92 @@ def _residual(teacher: nn.Module, edit: KeepUnits) -> dict[str, Any]:
     }
 
 
-def _pictures(teacher: nn.Module, student: nn.Module, origin: Origin, sample: Tensor | None) -> dict[str, Any]:
-    """Images in 0..1 and both models' patch tokens on them, where the model has a grid of patches."""
-    nothing: dict[str, Any] = {"images": None, "teacher_patches": None, "student_patches": None, "grid": None}
-    if sample is None or sample.ndim != 4:
-        return nothing
-    sample, student = sample[:NUM_IMAGES], copy.deepcopy(student).float()
-    with evaluating(teacher, student):
-        theirs, mine = (features(model, sample).patches_BND for model in (teacher, student))
-    side = 0 if theirs is None else round(theirs.shape[1] ** 0.5)
-    if theirs is None or mine is None or side * side != theirs.shape[1] or sample.shape[-1] != sample.shape[-2]:
-        return nothing
-    shown = sample
-    if "mean" in origin.preprocessing:
-        mean, std = (torch.tensor(origin.preprocessing[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        shown = sample * std + mean
+def look(teacher: nn.Module, student: nn.Module, origin: Origin, batches: Sequence[Any] | None) -> dict[str, Any]:
+    """What both models see in the same images: those fields of `ReportData` that need models, in one pass of each.
+
+    Args:
+        teacher: the original model.
+        student: the cut model, on the same device.
+        origin: preprocessing of the original.
+        batches: tuples that start with (images_BCHW, labels_B), such as `Batch`; None: there are no images.
+    """
+    if not batches:
+        return dict(NOTHING)
+    images, labels = ([row for batch in batches for row in batch[part]] for part in (0, 1))
+    numbers = [int(label) for label in labels]
+    has_answers = min(num_classes(teacher), num_classes(student)) > max(numbers) >= 0
+    theirs, mine = (_see(model, batches, answer=has_answers) for model in (teacher, student))
+    seen = dict(NOTHING)
+    if has_answers:
+        seen["answers"] = {"labels": numbers, "before": theirs["answers"], "after": mine["answers"]}
+    if images[0].ndim != 3:  # text
+        return seen
+    seen |= _patches(theirs["patches"], mine["patches"], images, origin)
+    if images[0].shape[0] in CHANNELS:
+        seen["neighbours"] = _neighbours(theirs["pooled"], mine["pooled"], images, numbers, origin)
+    return seen
+
+
+def nearest(pooled_ND: Tensor, k: int) -> Tensor:
+    """The k other rows of highest cosine for each row, nearest first, (N, k)."""
+    rows_ND = normalize(pooled_ND, dim=1)
+    return (rows_ND @ rows_ND.T).fill_diagonal_(-torch.inf).topk(k, dim=1).indices
+
+
+def _see(model: nn.Module, batches: Sequence[Any], *, answer: bool) -> dict[str, Any]:
+    """Pooled vectors of all images, what its head takes them for, and patch tokens of the first few; on the CPU."""
+    pooled, patches, answers = [], None, []
+    with evaluating(model):
+        for number, batch in enumerate(batches):
+            inputs = batch[0].to(device_of(model))
+            found = features(model, inputs)
+            pooled.append(found.pooled_BD.float().cpu())
+            if number == 0 and found.patches_BND is not None:
+                patches = found.patches_BND[:NUM_IMAGES].float().cpu()
+            scores = logits(model, inputs) if answer else None
+            answers += [] if scores is None else scores.argmax(1).tolist()
+    return {"pooled": torch.cat(pooled), "patches": patches, "answers": answers}
+
+
+def _neighbours(
+    theirs_ND: Tensor, mine_ND: Tensor, images: Sequence[Tensor], labels: Sequence[int], origin: Origin
+) -> dict[str, Any]:
+    """Queries from the least agreement of the two models to the most, each with its nearest images."""
+    num_images = len(images)
+    k = min(NUM_NEIGHBOURS, num_images - 1)
+    if k < 1:
+        return {}
+    original_NK, smaller_NK = nearest(theirs_ND, k), nearest(mine_ND, k)
+    shared_N = (original_NK[:, :, None] == smaller_NK[:, None]).sum((1, 2))
+    spaced = torch.linspace(0, num_images - 1, min(NUM_QUERIES, num_images)).round().long()
+    queries = [
+        {"image": i, "original": original_NK[i].tolist(), "smaller": smaller_NK[i].tolist()}
+        for i in shared_N.argsort(stable=True)[spaced].tolist()
+    ]
+    shown = {i for row in queries for i in (row["image"], *row["original"], *row["smaller"])}
     return {
-        "images": shown.clamp(0, 1),
-        "teacher_patches": theirs,
-        "student_patches": mine,
-        "grid": (side, side),
+        "num_images": num_images,
+        "overlap": float(shared_N.double().mean()) / k,
+        "queries": queries,
+        "thumbnails": {i: _viewable(images[i], origin) for i in shown},
+        "labels": {i: labels[i] for i in shown},
     }
+
+
+def _patches(theirs: Tensor | None, mine: Tensor | None, images: Sequence[Tensor], origin: Origin) -> dict[str, Any]:
+    """The first images and both models' patch tokens on them, where these are a square grid."""
+    side = 0 if theirs is None else round(theirs.shape[1] ** 0.5)
+    height, width = images[0].shape[1:]
+    if theirs is None or mine is None or side * side != theirs.shape[1] or height != width:
+        return {}
+    pictures = [_viewable(image, origin) for image in images[: len(theirs)] if image.shape[0] in CHANNELS]
+    images_BCHW = torch.stack(pictures) if pictures else None
+    return {"images": images_BCHW, "teacher_patches": theirs, "student_patches": mine, "grid": (side, side)}
+
+
+def _viewable(image_CHW: Tensor, origin: Origin) -> Tensor:
+    """An image as it was before preprocessing, in 0..1 and with three channels."""
+    if "mean" in origin.preprocessing:
+        mean, std = (torch.tensor(origin.preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        image_CHW = image_CHW * std + mean
+    return image_CHW.clamp(0, 1).expand(3, -1, -1)

@@ -29,6 +29,10 @@ class ReportData:
         teacher_patches: patch tokens of the original for these images, (B, N, D).
         student_patches: patch tokens of the smaller model, (B, N, D).
         grid: rows and columns of patches.
+        neighbours: empty, or "num_images" that were searched, "overlap" (0..1, the share of nearest images that both
+            models have in common, over all of them), "queries" (one {"image", "original", "smaller"}: an image's
+            number, and the numbers of those nearest to it), and by number "thumbnails" (3, H, W) and "labels".
+        answers: empty, or "labels" of held-out images and what each model takes them for, "before" and "after".
         recipe_yaml: the recipe as text.
         environment: library and machine names to versions.
         notes: sentences for the reader.
@@ -48,6 +52,8 @@ class ReportData:
     teacher_patches: Tensor | None
     student_patches: Tensor | None
     grid: tuple[int, int] | None
+    neighbours: dict[str, Any]
+    answers: dict[str, list[int]]
     recipe_yaml: str
     environment: dict[str, str]
     notes: list[str]

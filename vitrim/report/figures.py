@@ -1,31 +1,26 @@
 """The pictures of the report: each function takes plain values and returns a `Picture`, or None without data.
 
 Lines and bars become inline SVG whose colours are CSS variables of the page, so they follow light, dark and
-print; patch maps become PNG. This module writes no file, and never touches pyplot's global state.
+print. What is made of pixels is in `tiles`. This module writes no file, and never touches pyplot's global state.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
-from torch import Tensor
 
-from vitrim.errors import OutputError
-
-# Stand-ins that no default of matplotlib uses; `_finish` swaps them for the page's CSS variables.
+# Stand-ins that no default of matplotlib uses; `finish` swaps them for the page's CSS variables.
 INK, MUTED, RULE, BEFORE, CUT, AFTER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", BEFORE: "before", CUT: "cut", AFTER: "after"}
 STYLE: dict[Any, Any] = {
@@ -42,10 +37,10 @@ STYLE: dict[Any, Any] = {
     "grid.color": RULE,
     "grid.linewidth": 0.6,
 }
+styled = matplotlib.rc_context(STYLE)  # what draws wears it
 WIDTH_IN = 8.6
-TILE_PX = 144
-GAP_PX = 10
 MAX_CURVE_POINTS = 120  # of a residual curve; keeps the page of a 64-block model under 3 MB
+MAX_CLASSES = 16  # in the picture of answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +53,27 @@ class Strip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One image as a data URI; `agreed` where both models found it."""
+
+    alt: str
+    uri: str
+    agreed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A query, and its nearest images in each model, nearest first."""
+
+    query: Tile
+    original: tuple[Tile, ...]
+    smaller: tuple[Tile, ...]
+    agreed: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One section of the page: either `svg` (the inside of an svg element) or `strips`."""
+    """One section of the page: `svg` (the inside of an svg element), `strips` or `searches`; or words alone."""
 
     key: str
     title: str
@@ -69,6 +83,7 @@ class Picture:
     view_box: str = ""
     svg: str = ""
     strips: tuple[Strip, ...] = ()
+    searches: tuple[Search, ...] = ()
 
 
 def format_number(value: float | None, *, name: str = "") -> str:
@@ -93,7 +108,7 @@ def final_value(row: Mapping[str, float | None]) -> float | None:
     return row.get("after_cut") if after is None else after
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def draw_size(summary: Mapping[str, Mapping[str, float | None]]) -> Picture | None:
     """Bars of parameters and MACs, before and after.
 
@@ -110,7 +125,7 @@ def draw_size(summary: Mapping[str, Mapping[str, float | None]]) -> Picture | No
     return _draw_pairs(pairs, key="size", title="Size", caption=caption)
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def draw_latency(latency: Mapping[str, Mapping[int, float]]) -> Picture | None:
     """Bars of the time of one batch, a panel for each batch size.
 
@@ -124,7 +139,7 @@ def draw_latency(latency: Mapping[str, Mapping[int, float]]) -> Picture | None:
     return _draw_pairs(pairs, unit=" ms", key="latency", title="Latency", caption=caption)
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def draw_block_errors(block_errors: Sequence[Mapping[str, Any]]) -> Picture | None:
     """Lines of the relative error of each block's output, after the cut and at the end.
 
@@ -132,7 +147,7 @@ def draw_block_errors(block_errors: Sequence[Mapping[str, Any]]) -> Picture | No
         block_errors: one mapping for each block with "block", "after_cut" and "after" (None: not measured).
     """
     names = [str(row["block"]) for row in block_errors]
-    figure, axes = _new_figure(1, height=2.7)
+    figure, axes = new_figure(1, height=2.7)
     words, legend = [], []
     for field, color, label in (("after_cut", CUT, "after the cut"), ("after", AFTER, "after recovery")):
         points = [(i, row[field]) for i, row in enumerate(block_errors) if row.get(field) is not None]
@@ -148,7 +163,7 @@ def draw_block_errors(block_errors: Sequence[Mapping[str, Any]]) -> Picture | No
     axes[0].set_xticks(range(0, len(names), step), names[::step])
     axes[0].set_ylim(bottom=0)
     axes[0].set_xlabel("block")
-    return _finish(
+    return finish(
         figure,
         key="blocks",
         title="Error by block",
@@ -159,7 +174,7 @@ def draw_block_errors(block_errors: Sequence[Mapping[str, Any]]) -> Picture | No
     )
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def draw_residuals(curves: Mapping[str, Mapping[str, Any]]) -> Picture | None:
     """One small panel for each site: what Gram-Schmidt leaves after k picks, with the cut marked.
 
@@ -180,7 +195,7 @@ def draw_residuals(curves: Mapping[str, Mapping[str, Any]]) -> Picture | None:
     for axes in grid[len(curves) :]:
         axes.set_axis_off()
     range_left = f"between {100 * min(left):.3g}% and {100 * max(left):.3g}%"
-    return _finish(
+    return finish(
         figure,
         key="residuals",
         title="What the kept units span",
@@ -190,7 +205,77 @@ def draw_residuals(curves: Mapping[str, Mapping[str, Any]]) -> Picture | None:
     )
 
 
-@matplotlib.rc_context(STYLE)
+@styled
+def draw_widths(sites: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """Bars of the hidden units of each MLP, what is left in front of what there was; None where all kept one share.
+
+    Args:
+        sites: one mapping for each cut MLP with "path", "width_before" and "width_after".
+    """
+    kept = [site["width_after"] / site["width_before"] for site in sites]
+    if not kept or max(kept) - min(kept) < 0.005:
+        return None
+    figure, (axes,) = new_figure(1, height=2.5)
+    labels = _short_labels([site["path"] for site in sites])
+    places, names = range(len(sites)), [labels[site["path"]] for site in sites]
+    axes.bar(places, [site["width_before"] for site in sites], color=BEFORE, alpha=0.5, width=0.8)
+    axes.bar(places, [site["width_after"] for site in sites], color=AFTER, width=0.52)
+    step = math.ceil(len(names) / 24)
+    axes.set_xticks(places[::step], [name.removeprefix("block ") for name in names[::step]])
+    axes.set_xlabel("block" if names[0].startswith("block ") else "MLP")
+    least, most = (names[kept.index(pick(kept))] for pick in (min, max))
+    words = f"from {min(kept):.0%} in {least} to {max(kept):.0%} in {most}"
+    return finish(
+        figure,
+        key="widths",
+        title="Widths",
+        alt=f"Bars of the hidden units of {len(sites)} MLPs, before and after; kept {words}.",
+        caption=f"Hidden units of each MLP. They do not all keep the same share: {words}.",
+        legend=((VARIABLES[BEFORE], "before"), (VARIABLES[AFTER], "kept")),
+    )
+
+
+@styled
+def draw_answers(answers: Mapping[str, Sequence[int]]) -> Picture | None:
+    """Bars of the right answers that each class has gained and lost.
+
+    Args:
+        answers: "labels", and what each model takes these images for, "before" and "after".
+    """
+    columns = (answers.get(key, ()) for key in ("labels", "before", "after"))
+    rows = [row for row in zip(*columns, strict=True) if row[0] >= 0]
+    if not rows:
+        return None
+    gained = Counter(label for label, before, after in rows if before != label == after)
+    lost = Counter(label for label, before, after in rows if before == label != after)
+    mistakes = Counter((label, after) for label, before, after in rows if before == label != after).most_common(3)
+    said = f"Of {len(rows)} held-out images with a label, {lost.total()} lost the right answer and "
+    said += f"{gained.total()} gained it."
+    if mistakes:
+        pairs = (f"class {label} taken for {after} ({count})" for (label, after), count in mistakes)
+        said += f" Most frequent new mistakes, and their number: {', '.join(pairs)}."
+    texts: dict[str, Any] = {"key": "answers", "title": "Right answers gained and lost", "caption": said}
+    changed = gained + lost
+    if not changed:
+        return Picture(alt="", **texts)
+    shown = sorted(label for label, _ in changed.most_common(MAX_CLASSES))
+    if len(changed) > len(shown):
+        texts["caption"] += f" The {len(shown)} classes of most change of {len(changed)} are shown."
+    figure, (axes,) = new_figure(1, height=2.4)
+    axes.bar(range(len(shown)), [gained[label] for label in shown], color=AFTER, width=0.52)
+    axes.bar(range(len(shown)), [-lost[label] for label in shown], color=CUT, width=0.52)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.set_xlim(-0.6, max(len(shown), 8) - 0.4)  # few bars don't become boards
+    axes.set_xticks(range(len(shown)), [str(label) for label in shown])
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):.0f}"))
+    axes.set_xlabel("class")
+    words = ", ".join(f"class {label} gained {gained[label]} and lost {lost[label]}" for label in shown)
+    legend = ((VARIABLES[AFTER], "gained, above the line"), (VARIABLES[CUT], "lost, below it"))
+    return finish(figure, alt=f"Bars of right answers: {words}.", legend=legend, **texts)
+
+
+@styled
 def draw_recovery(points: Sequence[Mapping[str, float]]) -> Picture | None:
     """Lines of the held-out error and the training loss over the steps of recovery, on a log axis.
 
@@ -205,7 +290,7 @@ def draw_recovery(points: Sequence[Mapping[str, float]]) -> Picture | None:
             series.append((label, color, found))
     if not series:
         return None
-    figure, panels = _new_figure(len(series), height=2.5)
+    figure, panels = new_figure(len(series), height=2.5)
     for axes, (label, color, found) in zip(panels, series, strict=True):
         x, y = zip(*found, strict=True)
         _draw_line(axes, x, y, color=color)
@@ -217,7 +302,7 @@ def draw_recovery(points: Sequence[Mapping[str, float]]) -> Picture | None:
         axes.set_title(label, loc="left")
         axes.set_xlabel("step")
     words = [f"{label} from {found[0][1]:.3g} to {found[-1][1]:.3g}" for label, _, found in series]
-    return _finish(
+    return finish(
         figure,
         key="recovery",
         title="Recovery",
@@ -226,73 +311,7 @@ def draw_recovery(points: Sequence[Mapping[str, float]]) -> Picture | None:
     )
 
 
-def draw_patches(
-    images: Tensor | None,
-    teacher: Tensor | None,
-    student: Tensor | None,
-    grid: tuple[int, int] | None,
-) -> Picture | None:
-    """Rows of image, teacher, student and difference; the first three principal components as colours.
-
-    Args:
-        images: pictures in 0..1, (B, 3, H, W), or None.
-        teacher: patch tokens of the original, (B, N, D) with D >= 3.
-        student: patch tokens of the smaller model, (B, N, D).
-        grid: rows and columns of patches; their product is N.
-
-    Raises:
-        OutputError: the tokens do not fill the grid.
-    """
-    if teacher is None or student is None or grid is None:
-        return None
-    if teacher.shape != student.shape or teacher.shape[1] != grid[0] * grid[1]:
-        raise OutputError(
-            f"report: patch tokens are {tuple(teacher.shape)} and {tuple(student.shape)}; they must be equal"
-            f" and fill a {grid[0]} x {grid[1]} grid. Pass patch tokens only, no CLS token."
-        )
-    teacher_rgb, student_rgb, difference = patch_colors(teacher, student)
-    rows = [("Original", teacher_rgb), ("Smaller", student_rgb), ("Difference", difference)]
-    strips = []
-    if images is not None:
-        strips.append(_strip("Image", list(images.detach().cpu().permute(0, 2, 3, 1)), smooth=True))
-    strips += [_strip(label, [tokens.unflatten(0, grid) for tokens in colors]) for label, colors in rows]
-    return Picture(
-        key="patches",
-        title="Patch tokens",
-        alt=f"{len(teacher)} images and their patch tokens in both models, coloured by principal component.",
-        caption="The first three principal components of the original's patch tokens as red, green and blue; "
-        "the smaller model is drawn with the same projection and scale. Difference: distance between the two "
-        "tokens, black at 0, brightest where it reaches the spread of the original's tokens.",
-        strips=tuple(strips),
-    )
-
-
-def patch_colors(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Colours of patch tokens, by the projection and scaling of the teacher's.
-
-    Args:
-        teacher: patch tokens of the original, (B, N, D) with D >= 3.
-        student: patch tokens of the smaller model, (B, N, D).
-
-    Returns:
-        Teacher, student and difference magnitude in 0..1, each (B, N, 3).
-    """
-    teacher, student = teacher.detach().cpu().double(), student.detach().cpu().double()
-    mean = teacher.mean(dim=(0, 1))
-    centred = (teacher - mean).flatten(0, 1)
-    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
-    # Eigenvectors have no sign of their own: fix it, so that a rerun looks the same.
-    basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()
-    ranges = torch.quantile(centred @ basis, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
-    span = (ranges[1] - ranges[0]).clamp_min(1e-12)
-    colors = [(((tokens - mean) @ basis - ranges[0]) / span).clamp(0, 1) for tokens in (teacher, student)]
-    spread = centred.square().sum(dim=1).mean().sqrt().clamp_min(1e-12)
-    distance = ((student - teacher).norm(dim=-1) / spread).clamp(0, 1)
-    shades = torch.from_numpy(matplotlib.colormaps["magma"](distance.numpy())[..., :3])
-    return colors[0], colors[1], shades
-
-
-def _new_figure(num_panels: int, *, height: float) -> tuple[Figure, list[Axes]]:
+def new_figure(num_panels: int, *, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of equal panels in a row, with horizontal grid lines only."""
     figure = Figure(figsize=(WIDTH_IN, height))
     figure.set_layout_engine("constrained", w_pad=0.12)
@@ -315,7 +334,7 @@ def _draw_pairs(pairs: Sequence[tuple[str, float, float]], *, unit: str = "", **
     """A panel for each (title, before, after): two bars, their values, the change."""
     if not pairs:
         return None
-    figure, panels = _new_figure(len(pairs), height=1.25)
+    figure, panels = new_figure(len(pairs), height=1.25)
     words = []
     for axes, (title, before, after) in zip(panels, pairs, strict=True):
         labels = [format_number(float(f"{value:.3g}"), name=title) + unit for value in (before, after)]
@@ -330,7 +349,7 @@ def _draw_pairs(pairs: Sequence[tuple[str, float, float]], *, unit: str = "", **
         axes.set_title(format_change(100 * (after / before - 1), "%"), loc="right", color=AFTER)
         for height, value, label in ((1, before, labels[0]), (0, after, labels[1])):
             axes.annotate(label, (value, height), (5, 0), textcoords="offset points", va="center", color=INK)
-    return _finish(figure, alt=f"Bars, before and after. {'; '.join(words)}.", **texts)
+    return finish(figure, alt=f"Bars, before and after. {'; '.join(words)}.", **texts)
 
 
 def _draw_residual(axes: Axes, curve: Mapping[str, Any], label: str) -> float:
@@ -364,7 +383,7 @@ def _short_labels(paths: Sequence[str]) -> dict[str, str]:
     return {path: f"block {number}" for path, number in numbers.items()}
 
 
-def _finish(figure: Figure, *, key: str, legend: tuple[tuple[str, str], ...] = (), **texts: Any) -> Picture:
+def finish(figure: Figure, *, key: str, legend: tuple[tuple[str, str], ...] = (), **texts: Any) -> Picture:
     """Turn a figure into a `Picture`: CSS variables for colours, ids that no other picture has."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -377,17 +396,3 @@ def _finish(figure: Figure, *, key: str, legend: tuple[tuple[str, str], ...] = (
     for stand_in, variable in VARIABLES.items():
         body = body.replace(stand_in, f"var(--{variable})")
     return Picture(key=key, legend=legend, view_box=root[1], svg=body, **texts)
-
-
-def _strip(label: str, tiles: Sequence[Tensor], *, smooth: bool = False) -> Strip:
-    """A row of tiles (rows, columns, 3) in 0..1 as one PNG with transparent gaps."""
-    canvas = Image.new("RGBA", (len(tiles) * (TILE_PX + GAP_PX) - GAP_PX, TILE_PX), (0, 0, 0, 0))
-    resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    for index, tile in enumerate(tiles):
-        pixels = (tile.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        picture = Image.fromarray(pixels).resize((TILE_PX, TILE_PX), resample)
-        canvas.paste(picture, (index * (TILE_PX + GAP_PX), 0))
-    buffer = io.BytesIO()
-    canvas.save(buffer, format="png", optimize=True)
-    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Strip(label=label, alt=f"{label}: {len(tiles)} tiles in a row.", uri=uri)

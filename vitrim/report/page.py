@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vitrim.errors import OutputError
-from vitrim.report import figures
+from vitrim.report import figures, tiles
 from vitrim.report.data import ReportData
+
+HEADLINE_BATCH = 8  # or the nearest that was timed
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -28,7 +30,15 @@ def write_report(path: Path, data: ReportData) -> None:
     Raises:
         OutputError: the file can't be written, or patch tokens and grid do not fit.
     """
-    page = _render(data)
+    write_page(path, _render(data))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page whole or not at all.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,15 +55,17 @@ def _render(data: ReportData) -> str:
     """The page as text."""
     candidates = [
         figures.draw_size(data.summary),
+        figures.draw_latency(data.latency),
+        figures.draw_widths(data.sites),
         figures.draw_block_errors(data.block_errors),
         figures.draw_residuals(data.residual_curves),
         figures.draw_recovery(data.recovery),
-        figures.draw_latency(data.latency),
-        figures.draw_patches(data.images, data.teacher_patches, data.student_patches, data.grid),
+        tiles.draw_patches(data.images, data.teacher_patches, data.student_patches, data.grid),
+        tiles.draw_neighbours(data.neighbours),
+        figures.draw_answers(data.answers),
     ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((resources.files("vitrim.report") / "page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        "page.html.j2",
         data=data,
         headline=_headline(data),
         pictures=[picture for picture in candidates if picture is not None],
@@ -61,8 +73,20 @@ def _render(data: ReportData) -> str:
     )
 
 
+def render(template: str, **values: Any) -> str:
+    """A page of this package's templates; foreign text is escaped."""
+    environment = Environment(
+        loader=PackageLoader("vitrim", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
 def _headline(data: ReportData) -> Markup:
-    """One sentence: how much smaller, how close. Says only what was measured."""
+    """One sentence: how much smaller, how much faster here, how close. Says only what was measured."""
     size, close = [], []
     for name, noun in (("parameters", "parameters"), ("MACs per image", "MACs")):
         row = data.summary.get(name, {})
@@ -77,7 +101,14 @@ def _headline(data: ReportData) -> Markup:
         close.append(Markup("CLS cosine <b>{}</b>").format(f"{cosine:.3f}"))
     if error is not None:
         close.append(Markup("relative error <b>{}</b>").format(f"{error:.2g}"))
-    clauses = [Markup(" and ").join(size)] if size else []
+    parts = [Markup(" and ").join(size)] if size else []
+    before, after = (data.latency.get(when, {}) for when in ("before", "after"))
+    timed = [batch for batch in before if after.get(batch)]
+    if timed:
+        batch = min(timed, key=lambda size: abs(size - HEADLINE_BATCH))
+        faster = f"{before[batch] / after[batch]:.2f} times"
+        parts.append(Markup("<b>{}</b> as fast here at batch {}").format(faster, batch))
+    clauses = [Markup(", ").join(parts)] if parts else []
     if close:
         clauses.append(Markup(" and ").join(close) + Markup(" against the original"))
     name = Markup("{}: ").format(data.model) if clauses else Markup("{}").format(data.model)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitrim.budget import parse_bytes
@@ -114,7 +115,7 @@ def prune_checkpoint(
         journal = Journal(work, task.fingerprint(), job.sites, resume=resume)
         try:
             plan, metrics = _produce(task, journal, folder, work)
-        except (VitrimError, OSError):
+        except (VitrimError, OSError, SafetensorError):
             if not journal.resumed:  # what a killed run has left is worth more than a wrong option now
                 (work / PICKS).unlink(missing_ok=True)
             raise

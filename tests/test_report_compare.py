@@ -1,0 +1,195 @@
+"""What both models see in the same images, and output folders of one original side by side."""
+
+import json
+import re
+from html import unescape
+
+import pytest
+import torch
+from conftest import build_case
+
+from vitrim.cli import run
+from vitrim.data import Batch
+from vitrim.errors import CheckpointError, OutputError
+from vitrim.models.origin import Origin
+from vitrim.models.taps import features, logits
+from vitrim.recipe import Recipe
+from vitrim.report.collect import look, nearest
+from vitrim.report.compare import compare_runs, read_runs, table
+from vitrim.report.pareto import Point, draw_pareto, front_of
+
+KNOWN = Origin(name="tiny", preprocessing={"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]})
+
+
+def batches_of(images, labels):
+    pairs = zip(images.split(5), labels.split(5), strict=True)
+    return [Batch(images_BCHW=i, labels_B=n, num_skipped=0, places_B=torch.arange(len(i))) for i, n in pairs]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    case = build_case("timm-vit")
+    student = case.copy()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(12, 3, 32, 32, generator=generator)
+    return case.model, student, images, torch.randint(5, (12,), generator=generator)
+
+
+def test_nearest_agrees_with_comparing_all_pairs():
+    rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    found = nearest(rows, 3)
+    for i in range(9):
+        cosines = {j: float(torch.cosine_similarity(rows[i], rows[j], dim=0)) for j in range(9) if j != i}
+        assert found[i].tolist() == sorted(cosines, key=cosines.__getitem__, reverse=True)[:3]
+
+
+def test_look_says_what_the_models_say_by_themselves(pair):
+    teacher, student, images, labels = pair
+    seen = look(teacher, student, KNOWN, batches_of(images, labels))
+    with torch.inference_mode():
+        theirs, mine = (features(model, images) for model in (teacher, student))
+        answers = [logits(model, images).argmax(1).tolist() for model in (teacher, student)]
+    assert seen["answers"] == {"labels": labels.tolist(), "before": answers[0], "after": answers[1]}
+    assert torch.allclose(seen["teacher_patches"], theirs.patches_BND[:5], atol=1e-5)  # of the first batch
+    assert torch.allclose(seen["images"], (images[:5] * 0.2 + 0.5).clamp(0, 1))
+    found = seen["neighbours"]
+    near = [nearest(side.pooled_BD, 5).tolist() for side in (theirs, mine)]
+    shared = [len(set(near[0][i]) & set(near[1][i])) for i in range(12)]
+    assert found["num_images"] == 12 and found["overlap"] == pytest.approx(sum(shared) / 60)
+    assert 0 < found["overlap"] < 1
+    for row in found["queries"]:
+        assert [row["original"], row["smaller"]] == [near[side][row["image"]] for side in (0, 1)]
+    agreement = [shared[row["image"]] for row in found["queries"]]
+    assert agreement == sorted(agreement) and (agreement[0], agreement[-1]) == (min(shared), max(shared))
+    assert {i: found["labels"][i] for i in found["labels"]} == {i: int(labels[i]) for i in found["thumbnails"]}
+
+
+def test_look_leaves_out_what_is_not_there(pair):
+    teacher, student, images, labels = pair
+    assert look(teacher, student, KNOWN, None)["neighbours"] == {}
+    unknown = look(teacher, student, KNOWN, batches_of(images[:1], torch.tensor([-1])))
+    assert unknown["answers"] == {} and unknown["neighbours"] == {} and len(unknown["images"]) == 1
+    assert look(teacher, student, KNOWN, batches_of(images, labels + 5))["answers"] == {}  # more classes than the head
+
+
+def write_run(folder, *, parameters=600, error=0.1, ms=5.0, data="photos", machine="cpu 1", **changes):
+    """A folder with what the page reads of a run."""
+
+    def cost(count, time):
+        latency = {"8": {"median_ms": time, "iqr_ms": 0.1}}
+        return {"parameters": count, "macs": 10 * count, "peak_memory_mib": 1.0, "latency": latency}
+
+    metrics = {
+        "model": "vit",
+        "method": "dgmr",
+        "images": {"held_out": 10},
+        "before": cost(1000, 10.0),
+        "after": cost(parameters, ms),
+        "after_cut": {"fidelity": {"relative_error": 2 * error, "pooled_cosine": 0.9}, "blocks": []},
+        "after_recovery": {"fidelity": {"relative_error": error, "pooled_cosine": 0.95}, "blocks": []},
+        "environment": {"device": "cpu", "machine": machine},
+        **changes,
+    }
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "recipe.yaml").write_text(Recipe(model="vit", data=data).dump())
+    (folder / "model.safetensors").write_bytes(b"0" * 2_500_000)
+    (folder / "elastic.safetensors").write_bytes(b"0" * 1000)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", parameters=500, error=0.3, ms=6.0),
+        write_run(tmp_path / "c", parameters=700, error=0.2, ms=5.5),
+    ]
+
+
+def test_the_table_holds_each_run_beside_the_original(folders):
+    header, rows = table(read_runs(folders))
+    assert header == ["Measured", "Original", "1 a", "2 b", "3 c"]
+    cells = dict(rows)
+    assert cells["parameters"] == [("1000", False), ("600 (60%)", False), ("500 (50%)", True), ("700 (70%)", False)]
+    assert cells["latency batch 8 (ms)"][1:3] == [("5 (50%)", True), ("6 (60%)", False)]
+    assert cells["relative error"] == [("0", False), ("0.1", True), ("0.3", False), ("0.2", False)]
+    assert cells["cosine CLS"][1:] == [("0.95", False)] * 3  # no best where all are equal
+    assert cells["file size (MB)"][:2] == [("\N{EN DASH}", False), ("2.5", False)]
+
+
+def test_the_page_shows_the_front_and_every_run(folders, tmp_path, capsys):
+    out = tmp_path / "compare.html"
+    assert run(["report", *map(str, folders), "--out", str(out)]) == 0
+    assert f"Report: {out}" in capsys.readouterr().out.replace("\n", "")
+    text = out.read_text()
+    (alt,) = [unescape(found) for found in re.findall(r'aria-label="(Points[^"]*)"', text)]
+    assert "1 a 600 and 0.1, on the front; 2 b 500 and 0.3, on the front; 3 c 700 and 0.2. Milli" in alt
+    assert "<strong>500 (50%)</strong>" in text and "Notes" not in text
+    assert run(["report", *map(str, folders), "--out", str(out)]) == 2  # an older page is not written over
+    assert "compare.html: exists already" in capsys.readouterr().err
+
+
+def test_what_is_hard_to_compare_is_said(folders, tmp_path):
+    other = write_run(tmp_path / "x" / "a", data="scans", machine="cpu 2")
+    _, _, notes = compare_runs([folders[0], other], tmp_path / "o.html")
+    assert "not measured on one machine (1: cpu, cpu 1; 2: cpu, cpu 2)" in notes[0]
+    assert "not judged on the same images (1: 10 of photos, seed 0; 2: 10 of scans, seed 0)" in notes[1]
+    assert str(other) in (tmp_path / "o.html").read_text()  # two folders of one name go by their paths
+
+
+def test_runs_without_images_have_a_table_and_no_picture(tmp_path):
+    plain = [write_run(tmp_path / name, after_cut=None, after_recovery=None, images={}) for name in "ab"]
+    compare_runs(plain, tmp_path / "o.html")
+    text = (tmp_path / "o.html").read_text()
+    assert "<svg" not in text and "600 (60%)" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (None, r"metrics\.json: no such file; name a folder that vitrim compress wrote"),
+        ("{", r"metrics\.json: not what vitrim compress writes \(Expecting"),
+        ("[]", r"metrics\.json: not what vitrim compress writes"),
+        ('{"model": "vit"}', r"not what vitrim compress writes \(no 'before'\)"),
+    ],
+)
+def test_other_folders_are_refused(folders, tmp_path, written, said):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    if written is not None:
+        (odd / "metrics.json").write_text(written)
+    with pytest.raises(CheckpointError, match=said):
+        compare_runs([folders[0], odd], tmp_path / "o.html")
+    assert not (tmp_path / "o.html").exists()
+
+
+def test_other_originals_too_few_and_bad_places_are_refused(folders, tmp_path):
+    other = write_run(tmp_path / "other", model="swin")
+    with pytest.raises(CheckpointError, match=r"other: made from swin \(1,000 parameters\), but a from vit"):
+        compare_runs([folders[0], other], tmp_path / "o.html")
+    with pytest.raises(CheckpointError, match=r"folders given: 1; name two or more"):
+        compare_runs(folders[:1], tmp_path / "o.html")
+    with pytest.raises(OutputError, match=r"does not end in \.html"):
+        compare_runs(folders, tmp_path / "page.txt")
+
+
+def points(*pairs):
+    return [Point(number=i, name=str(i), cost=cost, error=error) for i, (cost, error) in enumerate(pairs)]
+
+
+def test_the_front_is_what_no_other_beats():
+    found = points((10, 0.0), (5, 0.2), (5, 0.3), (4, 0.2), (3, 0.5), (4, 0.2))
+    assert [point.number for point in front_of(found)] == [4, 3, 5, 0]
+
+
+def test_points_are_told_apart_without_colour():
+    picture = draw_pareto({"Parameters": points((10, 0.0), *((5 + 0.01 * i, 0.2) for i in range(7)))})
+    labels = re.findall(r'<g id="pareto-text_\d+">.*?</g>', picture.svg, flags=re.DOTALL)
+    for number in range(1, 8):
+        assert any(re.search(rf">{number}</text>", label) for label in labels)
+    shapes = re.findall(r'<path id="pareto-m\w+" d="([^"]+)"', picture.svg)
+    assert len(set(shapes)) == 8

@@ -1,0 +1,175 @@
+"""Output folders of one original side by side: a table of what each cost and kept, and where none beats another.
+
+It reads what the runs measured (metrics.json, recipe.yaml, the size of the weights' files) and loads no model. Runs of
+different originals are refused: how close each came is told against its own original, so such numbers share no axis.
+What was measured on another machine or on other images is shown, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitrim.errors import CheckpointError, OutputError
+from vitrim.recipe import Recipe
+from vitrim.report.collect import summarise
+from vitrim.report.figures import final_value, format_number
+from vitrim.report.page import render, write_page
+from vitrim.report.pareto import Point, draw_pareto
+
+FILE_SIZE = "file size (MB)"
+ELASTIC_WEIGHTS = "elastic.safetensors"  # more widths than the one that was measured
+COSTS = ("parameters", "MACs per image", "peak memory (MiB)", "latency", FILE_SIZE)  # less is better, and so is a share
+# What the picture sets against the relative error, and its words.
+AXES = (("parameters", "Parameters"), ("latency batch 8 (ms)", "Milliseconds a batch of 8"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One output folder: `summary` as in its own report, with the size of its files; `held_out` says on what."""
+
+    number: int
+    name: str
+    method: str
+    original: str
+    summary: Mapping[str, Mapping[str, float | None]]
+    machine: str
+    held_out: str
+
+
+def compare_runs(folders: Sequence[Path], out: Path) -> tuple[list[str], list[list[str]], list[str]]:
+    """Write a page that shows runs side by side.
+
+    Args:
+        folders: two or more that `compress` wrote, of one original.
+        out: HTML file to write; it must not exist.
+
+    Returns:
+        Header and rows of the table, and notes.
+
+    Raises:
+        CheckpointError: a folder is not one that `compress` wrote, or of another original.
+        OutputError: the page can't be written there.
+    """
+    if os.path.lexists(out) or out.suffix != ".html":
+        raise OutputError(f"{out}: exists already or does not end in .html; choose another file to write.")
+    runs = read_runs(folders)
+    header, rows = table(runs)
+    notes = _notes(runs)
+    picture = draw_pareto(_panels(runs))
+    write_page(out, render("compare.html.j2", runs=runs, picture=picture, header=header, rows=rows, notes=notes))
+    return header, [[name, *(text for text, _ in cells)] for name, cells in rows], notes
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """What the runs in some folders measured, numbered from 1.
+
+    Raises:
+        CheckpointError: there are fewer than two, or one is not what `compress` wrote, or of another original.
+    """
+    if len(folders) < 2:
+        raise CheckpointError(f"report: folders given: {len(folders)}; name two or more to compare.")
+    resolved = [folder.resolve() for folder in folders]
+    names = [path.name for path in resolved]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    runs = [
+        _read(folder, number, label) for number, (folder, label) in enumerate(zip(resolved, labels, strict=True), 1)
+    ]
+    for run in runs[1:]:
+        if run.original != runs[0].original:
+            raise CheckpointError(
+                f"{run.name}: made from {run.original}, but {runs[0].name} from {runs[0].original};"
+                " compare outputs of one original."
+            )
+    return runs
+
+
+def table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
+    """Header, and for each measure its name and cells: what is written, and whether it is the best of the runs.
+
+    Costs stand with their share of the original's in the same run. The original's own cell is the median of the runs.
+    """
+    header = ["Measured", "Original", *(f"{run.number} {run.name}" for run in runs)]
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.summary):
+        found = [run.summary.get(name, {}) for run in runs]
+        befores = [before for row in found if (before := row.get("before")) is not None]
+        values = [final_value(row) for row in found]
+        known = [value for value in values if value is not None]
+        best = None if len(set(known)) < 2 else (min if _less_is_better(name) else max)(known)
+        cells = [
+            (_cell(name, row, value), value is not None and value == best)
+            for row, value in zip(found, values, strict=True)
+        ]
+        rows.append(
+            (name, [(format_number(statistics.median(befores) if befores else None, name=name), False), *cells])
+        )
+    return header, rows
+
+
+def _read(folder: Path, number: int, label: str) -> Run:
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        summary = summarise(metrics)
+        original = f"{metrics['model']} ({metrics['before']['parameters']:,} parameters)"
+        machine = f"{metrics['environment']['device']}, {metrics['environment']['machine']}"
+        method, images = metrics["method"], metrics["images"].get("held_out", 0)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise CheckpointError(f"{path}: {reason}; name a folder that vitrim compress wrote.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: not what vitrim compress writes ({what}); name one of its folders.") from None
+    recipe = Recipe.load(folder / "recipe.yaml")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != ELASTIC_WEIGHTS)
+    return Run(
+        number=number,
+        name=label,
+        method=str(method),
+        original=original,
+        summary={**summary, FILE_SIZE: {"before": None, "after_cut": size / 1e6, "after": size / 1e6}},
+        machine=machine,
+        held_out=f"{images} of {recipe.data}, seed {recipe.seed}",
+    )
+
+
+def _less_is_better(name: str) -> bool:
+    return name.startswith(COSTS) or "error" in name
+
+
+def _cell(name: str, row: Mapping[str, float | None], value: float | None) -> str:
+    """A value, and of a cost its share of the original's."""
+    before, text = row.get("before"), format_number(value, name=name)
+    return f"{text} ({value / before:.0%})" if name.startswith(COSTS) and before and value is not None else text
+
+
+def _panels(runs: Sequence[Run]) -> dict[str, list[Point]]:
+    """The points of each panel, the original first (number 0)."""
+    panels = {}
+    for name, title in AXES:
+        points = []
+        for run in runs:
+            cost, error = (final_value(run.summary.get(row, {})) for row in (name, "relative error"))
+            if cost is not None and error is not None:
+                points.append(Point(number=run.number, name=run.name, cost=cost, error=error))
+        befores = [before for run in runs if (before := run.summary.get(name, {}).get("before"))]
+        if len(points) > 1 and befores:
+            panels[title] = [Point(number=0, name="original", cost=statistics.median(befores), error=0.0), *points]
+    return panels
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """What makes numbers of different runs hard to compare."""
+    notes = []
+    if len({run.machine for run in runs}) > 1:
+        where = "; ".join(f"{run.number}: {run.machine}" for run in runs)
+        notes.append(f"Latency and memory were not measured on one machine ({where}): look at the shares.")
+    if len({run.held_out for run in runs}) > 1:
+        where = "; ".join(f"{run.number}: {run.held_out}" for run in runs)
+        notes.append(f"The runs were not judged on the same images ({where}).")
+    return notes

@@ -1,0 +1,148 @@
+"""The pictures of the report that are made of pixels: patch tokens as colours, and what is nearest to an image.
+
+They are self-contained data URIs: PNG where colours must be exact, JPEG for photographs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitrim.errors import OutputError
+from vitrim.report.figures import Picture, Search, Strip, Tile
+
+TILE_PX = 144
+GAP_PX = 10
+THUMBNAIL_PX = 96
+
+
+def draw_patches(
+    images: Tensor | None,
+    teacher: Tensor | None,
+    student: Tensor | None,
+    grid: tuple[int, int] | None,
+) -> Picture | None:
+    """Rows of image, teacher, student and difference; the first three principal components as colours.
+
+    Args:
+        images: pictures in 0..1, (B, 3, H, W), or None.
+        teacher: patch tokens of the original, (B, N, D) with D >= 3.
+        student: patch tokens of the smaller model, (B, N, D).
+        grid: rows and columns of patches; their product is N.
+
+    Raises:
+        OutputError: the tokens do not fill the grid.
+    """
+    if teacher is None or student is None or grid is None:
+        return None
+    if teacher.shape != student.shape or teacher.shape[1] != grid[0] * grid[1]:
+        raise OutputError(
+            f"report: patch tokens are {tuple(teacher.shape)} and {tuple(student.shape)}; they must be equal"
+            f" and fill a {grid[0]} x {grid[1]} grid. Pass patch tokens only, no CLS token."
+        )
+    teacher_rgb, student_rgb, difference = patch_colors(teacher, student)
+    rows = [("Original", teacher_rgb), ("Smaller", student_rgb), ("Difference", difference)]
+    strips = []
+    if images is not None:
+        strips.append(_strip("Image", list(images.detach().cpu().permute(0, 2, 3, 1)), smooth=True))
+    strips += [_strip(label, [tokens.unflatten(0, grid) for tokens in colors]) for label, colors in rows]
+    return Picture(
+        key="patches",
+        title="Patch tokens",
+        alt=f"{len(teacher)} images and their patch tokens in both models, coloured by principal component.",
+        caption="The first three principal components of the original's patch tokens as red, green and blue; "
+        "the smaller model is drawn with the same projection and scale. Difference: distance between the two "
+        "tokens, black at 0, brightest where it reaches the spread of the original's tokens.",
+        strips=tuple(strips),
+    )
+
+
+def patch_colors(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Colours of patch tokens, by the projection and scaling of the teacher's.
+
+    Args:
+        teacher: patch tokens of the original, (B, N, D) with D >= 3.
+        student: patch tokens of the smaller model, (B, N, D).
+
+    Returns:
+        Teacher, student and difference magnitude in 0..1, each (B, N, 3).
+    """
+    from matplotlib import colormaps
+
+    teacher, student = teacher.detach().cpu().double(), student.detach().cpu().double()
+    mean = teacher.mean(dim=(0, 1))
+    centred = (teacher - mean).flatten(0, 1)
+    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
+    # Eigenvectors have no sign of their own: fix it, so that a rerun looks the same.
+    basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()
+    ranges = torch.quantile(centred @ basis, torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    span = (ranges[1] - ranges[0]).clamp_min(1e-12)
+    colors = [(((tokens - mean) @ basis - ranges[0]) / span).clamp(0, 1) for tokens in (teacher, student)]
+    spread = centred.square().sum(dim=1).mean().sqrt().clamp_min(1e-12)
+    distance = ((student - teacher).norm(dim=-1) / spread).clamp(0, 1)
+    shades = torch.from_numpy(colormaps["magma"](distance.numpy())[..., :3])
+    return colors[0], colors[1], shades
+
+
+def draw_neighbours(found: Mapping[str, Any]) -> Picture | None:
+    """Rows of a query and its nearest images in both models.
+
+    Args:
+        found: as `ReportData.neighbours` describes it; empty where nothing was searched.
+    """
+    if not found:
+        return None
+
+    def tile(image: int, note: str = "", *, agreed: bool = True) -> Tile:
+        label = found["labels"][image]
+        name = f"Image {image}" + (f", class {label}" if label >= 0 else "") + note
+        return Tile(alt=name, uri=_jpeg(found["thumbnails"][image]), agreed=agreed)
+
+    searches = []
+    for row in found["queries"]:
+        both = set(row["original"]) & set(row["smaller"])
+        sides = [
+            tuple(tile(i, ", in both" if i in both else f", {who} only", agreed=i in both) for i in row[who])
+            for who in ("original", "smaller")
+        ]
+        agreed = f"{len(both)} of {len(row['original'])}"
+        searches.append(Search(query=tile(row["image"]), original=sides[0], smaller=sides[1], agreed=agreed))
+    k, overlap = len(found["queries"][0]["original"]), f"{found['overlap']:.0%}"
+    return Picture(
+        key="neighbours",
+        title="Nearest neighbours",
+        alt=f"{len(searches)} queries and their {k} nearest images in both models.",
+        caption=f"The {k} nearest of {found['num_images']} held-out images by pooled vector, nearest first. On average "
+        f"{overlap} are the same in both models; the queries go from the least agreement to the most. "
+        "Solid frame: found by both; dashed frame: by one model only.",
+        searches=tuple(searches),
+    )
+
+
+def _strip(label: str, tiles: Sequence[Tensor], *, smooth: bool = False) -> Strip:
+    """A row of tiles (rows, columns, 3) in 0..1 as one PNG with transparent gaps."""
+    canvas = Image.new("RGBA", (len(tiles) * (TILE_PX + GAP_PX) - GAP_PX, TILE_PX), (0, 0, 0, 0))
+    resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    for index, tile in enumerate(tiles):
+        pixels = (tile.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        picture = Image.fromarray(pixels).resize((TILE_PX, TILE_PX), resample)
+        canvas.paste(picture, (index * (TILE_PX + GAP_PX), 0))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="png", optimize=True)
+    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Strip(label=label, alt=f"{label}: {len(tiles)} tiles in a row.", uri=uri)
+
+
+def _jpeg(image_CHW: Tensor) -> str:
+    """A thumbnail as a data URI; what is smaller than it is enlarged."""
+    pixels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="jpeg", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
