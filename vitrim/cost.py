@@ -82,7 +82,7 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
     packets = [getattr(torch.ops.aten, name) for name in UNCOUNTED_ATTENTION if hasattr(torch.ops.aten, name)]
-    mapping = {packet: _attention_flops for packet in packets if packet not in flop_registry}
+    mapping: dict[Any, Any] = {packet: _attention_flops for packet in packets if packet not in flop_registry}
     mapping[torch.ops.aten._int_mm] = _product_flops  # int8 by int8
     # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
     # an attention pool) while it asks for gradients.

@@ -8,6 +8,7 @@ VLM the part that takes the images is exported. Matrices that share a basis are 
 from __future__ import annotations
 
 import copy
+import io
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -189,7 +190,9 @@ def _write(model: _Tensors, example: Tensor, path: Path, to: Form, opset: int | 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing warns about libraries' own code, which is not the user's
             if to == "torch":
-                torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), path)
+                archive = io.BytesIO()  # given a path, torch aborts the process when the disk is full
+                torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), archive)
+                path.write_bytes(archive.getbuffer())
                 return None
             program = torch.onnx.export(
                 model,

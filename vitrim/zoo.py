@@ -292,7 +292,7 @@ def _opened(out: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:
         kept = json.loads((out / REPORT).read_text())
         differ = [name for name in asked if kept["asked"].get(name) != asked[name]]
         report = {**empty, "rows": kept["rows"], "original": kept["original"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(f"{out / REPORT}: can't be read ({error!r:.100}); choose another folder.") from None
     if differ:
         raise OutputError(f"{out / REPORT}: rows of another comparison ({', '.join(differ)}); choose another folder.")

@@ -69,7 +69,7 @@ def licence_of(whole: nn.Module, origin: Origin) -> str | None:
     head = re.match(r"^---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
     try:
         said = yaml.safe_load(head.group(1)) if head else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     found = said.get("license") if isinstance(said, dict) else None
     return str(found) if found and found != "other" else None
