@@ -267,7 +267,7 @@ def test_widths_are_given_by_path_or_the_end_of_it(build):
     assert recipe.width_of(first.below("visual.trunk")) == 17
     both = Recipe(widths={"mlp": 9, "visual.blocks.1.mlp": 5})
     assert (both.width_of(first), both.width_of(second)) == (9, 5)
-    assert recipe.stages()[1].width_of(first) == 32  # a later step has its own
+    assert recipe.stages()[1].width_of(first) == first.d_hidden  # a later step has its own: here, all that is left
     assert Recipe.parse({"allocate": "uniform"}).allocate is None
     with pytest.raises(BudgetError, match="widths=97 asks to keep 97 of 96"):
         Recipe(widths={"mlp": 97}).width_of(first)

@@ -44,7 +44,7 @@ def test_half_of_the_parameters_go_and_the_features_stay(result):
 
 def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
     names = {"model.safetensors", "config.json", "vitrim.json", "recipe.yaml", "metrics.json", "report.html"}
-    names.add("recovery.jsonl")
+    names |= {"README.md", "recovery.jsonl"}
     assert {path.name for path in result.out.iterdir()} == names
     stock = timm.create_model(f"local-dir:{result.out}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
