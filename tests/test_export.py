@@ -93,6 +93,15 @@ def test_bad_requests_are_refused_before_anything_is_written(cut, tmp_path):
     assert (tmp_path / "there.onnx").read_text() == "mine"
 
 
+def test_weights_beside_the_file_are_not_written_over(cut, tmp_path):
+    (tmp_path / "small.bin").write_text("mine")
+    with pytest.raises(OutputError, match=r"small\.bin: exists already"):
+        export(cut("magnitude")[0], tmp_path / "small.xml", to="openvino", latency=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.bin"] and (
+        tmp_path / "small.bin"
+    ).read_text() == "mine"
+
+
 def test_the_command_prints_what_was_compared(tmp_path, capsys):
     asset = Path(__file__).parents[1] / "vitrim" / "assets" / "digits-vit"
     command = ["export", str(asset), "--to", "torch", "--out", str(tmp_path / "digits.pt2"), "--data", "digits"]

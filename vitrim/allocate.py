@@ -32,7 +32,7 @@ from vitrim.checkpoint import versions, write_json
 from vitrim.cost import site_macs, site_parameters
 from vitrim.cut import cut_, select
 from vitrim.data import Split
-from vitrim.errors import CheckpointError, RecipeError
+from vitrim.errors import DAMAGED, CheckpointError, RecipeError
 from vitrim.methods import find_method
 from vitrim.metrics.fidelity import fidelity
 from vitrim.models.taps import device_of, evaluating
@@ -86,7 +86,7 @@ class _Measured:
             return cls(path=path)
         try:
             return cls(path=path, **json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+        except DAMAGED as error:
             raise CheckpointError(f"{path}: can't be read ({error!r:.100}); remove it, it is only a cache.") from None
 
     def save(self) -> None:
@@ -319,8 +319,7 @@ class _Picks:
         index = torch.tensor(keep)
         start_DK = weights.output_DH[:, index.to(weights.output_DH.device)]
         weight_DK, bias_D = fit_output(self.visit.stats, index, start_DK, weights.output_bias_D, ridge=repair.ridge)
-        tensors = {f"{edit.site.output}.weight": weight_DK}
-        return replace(edit, tensors=tensors | ({} if bias_D is None else {f"{edit.site.output}.bias": bias_D}))
+        return edit.with_output(weight_DK, bias_D)
 
 
 def through(own_H: Values, own_P: Values, final_P: Values) -> Values:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrim.errors import CheckpointError, OutputError
+from vitrim.errors import DAMAGED, CheckpointError, OutputError
 from vitrim.models.load import build_empty, library, load_model, origin_of
 from vitrim.models.origin import Library, Origin, copy_companions, in_one_line, match_buffers_
 from vitrim.models.stock import stock_origin
@@ -80,7 +80,7 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
     Raises:
         OutputError: `out` exists already, its parent can't be written to, or another run is writing it.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     made = [parent for parent in out.parents if not os.path.lexists(parent)]
     work = out.with_name(f".{out.name}.partial")
     folder = work / "output"
@@ -108,10 +108,14 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
                 parent.rmdir()
 
 
-def _refuse_existing(out: Path) -> None:
-    """Refuse a place where something is, if only a link that leads nowhere."""
+def refuse_existing(out: Path, *, kind: str = "output folder") -> None:
+    """Refuse a place where something is, if only a link that leads nowhere.
+
+    Raises:
+        OutputError: so it is.
+    """
     if os.path.lexists(out):
-        raise OutputError(f"{out}: exists already; choose another output folder or remove this one.")
+        raise OutputError(f"{out}: exists already; choose another {kind} or remove this one.")
 
 
 @contextmanager
@@ -148,7 +152,7 @@ def _hold(lock: int) -> bool:
 
 def _start(work: Path, out: Path, *, resume: bool) -> None:
     """Empty the folder of a run, but for what it goes on from, and make that of its output."""
-    _refuse_existing(out)
+    refuse_existing(out)
     for old in [work / "output"] if resume else [path for path in work.iterdir() if path.name != LOCK]:
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
@@ -300,7 +304,7 @@ def read_about(path: Path) -> dict[str, Any]:
         reason = f"its format is {about['format']!r}; this version reads 'vitrim/1'"
     except FileNotFoundError:
         reason = f"has no {ABOUT}; pass a folder that vitrim wrote"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:
         reason = f"{ABOUT} is damaged ({error!r})"
     raise CheckpointError(f"{path}: {reason}.")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitrim.models.taps import evaluating
+from vitrim.models.taps import evaluating, frozen
 from vitrim.types import MlpSite
 
 MIB = 2**20
@@ -86,15 +86,8 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     mapping[torch.ops.aten._int_mm] = _product_flops  # int8 by int8
     # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
     # an attention pool) while it asks for gradients.
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        with evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            model(_to_model(model, images_BCHW))
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    with frozen(model), evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(_to_model(model, images_BCHW))
     return round(counter.get_total_flops() / (2 * len(images_BCHW)))
 
 

@@ -320,10 +320,7 @@ def _repair_(
         "unrepaired": squared_error(visit.stats, keep, start_DK, bias_D),
         "repaired": squared_error(visit.stats, keep, fitted_DK, fitted_D),
     }
-    repaired = {f"{site.output}.weight": fitted_DK}
-    if fitted_D is not None:
-        repaired[f"{site.output}.bias"] = fitted_D
-    apply_(student, [replace(edit, tensors=repaired)])
+    apply_(student, [edit.with_output(fitted_DK, fitted_D)])
     if repair.refit and visit.stands_alone:
         before, after = refit_(student, visit, num_steps=repair.refit_steps, lr=repair.refit_lr, seed=seed)
         errors |= {"held_out_repaired": before, "held_out_refitted": after}

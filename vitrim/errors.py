@@ -1,5 +1,8 @@
 """The errors that users meet, as one tree. Each message says where, what was got, what is allowed, what next."""
 
+# What reading JSON from a file and looking into it raises, where the file is missing, damaged or hostile.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
 
 class VitrimError(Exception):
     """Base of every error that vitrim raises for its users; the command line prints it in one line, exit code 2."""

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from vitrim.checkpoint import refuse_existing
 from vitrim.cost import Latency, measure_latency
 from vitrim.errors import ModelError, OutputError, RecipeError
 from vitrim.evaluation import Model, open_encoder, open_set, random_inputs
@@ -154,7 +155,7 @@ class _Tensors(nn.Module):
             self.names = ("pooled", "patches")[: 1 + len(patches)]
             return (found.pooled_BD, *patches)
         output = self.encoder(inputs)
-        return (output if isinstance(output, Tensor) else output[0],)
+        return (output if isinstance(output, Tensor) else output[0],)  # of a tuple, or of transformers' outputs
 
 
 class _Session(nn.Module):
@@ -171,12 +172,14 @@ class _Session(nn.Module):
 @contextmanager
 def _placed(out: Path) -> Iterator[Path]:
     """A path in a folder of its own beside `out`; what is written there takes its place at the end, all or nothing."""
-    if out.exists():
-        raise OutputError(f"{out}: exists already; choose another file or remove this one.")
+    refuse_existing(out, kind="file")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
             yield Path(folder) / out.name
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == out.name):  # weights first
+            made = sorted(Path(folder).iterdir(), key=lambda file: file.name == out.name)  # weights first
+            for file in made:
+                refuse_existing(out.parent / file.name, kind="file")
+            for file in made:
                 file.rename(out.parent / file.name)
     except OSError as error:
         raise OutputError(f"{out}: can't be written ({error.strerror or error}); choose another place.") from error

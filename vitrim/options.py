@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from vitrim.models.taps import FeaturesAt
 
+Precision = Literal["auto", "no", "bf16"]
+
 
 class Options(BaseModel):
     """Frozen, numbers are finite, and an unknown key is an error."""
@@ -135,7 +137,7 @@ class RecoverOptions(Options):
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     weight_decay: tuple[float, float] = (0.0, 0.0)
     accumulate: int = Field(default=1, ge=1)
-    precision: Literal["auto", "no", "bf16"] = "auto"
+    precision: Precision = "auto"
     ema: float = Field(default=0.0, ge=0, lt=1)
     augment: Literal["none", "light", "strong"] = "light"
     flip: bool = False

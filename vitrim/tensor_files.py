@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitrim.errors import CheckpointError
+from vitrim.errors import DAMAGED, CheckpointError
 
 CHUNK_BYTES = 32 * 2**20
 MAX_NAME = 200  # of a shard; file systems end at 255 bytes, and raise for more
@@ -182,7 +182,7 @@ def _open_shards(index: Path) -> TensorFiles:
     """The shards that an index names, each tensor from the shard that the index puts it in."""
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{index}: is no index of shards ({error!r}); fetch it again.") from None
     infos: dict[str, TensorInfo] = {}
     mapped: dict[str, Tensor] = {}

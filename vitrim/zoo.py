@@ -22,7 +22,7 @@ from vitrim.checkpoint import open_model, save, write_json
 from vitrim.cost import count_macs, num_parameters
 from vitrim.cut import cut_
 from vitrim.data import ImageStream, first_images
-from vitrim.errors import Interrupted, OutputError, RecipeError
+from vitrim.errors import DAMAGED, Interrupted, OutputError, RecipeError
 from vitrim.evaluation import environment, open_inputs, resolve_device
 from vitrim.methods import METHODS, find_method
 from vitrim.models.origin import Origin
@@ -292,7 +292,7 @@ def _opened(out: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:
         kept = json.loads((out / REPORT).read_text())
         differ = [name for name in asked if kept["asked"].get(name) != asked[name]]
         report = {**empty, "rows": kept["rows"], "original": kept["original"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:
         raise OutputError(f"{out / REPORT}: can't be read ({error!r:.100}); choose another folder.") from None
     if differ:
         raise OutputError(f"{out / REPORT}: rows of another comparison ({', '.join(differ)}); choose another folder.")

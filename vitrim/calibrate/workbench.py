@@ -6,8 +6,7 @@ Plain tensors go out, nothing comes in: the model is changed by whoever carries 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from vitrim.calibrate.streams import first_tensor
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.layers import find_layers
-from vitrim.models.taps import device_of, evaluating, features
+from vitrim.models.taps import device_of, evaluating, features, frozen
 from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule
 from vitrim.types import AttentionSite, Features, LayerSite, MlpSite, MlpWeights
 
@@ -144,7 +143,7 @@ class Workbench:
         batches, seen = self._batches(), []
         handles = [submodule(self.model, path).register_forward_pre_hook(_keep_input(path, seen)) for path in paths]
         try:
-            with evaluating(self.model), _recording(self.model):
+            with evaluating(self.model), frozen(self.model), torch.inference_mode(False), torch.enable_grad():
                 for batch in batches:
                     total = loss(features(self.model, batch.to(device_of(self.model))))
                     inputs = [hidden for _, hidden in seen]
@@ -230,17 +229,3 @@ def _keep_input(path: str, seen: list[tuple[str, Tensor]]) -> Callable[..., tupl
         return hidden, *args[1:]
 
     return hook
-
-
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[None]:
-    """Let graphs be recorded, of activations alone: no parameter asks for a gradient meanwhile."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from vitrim.errors import RecipeError
+from vitrim.options import Precision
 
 SelectOn = Literal["weights", "activations", "outputs"]
 
@@ -104,9 +105,9 @@ class RecoverOptions:
     accumulate: Annotated[
         int | None, Parameter(help="passes a step, which so sees that many times --batch-size images")
     ] = None
-    precision: Annotated[
-        Literal["auto", "no", "bf16"] | None, Parameter(help="auto is bf16 on GPUs that have it, float32 elsewhere")
-    ] = None
+    precision: Annotated[Precision | None, Parameter(help="auto is bf16 on GPUs that have it, float32 elsewhere")] = (
+        None
+    )
     checkpoint_activations: Annotated[
         bool | None, Parameter(negative="", help="compute the student's blocks twice rather than keep what they saw")
     ] = None

@@ -93,8 +93,7 @@ def _cut_mlp(view: ModelView, site: MlpSite, options: CorpOptions) -> KeepUnits:
         gram_KK, _ = moments(of_units(stats, keep), centred=bias_D is not None)
         ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_KK / stats.num_tokens, stats.num_tokens))
         weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge)
-    tensors = {f"{site.output}.weight": weight_DK} | ({} if bias_D is None else {f"{site.output}.bias": bias_D})
-    return KeepUnits(site=site, keep=tuple(keep.tolist()), tensors=tensors)
+    return KeepUnits(site=site, keep=tuple(keep.tolist())).with_output(weight_DK, bias_D)
 
 
 def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> Stats:

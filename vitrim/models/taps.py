@@ -111,28 +111,46 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Hold models in eval mode without gradients, and put every module's mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
+    with _modes_kept(*models):
+        for model in models:
+            model.eval()
         with torch.inference_mode():
             yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for gradients meanwhile."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Put every module's mode and every parameter's `requires_grad` back afterwards, and drop all gradients."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with _modes_kept(model):
+        try:
+            yield
+        finally:
+            for name, p in model.named_parameters():
+                p.requires_grad_(flags[name])
+                p.grad = None
+
+
+@contextmanager
+def _modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put every module's mode back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
     finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
-            p.grad = None
         for module, mode in modes:
             module.training = mode
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
 from vitrim.checkpoint import write_json
-from vitrim.errors import BudgetError, CheckpointError, RecipeError
+from vitrim.errors import DAMAGED, BudgetError, CheckpointError, RecipeError
 from vitrim.methods import find_method
 from vitrim.models.taps import FeaturesAt
 from vitrim.ops.least_squares import fit_output
@@ -393,6 +393,6 @@ def read_widths(folder: Path) -> dict[float, Slice]:
             ratio = float(entry["width_ratio"])
             own = {name.removeprefix(f"{ratio}/"): t for name, t in tensors.items() if name.startswith(f"{ratio}/")}
             found[ratio] = Slice(units=dict(entry["units"]), tensors=own, errors=dict(entry["errors"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (*DAMAGED, SafetensorError) as error:
         raise CheckpointError(f"{folder}: its widths are damaged ({error!r:.160}); write the output again.") from None
     return found

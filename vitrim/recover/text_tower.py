@@ -25,10 +25,11 @@ from vitrim.metrics.retrieval import embed_captioned
 from vitrim.metrics.zero_shot import embed_all
 from vitrim.models.taps import restored
 from vitrim.models.towers import Pair, scale_and_bias, unit
+from vitrim.options import Precision
 from vitrim.progress import progress
 from vitrim.recover.contrastive import contrastive_loss, gather_rows
 from vitrim.recover.parallel import any_process, is_main, mean, num_processes, rank
-from vitrim.recover.precision import Precision, autocast
+from vitrim.recover.precision import autocast
 from vitrim.recover.schedule import rate_shape, stop_on_interrupt
 from vitrim.recover.state import clear_state, has_state, load_state, save_state
 

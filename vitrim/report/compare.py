@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitrim.errors import CheckpointError, OutputError
+from vitrim.errors import DAMAGED, CheckpointError, OutputError
 from vitrim.recipe import Recipe
 from vitrim.report.collect import summarise
 from vitrim.report.figures import final_value, format_number
@@ -122,7 +122,7 @@ def _read(folder: Path, number: int, label: str) -> Run:
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise CheckpointError(f"{path}: {reason}; name a folder that vitrim compress wrote.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: not what vitrim compress writes ({what}); name one of its folders.") from None
     recipe = Recipe.load(folder / "recipe.yaml")

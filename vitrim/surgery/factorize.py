@@ -9,11 +9,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import BudgetError, SiteNotFoundError
+from vitrim.errors import BudgetError
 from vitrim.layers.low_rank import Conv, LowRankConv, LowRankLinear
 from vitrim.ops.low_rank import truncate
 from vitrim.surgery.edits import Edit, replace_
-from vitrim.surgery.modules import submodule
+from vitrim.surgery.modules import check_layer, check_weight, submodule
 from vitrim.types import LayerSite
 
 Factors = tuple[Tensor, Tensor]
@@ -58,8 +58,7 @@ class Factorize(Edit):
         full = min(layer.num_rows, layer.num_cols)
         if not 1 <= self.rank <= full:
             raise BudgetError(f"{layer.path}: asked for rank {self.rank} of a layer of rank {full}; use 1..{full}.")
-        own = dict(submodule(model, layer.path).named_parameters(recurse=False)) if layer.path else {}
-        self._check_shape(own["weight"].shape if "weight" in own else ())
+        check_layer(model, layer)
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the two factors in the layer's place."""
@@ -89,17 +88,10 @@ class Factorize(Edit):
             for new in (f"{path}.down.weight", f"{path}.up.weight"):
                 yield new, self.given(new, tensor)
             return
-        self._check_shape(tensor.shape)
+        check_weight(self.layer, tensor.shape)
         factors = [truncate(matrix, self.rank) for matrix in self.layer.matrices(tensor)]
         for new, factor in _named(self.layer, factors).items():
             yield new, factor.to(tensor.dtype).contiguous()
-
-    def _check_shape(self, found: Sequence[int]) -> None:
-        if tuple(found) != self.layer.weight_shape:
-            shape = "x".join(map(str, self.layer.weight_shape))
-            raise SiteNotFoundError(
-                f"{self.layer.path}: no layer with a weight of {shape}; the plan is of another model."
-            )
 
 
 def _named(layer: LayerSite, factors: Sequence[Factors]) -> dict[str, Tensor]:

@@ -33,6 +33,11 @@ class KeepUnits(Edit):
         """How many hidden units stay."""
         return len(self.keep)
 
+    def with_output(self, weight_DK: Tensor, bias_D: Tensor | None) -> KeepUnits:
+        """The same cut, with another output projection in place of the sliced one."""
+        tensors = {f"{self.site.output}.weight": weight_DK}
+        return replace(self, tensors=tensors | ({} if bias_D is None else {f"{self.site.output}.bias": bias_D}))
+
     def shape_only(self) -> KeepUnits:
         """The width, whichever units it is made of."""
         return replace(self, keep=tuple(range(self.width)), tensors={})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from vitrim.errors import SiteNotFoundError
-from vitrim.types import MlpSite, MlpWeights
+from vitrim.types import LayerSite, MlpSite, MlpWeights
 
 
 def read_weights(model: nn.Module, site: MlpSite) -> MlpWeights:
@@ -49,6 +49,27 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         kind = type(model).__name__
         raise SiteNotFoundError(f"{path}: no such module in {kind}; the plan was made for another model.") from None
+
+
+def check_layer(model: nn.Module, layer: LayerSite) -> None:
+    """Refuse a model that has another module, or none, where a layer should be.
+
+    Raises:
+        SiteNotFoundError: so it is.
+    """
+    own = dict(submodule(model, layer.path).named_parameters(recurse=False)) if layer.path else {}
+    check_weight(layer, own["weight"].shape if "weight" in own else ())
+
+
+def check_weight(layer: LayerSite, shape: Sequence[int]) -> None:
+    """Refuse a weight that is not the layer's.
+
+    Raises:
+        SiteNotFoundError: it has another shape.
+    """
+    if tuple(shape) != layer.weight_shape:
+        wanted = "x".join(map(str, layer.weight_shape))
+        raise SiteNotFoundError(f"{layer.path}: no layer with a weight of {wanted}; the plan is of another model.")
 
 
 def weight_of(model: nn.Module, path: str) -> Tensor:

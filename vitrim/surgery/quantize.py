@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from vitrim.errors import SiteNotFoundError
 from vitrim.layers.int8 import Int8Linear, rounded
 from vitrim.surgery.edits import Edit, replace_
-from vitrim.surgery.modules import submodule
+from vitrim.surgery.modules import check_layer, check_weight, submodule
 from vitrim.types import LayerSite
 
 
@@ -35,8 +34,7 @@ class Quantize(Edit):
 
     def check(self, model: nn.Module) -> None:
         """Refuse a module that is not the layer."""
-        own = dict(submodule(model, self.layer.path).named_parameters(recurse=False)) if self.layer.path else {}
-        self._check_shape(own["weight"].shape if "weight" in own else ())
+        check_layer(model, self.layer)
 
     def reshape_(self, model: nn.Module) -> None:
         """Put the int8 layer in the layer's place."""
@@ -57,14 +55,7 @@ class Quantize(Edit):
         if name == f"{self.layer.path}.bias":
             yield name, tensor
             return
-        self._check_shape(tensor.shape)
+        check_weight(self.layer, tensor.shape)
         values, scale = rounded(self.layer.matrices(tensor)[0])
         yield name, values
         yield f"{self.layer.path}.scale", scale
-
-    def _check_shape(self, found: Sequence[int]) -> None:
-        if tuple(found) != self.layer.weight_shape:
-            shape = "x".join(map(str, self.layer.weight_shape))
-            raise SiteNotFoundError(
-                f"{self.layer.path}: no layer with a weight of {shape}; the plan is of another model."
-            )
