@@ -3,7 +3,8 @@
     python benchmarks/allocation.py
     python benchmarks/allocation.py --model local-dir:MODEL --data IMAGES --cases 0
 
-Prints a table: relative error of all tokens on held-out images, with equal widths and with those that were found.
+Prints a table: relative error of all tokens on held-out images, with equal widths and with those that were found, and
+the errors that the allocation had foreseen.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), help="which of the cases")
     parser.add_argument("--cache", type=Path, default=None, help="folder that keeps what was measured")
     given = parser.parse_args()
-    print("| method | repair | budget | width ratio | equal | allocated | widths |\n|---|---|---|---|---|---|---|")
+    print("| method | repair | budget | width ratio | equal | allocated | predicted: equal | allocated | widths |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for number in given.cases:
         method, budget, repair = CASES[number]
         for ratio in given.ratios:
@@ -48,8 +50,13 @@ def main() -> None:
                 }
             )
             found = vitrim.compress(given.model, data=given.data, recipe=recipe, quiet=True)
-            errors, widths = found.metrics["allocation"]["relative_error"], list(found.plan.widths.values())
-            row = (method, repair, budget, ratio, f"{errors['uniform']:.4f}", f"{errors['allocated']:.4f}", widths)
+            about, widths = found.metrics["allocation"], list(found.plan.widths.values())
+            errors = [
+                f"{about[key][which]:.4f}"
+                for key in ("relative_error", "predicted")
+                for which in ("uniform", "allocated")
+            ]
+            row = (method, repair, budget, ratio, *errors, widths)
             print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
