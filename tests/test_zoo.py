@@ -85,6 +85,7 @@ def test_a_new_method_is_in_the_zoo_and_a_failing_one_stops_no_other(build, data
         assert bare["parameters"] == repaired["parameters"] and 0.59 <= bare["parameters"] / whole <= 0.6
         assert repaired["after_cut"]["relative_error"] < bare["after_cut"]["relative_error"]
         assert 0 < bare["bytes"] < found["original"]["bytes"]
+        assert bare["speedup"].keys() == {"1", "8", "32"} and min(bare["speedup"].values()) > 0
         assert {"relative_error", "cosine", "top1"} == bare["after_recovery"].keys()
     assert rows["last", "none"]["after_cut"] == rows["wide", "none"]["after_cut"]  # same units, images and seed
     top_k = rows["top-k", "none"]
@@ -160,19 +161,27 @@ def test_the_verdict_compares_equal_terms_by_the_last_error():
 
 def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
     rows = [
-        a_row("worse", 0.5),
-        a_row("better", 0.1, bytes=300),
+        a_row("worse", 0.5, speedup={"8": 1.9}),
+        a_row("better", 0.1, bytes=300, speedup={"8": 1.5}),
         a_row("masked", 0.01, counted=None),
         {"method": "broken", "repair": "none", "error": "X: y", "fitted": None},
     ]
     asked = {"budget": 0.5, "budget_in": "params"}
     original = {"parameters": 100, "macs": 100, "bytes": 400, "latency_ms": {}, "top1": None}
     header, cells = table({"asked": asked, "original": original, "rows": rows, "verdict": []})
-    assert header == ["method", "repair", "held to", "parameters", "MACs", "on disk (MB)", "error, cut", "seconds"]
+    speed = "times as fast, batch 8"
+    assert header == [
+        *"method,repair,held to,parameters,MACs".split(","),
+        speed,
+        "on disk (MB)",
+        "error, cut",
+        "seconds",
+    ]
     assert [line[0] for line in cells] == ["original", "masked", "better", "worse", "broken"]
     by_name = {line[0]: dict(zip(header, line, strict=True)) for line in cells}
     assert by_name["better"]["error, cut"] == "**0.1000**" and by_name["masked"]["error, cut"] == "0.0100"
     assert by_name["worse"]["on disk (MB)"] == "**0.00**"
+    assert (by_name["worse"][speed], by_name["better"][speed]) == ("**1.90x**", "1.50x")
     assert by_name["worse"]["parameters"] == "0.00M (50%)"  # a tie of all is no best
     assert by_name["masked"]["held to"] == "keep_ratio 0.5; it saves neither parameters nor MACs"
     assert by_name["broken"]["held to"] == "X: y"

@@ -192,6 +192,7 @@ class _Runner:
             "error": None,
             "fitted": fitted,
             **_costs(metrics["after"]),
+            "speedup": _speedup(metrics["before"]["latency"], metrics["after"]["latency"]),
             "bytes": size,
             "after_cut": _quality(metrics["after_cut"]),
             "after_recovery": metrics["after_recovery"] and _quality(metrics["after_recovery"]),
@@ -247,6 +248,11 @@ def _costs(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and times of one model."""
     latency = {str(size): found["median_ms"] for size, found in measured["latency"].items()}
     return {"parameters": measured["parameters"], "macs": measured["macs"], "latency_ms": latency}
+
+
+def _speedup(before: Mapping[int, Any], after: Mapping[int, Any]) -> dict[str, float]:
+    """How many times as fast as the original, by batch size: the two were timed in one run, one after the other."""
+    return {str(size): before[size]["median_ms"] / after[size]["median_ms"] for size in after}
 
 
 def _quality(judged: Mapping[str, Any]) -> dict[str, Any]:
