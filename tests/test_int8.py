@@ -13,6 +13,7 @@ from vitrim.data import open_images
 from vitrim.layers.int8 import Int8Linear, rounded
 from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import recover_
+from vitrim.surgery import reshape_
 
 
 def layer(activations=False):
@@ -66,6 +67,20 @@ def test_a_whole_model_stays_close_and_costs_as_many_products(build, run, activa
     error = (run(student, case.batches[0]) - expected).norm() / expected.norm()
     assert 0 < error < (0.05 if activations else 0.02)
     assert count_macs(student, case.batches[0]) == count_macs(case.model, case.batches[0])
+
+
+def test_behind_low_rank_both_factors_are_rounded_but_not_those_of_what_is_skipped(build, run):
+    low_rank = {"method": "low-rank", "options": {"rank": 2}, "repair": False}
+    case, student, report = cut(build, recipe={**low_rank, "then": [{"method": "int8", "options": {"skip": ["proj"]}}]})
+    _, alone, _ = cut(build, recipe=low_rank)
+    paths = {edit.layer.path for edit in report.plan.edits if edit.KIND == "quantize"}
+    assert "blocks.0.mlp.fc1.down" in paths and "blocks.0.mlp.fc1.up" in paths and "head" in paths
+    assert not any("attn.proj" in path for path in paths)
+    again = case.copy()
+    reshape_(again, report.plan.edits)
+    again.load_state_dict(student.state_dict())
+    expected = run(alone, case.batches[0])
+    assert 0 < (run(again, case.batches[0]) - expected).norm() / expected.norm() < 0.02
 
 
 def test_recovery_behind_it_leaves_the_integers_and_trains_the_rest(build):

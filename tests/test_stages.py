@@ -117,6 +117,14 @@ def test_a_step_that_finds_nothing_left_says_so(build, monkeypatch):
         cut(case, **TWICE)
 
 
+def test_a_step_for_mlps_after_one_that_replaced_them_all_is_no_silent_nothing(build):
+    low_rank = {"method": "low-rank", "options": {"rank": 2}}
+    with pytest.raises(SiteNotFoundError, match=r"then: top-k finds no MLP .* put it first, or leave it out"):
+        cut(build("timm-vit"), **low_rank, then=[{"method": "top-k"}])
+    _, report = cut(build("timm-vit"), **low_rank, then=[{"method": "int8"}])  # needs no MLP
+    assert len({type(edit) for edit in report.plan.edits}) == 2
+
+
 @pytest.fixture
 def replacing():
     """An edit of a later stage, which changes nothing, and a method that makes it."""

@@ -127,6 +127,7 @@ class _Stage:
             raise RecipeError(f"method: {self.method.name} needs calibration images; pass data.")
         view = Workbench(self.student, self.sites, self.widths, self.batches, seed=self.recipe.seed)
         chosen: dict[str, KeepUnits] = {}
+        num_before = len(self.edits)
         with progress(self.method.name, 0, quiet=quiet) as bar:
             for edit in self.method.propose(view, self.options):
                 if isinstance(edit, KeepUnits) and not edit.tensors:
@@ -135,6 +136,8 @@ class _Stage:
                     apply_(self.student, [edit])
                     self.edits.append(edit)
                 bar.advance(1, edit.where)
+        if not self.sites and not chosen and len(self.edits) == num_before:
+            raise _nothing_left(self.method)
         if self.repair is not None and not chosen:
             view.note(f"repair: {self.method.name} cut no hidden units, so nothing was repaired.")
         return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
@@ -193,8 +196,16 @@ def _sites_left(student: nn.Module, sites: Sequence[MlpSite], stage: Recipe) -> 
     except SiteNotFoundError:
         left = []
     if not left and find_method(stage.method).propose is None:
-        raise SiteNotFoundError(f"then: {stage.method} finds no MLP that the steps before it have left to cut.")
+        raise _nothing_left(find_method(stage.method))
     return left
+
+
+def _nothing_left(method: Method) -> SiteNotFoundError:
+    """A step that would do nothing."""
+    return SiteNotFoundError(
+        f"then: {method.name} finds no MLP as it needs one, since the steps before it replaced them all; put it first, "
+        "or leave it out."
+    )
 
 
 def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:

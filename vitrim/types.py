@@ -234,8 +234,8 @@ class ModelView(Protocol):
         """The canonical view of an MLP's weights."""
         ...
 
-    def layers(self) -> Sequence[LayerSite]:
-        """Every linear and convolution layer, also those that can't be replaced."""
+    def layers(self, *, factors: bool = False) -> Sequence[LayerSite]:
+        """Every linear and convolution layer, also those that can't be replaced; `factors`: also the two of a layer."""
         ...
 
     def note(self, text: str) -> None:

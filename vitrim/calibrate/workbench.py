@@ -61,9 +61,9 @@ class Workbench:
         """The canonical view of an MLP's weights."""
         return read_weights(self.model, site)
 
-    def layers(self) -> tuple[LayerSite, ...]:
-        """Every linear and convolution layer."""
-        return find_layers(self.model)
+    def layers(self, *, factors: bool = False) -> tuple[LayerSite, ...]:
+        """Every linear and convolution layer; `factors` are those that stand for one already."""
+        return find_layers(self.model, factors=factors)
 
     def attentions(self) -> list[AttentionSite]:
         """Every self-attention for which ours puts out the same on real tokens; the others are noted.

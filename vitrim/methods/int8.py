@@ -15,7 +15,7 @@ from vitrim.types import ModelView
 
 
 class Int8Options(MethodOptions):
-    """`activations` rounds each token to int8 as well. `skip` are ends of layer names that stay as they are."""
+    """`activations` rounds each token to int8 as well. `skip`: ends of names of layers, or their parents, that stay."""
 
     activations: bool = False
     skip: tuple[str, ...] = ("head",)
@@ -35,8 +35,9 @@ class Int8Options(MethodOptions):
 def propose(view: ModelView, options: Int8Options) -> Iterator[Quantize]:
     """One edit for each linear layer that another module can stand in for."""
     left = 0
-    for layer in view.layers():
-        if layer.fixed or layer.kind == "conv" or layer.path.endswith(options.skip):
+    for layer in view.layers(factors=True):
+        names = (layer.path, layer.path.rpartition(".")[0])
+        if layer.fixed or layer.kind == "conv" or any(name.endswith(options.skip) for name in names):
             left += 1
         else:
             yield Quantize(layer=layer, activations=options.activations)

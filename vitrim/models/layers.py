@@ -21,35 +21,36 @@ PACKED = "nn.MultiheadAttention reads its weights, in_proj's and out_proj's, and
 TIED = "its parameters are also another layer's"
 
 
-def find_layers(model: nn.Module) -> tuple[LayerSite, ...]:
+def find_layers(model: nn.Module, *, factors: bool = False) -> tuple[LayerSite, ...]:
     """Find every linear and convolution layer below a model, in the order of its modules.
 
     Args:
         model: any module; layers on the meta device that are not torch's own are taken for what they look like.
+        factors: whether the two factors that stand for a layer already are layers themselves.
 
     Returns:
-        One site a layer; two factors that stand for a layer already are not layers. Where nothing else can stand in
-        the place of a layer, its `fixed` says why.
+        One site a layer. Where nothing else can stand in the place of a layer, its `fixed` says why.
     """
     holders = Counter(
         id(parameter)
         for _, module in model.named_modules(remove_duplicate=False)
         for parameter in _own(module).values()
     )
-    return tuple(_find(model, "", holders))
+    return tuple(_find(model, "", holders, factors))
 
 
-def _find(module: nn.Module, prefix: str, holders: Counter[int]) -> Iterator[LayerSite]:
+def _find(module: nn.Module, prefix: str, holders: Counter[int], factors: bool) -> Iterator[LayerSite]:
     """The layers below a module; a shared one is met where it stands first."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, LowRankLinear | LowRankConv):
+            yield from _find(child, f"{path}.", holders, factors) if factors else ()
             continue
         tied = any(holders[id(parameter)] > 1 for parameter in _own(child).values())
         packed = name == "out_proj" and bool({"in_proj_weight", "q_proj_weight"} & _own(module).keys())
         site = _site(child, path, PACKED if packed else TIED if tied else "")
         if site is None:
-            yield from _find(child, f"{path}.", holders)
+            yield from _find(child, f"{path}.", holders, factors)
         else:
             yield site
 

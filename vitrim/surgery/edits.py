@@ -167,10 +167,12 @@ def _check_first(model: nn.Module, edits: Iterable[Edit]) -> list[bool]:
     seen: set[str] = set()
     checked = []
     for edit in edits:
-        checked.append(seen.isdisjoint(edit.touched()))
+        paths = {name.rpartition(".")[0] for name in edit.touched()}
+        above = {".".join(parts[:end]) for parts in (path.split(".") for path in paths) for end in range(1, len(parts))}
+        checked.append(seen.isdisjoint(paths | above))
         if checked[-1]:
             edit.check(model)
-        seen.update(edit.touched())
+        seen |= paths
     return checked
 
 
