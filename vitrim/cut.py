@@ -125,10 +125,10 @@ class _Stage:
             return self._cut_sites_({}, quiet)
         if self.method.needs == "images" and self.batches is None:
             raise RecipeError(f"method: {self.method.name} needs calibration images; pass data.")
-        view = Workbench(self.student, self.sites, self.widths, self.batches, seed=self.recipe.seed)
         chosen: dict[str, KeepUnits] = {}
         num_before = len(self.edits)
         with progress(self.method.name, 0, quiet=quiet) as bar:
+            view = Workbench(self.student, self.sites, self.widths, self.batches, seed=self.recipe.seed, bar=bar)
             for edit in self.method.propose(view, self.options):
                 if isinstance(edit, KeepUnits) and not edit.tensors:
                     chosen[edit.site.path] = edit

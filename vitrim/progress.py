@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL_S = 10.0
@@ -23,6 +26,20 @@ class Progress:
         self.done += num_done
         self.words = words or self.words
         self.show()
+
+    def track(self, items: Sequence[T], words: str) -> Iterator[T]:
+        """Go through a part of the work with a count, and a time left, of its own; inside another part, without."""
+        if self.total:
+            yield from items
+            return
+        outer = self.done, self.started, self.words
+        self.total, self.done, self.started, self.words = len(items), 0, time.monotonic(), words
+        try:
+            for item in items:
+                yield item
+                self.advance()
+        finally:
+            self.total, (self.done, self.started, self.words) = 0, outer
 
     def show(self) -> None:
         """Bring what is seen up to date; the base class shows nothing."""
@@ -58,7 +75,7 @@ class _Bar(Progress):
         self.task = self.bars.add_task(title, total=total or None, words="")
 
     def show(self) -> None:
-        self.bars.update(self.task, completed=self.done, words=self.words)
+        self.bars.update(self.task, total=self.total or None, completed=self.done, words=self.words)
 
 
 @contextmanager

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
 
@@ -236,6 +237,10 @@ class ModelView(Protocol):
 
     def layers(self, *, factors: bool = False) -> Sequence[LayerSite]:
         """Every linear and convolution layer, also those that can't be replaced; `factors`: also the two of a layer."""
+        ...
+
+    def track(self, items: Sequence[T], words: str) -> Iterator[T]:
+        """Go through items; how far is shown to the user."""
         ...
 
     def note(self, text: str) -> None:

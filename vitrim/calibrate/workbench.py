@@ -6,7 +6,7 @@ Plain tensors go out, nothing comes in: the model is changed by whoever carries 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.layers import find_layers
 from vitrim.models.taps import device_of, evaluating, features, frozen
+from vitrim.progress import Progress
 from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule
-from vitrim.types import AttentionSite, Features, LayerSite, MlpSite, MlpWeights
+from vitrim.types import AttentionSite, Features, LayerSite, MlpSite, MlpWeights, T
 
 
 class Workbench:
@@ -34,10 +35,12 @@ class Workbench:
         batches: Sequence[Tensor] | None,
         *,
         seed: int,
+        bar: Progress | None = None,
     ) -> None:
         self.model, self.sites, self.widths, self.batches = model, sites, widths, batches
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.notes: list[str] = []
+        self.bar = bar or Progress("", 0)
 
     @property
     def keep_ratio(self) -> float:
@@ -92,6 +95,10 @@ class Workbench:
         """Keep a note for the user."""
         self.notes.append(text)
 
+    def track(self, items: Sequence[T], words: str) -> Iterator[T]:
+        """Go through items while the progress shows how far."""
+        return self.bar.track(items, words)
+
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
         """Run the calibration images through the whole model, watching these modules.
 
@@ -102,7 +109,7 @@ class Workbench:
         handles = [submodule(self.model, path).register_forward_hook(_watch(path, see)) for path in paths]
         try:
             with evaluating(self.model):
-                for batch in batches:
+                for batch in self.track(batches, "calibration images"):
                     self.model(batch.to(device_of(self.model)))
         finally:
             for handle in handles:
@@ -122,7 +129,7 @@ class Workbench:
         found: list[Tensor] = []
         try:
             with evaluating(self.model):
-                for batch in batches:
+                for batch in self.track(batches, "calibration images"):
                     if num_images is None or sum(map(len, found)) < num_images:
                         found.append(features(self.model, batch.to(device_of(self.model))).pooled_BD)
         finally:
@@ -144,7 +151,7 @@ class Workbench:
         handles = [submodule(self.model, path).register_forward_pre_hook(_keep_input(path, seen)) for path in paths]
         try:
             with evaluating(self.model), frozen(self.model), torch.inference_mode(False), torch.enable_grad():
-                for batch in batches:
+                for batch in self.track(batches, "calibration images"):
                     total = loss(features(self.model, batch.to(device_of(self.model))))
                     inputs = [hidden for _, hidden in seen]
                     gradients = torch.autograd.grad(total, inputs, materialize_grads=True)

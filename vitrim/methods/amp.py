@@ -142,7 +142,7 @@ class _Search:
         many = {site.path: site.d_hidden for site in self.view.sites}
         few = dict.fromkeys(many, 1)
         low, high = DELTAS
-        for _ in range(self.options.rounds):
+        for _ in self.view.track(range(self.options.rounds), "searching for delta"):
             if budget in (sum(many.values()), sum(few.values())):
                 break
             delta = math.sqrt(low * high)

@@ -285,7 +285,7 @@ def _train(
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.steps)
     with torch.no_grad():
         coeff_RC.mul_(mask_RC)
-    for step in range(options.steps):
+    for step in view.track(range(options.steps), f"training the basis of {len(mlps)} MLPs"):
         factors = _Factors(basis_DR=basis_DR, coeff_RC=coeff_RC, mask_RC=mask_RC, biases=biases)
         loss = _loss(view, mlps, [_drawn(pair, options.batch_size, view.generator) for pair in pairs], factors)
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
