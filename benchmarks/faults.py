@@ -1,15 +1,17 @@
 """Faults and hostile files, many of each kind, and the table of docs/reliability.md. `make faults` runs it.
 
 The files and the failing disk are those of tests/faults.py and tests/disk_faults.py, of which the ordinary tests try a
-few. Needs Linux and a C compiler. Every case is seeded; a case that is lost is printed, and is a bug.
+few; the coverage-guided searches are those of tests/doors.py. Needs Linux, a C compiler, and atheris for the searches.
+Every case is seeded; a case that is lost is printed, and is a bug.
 
-    python benchmarks/faults.py [--files 60] [--only NAME ...]
+    python benchmarks/faults.py [--files 60] [--runs 2000] [--only NAME ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -25,7 +27,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "reliability.md"
 FILES = ("recipe", "vitrim.json", "edits of a plan", "config.json", "index of shards", "header of safetensors")
 FILES += ("image", "tar shard", "elastic.json", "zoo.json")
-JOBS = ("compress", "resume", "prune-checkpoint", "slice")
+SEARCHES = tuple(f"coverage-guided {door}" for door in ("recipe", "plan", "config", "safetensors", "image"))
+JOBS = ("compress", "resume", "prune-checkpoint", "slice", "export")
 EVERY = {"disk full": 1, "killed": 1, "no permission": 5, "read-only": 5}  # of the changes that a run makes
 START, END = "<!-- table of make faults -->\n", "<!-- end of it -->"
 
@@ -46,32 +49,35 @@ def hostile(count: int, *, kind: str, scene: Any) -> list[str]:
     return [f"{kind} {seed}: {found.said[-2000:]}" for seed, found in outcomes.items() if not found.survived]
 
 
-def failing(job: str, fault: str) -> tuple[int, list[str]]:
+def failing(job: str, fault: str, scene: Any) -> tuple[int, list[str]]:
     """How many changes of a job were made to fail, and what went wrong."""
     from disk_faults import sweep
 
-    found = sweep(job, fault=fault, every=EVERY[fault])
+    found = sweep(job, scene, every={fault: EVERY[fault]})
     return len(found), [
         f"{job}, {fault} at change {each['change']}: {each['wrong']}" for each in found if each["wrong"]
     ]
 
 
-def measure(names: list[str], count: int, keep: Callable[[dict[str, Any]], None]) -> None:
+def measure(names: list[str], count: int, runs: int, keep: Callable[[dict[str, Any]], None]) -> None:
     """Row after row, each kept as soon as it is there."""
+    from doors import search
     from faults import Scene
 
     with tempfile.TemporaryDirectory() as scratch:
-        scene = None
+        with contextlib.redirect_stdout(io.StringIO()):
+            scene = Scene(Path(scratch))
         for kind in [kind for kind in FILES if kind in names]:
-            with contextlib.redirect_stdout(io.StringIO()):
-                scene = scene or Scene(Path(scratch))
-            keep(
-                _row(f"mutated {kind}", lambda kind=kind, scene=scene: (count, hostile(count, kind=kind, scene=scene)))
-            )
-    for job in [job for job in JOBS if job in names]:
-        for fault in EVERY:
-            how = "every change" if EVERY[fault] == 1 else f"one of {EVERY[fault]} changes"
-            keep(_row(f"{job}: {fault} at {how}", lambda job=job, fault=fault: failing(job, fault)))
+            keep(_row(f"mutated {kind}", lambda kind=kind: (count, hostile(count, kind=kind, scene=scene))))
+        for name in [name for name in SEARCHES if name in names]:
+            if importlib.util.find_spec("atheris") is None:
+                print(f"{name}: left out, atheris is not installed; pip install 'vitrim[fuzz]'", flush=True)
+                continue
+            keep(_row(name, lambda name=name: search(name.split()[1], scene, runs=runs)))
+        for job in [job for job in JOBS if job in names]:
+            for fault in EVERY:
+                how = "every change" if EVERY[fault] == 1 else f"one of {EVERY[fault]} changes"
+                keep(_row(f"{job}: {fault} at {how}", lambda job=job, fault=fault: failing(job, fault, scene)))
 
 
 def _row(fault: str, try_: Callable[[], tuple[int, list[str]]]) -> dict[str, Any]:
@@ -87,7 +93,9 @@ def main() -> None:
     """Try everything, and write the result and its table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--files", type=int, default=60, help="hostile files of each kind")
-    parser.add_argument("--only", nargs="*", default=[*FILES, *JOBS], choices=[*FILES, *JOBS])
+    parser.add_argument("--runs", type=int, default=2000, help="inputs of each coverage-guided search")
+    rows_of = [*FILES, *SEARCHES, *JOBS]
+    parser.add_argument("--only", nargs="*", default=rows_of, choices=rows_of)
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -99,7 +107,7 @@ def main() -> None:
         rows.append(row)
         given.result.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
 
-    measure(given.only, given.files, keep)
+    measure(given.only, given.files, given.runs, keep)
     if given.result == RESULT:
         before, _, rest = PAGE.read_text().partition(START)
         PAGE.write_text(f"{before}{START}{table({'rows': rows})}\n{END}{rest.partition(END)[2]}")

@@ -7,7 +7,6 @@ the check in a fresh process, in place of which the output is loaded here. Not c
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import errno
@@ -31,7 +30,6 @@ FAULTS = {
     "read-only": (errno.EROFS, 1),
     "killed": (KILL, 0),
 }
-JOBS = ("compress", "resume", "prune-checkpoint", "slice", "export")
 RECIPE = "calibrate: {num_images: 12, batch_size: 8}\nwidth_ratio: 1\nrepair: {refit: false}\n"
 RECOVER = "recover: {steps: 2, batch_size: 4, lr: 1.0e-5, num_validations: 1}\n"
 
@@ -43,11 +41,12 @@ def build_library(folder: Path) -> Path:
     return library
 
 
-def sweep(job: str, *, fault: str, every: int = 1, first: int = 1) -> list[dict[str, Any]]:
-    """Try a fault at every n-th change that a job makes; for each trial what was wrong (None: nothing) and where."""
+def sweep(job: str, scene: Scene, *, every: dict[str, int]) -> list[dict[str, Any]]:
+    """Try faults, each at every n-th change of a job; for each trial what was wrong (None: nothing) and where."""
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "LD_PRELOAD": str(build_library(Path(scratch))), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, job, fault, str(every), str(first)]
+        faults = [f"{fault}={number}" for fault, number in every.items()]
+        command = [sys.executable, __file__, job, str(scene.root), *faults]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -57,8 +56,8 @@ def sweep(job: str, *, fault: str, every: int = 1, first: int = 1) -> list[dict[
 class Bench:
     """One job on copies of one place: beside its output lie its source and an output that was there before."""
 
-    def __init__(self, job: str, root: Path) -> None:
-        self.job, self.scene, self.here = job, Scene(root / "scene"), root / "start"
+    def __init__(self, job: str, scene: Scene, root: Path) -> None:
+        self.job, self.scene, self.here = job, scene, root / "start"
         self.out = "out.pt2" if job == "export" else "out"
         self.library: Any = ctypes.CDLL(None)
         self.library.faults_calls.restype = ctypes.c_long
@@ -187,9 +186,9 @@ def _leave_out_what_takes_time() -> None:
     vitrim.report.page.write_report = lambda path, *_: path.write_text("the page")
 
 
-def trials(bench: Bench, fault: str, root: Path, *, every: int, first: int) -> Iterator[dict[str, Any]]:
+def trials(bench: Bench, fault: str, root: Path, *, every: int) -> Iterator[dict[str, Any]]:
     """Trial after trial, until a run does not come to the change that was to fail."""
-    number, struck = first, True
+    number, struck = 1, True
     while struck:
         wrong, struck = bench.trial(number, fault, root)
         if struck:
@@ -198,19 +197,13 @@ def trials(bench: Bench, fault: str, root: Path, *, every: int, first: int) -> I
 
 
 def main() -> None:
-    """One job and one fault, as the arguments say."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("job", choices=JOBS)
-    parser.add_argument("fault", choices=FAULTS)
-    parser.add_argument("every", type=int)
-    parser.add_argument("first", type=int)
-    given = parser.parse_args()
+    """One job and its faults, as the arguments say."""
+    job, scene, *faults = sys.argv[1:]
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        (root / "scene").mkdir()
-        bench = Bench(given.job, root)
-        for found in trials(bench, given.fault, root, every=given.every, first=given.first):
-            print(json.dumps(found), flush=True)
+        bench = Bench(job, Scene(Path(scene)), Path(scratch))
+        for fault, every in (given.split("=") for given in faults):
+            for found in trials(bench, fault, Path(scratch), every=int(every)):
+                print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

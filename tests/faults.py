@@ -147,9 +147,9 @@ def mutated(rng: random.Random, data: Any) -> Any:
     """A JSON document with one to three odd values, names or gaps in it."""
     data = json.loads(json.dumps(data))
     for _ in range(rng.choice((1, 1, 2, 3))):
-        if not (holders := _holders(data)):
+        if not (places := holders(data)):
             return rng.choice(ODD)
-        holder = rng.choice(holders)
+        holder = rng.choice(places)
         key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
         what = rng.randrange(8)
         if what == 0:
@@ -159,17 +159,17 @@ def mutated(rng: random.Random, data: Any) -> Any:
         elif what == 2 and isinstance(holder, list):
             holder.append(holder[key])
         else:
-            other = rng.choice(holders)
+            other = rng.choice(places)
             taken = rng.choice(list(other.values()) if isinstance(other, dict) else other or [0])
             values = (rng.choice(ODD), rng.choice(PATHS), rng.choice(NAMES), taken)
             holder[key] = json.loads(json.dumps(rng.choice(values)))
     return data
 
 
-def _holders(data: Any) -> list[Any]:
+def holders(data: Any) -> list[Any]:
     """Every non-empty mapping and list in a document."""
     inner = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else []
-    return ([data] if inner else []) + [found for value in inner for found in _holders(value)]
+    return ([data] if inner else []) + [found for value in inner for found in holders(value)]
 
 
 def scrambled(rng: random.Random, data: bytes) -> bytes:
@@ -201,17 +201,18 @@ def text_of(rng: random.Random, data: Any) -> bytes:
 
 
 class Scene:
-    """A model folder, images, an output of each sort, all small; and what is tried on copies of them."""
+    """A model folder, images, an output, all small, made unless they are there; and what is tried on copies of them."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.source = Path(SOURCES["timm"](root / "timm"))
+        self.root, self.source, self.output = root, root / "timm", root / "output"
         self._folders = {"timm": self.source}
+        if self.output.exists():
+            return
+        SOURCES["timm"](self.source)
         (root / "images").mkdir()
         rng = random.Random(0)
         for index in range(12):
             Image.frombytes("RGB", (32, 32), rng.randbytes(3072)).save(root / "images" / f"{index}.png")
-        self.output = root / "output"
         vitrim.compress(str(self.source), data=root / "images", recipe=ELASTIC, out=self.output, quiet=True)
 
     def try_(self, kind: str, seed: int) -> Outcome:
@@ -250,14 +251,15 @@ def _recipe(_: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
         text = yaml.safe_dump({"recipe": mutated(rng, FULL)}["recipe"], allow_unicode=True)
     data = text.encode("utf-8", "surrogatepass")
     (folder / "recipe.yaml").write_bytes(scrambled(rng, data) if rng.random() < 0.5 else data)
+    return lambda: door(lambda: use_recipe(folder / "recipe.yaml"))
 
-    def use() -> None:
-        recipe = Recipe.load(folder / "recipe.yaml").updated({"seed": 1})
-        recipe.dump()
-        for stage in recipe.stages():
-            stage.width_of(SITE)
 
-    return lambda: door(use)
+def use_recipe(path: Path) -> None:
+    """All that is done with a recipe before there is a model."""
+    recipe = Recipe.load(path).updated({"seed": 1})
+    recipe.dump()
+    for stage in recipe.stages():
+        stage.width_of(SITE)
 
 
 def _plan(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:

@@ -28,7 +28,7 @@ CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items(
 SIZELESS = ((ReplaceActivation,), (Quantize,))
 BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits not in SIZELESS])
 QUICK = {"refit_steps": 3}
-FEW = {"fips": {"steps": 3, "every": 1}}  # options of methods that train by themselves
+FEW = {"fips": {"steps": 3, "every": 1}, "amp": {"rounds": 2, "trials": 3}}  # options of those that search or train
 
 
 def cut(case, *, images=True, **values):

@@ -28,14 +28,6 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 FEW = {"repair": {"refit_steps": 10, "max_tokens": 2048}, "calibrate": {"batch_size": 16}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_timing():
-    """Latency is measured elsewhere; here it would be most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitrim.evaluation.measure_latency", lambda *args, **kwargs: {})
-        yield
-
-
 @cache
 def bert_tokenizer():
     return transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(dict.fromkeys(VOCABULARY))})
@@ -228,9 +220,11 @@ def test_an_output_holds_its_tokenizer_and_can_be_moved(texts, result, tmp_path)
     shutil.copytree(result.out, tmp_path / "moved")
     about = json.loads((tmp_path / "moved" / "vitrim.json").read_text())
     assert about["origin"]["folder"] is None and about["origin"]["preprocessing"]["tokenizer"] == "."
-    again = vitrim.compress(str(tmp_path / "moved"), data=texts, width=8, out=tmp_path / "again", quiet=True)
+    few, moved = vitrim.Recipe.parse(FEW), str(tmp_path / "moved")
+    again = vitrim.compress(moved, data=texts, recipe=few, width=8, out=tmp_path / "again", quiet=True)
     assert set(again.plan.widths.values()) == {8}
-    odd = vitrim.compress(str(tmp_path / "moved"), data=texts, width=7, scope="encoder.layer.0", out=tmp_path / "odd")
+    values = {"width": 7, "scope": "encoder.layer.0"}
+    odd = vitrim.compress(moved, data=texts, recipe=few, out=tmp_path / "odd", quiet=True, **values)
     assert not odd.metrics["stock"] and (tmp_path / "odd" / "tokenizer.json").is_file()
 
 

@@ -35,14 +35,6 @@ FEW = {"repair": {"refit": False}, "calibrate": {"batch_size": 16}}
 QUICK = {"steps": 12, "batch_size": 8, "lr": 3e-3, "num_validations": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_timing():
-    """Latency is measured elsewhere; here it would be most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitrim.evaluation.measure_latency", lambda *args, **kwargs: {})
-        yield
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pairs")

@@ -53,14 +53,6 @@ OPEN_CLIP = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_timing():
-    """Latency is measured elsewhere; here it would be most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitrim.evaluation.measure_latency", lambda *args, **kwargs: {})
-        yield
-
-
 def shaken(build):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)

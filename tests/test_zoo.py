@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from vitrim.cli import run
-from vitrim.cost import count_macs, measure_latency, num_parameters
+from vitrim.cost import count_macs, num_parameters
 from vitrim.errors import OutputError, RecipeError
 from vitrim.methods import METHODS
 from vitrim.methods.registry import register
@@ -30,9 +29,8 @@ RECIPE = Recipe.parse(
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Methods that a test registers are gone after it, and nothing is timed for long."""
-    monkeypatch.setattr("vitrim.evaluation.measure_latency", partial(measure_latency, min_run_time_s=0.001))
+def no_trace():
+    """Methods that a test registers are gone after it."""
     before = dict(METHODS)
     yield
     METHODS.clear()

@@ -244,7 +244,8 @@ def _fill_(model: nn.Module, path: Path, reader: Library | None) -> None:
     """Give a model the tensors of a folder, in its own names or the library's older ones; tied tensors stand once."""
     files = open_tensors(path)
     if reader is not None and not files.keys() <= model.state_dict().keys():
-        files = files.renamed(reader.names(model, files.fakes()))
+        with in_one_line(str(path)):  # the library's own code, on tensors that may be of any shape
+            files = files.renamed(reader.names(model, files.fakes()))
     try:
         missing, unexpected = model.load_state_dict(dict(files), strict=False, assign=True)
         if missing and hasattr(model, "tie_weights"):

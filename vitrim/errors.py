@@ -7,6 +7,11 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionEr
 class VitrimError(Exception):
     """Base of every error that vitrim raises for its users; the command line prints it in one line, exit code 2."""
 
+    def __str__(self) -> str:
+        """One printable line: names in a hostile file hold line breaks, and codes that a terminal obeys."""
+        line = " ".join(super().__str__().splitlines())
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
 
 class ModelError(VitrimError):
     """A model could not be found, read or rebuilt."""

@@ -53,12 +53,14 @@ def open_job(source: str, recipe: Recipe) -> Job:
     encoder, scope = resolve_scope(model, recipe.scope, origin.encoder)
     if encoder != origin.encoder:  # what is known of the inputs was known of another part
         origin = replace(origin, encoder=encoder, preprocessing={})
+    with in_one_line(source):  # the library's own code, on tensors that may be of any shape
+        names = reader.names(model, files.fakes())
     return Job(
         model=model,
         origin=replace(origin, name=source),
         reader=reader,
         files=files,
-        names=reader.names(model, files.fakes()),
+        names=names,
         sites=find_mlps(model, scope=scope),
     )
 

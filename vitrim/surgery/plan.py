@@ -47,7 +47,8 @@ class Plan:
             if data["format"] != "vitrim-plan/1":
                 raise CheckpointError(f"plan: format is {data['format']!r}; this version reads 'vitrim-plan/1'.")
             edits = tuple(Edit.from_json(edit) for edit in data["edits"])
-            return cls(edits=edits, **{key: data[key] for key in ("method", "options", "seed", "versions")})
+            options, versions = dict(data["options"]), dict(data["versions"])
+            return cls(edits=edits, method=data["method"], options=options, seed=data["seed"], versions=versions)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
