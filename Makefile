@@ -2,21 +2,28 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Pins hold for the system and Python they were made on; where the file is missing, pip takes the newest.
+LOCK := requirements/$(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
+	'import sysconfig as s; print(s.get_platform(), s.get_python_version(), sep="-")').txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND := Agg
 # mkdocs-material prints an announcement otherwise
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test check docs bench faults clean
+# Not in the lock: torch and what comes with it belong to the machine, setuptools to the virtual environment.
+UNPINNED := ^(vitrim|setuptools|torch|torchvision|triton|nvidia-.*|cuda-.*)==
 
-$(VENV)/.demo: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+.PHONY: demo test check docs bench faults lock audit oldest clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.test: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[test]'
+$(VENV)/.test: pyproject.toml $(wildcard $(LOCK)) | $(BIN)/python
+	$(BIN)/pip install --quiet $(addprefix --constraint=,$(wildcard $(LOCK))) --editable '.[test]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## install, then cut a ViT that comes with vitrim to half its size
@@ -41,6 +48,25 @@ bench: $(VENV)/.test  ## the numbers in the README; needs ../shared
 
 faults: $(VENV)/.test  ## hostile files and failing disks, many of each; writes docs/reliability.md; Linux, needs cc
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+lock: | $(BIN)/python  ## pin the newest versions that go together, for `make test` on this system and Python
+	$(BIN)/pip install --quiet --dry-run --ignore-installed --report $(VENV)/lock.json '.[test]'
+	$(BIN)/python -c 'import json; print(*sorted(("{name}=={version}".format_map(item["metadata"]) for item in \
+		json.load(open("$(VENV)/lock.json"))["install"]), key=str.lower), sep="\n")' \
+		| grep -vE '$(UNPINNED)' > $(LOCK)
+
+audit:  ## look for known vulnerabilities in the lock; asks pypi.org
+	test -x $(VENV)/audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet pip-audit
+	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) || { echo 'make audit: FAILED.' \
+		'Where no table stands above, https://pypi.org/pypi/NAME/VERSION/json did not answer: nothing was audited.' >&2; exit 1; }
+
+oldest:  ## run the tests with the oldest versions that vitrim allows; Python 3.11
+	test -x $(VENV)/oldest/bin/python || $(PYTHON) -m venv $(VENV)/oldest
+	$(VENV)/oldest/bin/pip install --quiet --requirement requirements/oldest.txt
+	$(VENV)/oldest/bin/pip install --quiet --no-deps --editable .
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -W default -n auto --maxprocesses 8 --dist loadfile \
+		-k 'not int8 and not quantize and not torch_compile'
 
 clean:
 	rm -rf $(VENV) vitrim-demo build dist site

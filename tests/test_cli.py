@@ -148,33 +148,31 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_left_behind(bad_inputs, c
     assert sorted(path.name for path in bad_inputs.rglob("*")) == before
 
 
-def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path):
+def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(out):
-        arguments = [
-            "compress",
-            DIGITS,
-            "--data",
-            "digits",
-            "--recipe",
-            str(tmp_path / "recipe.yaml"),
-            "--out",
-            str(out),
-        ]
-        untimed = "import vitrim.cost as c; c.measure_latency.__kwdefaults__['min_run_time_s'] = 0.0; "
-        return [sys.executable, "-c", f"{untimed}from vitrim.cli import main; main()", *arguments, "--steps", "16"]
-
+    given = [
+        "compress",
+        DIGITS,
+        "--data",
+        "digits",
+        "--recipe",
+        str(tmp_path / "recipe.yaml"),
+        "--steps",
+        "16",
+        "--quiet",
+    ]
     out, state = tmp_path / "out", tmp_path / ".out.partial" / "recover.state"
-    stopped = subprocess.Popen(command(out), env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", "from vitrim.cli import main; main()", *given, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    stopped = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while not state.exists() and stopped.poll() is None:
         time.sleep(0.02)
     stopped.send_signal(signal.SIGINT)
     _, errors = stopped.communicate()
     assert stopped.returncode == 130 and "--resume" in errors and not out.exists()
-    subprocess.run([*command(out), "--resume"], env=environment, check=True, capture_output=True)
-    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    monkeypatch.setattr("vitrim.pipeline.verify", lambda *args, **kwargs: 0.0)  # tried elsewhere, and slow
+    assert run([*given, "--out", str(out), "--resume"]) == 0
+    assert run([*given, "--out", str(tmp_path / "whole")]) == 0
     first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "whole"))
     assert all(torch.equal(first[name], second[name]) for name in second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml", "whole"]

@@ -38,9 +38,11 @@ PAGES = [*DOCS, *(path for path in [ROOT / "README.md"] if path.exists())]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$", re.M | re.S)
 NEEDS = re.compile(r"<!-- needs: [^>]+ -->\s*$")
-# As `python PAGE`, but nothing is timed for long; images and refit are few where a page leaves them at their defaults.
+# As `python PAGE`, but nothing is timed for long, images and refit are few where a page leaves them at their defaults,
+# and results are not loaded in fresh processes, which test_checkpoint.py tries.
 RUN = """
 import runpy, sys
+import vitrim.pipeline
 from vitrim.cost import measure_latency
 from vitrim.recipe import CalibrateOptions, Recipe, RepairOptions
 measure_latency.__kwdefaults__["min_run_time_s"] = 0.0
@@ -48,6 +50,7 @@ RepairOptions.model_fields["refit_steps"].default = 10
 Recipe.model_fields["calibrate"].default = CalibrateOptions(num_images=64)
 for options in (RepairOptions, Recipe):
     options.model_rebuild(force=True)
+vitrim.pipeline.verify = lambda *args, **kwargs: 0.0
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}

@@ -140,14 +140,15 @@ def test_a_process_without_a_cut_takes_the_main_ones(together):
     assert main["taken_over"]["nothing"] and other["taken_over"]["nothing"]
 
 
-def test_a_second_forward_pass_is_exact_and_runs_the_blocks_again():
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_second_forward_pass_is_exact_and_runs_the_blocks_again(precision):
     results, calls = [], []
     for again in (False, True):
         teacher = make_teacher()
         student = make_student(teacher)
         seen: list[int] = []
         student.blocks[0].mlp.fc1.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        run(student, teacher, options={"checkpoint_activations": again, "steps": 4})
+        run(student, teacher, options={"checkpoint_activations": again, "steps": 4, "precision": precision})
         results.append({"weights": weights(student)})
         calls.append(len(seen))
         assert "forward" not in vars(student.blocks[0])

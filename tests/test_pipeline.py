@@ -10,6 +10,7 @@ import torch
 import vitrim
 from vitrim.data import open_images
 from vitrim.errors import BudgetError, DataError, ModelError, OutputError, RecipeError
+from vitrim.models.load import load_model
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
 FEW = {"calibrate": {"num_images": 96, "batch_size": 32}, "repair": {"refit_steps": 10, "max_tokens": 2048}}
@@ -72,6 +73,22 @@ def test_what_vitrim_wrote_can_be_inspected_evaluated_and_cut_again(tmp_path, re
     assert measured["fidelity"]["pooled_cosine"] > 0.95 and "knn" in measured["student"]
     again = vitrim.compress(str(result.out), method="magnitude", width=40, out=tmp_path / "again", quiet=True)
     assert vitrim.inspect(str(again.out)).sites[0].d_hidden == 40
+
+
+def test_evaluate_runs_each_model_once_for_features_and_once_for_its_head(result):
+    seen = {}
+    models = {"student": result.model, "teacher": load_model(DIGITS)[0]}
+    handles = [
+        model.patch_embed.register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: seen.get(name, 0) + len(args[0])})
+        )
+        for name, model in models.items()
+    ]
+    found = vitrim.evaluate(*models.values(), "digits", limit=40, latency=False)
+    assert seen == {"student": 2 * 40 + 10, "teacher": 2 * 40 + 10}  # 10 for the check of the input, MACs and memory
+    assert found["teacher"]["top1"] > 90 and "linear_probe" in found["student"]
+    for handle in handles:
+        handle.remove()
 
 
 def test_the_given_module_is_left_as_it_was():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import vitrim
+from vitrim.data import open_images
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL, DATA = SHARED / "models" / "cifar10-vit", SHARED / "data" / "cifar10"
@@ -16,12 +17,14 @@ pytestmark = [
 
 
 def test_half_of_a_real_vit_goes_and_its_features_stay():
-    recipe = vitrim.Recipe.parse({"calibrate": {"num_images": 400}, "repair": {"refit_steps": 40, "max_tokens": 16384}})
-    ours = vitrim.compress(f"local-dir:{MODEL}", data=DATA / "train.parquet", recipe=recipe, quiet=True)
+    recipe = vitrim.Recipe.parse({"calibrate": {"num_images": 256}, "repair": {"refit_steps": 10, "max_tokens": 8192}})
+    ours = vitrim.compress(
+        f"local-dir:{MODEL}", data=open_images(DATA / "train.parquet", limit=400), recipe=recipe, quiet=True
+    )
     paper = vitrim.compress(f"local-dir:{MODEL}", method="dgmr-paper", quiet=True)
     test = DATA / "test.parquet"
     scores = [
-        vitrim.evaluate(model, f"local-dir:{MODEL}", test, limit=1000, latency=False)
+        vitrim.evaluate(model, f"local-dir:{MODEL}", test, limit=500, latency=False)
         for model in (ours.model, paper.model)
     ]
     assert scores[0]["student"]["parameters"] < 0.51 * scores[0]["teacher"]["parameters"]

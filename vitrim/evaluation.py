@@ -29,6 +29,7 @@ from vitrim.data import (
 from vitrim.errors import DataError, RecipeError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
+from vitrim.metrics.outputs import Outputs
 from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
 from vitrim.models.taps import evaluating, num_classes, takes_token_ids
@@ -77,18 +78,22 @@ def evaluate(
     check_inputs(teacher_model, origin, batches)
     learn = None if index is None else list(open_set(index, origin, limit=limit).loader(batch_size=batch_size))
     pair = {"student": student_model, "teacher": teacher_model}
-    result: dict[str, Any] = {"fidelity": compare(student_model, teacher_model, batches)}
-    for name, model in pair.items():
-        result[name] = cost_of(model, batches[0].images_BCHW, latency=latency) | quality_of(model, batches, learn)
+    found, *outputs = compare(student_model, teacher_model, batches)
+    result: dict[str, Any] = {"fidelity": found}
+    for (name, model), own in zip(pair.items(), outputs, strict=True):
+        result[name] = cost_of(model, batches[0].images_BCHW, latency=latency) | quality_of(model, own, learn)
     result["num_skipped"] = sum(batch.num_skipped for batch in batches)
     return result
 
 
-def compare(student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
-    """Fidelity and retrieval: the student's queries in the teacher's index of the same images."""
-    found = fidelity(student, teacher, batches)
-    mine, theirs = (extract(model, batches)[0] for model in (student, teacher))
-    return {**found, **retrieval_recall(mine, theirs, tuple(k for k in (1, 5, 10) if k <= len(mine)))}
+def compare(
+    student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]
+) -> tuple[dict[str, float], Outputs, Outputs]:
+    """Fidelity and retrieval (the student's queries in the teacher's index of the same images), and both outputs."""
+    mine, theirs = Outputs(), Outputs()
+    found = fidelity(student, teacher, batches, outputs=(mine, theirs))
+    recall = retrieval_recall(mine.pooled_ND, theirs.pooled_ND, tuple(k for k in (1, 5, 10) if k <= len(mine)))
+    return {**found, **recall}, mine, theirs
 
 
 def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> dict[str, Any]:
@@ -103,12 +108,11 @@ def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> dict[str
     return costs
 
 
-def quality_of(model: nn.Module, batches: Sequence[Batch], learn: Sequence[Batch] | None) -> dict[str, float]:
+def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None) -> dict[str, float]:
     """kNN, linear probe and top-1 in percent, as far as labels and the model allow."""
-    labels = torch.cat([batch.labels_B for batch in batches])
+    pooled, labels = outputs.pooled_ND, outputs.labels_N
     if int((labels >= 0).sum()) < 2:
         return {}
-    pooled, labels = extract(model, batches)
     if learn is None:
         rest, held = split_indices(len(pooled), num_held_out=max(1, len(pooled) // 5), seed=0)
         train, test = (pooled[rest], labels[rest]), (pooled[held], labels[held])
@@ -117,7 +121,7 @@ def quality_of(model: nn.Module, batches: Sequence[Batch], learn: Sequence[Batch
     scores = {"knn": 100 * knn_top1(*train, *test, k=min(20, len(train[0])))}
     if len(train[1][train[1] >= 0].unique()) > 1:
         scores["linear_probe"] = 100 * linear_probe_top1(*train, *test)
-    return scores | top1_of(model, batches)
+    return scores | own_top1(model, outputs)
 
 
 def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
@@ -204,8 +208,16 @@ def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Se
 
 def top1_of(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
     """Top-1 in percent, where the images have labels that the model has a head for; else nothing."""
-    highest = max(int(batch.labels_B.max()) for batch in batches)
-    return {"top1": 100 * top1(model, batches)} if num_classes(model) > highest >= 0 else {}
+    return {"top1": 100 * top1(model, batches)} if _has_head_for(model, [b.labels_B for b in batches]) else {}
+
+
+def own_top1(model: nn.Module, outputs: Outputs) -> dict[str, float]:
+    """As `top1_of`, of what the model has put out already."""
+    return {"top1": 100 * outputs.top1()} if _has_head_for(model, [outputs.labels_N]) else {}
+
+
+def _has_head_for(model: nn.Module, labels: Sequence[Tensor]) -> bool:
+    return num_classes(model) > max(int(part.max()) for part in labels) >= 0
 
 
 def random_inputs(origin: Origin, count: int = 8) -> Tensor | None:

@@ -25,9 +25,9 @@ from vitrim.evaluation import (
     environment,
     measure,
     open_inputs,
+    own_top1,
     random_inputs,
     resolve_device,
-    top1_of,
 )
 from vitrim.metrics.fidelity import block_fidelity
 from vitrim.models.load import library
@@ -265,14 +265,13 @@ def _from_main(cut: CutReport | None, student: nn.Module) -> CutReport | None:
 
 def _measured(job: _Job, teacher: nn.Module, student: nn.Module, split: Split | None) -> dict[str, Any]:
     """What was run, on what, and what the models cost before and after."""
-    held_out = split.held_out if split else None
     return {
         "model": job.origin.name,
         "encoder": job.origin.encoder,
         "method": job.recipe.method,
         "images": split.counts if split else {},
-        "before": measure(teacher, job.origin, split and split.sample, held_out),
-        "after": measure(student, job.origin, split and split.sample, held_out),
+        "before": measure(teacher, job.origin, split and split.sample, split and split.held_out),
+        "after": measure(student, job.origin, split and split.sample, split and split.held_out),
         "environment": environment(),
     }
 
@@ -346,10 +345,11 @@ def _judge(
     """How close the student is on held-out images, as a whole and block by block."""
     if split is None:
         return None
+    found, outputs, _ = compare(student, teacher, split.held_out)
     return {
-        "fidelity": compare(student, teacher, split.held_out),
+        "fidelity": found,
         "blocks": block_fidelity(student, teacher, split.held_out, list(dict.fromkeys(site.block for site in sites))),
-        **top1_of(student, split.held_out),
+        **own_top1(student, outputs),
     }
 
 

@@ -7,7 +7,7 @@ trained: the probe fits a linear classifier on features that were extracted once
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitrim.errors import DataError, ModelError
+from vitrim.metrics.outputs import Outputs, labelled
 from vitrim.models.taps import FeaturesAt, device_of, evaluating, features, logits
 
 PROBE_CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty, on the sum of losses
@@ -34,19 +35,15 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> float:
         DataError: no image had a label.
         ModelError: the model has no classifier.
     """
-    num_right, num_known = 0, 0
+    outputs = Outputs()
     with evaluating(model):
-        for images, labels in _pairs(batches):
+        for images, labels in labelled(batches):
             scores = logits(model, images.to(device_of(model)))
             if scores is None:
                 name = type(model).__name__
                 raise ModelError(f"{name}: has no classifier; use knn_top1 or linear_probe_top1.")
-            known = labels >= 0
-            num_right += int((scores.argmax(1).cpu() == labels)[known].sum())
-            num_known += int(known.sum())
-    if not num_known:
-        raise DataError("top1: no image has a label; pass a labelled source.")
-    return num_right / num_known
+            outputs.add(None, scores, labels)
+    return outputs.top1()
 
 
 def extract(model: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final") -> tuple[Tensor, Tensor]:
@@ -63,15 +60,13 @@ def extract(model: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final
     Raises:
         DataError: there was no image.
     """
-    pooled, known = [], []
+    outputs = Outputs()
     with evaluating(model):
-        for images, labels in _pairs(batches):
-            pooled.append(features(model, images.to(device_of(model)), at=at).pooled_BD.float().cpu())
-            known.append(labels)
-    if not pooled:
+        for images, labels in labelled(batches):
+            outputs.add(features(model, images.to(device_of(model)), at=at).pooled_BD, None, labels)
+    if not len(outputs):
         raise DataError("extract: no images; pass at least one batch.")
-    # Joined outside inference mode: an inference tensor could not take part in training later.
-    return torch.cat(pooled), torch.cat(known)
+    return outputs.pooled_ND, outputs.labels_N
 
 
 def knn_top1(
@@ -176,13 +171,3 @@ def _labelled(found_ND: Tensor, labels: Tensor, where: str) -> tuple[Tensor, Ten
     if not known.any():
         raise DataError(f"{where}: no image has a label; pass a labelled source.")
     return found_ND[known], labels[known]
-
-
-def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of each batch that has images; labels are -1 where a batch brings none."""
-    for batch in batches:
-        parts: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
-        images = parts[0]
-        if len(images):
-            labels = parts[1] if len(parts) > 1 else torch.full((len(images),), -1)
-            yield images, labels.cpu()

@@ -6,7 +6,7 @@ and a large common offset of the features costs no digits. Nothing here trains o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import DataError, ModelError
+from vitrim.metrics.outputs import Outputs, labelled
 from vitrim.models.taps import FeaturesAt, device_of, evaluating, features, logits, num_classes, num_prefix_tokens
 from vitrim.types import Features
 
@@ -62,7 +63,12 @@ class TokenComparison:
 
 
 def fidelity(
-    student: nn.Module, teacher: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final"
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    at: FeaturesAt = "final",
+    outputs: tuple[Outputs, Outputs] | None = None,
 ) -> dict[str, float]:
     """Compare the features of two models on the same images.
 
@@ -71,6 +77,7 @@ def fidelity(
         teacher: the reference, with the same feature width.
         batches: tensors (B, C, H, W), or tuples that start with one (such as `Batch`).
         at: features behind ("final") or in front of ("pre_norm") the final norm.
+        outputs: what the student and the teacher put out is added to these, for measures that need no more.
 
     Returns:
         `relative_error` and `cosine` of all tokens together (patches, and the pooled vector where it is a
@@ -86,15 +93,19 @@ def fidelity(
     num_images, num_agreed = 0, 0
     has_heads = 0 < num_classes(teacher) == num_classes(student)
     with evaluating(student, teacher):
-        for images in _images(batches):
+        for images, labels in labelled(batches):
             pairs = [(model, images.to(device_of(model))) for model in (student, teacher)]
-            mine, theirs = (_kinds(model, features(model, moved, at=at)) for model, moved in pairs)
+            found = [features(model, moved, at=at) for model, moved in pairs]
+            mine, theirs = (_kinds(model, own) for model, own in zip((student, teacher), found, strict=True))
             _check_shapes(mine, theirs)
             for kind in theirs:
                 for one, other in zip(mine[kind], theirs[kind], strict=True):
                     compared.setdefault(kind, TokenComparison()).update(one, other)
             num_images += len(images)
-            num_agreed += _count_agreed(*(logits(*pair) for pair in pairs)) if has_heads else 0
+            scores = [logits(*pair) if has_heads or outputs else None for pair in pairs]
+            num_agreed += _count_agreed(*scores) if has_heads else 0
+            for gathered, own, scored in zip(outputs or (), found, scores, strict=False):
+                gathered.add(own.pooled_BD, scored, labels)
     if not num_images:
         raise DataError("fidelity: no images to compare on; pass at least one batch.")
     result = {f"{kind}relative_error": tokens.relative_error for kind, tokens in compared.items()}
@@ -127,7 +138,7 @@ def block_fidelity(
     compared = {name: TokenComparison() for name in block_names}
     with evaluating(student, teacher), ExitStack() as hooks:
         mine, theirs = (_catch_outputs(model, block_names, hooks) for model in (student, teacher))
-        for images in _images(batches):
+        for images, _ in labelled(batches):
             for model in (student, teacher):
                 features(model, images.to(device_of(model)))
             _check_shapes(*({name: [tensor] for name, tensor in side.items()} for side in (mine, theirs)))
@@ -217,14 +228,6 @@ def _catch_outputs(model: nn.Module, block_names: Sequence[str], hooks: ExitStac
             raise ModelError(f"{type(model).__name__}: no block {name!r}; see model.named_modules().") from None
         hooks.callback(block.register_forward_hook(hook_for(name)).remove)
     return caught
-
-
-def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
-    """The images of each batch that has some."""
-    for batch in batches:
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        if len(images):
-            yield images
 
 
 def _float64(tensor: Tensor) -> Tensor:

@@ -41,6 +41,14 @@ def attention_in_float32(device: torch.device, *, enabled: bool) -> AbstractCont
     return _Float32Attention() if enabled and device.type == "cpu" else nullcontext()
 
 
+def around_recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For torch's `checkpoint`: what to hold around a forward pass, and around its repetition in the backward pass.
+
+    The backward pass is itself one of the functions that are caught, and within one torch catches no others.
+    """
+    return nullcontext(), _Float32Attention() if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
 class _Float32Attention(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

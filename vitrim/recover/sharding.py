@@ -25,6 +25,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.models.taps import FeaturesAt
 from vitrim.recover.losses import FeatureModel
 from vitrim.recover.parallel import broadcast_, num_processes
+from vitrim.recover.precision import around_recomputation
 
 
 class Sharded(FeatureModel):
@@ -110,8 +111,9 @@ def checkpointed(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     """
     modules = _modules(model, blocks)
     before = [vars(module).get("forward") for module in modules]
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=around_recomputation)
     for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        module.forward = partial(again, module.forward)
     try:
         yield
     finally:
