@@ -47,6 +47,7 @@ bench: $(VENV)/.test  ## the numbers in the README; needs ../shared
 	$(BIN)/python benchmarks/recovery.py
 
 faults: $(VENV)/.test  ## hostile files and failing disks, many of each; writes docs/reliability.md; Linux, needs cc
+	-$(BIN)/pip install --quiet --editable '.[fuzz]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
 
 lock: | $(BIN)/python  ## pin the newest versions that go together, for `make test` on this system and Python
@@ -59,7 +60,7 @@ audit:  ## look for known vulnerabilities in the lock; asks pypi.org
 	test -x $(VENV)/audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet pip-audit
 	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) || { echo 'make audit: FAILED.' \
-		'Where no table stands above, https://pypi.org/pypi/NAME/VERSION/json did not answer: nothing was audited.' >&2; exit 1; }
+		'Where no table stands above, pypi.org did not answer for a package: nothing was audited.' >&2; exit 1; }
 
 oldest:  ## run the tests with the oldest versions that vitrim allows; Python 3.11
 	test -x $(VENV)/oldest/bin/python || $(PYTHON) -m venv $(VENV)/oldest

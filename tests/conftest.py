@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import subprocess
+import sys
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,6 +23,7 @@ from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
+from vitrim import checkpoint
 from vitrim.cost import measure_latency
 from vitrim.models.sites import find_mlps
 from vitrim.types import MlpSite, Stats
@@ -32,10 +39,37 @@ def timm_vit(**kwargs) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **arguments)
 
 
-def pytest_configure() -> None:
-    """No test is about how long something takes, so nothing is timed for longer than it takes to run once."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out what would be most of the time of all tests: repeated timing, fresh processes that load results."""
     assert measure_latency.__kwdefaults__ is not None
-    measure_latency.__kwdefaults__["min_run_time_s"] = 0.0
+    measure_latency.__kwdefaults__["min_run_time_s"] = 0.0  # once each: no test is about how long something takes
+    config.addinivalue_line("markers", "fresh: results are loaded in a fresh process, as for users; else in this one")
+    checkpoint.subprocess = SimpleNamespace(run=_run_check)  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fresh processes for the tests that are marked."""
+    if request.node.get_closest_marker("fresh") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "subprocess", subprocess)
+        yield
+
+
+def _run_check(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    """Run the check of a written folder in this process, where vitrim stays importable."""
+    code, said = command[2].replace('sys.modules["vitrim"] = None', ""), io.StringIO()
+    with warnings.catch_warnings(), torch.random.fork_rng(), contextlib.redirect_stdout(said):
+        warnings.simplefilter("ignore")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["-c", *command[3:]])
+            try:
+                exec(code, {})
+            except Exception as error:  # as a process would end
+                return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+    return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
 
 
 class Residual(nn.Module):

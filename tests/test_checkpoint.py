@@ -18,6 +18,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.recover.state import load_state, save_state
 from vitrim.surgery import KeepUnits, Plan, apply_
 
+pytestmark = pytest.mark.fresh
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"img_size": 32, "depth": 2, "num_classes": 5}
 FAMILIES = {

@@ -148,7 +148,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_left_behind(bad_inputs, c
     assert sorted(path.name for path in bad_inputs.rglob("*")) == before
 
 
-def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path, monkeypatch):
+def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     given = [
         "compress",
@@ -170,7 +170,6 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path, monkey
     stopped.send_signal(signal.SIGINT)
     _, errors = stopped.communicate()
     assert stopped.returncode == 130 and "--resume" in errors and not out.exists()
-    monkeypatch.setattr("vitrim.pipeline.verify", lambda *args, **kwargs: 0.0)  # tried elsewhere, and slow
     assert run([*given, "--out", str(out), "--resume"]) == 0
     assert run([*given, "--out", str(tmp_path / "whole")]) == 0
     first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "whole"))

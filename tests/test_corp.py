@@ -315,6 +315,7 @@ def test_corp_needs_plain_attention_and_images(build):
         cut_(case.copy(), case.model, case.sites, recipe, None, quiet=True)
 
 
+@pytest.mark.fresh
 def test_corp_output_with_slim_attention_loads_in_a_fresh_process(tmp_path):
     model = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
     recipe = Recipe.parse(

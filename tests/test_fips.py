@@ -511,6 +511,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
             cut_(case.copy(), case.model, case.sites, recipe, case.batches, quiet=True)
 
 
+@pytest.mark.fresh
 def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
     model = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
     recipe = Recipe.parse(

@@ -665,7 +665,7 @@ def result(tmp_path_factory):
     return vitrim.compress(DIGITS, data="digits", method="low-rank", keep_ratio=0.5, recipe=recipe, out=out, quiet=True)
 
 
-def test_compress_factors_the_digits_model_and_a_fresh_process_gets_the_same_outputs(result):
+def test_compress_factors_the_digits_model_and_it_loads_with_the_same_outputs(result):
     metrics = result.metrics
     assert metrics["after"]["parameters"] == count(result.model) < 0.53 * metrics["before"]["parameters"]
     assert metrics["after"]["macs"] < 0.6 * metrics["before"]["macs"]

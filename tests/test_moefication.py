@@ -312,6 +312,7 @@ def test_an_mlp_that_calls_a_function_can_not_be_relufied():
         apply_(model, [ReplaceActivation(site=site)])
 
 
+@pytest.mark.fresh
 def test_moefication_of_a_relu_model_is_saved_and_loads_in_a_fresh_process(tmp_path):
     """The chain of the paper: relufy and distil, then split; all by folders."""
     model = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"

@@ -101,6 +101,7 @@ def test_the_given_module_is_left_as_it_was():
     assert result.out is None and {site.d_hidden for site in vitrim.inspect(result.model).sites} == {32}
 
 
+@pytest.mark.fresh
 def test_a_bf16_model_comes_back_in_bf16_and_is_cut_in_float32(tmp_path):
     images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     results = [

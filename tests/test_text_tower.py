@@ -244,8 +244,7 @@ def test_bf16_is_close_to_float32(folders):
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "open_clip-timm", "clip", "siglip"])
-def test_a_cut_pair_is_tuned_exported_and_loaded_by_its_own_library(folders, tmp_path, monkeypatch, layout):
-    monkeypatch.setattr("vitrim.pipeline.verify", lambda *args, **kwargs: 0.0)  # that of the tuned folder runs
+def test_a_cut_pair_is_tuned_exported_and_loaded_by_its_own_library(folders, tmp_path, layout):
     size = 160 if layout == "open_clip-timm" else 32
     recipe = vitrim.Recipe.parse(FEW)
     small = vitrim.compress(

@@ -175,6 +175,7 @@ def test_inspect_counts_activity_in_the_api_and_on_the_command_line(capsys):
     assert first["nonzero"] == found.activity[0].nonzero
 
 
+@pytest.mark.fresh
 def test_a_top_k_model_is_saved_and_loads_in_a_fresh_process(tmp_path):
     from importlib.resources import files
 
