@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitrim.errors import OutputError
-from vitrim.report import figures, tiles
+from vitrim.report import figures, page, tiles
 from vitrim.report.data import ReportData
 from vitrim.report.page import write_report
 
@@ -181,6 +181,13 @@ def test_pictures_take_their_colours_from_the_page(text):
     # An svg text without a fill is black, unreadable in the dark.
     assert all("fill: var(" in style for svg in svgs for style in re.findall(r"<text style=\"([^\"]*)", svg))
     assert "var(--after)" in svgs[0]
+
+
+@pytest.mark.parametrize(
+    "value, said", [(0.9731, "0.973"), (0.99973, "0.9997"), (0.9999999, "1"), (1.0, "1"), (-0.2, "-0.200")]
+)
+def test_a_cosine_is_not_rounded_to_one(value, said):
+    assert page._cosine(value) == said
 
 
 def test_headline_and_table_say_the_numbers(text):

@@ -98,7 +98,7 @@ def _headline(data: ReportData) -> Markup:
     cosine = figures.final_value(data.summary.get("cosine CLS", {}))
     error = figures.final_value(data.summary.get("relative error", {}))
     if cosine is not None:
-        close.append(Markup("CLS cosine <b>{}</b>").format(f"{cosine:.3f}"))
+        close.append(Markup("CLS cosine <b>{}</b>").format(_cosine(cosine)))
     if error is not None:
         close.append(Markup("relative error <b>{}</b>").format(f"{error:.2g}"))
     parts = [Markup(" and ").join(size)] if size else []
@@ -113,6 +113,11 @@ def _headline(data: ReportData) -> Markup:
         clauses.append(Markup(" and ").join(close) + Markup(" against the original"))
     name = Markup("{}: ").format(data.model) if clauses else Markup("{}").format(data.model)
     return name + Markup(", with ").join(clauses) + Markup(".")
+
+
+def _cosine(value: float) -> str:
+    """Three digits, or as many more as it takes not to be rounded to 1."""
+    return next((text for digits in (3, 4, 5, 6) if float(text := f"{value:.{digits}f}") < 1), "1")
 
 
 def _summary_row(name: str, row: Mapping[str, float | None]) -> dict[str, str]:
