@@ -13,6 +13,9 @@ export NO_MKDOCS_2_WARNING := 1
 # Not in the lock: torch and what comes with it belong to the machine, setuptools to the virtual environment.
 UNPINNED := ^(vitrim|setuptools|torch|torchvision|triton|nvidia-.*|cuda-.*)==
 
+# docs/reliability.md says why
+NOT_WITH_OLDEST := int8 or quantize or shards or torch_compile or table_in_the_docs or (every_form and True-torch) or silent_nothing
+
 .PHONY: demo test check docs bench faults lock audit oldest clean
 
 $(BIN)/python:
@@ -67,7 +70,7 @@ oldest:  ## run the tests with the oldest versions that vitrim allows; Python 3.
 	$(VENV)/oldest/bin/pip install --quiet --requirement requirements/oldest.txt
 	$(VENV)/oldest/bin/pip install --quiet --no-deps --editable .
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -W default -n auto --maxprocesses 8 --dist loadfile \
-		-k 'not int8 and not quantize and not torch_compile'
+		--ignore tests/test_parallel.py -k 'not ($(NOT_WITH_OLDEST))'
 
 clean:
 	rm -rf $(VENV) vitrim-demo build dist site

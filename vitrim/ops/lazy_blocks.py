@@ -282,11 +282,12 @@ def orthonormal(rows_PD: Tensor) -> Tensor:
 def product_dtype(rows_RD: Tensor) -> torch.dtype:
     """float32 for weights of 32 bits or fewer where its products are as exact as float32 is, else float64.
 
-    Measured, not asked for: TF32 and bfloat16 products are switched on in several ways, and tiny numbers underflow.
+    Measured, not asked for: TF32 and bfloat16 products are switched on in several ways, in torch 2.6 for contiguous
+    factors alone, and tiny numbers underflow.
     """
     if rows_RD.dtype == torch.float64:
         return torch.float64
-    sample_ND = rows_RD[:: -(-len(rows_RD) // 256)].float()
+    sample_ND = rows_RD[:: -(-len(rows_RD) // 256)].float().contiguous()
     exact_NN = sample_ND.double() @ sample_ND.double().T
     size_N = exact_NN.diagonal().sqrt()
     allowed_NN = product_error(rows_RD.shape[1], torch.float32) * torch.outer(size_N, size_N)
