@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitrim.errors import DataError, ModelError
-from vitrim.metrics.outputs import Outputs, labelled
+from vitrim.metrics.outputs import Outputs, images_and_labels
 from vitrim.models.taps import FeaturesAt, device_of, evaluating, features, logits
 
 PROBE_CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty, on the sum of losses
@@ -37,7 +37,7 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> float:
     """
     outputs = Outputs()
     with evaluating(model):
-        for images, labels in labelled(batches):
+        for images, labels in images_and_labels(batches):
             scores = logits(model, images.to(device_of(model)))
             if scores is None:
                 name = type(model).__name__
@@ -62,7 +62,7 @@ def extract(model: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final
     """
     outputs = Outputs()
     with evaluating(model):
-        for images, labels in labelled(batches):
+        for images, labels in images_and_labels(batches):
             outputs.add(features(model, images.to(device_of(model)), at=at).pooled_BD, None, labels)
     if not len(outputs):
         raise DataError("extract: no images; pass at least one batch.")

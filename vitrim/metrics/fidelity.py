@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import DataError, ModelError
-from vitrim.metrics.outputs import Outputs, labelled
+from vitrim.metrics.outputs import Outputs, images_and_labels
 from vitrim.models.taps import FeaturesAt, device_of, evaluating, features, logits, num_classes, num_prefix_tokens
 from vitrim.types import Features
 
@@ -93,7 +93,7 @@ def fidelity(
     num_images, num_agreed = 0, 0
     has_heads = 0 < num_classes(teacher) == num_classes(student)
     with evaluating(student, teacher):
-        for images, labels in labelled(batches):
+        for images, labels in images_and_labels(batches):
             pairs = [(model, images.to(device_of(model))) for model in (student, teacher)]
             found = [features(model, moved, at=at) for model, moved in pairs]
             mine, theirs = (_kinds(model, own) for model, own in zip((student, teacher), found, strict=True))
@@ -138,7 +138,7 @@ def block_fidelity(
     compared = {name: TokenComparison() for name in block_names}
     with evaluating(student, teacher), ExitStack() as hooks:
         mine, theirs = (_catch_outputs(model, block_names, hooks) for model in (student, teacher))
-        for images, _ in labelled(batches):
+        for images, _ in images_and_labels(batches):
             for model in (student, teacher):
                 features(model, images.to(device_of(model)))
             _check_shapes(*({name: [tensor] for name, tensor in side.items()} for side in (mine, theirs)))

@@ -50,7 +50,7 @@ class Outputs:
         return float((torch.cat(self._predicted) == self.labels_N)[known].double().mean())
 
 
-def labelled(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def images_and_labels(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of each batch that has images; labels are -1 where a batch brings none."""
     for batch in batches:
         parts: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
