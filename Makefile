@@ -14,7 +14,7 @@ export NO_MKDOCS_2_WARNING := 1
 UNPINNED := ^(vitrim|setuptools|torch|torchvision|triton|nvidia-.*|cuda-.*)==
 
 # docs/reliability.md says why
-NOT_WITH_OLDEST := int8 or quantize or shards or torch_compile or table_in_the_docs or (every_form and True-torch) or silent_nothing
+NOT_WITH_OLDEST := int8 or shards or torch_compile or table_in_the_docs or (every_form and True-torch) or silent_nothing
 
 .PHONY: demo test check docs bench faults lock audit oldest clean
 

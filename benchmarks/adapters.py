@@ -23,10 +23,11 @@ import torch
 from recovery import Bench
 from torch import nn
 
+from vitrim.config.options import AdapterOptions, RecoverOptions
 from vitrim.data import augment_for
-from vitrim.evaluation import environment
-from vitrim.recipe import AdapterOptions, RecoverOptions
-from vitrim.recover.distill import Recovery, recover_
+from vitrim.output.provenance import environment
+from vitrim.recover.distill import recover_
+from vitrim.recover.run import Recovery
 
 METHODS = {"dgmr": "repaired", "dgmr-paper": "not repaired"}
 KINDS = {"full": "all weights", "lora": "LoRA", "op-lora": "OP-LoRA"}

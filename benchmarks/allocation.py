@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), help="which of the cases")
     parser.add_argument("--cache", type=Path, default=None, help="folder that keeps what was measured")
     given = parser.parse_args()
-    print("| method | repair | budget | width ratio | equal | allocated | predicted: equal | allocated | widths |")
+    print("| method | repair | budget | MLP ratio | equal | allocated | predicted: equal | allocated | widths |")
     print("|---|---|---|---|---|---|---|---|---|")
     for number in given.cases:
         method, budget, repair = CASES[number]
@@ -44,7 +44,7 @@ def main() -> None:
                 {
                     "method": method,
                     "repair": repair,
-                    "width_ratio": ratio,
+                    "mlp_ratio": ratio,
                     "calibrate": {"num_images": given.num_images},
                     "allocate": {"budget": budget, "cache": given.cache},
                 }

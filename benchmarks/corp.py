@@ -19,14 +19,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitrim.checkpoint import open_model
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.data import first_images, open_images, transform_for
-from vitrim.evaluation import environment
 from vitrim.metrics.fidelity import TokenComparison
+from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
-from vitrim.models.taps import evaluating
-from vitrim.recipe import Recipe
+from vitrim.output.load import open_model
+from vitrim.output.provenance import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 D_HIDDEN, HEAD_DIM = 768, 32

@@ -26,30 +26,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrim.checkpoint import open_model
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.options import BlockwiseOptions, CacheOptions, CalibrateOptions, RecoverOptions, RepairOptions
+from vitrim.config.recipe import Recipe
 from vitrim.data import augment_for, first_images, open_images, split_indices, transform_for
-from vitrim.evaluation import environment
 from vitrim.metrics.fidelity import fidelity
+from vitrim.models.features import features
 from vitrim.models.sites import find_mlps
-from vitrim.models.taps import features
-from vitrim.recipe import BlockwiseOptions, CacheOptions, CalibrateOptions, Recipe, RecoverOptions, RepairOptions
-from vitrim.recover.blockwise import recover_blocks_
+from vitrim.output.load import open_model
+from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
 from vitrim.recover.losses import feature_loss
-from vitrim.recover.order import open_order
 from vitrim.recover.run import Run
+from vitrim.recover.sampler import open_sampler
 from vitrim.recover.schedule import rate_shape
+from vitrim.repair.blockwise import recover_blocks_
+from vitrim.storage.tensor_writer import read_journal
 from vitrim.surgery import KeepUnits, apply_
-from vitrim.tensor_writer import read_journal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PLAIN = "plain loop, float32"
 # What vitrim's loop is run with; each is compared with the plain loop.
 WAYS: dict[str, dict[str, Any]] = {
-    "vitrim, float32": {"precision": "no"},
+    "vitrim, float32": {"precision": "fp32"},
     "vitrim, bf16": {"precision": "bf16"},
-    "vitrim, float32, cached teacher": {"precision": "no", "cache_teacher": CacheOptions()},
+    "vitrim, float32, cached teacher": {"precision": "fp32", "cache_teacher": CacheOptions()},
     "vitrim, bf16, cached teacher": {"precision": "bf16", "cache_teacher": CacheOptions()},
     "vitrim, bf16, cached teacher, 1 worker": {"precision": "bf16", "cache_teacher": CacheOptions(), "num_workers": 1},
 }
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distillation.json"))
     parser.add_argument("--curve", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--shard", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--fsdp", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.num_images, arguments.epochs, arguments.batch_size, arguments.blockwise_steps = 128, 2, 32, 5
@@ -165,7 +166,7 @@ class Bench:
     def plain(self) -> Iterator[tuple[float, float]]:
         """The plain loop: seconds of each epoch, and the error behind it."""
         options, student = self.options(), copy.deepcopy(self.student)
-        order = open_order(self.train, options, self.seed)
+        order = open_sampler(self.train, options, self.seed)
         steps_per_epoch = self.arguments.num_images // options.batch_size
         num_steps = steps_per_epoch * self.arguments.epochs
         trained = [p for name, p in student.named_parameters() if not name.startswith("head.")]
@@ -239,7 +240,7 @@ class Bench:
 
     def pace(self, start: nn.Module) -> float:
         """Seconds that a step takes: the middle one of five."""
-        options, seconds = self.options(steps=5, precision="no"), []
+        options, seconds = self.options(steps=5, precision="fp32"), []
         run = Run(copy.deepcopy(start), self.teacher, self.train, self.held_out, options, self.seed)
         with run.trainable():
             started = time.perf_counter()
@@ -252,7 +253,7 @@ class Bench:
     def distil(self, start: nn.Module, rate: float, steps: int) -> dict[str, Any]:
         """Some steps of vitrim's loop, in float32 as block by block runs; validated at the end alone."""
         student = copy.deepcopy(start)
-        options = self.options(steps=steps, lr=rate, precision="no", num_validations=1)
+        options = self.options(steps=steps, lr=rate, precision="fp32", num_validations=1)
         started = time.perf_counter()
         recover_(student, self.teacher, self.train, held_out=self.held_out, options=options, seed=self.seed, quiet=True)
         spent = round(time.perf_counter() - started, 2)
@@ -263,7 +264,7 @@ class Bench:
         curves = {}
         with tempfile.TemporaryDirectory() as folder:
             for index, (name, count, more) in enumerate(
-                (("1 process", 1, []), ("2 processes", 2, []), ("2 processes, shards", 2, ["--shard"]))
+                (("1 process", 1, []), ("2 processes", 2, []), ("2 processes, shards", 2, ["--fsdp"]))
             ):
                 curve = Path(folder) / f"{index}.jsonl"
                 start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
@@ -289,7 +290,7 @@ class Bench:
     def curve(self, path: Path, *, shard: bool) -> None:
         """The losses of one run among the processes that torchrun started."""
         steps = 5 if self.arguments.quick else NUM_CURVE_STEPS
-        options = self.options(steps=steps, precision="no", num_validations=1, shard=shard)
+        options = self.options(steps=steps, precision="fp32", num_validations=1, shard=shard)
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         kept = {site.path: tuple(range(self.arguments.width)) for site in self.sites}
         apply_(student, [KeepUnits(site=site, keep=kept[site.path]) for site in self.sites])

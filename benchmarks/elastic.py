@@ -25,10 +25,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from recovery import Bench
 
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.options import RecoverOptions
+from vitrim.config.recipe import Recipe
 from vitrim.data import augment_for, first_images
-from vitrim.evaluation import environment
-from vitrim.recipe import Recipe, RecoverOptions
+from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
 from vitrim.recover.elastic import Fitting, Widths, serving
 from vitrim.surgery import apply_
@@ -66,7 +67,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows = result["rows"]
     runs, ratios = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "ratio"))
     lines = [
-        "| run | " + " | ".join(f"width ratio {ratio:g}" for ratio in ratios) + " | steps |",
+        "| run | " + " | ".join(f"MLP ratio {ratio:g}" for ratio in ratios) + " | steps |",
         "|---|" + "---|" * (len(ratios) + 1),
     ]
     for run in runs:
@@ -117,7 +118,7 @@ class Elastic(Bench):
     def separate(self, ratio: float, ratios: list[float], steps: int) -> list[dict[str, Any]]:
         """A run for one width, before and after distillation; of the widest also its first units."""
         started = time.monotonic()
-        recipe = Recipe(recover=RecoverOptions(**self.options(steps)), width_ratio=ratio, seed=self.seed)
+        recipe = Recipe(recover=RecoverOptions(**self.options(steps)), mlp_ratio=ratio, seed=self.seed)
         assert recipe.recover is not None
         student = self.cut_to(recipe)
         cut_s = time.monotonic() - started

@@ -23,16 +23,16 @@ import timm
 import torch
 from torch import nn
 
-from vitrim.cost import count_macs, num_parameters
-from vitrim.cut import cut_
-from vitrim.evaluation import environment
-from vitrim.export import export
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import count_macs, num_parameters
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe
+from vitrim.output.export import export
+from vitrim.output.provenance import environment
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain MLPs, dgmr": ("vit_small_patch16_224", {"method": "dgmr", "width_ratio": 1.0}),
-    "gated MLPs, dgmr": ("eva02_small_patch14_224", {"method": "dgmr", "width_ratio": 1.0}),
+    "plain MLPs, dgmr": ("vit_small_patch16_224", {"method": "dgmr", "mlp_ratio": 1.0}),
+    "gated MLPs, dgmr": ("eva02_small_patch14_224", {"method": "dgmr", "mlp_ratio": 1.0}),
     "plain MLPs, low-rank": ("vit_small_patch16_224", {"method": "low-rank", "keep_ratio": 0.5}),
 }
 

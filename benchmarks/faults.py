@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "reliability.md"
 FILES = ("recipe", "vitrim.json", "edits of a plan", "config.json", "index of shards", "header of safetensors")
-FILES += ("image", "tar shard", "elastic.json", "zoo.json")
+FILES += ("image", "tar shard", "elastic.json", "leaderboard.json")
 SEARCHES = tuple(f"coverage-guided {door}" for door in ("recipe", "plan", "config", "safetensors", "image"))
 JOBS = ("compress", "resume", "prune-checkpoint", "slice", "export")
 EVERY = {"disk full": 1, "killed": 1, "no permission": 5, "read-only": 5}  # of the changes that a run makes
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from vitrim.evaluation import environment
+    from vitrim.output.provenance import environment
 
     rows: list[dict[str, Any]] = []
 

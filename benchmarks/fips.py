@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
-from vitrim.checkpoint import open_model
-from vitrim.cost import count_macs, model_size
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import count_macs, model_size
 from vitrim.data import first_images, open_images, transform_for
-from vitrim.evaluation import environment, top1_of
-from vitrim.layers.shared_basis import pack, unpack
+from vitrim.evaluation import top1_of
+from vitrim.layers.fips import pack, unpack
 from vitrim.metrics.fidelity import fidelity
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe
+from vitrim.output.load import open_model
+from vitrim.output.provenance import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CIFAR10 = SHARED / "data" / "cifar10"

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrim.cost import count_macs, num_parameters
-from vitrim.evaluation import environment
+from vitrim.cost.count import count_macs, num_parameters
 from vitrim.models.sites import find_mlps
+from vitrim.output.provenance import environment
 from vitrim.surgery import KeepUnits, reshape_
 
 SIZE = 224

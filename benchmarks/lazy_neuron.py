@@ -25,9 +25,9 @@ from corp import Bench
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitrim.evaluation import environment
 from vitrim.layers.top_k import TopKLinear, top_entries
-from vitrim.models.taps import evaluating
+from vitrim.models.features import evaluating
+from vitrim.output.provenance import environment
 
 D_HIDDEN = 768
 NUM_BINS = 15  # of the calibration error

@@ -15,14 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vitrim.checkpoint import open_model
-from vitrim.cost import num_parameters
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import num_parameters
 from vitrim.data import first_images, open_images, transform_for
-from vitrim.evaluation import environment, top1_of
+from vitrim.evaluation import top1_of
 from vitrim.metrics.fidelity import fidelity
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe
+from vitrim.output.load import open_model
+from vitrim.output.provenance import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CIFAR10 = SHARED / "data" / "cifar10"

@@ -23,10 +23,10 @@ from corp import Bench
 from timm.layers.mlp import Mlp
 from torch import nn
 
+from vitrim.config.options import RecoverOptions
 from vitrim.data import augment_for
-from vitrim.evaluation import environment
-from vitrim.layers.experts import ExpertMlp
-from vitrim.recipe import RecoverOptions
+from vitrim.layers.moefication import ExpertMlp
+from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
 
 # model -> (model width, hidden units, tokens of one image and of several)

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.checkpoint import open_model
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.options import RecoverOptions
+from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, augment_for, first_images, open_images, split_indices, transform_for
-from vitrim.evaluation import environment
 from vitrim.metrics.classify import knn_top1
 from vitrim.metrics.fidelity import TokenComparison
+from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
-from vitrim.models.taps import evaluating
-from vitrim.recipe import Recipe, RecoverOptions
+from vitrim.output.load import open_model
+from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -74,7 +75,7 @@ def main() -> None:
 def markdown(result: dict[str, Any]) -> str:
     """The table as the README shows it: top-1 and relative error, after the cut and along the steps."""
     points = ["after the cut", "10% of steps", "30%", "100%"]
-    lines = ["| width ratio | method | " + " | ".join(points) + " |", "|---|---|" + "---|" * len(points)]
+    lines = ["| MLP ratio | method | " + " | ".join(points) + " |", "|---|---|" + "---|" * len(points)]
     for row in result["rows"]:
         cells = [f"{p['top1']:.2f} ({p['relative_error']:.4f})" for p in row["points"].values()]
         name = f"**{row['method']}**" if row["method"] == "dgmr" else row["method"]
@@ -83,7 +84,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The picture of the README: held-out relative error along the steps, one panel a width ratio."""
+    """The picture of the README: held-out relative error along the steps, one panel a MLP ratio."""
     from matplotlib.figure import Figure
 
     ratios = list(dict.fromkeys(row["ratio"] for row in result["rows"]))

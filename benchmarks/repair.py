@@ -16,13 +16,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vitrim.checkpoint import open_model
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.data import first_images, open_images, transform_for
-from vitrim.evaluation import environment
 from vitrim.metrics.fidelity import fidelity
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe
+from vitrim.output.load import open_model
+from vitrim.output.provenance import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CIFAR10 = SHARED / "data" / "cifar10"
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def errors(name: str, ratio: float, num_images: int) -> dict[str, float]:
-    """Relative error of each row on one model at one width ratio."""
+    """Relative error of each row on one model at one MLP ratio."""
     source, train, test = MODELS[name]
     teacher, _ = open_model(source)
     teacher.requires_grad_(False)
@@ -82,7 +82,7 @@ def errors(name: str, ratio: float, num_images: int) -> dict[str, float]:
     found = {}
     for row, (method, options, repair) in ROWS.items():
         student = copy.deepcopy(teacher)
-        recipe = Recipe.parse({"method": method, "options": options, "repair": repair, "width_ratio": ratio})
+        recipe = Recipe.parse({"method": method, "options": options, "repair": repair, "mlp_ratio": ratio})
         cut_(student, teacher, sites, recipe, batches, quiet=True)
         found[row] = fidelity(student, teacher, judged)["relative_error"]
         print(f"{name} ratio {ratio:g} {row}: {found[row]:.5f}", flush=True)

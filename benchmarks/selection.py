@@ -24,8 +24,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from vitrim.evaluation import environment
 from vitrim.ops.gram_schmidt import select_units, select_with_curve
+from vitrim.output.provenance import environment
 
 # fc1 of EVA-02-CLIP-E, OpenCLIP bigG, ViT-g/14 and SigLIP SO400M
 LAYERS = ("15360x1792", "8192x1664", "6144x1408", "4304x1152")

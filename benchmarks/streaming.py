@@ -33,12 +33,12 @@ from giants import MEASURE
 from selection import naive
 from timm.models._hub import save_config_for_hf
 
-from vitrim.budget import parse_bytes
-from vitrim.checkpoint import write_json
-from vitrim.evaluation import environment
+from vitrim.cost.memory import parse_bytes
 from vitrim.models.origin import on_meta
-from vitrim.tensor_files import CHUNK_BYTES, open_tensors, tensor_bytes
-from vitrim.tensor_writer import TensorWriter
+from vitrim.output.provenance import environment
+from vitrim.storage.documents import write_json
+from vitrim.storage.tensor_files import CHUNK_BYTES, open_tensors, tensor_bytes
+from vitrim.storage.tensor_writer import TensorWriter
 
 SHARD_BYTES = 2 * 10**9
 NUM_PICKS = 12  # of the published loop, timed
@@ -71,7 +71,7 @@ source, out, budget, num_images, batch_size, size = sys.argv[1:]
 generator = torch.Generator().manual_seed(0)
 images = list(torch.randn(int(num_images), 3, int(size), int(size), generator=generator))
 calibrate = {"batch_size": int(batch_size), "num_images": int(num_images)}
-recipe = vitrim.Recipe(width_ratio=1, repair={"refit": False}, calibrate=calibrate)
+recipe = vitrim.Recipe(mlp_ratio=1, repair={"refit": False}, calibrate=calibrate)
 vitrim.prune_checkpoint(source, out, recipe=recipe, data=images, memory_budget=budget or None)
 """
 
@@ -126,8 +126,8 @@ def one(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any
     remove(folder / "copy")
     inspected = run_measured(vitrim("inspect", source, "--json"))
     row["inspect"] = {key: inspected[key] for key in ("seconds", "peak_bytes")}
-    row["forecast"] = json.loads(inspected["output"])["checkpoint"]
-    done = run_measured(vitrim("prune-checkpoint", source, folder / "whole", "--width-ratio", "1", "--json"))
+    row["estimate_run"] = json.loads(inspected["output"])["checkpoint"]
+    done = run_measured(vitrim("prune-checkpoint", source, folder / "whole", "--mlp-ratio", "1", "--json"))
     printed = json.loads(done["output"])
     row |= {key: printed[key] for key in ("parameters", "bytes", "stock", "loads_with")}
     row |= {"seconds": done["seconds"], "peak_bytes": done["peak_bytes"], "sha256": hashes(folder / "whole")}
@@ -135,7 +135,7 @@ def one(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any
         for part in ("source", "whole"):
             remove(folder / part)
         write_checkpoint(source, known.architecture, arguments.kill_depth, seed)
-        run_measured(vitrim("prune-checkpoint", source, folder / "whole", "--width-ratio", "1", "--quiet"))
+        run_measured(vitrim("prune-checkpoint", source, folder / "whole", "--mlp-ratio", "1", "--quiet"))
     row["killed"] = {"depth": min(depth, arguments.kill_depth), **killed_and_resumed(source, folder)}
     if not arguments.keep:
         remove(folder)
@@ -174,7 +174,7 @@ def killed_and_resumed(source: Path, folder: Path) -> dict[str, Any]:
     out, work = folder / "killed", folder / ".killed.partial"
     num_sites = sum(name.endswith(".norm2.weight") for name in open_tensors(source))
     output = sum(path.stat().st_size for path in (folder / "whole").glob("*.safetensors"))
-    command = vitrim("prune-checkpoint", source, out, "--width-ratio", "1", "--quiet")
+    command = vitrim("prune-checkpoint", source, out, "--mlp-ratio", "1", "--quiet")
     stages = {
         "picked": lambda: max(0, lines(work / "picks.jsonl") - 1) / num_sites,
         "written": lambda: sum(path.stat().st_blocks * 512 for path in (work / "weights").glob("*")) / output,
@@ -252,8 +252,8 @@ def copy(source: Path, target: Path) -> None:
     """Copy every file, down to the disk."""
     target.mkdir()
     for path in source.iterdir():
-        with path.open("rb") as reader, (target / path.name).open("wb") as writer:
-            while chunk := reader.read(CHUNK_BYTES):
+        with path.open("rb") as backend, (target / path.name).open("wb") as writer:
+            while chunk := backend.read(CHUNK_BYTES):
                 writer.write(chunk)
             writer.flush()
             os.fsync(writer.fileno())
@@ -300,7 +300,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
     rows = []
     for row in result["rows"]:
-        (before, after), said = row["parameters"], row["forecast"]
+        (before, after), said = row["parameters"], row["estimate_run"]
         killed = f"{'yes' if row['killed']['equal'] else 'NO'}, at {row['killed']['depth']} blocks"
         rows.append(
             (
@@ -320,7 +320,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def calibration_table(result: dict[str, Any]) -> str:
     """Selection and repair on images, as the documentation shows them."""
-    program = {row["model"]: row["forecast"]["program"] for row in result["rows"]}
+    program = {row["model"]: row["estimate_run"]["program"] for row in result["rows"]}
     head_of_images = ("model", "blocks", "images", "way", "peak memory (said)", "time", "same bytes as in memory")
     calibrated = [
         (

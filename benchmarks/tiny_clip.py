@@ -1,7 +1,7 @@
 """Trains a small CLIP on CIFAR-10, then runs everything that vitrim does to a pair on it: the table of docs/clip.md.
 
 Captions are made from class names and from how the image was changed: "a blurry photo of a cat". So a caption tells
-more than a class, and retrieval has something to find. The chain: cut the image tower to width ratio 1, repaired;
+more than a class, and retrieval has something to find. The chain: cut the image tower to MLP ratio 1, repaired;
 distil; zero-shot; retrieval; tune the text tower; write; load with open_clip alone. Needs ../shared (CIFAR-10). Prints
 a table and writes JSON with machine, versions, seed and command.
 
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as tv
 
 import vitrim
-from vitrim.checkpoint import open_model
-from vitrim.clip import retrieval, tune_text, zero_shot
+from vitrim.clip.contrastive import contrastive_loss
+from vitrim.clip.tasks import retrieval, tune_text, zero_shot
+from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
-from vitrim.evaluation import environment
-from vitrim.recipe import Recipe
-from vitrim.recover.contrastive import contrastive_loss
+from vitrim.output.load import open_model
+from vitrim.output.provenance import environment
 from vitrim.recover.schedule import rate_shape
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -175,11 +175,11 @@ class Bench:
         return normalised(with_looks(images, looks)), texts
 
     def compress(self, original: Path, out: Path, *, method: str = "dgmr", steps: int | None = None) -> vitrim.Result:
-        """Cut the image tower to width ratio 1, on images without captions."""
+        """Cut the image tower to MLP ratio 1, on images without captions."""
         images, _ = self.draw(200 if self.arguments.quick else 20_000, torch.Generator().manual_seed(1), augment=False)
         recover = None if steps is None else {"steps": steps, "batch_size": self.batch_size // 2, "flip": True}
         options = {"repair": {"refit_steps": 20}, "calibrate": {"num_images": 100}} if self.arguments.quick else {}
-        recipe = Recipe.parse({**options, "width_ratio": 1, "method": method, "recover": recover, "seed": self.seed})
+        recipe = Recipe.parse({**options, "mlp_ratio": 1, "method": method, "recover": recover, "seed": self.seed})
         return vitrim.compress(str(original), data=list(images), recipe=recipe, out=out, quiet=True)
 
     def tune(self, source: Path, out: Path) -> Any:

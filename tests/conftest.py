@@ -24,9 +24,9 @@ from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
-from vitrim import checkpoint
-from vitrim.cost import measure_latency
+from vitrim.cost.count import measure_latency
 from vitrim.models.sites import find_mlps
+from vitrim.output import verify
 from vitrim.types import MlpSite, Stats
 
 SIZE = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     assert measure_latency.__kwdefaults__ is not None
     measure_latency.__kwdefaults__["min_run_time_s"] = 0.0  # once each: no test is about how long something takes
     config.addinivalue_line("markers", "fresh: results are loaded in a fresh process, as for users; else in this one")
-    checkpoint.subprocess = SimpleNamespace(run=_run_check)  # type: ignore[assignment]
+    verify.subprocess = SimpleNamespace(run=_run_check)  # type: ignore[assignment]
 
 
 def pytest_collection_finish() -> None:
@@ -61,7 +61,7 @@ def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "subprocess", subprocess)
+        patch.setattr(verify, "subprocess", subprocess)
         yield
 
 

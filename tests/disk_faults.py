@@ -90,7 +90,7 @@ class Bench:
         out, recipe = str(place / self.out), ["--recipe", str(place / "recipe.yaml"), "--quiet"]
         going_on = ["--resume"] if resume else []
         if self.job == "slice":
-            return ["slice", str(place / "previous"), "--width-ratio", "0.5", "--out", out]
+            return ["slice", str(place / "previous"), "--mlp-ratio", "0.5", "--out", out]
         if self.job == "export":
             return ["export", str(place / "previous"), "--to", "torch", "--out", out]
         source = str(self.scene.source)
@@ -100,7 +100,7 @@ class Bench:
 
     def run(self, place: Path, *, resume: bool | None = None) -> int:
         """Run the job as the command line does."""
-        from vitrim.cli import run
+        from vitrim.cli.app import run
 
         return run(self.command(place, resume=self.job == "resume" if resume is None else resume))
 
@@ -167,12 +167,13 @@ class Bench:
 
 def _leave_out_what_takes_time() -> None:
     """Timing and plots, and the check in a fresh process, which becomes one in this."""
-    import vitrim.evaluation
     import vitrim.export
-    import vitrim.pipeline
-    import vitrim.report.page
     import vitrim.slicing
-    from vitrim.checkpoint import load
+
+    import vitrim.compression.pipeline
+    import vitrim.evaluation
+    import vitrim.report.page
+    from vitrim.output.load import load
 
     def verify(folder: Path, *_: Any, **__: Any) -> float:
         load(folder)
@@ -181,8 +182,8 @@ def _leave_out_what_takes_time() -> None:
     def latency(*_: Any, batch_sizes: Any = (1,), **__: Any) -> dict[int, dict[str, float]]:
         return {size: {"median_ms": 1.0, "iqr_ms": 0.0} for size in batch_sizes}
 
-    vitrim.pipeline.verify = vitrim.slicing.verify = verify
-    vitrim.export.measure_latency = vitrim.evaluation.measure_latency = latency
+    vitrim.compression.pipeline.verify = vitrim.compression.slicing.verify = verify
+    vitrim.output.export.measure_latency = vitrim.evaluation.measure_latency = latency
     vitrim.report.page.write_report = lambda path, *_: path.write_text("the page")
 
 

@@ -23,7 +23,7 @@ from faults import FULL, INPUTS, PLANNED, ROOT, Scene, use_recipe
 import vitrim
 from vitrim.data import open_images, transform_for
 from vitrim.errors import VitrimError
-from vitrim.tensor_files import open_tensors
+from vitrim.storage.tensor_files import open_tensors
 
 
 def _read_tensors(folder: Path) -> None:

@@ -28,10 +28,10 @@ from checkpoints import SOURCES, snapshot
 from PIL import Image
 
 import vitrim
-from vitrim.cli import run
+from vitrim.cli.app import run
+from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
 from vitrim.errors import VitrimError
-from vitrim.recipe import Recipe
 from vitrim.types import MlpSite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,13 +65,13 @@ ATTENTION |= {"head_dim": 16, "scale": 0.25, "as_tuple": False}
 LAYER = {"path": "blocks.1.mlp.fc1", "kind": "linear", "num_in": 32, "num_out": 128}
 PLANNED = (
     {"edit": "keep_units", "site": MLP, "keep": [5, 3, 1]},
-    {"edit": "factorize", "layer": LAYER, "rank": 4},
-    {"edit": "split_experts", "site": MLP, "order": list(range(128)), "num_experts": 4, "num_active": 2},
+    {"edit": "low_rank", "layer": LAYER, "rank": 4},
+    {"edit": "moefication", "site": MLP, "order": list(range(128)), "num_experts": 4, "num_active": 2},
     {"edit": "top_k", "site": MLP, "num_active": 5},
     {"edit": "replace_activation", "site": MLP},
     {"edit": "keep_head_dims", "site": ATTENTION, "keep_qk": HEADS, "keep_v": HEADS},
     {
-        "edit": "share_basis",
+        "edit": "fips",
         "paths": ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"],
         "roles": ["input", "input"],
         "columns": [128, 128],
@@ -80,7 +80,12 @@ PLANNED = (
         "rank": 8,
     },
 )
-ZOO = {"format": "vitrim-zoo/1", "asked": {"data": "digits"}, "rows": [{"method": "random"}], "original": {}}
+LEADERBOARD = {
+    "format": "vitrim-leaderboard/1",
+    "asked": {"data": "digits"},
+    "rows": [{"method": "random"}],
+    "original": {},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,27 +347,27 @@ def _elastic(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int
     ratio = rng.choice(("0.5", "0.5", "1", "0.25"))
 
     def work() -> int:
-        vitrim.slicing.verify = lambda *_, **__: 0.0
-        return run(["slice", str(copy), "--width-ratio", ratio, "--out", str(folder / "out")])
+        vitrim.compression.slicing.verify = lambda *_, **__: 0.0
+        return run(["slice", str(copy), "--mlp-ratio", ratio, "--out", str(folder / "out")])
 
     return work
 
 
-def _zoo(_: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
-    import vitrim.zoo
+def _leaderboard(_: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
+    import vitrim.leaderboard
 
-    (folder / "zoo.json").write_text(json.dumps(mutated(rng, ZOO)))
+    (folder / "leaderboard.json").write_text(json.dumps(mutated(rng, LEADERBOARD)))
 
     def work() -> int:
-        vitrim.zoo._Runner.of = lambda *_: (_ for _ in ()).throw(VitrimError("opened"))  # type: ignore[assignment]
-        return run(["zoo", "--out", str(folder), "--methods", "random", "--quiet"])
+        vitrim.leaderboard._Runner.of = lambda *_: (_ for _ in ()).throw(VitrimError("opened"))  # type: ignore[assignment]
+        return run(["leaderboard", "--out", str(folder), "--methods", "random", "--quiet"])
 
     return work
 
 
 def _read_all(source: Path) -> None:
     """Every image of a source, preprocessed as a model would have it."""
-    from vitrim.data.transforms import transform_for
+    from vitrim.data import transform_for
 
     for _ in open_images(source, transform=transform_for(INPUTS)).loader(batch_size=2):
         pass
@@ -378,5 +383,5 @@ KINDS: dict[str, Callable[[Scene, random.Random, Path], Callable[[], int]]] = {
     "image": _image,
     "tar shard": _tar,
     "elastic.json": _elastic,
-    "zoo.json": _zoo,
+    "leaderboard.json": _leaderboard,
 }

@@ -26,14 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim import load
-from vitrim.checkpoint import STOCK_CHECK, save
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.options import RepairOptions
+from vitrim.config.recipe import Recipe
 from vitrim.errors import ModelError
-from vitrim.models.load import library
+from vitrim.models.features import FeaturesAt, evaluating, features
+from vitrim.models.load import backend_of
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import nearest_stock_width, stock_origin
-from vitrim.models.taps import FeaturesAt, evaluating, features
-from vitrim.recipe import Recipe, RepairOptions
+from vitrim.output.save import save
+from vitrim.output.verify import STOCK_CHECK
 from vitrim.surgery import KeepUnits, Plan, apply_, weight_of
 from vitrim.types import Features, MlpSite
 
@@ -253,11 +255,11 @@ def stock_reports() -> dict[str, float | str]:
     jobs: dict[str, dict[str, tuple[str, str, str]]] = {}
     for name in FAMILIES:
         found = measured(name)
-        reader, (folder, stock) = library(found.origin.library), found.saved
-        if stock and reader is not None:
+        backend, (folder, stock) = backend_of(found.origin.library), found.saved
+        if stock and backend is not None:
             tensors = {"inputs": found.inputs, "output": found.cut_output.contiguous()}
             save_file(tensors, folder.with_name(f"{folder.name}.probe"))
-            job = (str(folder), found.origin.encoder, reader.RELOAD)
+            job = (str(folder), found.origin.encoder, backend.RELOAD)
             jobs.setdefault(str(found.origin.library), {})[name] = job
     reports: dict[str, float | str] = {}
     for source, each in jobs.items():

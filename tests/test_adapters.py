@@ -18,10 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 import vitrim
+from vitrim.config.options import AdapterOptions, RecoverOptions
+from vitrim.config.recipe import Recipe
 from vitrim.errors import Interrupted, MissingExtraError, OutputError, RecipeError
 from vitrim.layers.adapters import OpLora, find_adapters, merge_adapters_
-from vitrim.models.taps import features
-from vitrim.recipe import AdapterOptions, Recipe, RecoverOptions
+from vitrim.models.features import features
 from vitrim.recover.adapters import adapted, attach_, without_decay
 from vitrim.recover.losses import feature_loss
 from vitrim.recover.peft_layout import WEIGHTS, check_peft, save_adapter
@@ -486,7 +487,7 @@ def test_a_compressed_model_bears_no_trace_of_op_lora(tmp_path):
 
 
 def test_two_processes_train_adapters_as_one_does_also_in_shards_and_with_checkpointed_activations(tmp_path):
-    ways = {"ddp": {}, "sharded": {"shard": True, "checkpoint_activations": True}}
+    ways = {"ddp": {}, "sharded": {"fsdp": True, "checkpoint_activations": True}}
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent(

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitrim
-from vitrim.allocate import allocate, through
 from vitrim.cli.options import CutOptions
-from vitrim.cost import site_macs, site_parameters
+from vitrim.compression.allocate import allocate, through
+from vitrim.config.options import AllocateOptions
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import site_macs, site_parameters
 from vitrim.errors import BudgetError, CheckpointError, RecipeError
 from vitrim.methods import METHODS
 from vitrim.methods.registry import register
 from vitrim.ops.allocation import best_choices, dropped_energy, explained_energy
-from vitrim.options import AllocateOptions
-from vitrim.recipe import Recipe
 
 
 def measured(num_tokens=300, num_hidden=12, num_out=4):

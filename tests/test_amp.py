@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import vitrim
-from vitrim.calibrate import Workbench
-from vitrim.cut import cut_
+from vitrim.calibrate import LiveModelView
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import RecipeError
 from vitrim.methods import METHODS, amp
-from vitrim.models.taps import features
-from vitrim.recipe import Recipe
+from vitrim.models.features import features
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import Features, MlpSite
 
@@ -26,7 +26,7 @@ TAU = 15.0
 
 def bench_of(case, *, width=10, batches=None):
     widths = {site.path: width for site in case.sites}
-    return Workbench(case.copy(), case.sites, widths, case.batches if batches is None else batches, seed=0)
+    return LiveModelView(case.copy(), case.sites, widths, case.batches if batches is None else batches, seed=0)
 
 
 def orders(bench):
@@ -76,7 +76,7 @@ def test_amp_entropy_of_far_apart_images_is_zero_and_never_nan():
 def test_amp_gradient_matches_finite_differences(build):
     case = build("timm-vit")
     model, site = case.copy().double(), case.sites[0]
-    bench = Workbench(model, case.sites, {}, [case.batches[0].double()], seed=0)
+    bench = LiveModelView(model, case.sites, {}, [case.batches[0].double()], seed=0)
     generator, seen = torch.Generator().manual_seed(0), []
 
     def loss(found: Features) -> Tensor:

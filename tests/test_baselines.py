@@ -11,13 +11,13 @@ import torch
 from conftest import stored_stats
 from torch import Tensor
 
-from vitrim.calibrate import Workbench
-from vitrim.cut import cut_
+from vitrim.calibrate import LiveModelView
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import MissingExtraError
 from vitrim.methods import METHODS
 from vitrim.methods.subspace_node import unexplained_variance
-from vitrim.models.taps import features
-from vitrim.recipe import Recipe
+from vitrim.models.features import features
 from vitrim.surgery import read_weights, submodule
 from vitrim.types import Features, MlpSite, MlpWeights, SiteView
 
@@ -58,7 +58,7 @@ def test_taylor_is_the_squared_jacobian_times_the_activations():
 
 def test_taylor_keeps_the_units_whose_fading_moves_all_features_most(build):
     case = build("timm-vit")
-    bench = Workbench(case.copy(), case.sites, {site.path: 24 for site in case.sites}, case.batches, seed=0)
+    bench = LiveModelView(case.copy(), case.sites, {site.path: 24 for site in case.sites}, case.batches, seed=0)
     edits = list(METHODS["taylor"].propose(bench, METHODS["taylor"].parse_options({"draws": 40})))
     assert [len(edit.keep) for edit in edits] == [24, 24]
     site, step = case.sites[0], 1e-3

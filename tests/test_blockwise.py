@@ -1,4 +1,4 @@
-"""Recovery block by block: it is the plain thing done slowly, whatever is spilled, killed or spread over processes."""
+"""Recovery block by block: it is the plain thing done slowly, whatever is on disk, killed or spread over processes."""
 
 import copy
 import os
@@ -16,13 +16,14 @@ import torch
 
 import vitrim
 from vitrim.calibrate import streams
+from vitrim.config.options import BlockwiseOptions
+from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
 from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from vitrim.metrics.fidelity import fidelity
-from vitrim.recipe import BlockwiseOptions, Recipe
-from vitrim.recover import blockwise, lessons
-from vitrim.recover.blockwise import recover_blocks_
-from vitrim.recover.lessons import disk_bytes, read_ahead
+from vitrim.repair import block_data, blockwise
+from vitrim.repair.block_data import disk_bytes, read_ahead
+from vitrim.repair.blockwise import recover_blocks_
 from vitrim.surgery import KeepUnits, apply_
 
 CHAINS = ("timm-vit-scaled", "timm-packed", "timm-post-norm", "timm-parallel", "hf-vit", "llama-order")
@@ -112,7 +113,7 @@ def test_reported_errors_are_those_of_full_forwards_and_never_worse(build, name,
 def test_an_mlp_alone_learns_what_it_learns_inside_its_block(build, monkeypatch, name, inputs):
     case, found = build(name), []
     for alone in (True, False):
-        monkeypatch.setattr(lessons, "stands_alone", lambda *_, alone=alone: alone)
+        monkeypatch.setattr(block_data, "stands_alone", lambda *_, alone=alone: alone)
         student = cut(case)
         run(case, student, inputs=inputs)
         found.append(weights(student))
@@ -254,7 +255,7 @@ def test_a_stopped_run_goes_on_from_its_last_finished_block(build, tmp_path, mon
 def test_ctrl_c_in_the_middle_of_a_block_leaves_the_block_as_it_was(build, tmp_path, monkeypatch):
     case = build("timm-vit")
     student = cut(case)
-    start, real, calls = weights(student), lessons.Lesson._errors, []
+    start, real, calls = weights(student), block_data.BlockTask._errors, []
 
     def errors(self, batch):
         calls.append(batch)
@@ -262,7 +263,7 @@ def test_ctrl_c_in_the_middle_of_a_block_leaves_the_block_as_it_was(build, tmp_p
             raise KeyboardInterrupt
         return real(self, batch)
 
-    monkeypatch.setattr(lessons.Lesson, "_errors", errors)
+    monkeypatch.setattr(block_data.BlockTask, "_errors", errors)
     with pytest.raises(Interrupted, match="0 of 2 blocks"):
         run(case, student, folder=tmp_path)
     assert not changed(start, weights(student)) and not list(tmp_path.glob("streams*"))
@@ -284,15 +285,15 @@ def test_blocks_of_other_options_or_damaged_ones_are_refused(build, tmp_path):
 
 def test_bytes_are_those_of_the_files_and_a_disk_without_room_is_refused(build, tmp_path, monkeypatch):
     case, most = build("timm-vit"), 0
-    real = lessons.Lessons.enter
+    real = block_data.BlockData.enter
 
     def measure(self, index):
         nonlocal most
         lesson = real(self, index)
-        most = sum(path.stat().st_size for path in self.spill.rglob("*.pt"))
+        most = sum(path.stat().st_size for path in self.offload.rglob("*.pt"))
         return lesson
 
-    monkeypatch.setattr(lessons.Lessons, "enter", measure)
+    monkeypatch.setattr(block_data.BlockData, "enter", measure)
     for values in ({}, {"inputs": "teacher"}, {"train": "block"}):
         options = BlockwiseOptions(**values)
         said = disk_bytes(case.model, case.sites, torch.randn(2, 3, 32, 32), num_images=30, options=options)
@@ -343,7 +344,7 @@ import torch
 torch.set_num_threads(1)
 from conftest import build_case
 from test_blockwise import cut, run
-from vitrim.recover import blockwise
+from vitrim.repair import blockwise
 
 case, folder, how = build_case("timm-vit-scaled"), Path(sys.argv[1]), sys.argv[2:]
 if "kill" in how:

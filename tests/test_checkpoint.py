@@ -11,10 +11,12 @@ import timm
 import torch
 
 import vitrim
-from vitrim.checkpoint import save, staged_output, verify
 from vitrim.errors import CheckpointError, OutputError
 from vitrim.models.load import origin_of
 from vitrim.models.sites import find_mlps
+from vitrim.output.save import save
+from vitrim.output.stage import staged_output
+from vitrim.output.verify import verify
 from vitrim.recover.state import load_state, save_state
 from vitrim.surgery import KeepUnits, Plan, apply_
 
@@ -88,7 +90,7 @@ def test_swin_cut_by_one_ratio_is_stock_too(tmp_path):
     torch.manual_seed(0)
     architecture, arguments = FAMILIES["swin"]
     model = timm.create_model(architecture, **arguments).eval()
-    result = vitrim.compress(model, method="magnitude", width_ratio=2.0, out=tmp_path / "out", quiet=True)
+    result = vitrim.compress(model, method="magnitude", mlp_ratio=2.0, out=tmp_path / "out", quiet=True)
     assert len(set(result.plan.widths.values())) > 1 and result.metrics["stock"]
     stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert torch.equal(stock(IMAGES), result.model(IMAGES))

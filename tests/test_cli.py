@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitrim.cli import app, run
+from vitrim.cli.app import app, run
 from vitrim.errors import VitrimError
 from vitrim.methods import METHODS
 
@@ -32,7 +32,7 @@ def test_inspect_prints_a_table_or_one_json_document(capsys):
     assert "683,242 parameters" in capsys.readouterr().out
     assert run(["inspect", DIGITS, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["sites"]) == 6 and found["predicted"][1] == {"width_ratio": 1.0, "parameters": 349738}
+    assert len(found["sites"]) == 6 and found["predicted"][1] == {"mlp_ratio": 1.0, "parameters": 349738}
 
 
 def test_methods_lists_every_method_with_its_paper(capsys):
@@ -46,7 +46,7 @@ def test_compress_and_evaluate(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     command = ["compress", DIGITS, "--data", "digits", "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
-    assert run([*command, "--steps", "2", "--width-ratio", "0.5", "--json"]) == 0
+    assert run([*command, "--steps", "2", "--mlp-ratio", "0.5", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["widths"]["blocks.0.mlp"] == [384, 48] and printed["recovery"]["num_steps"] == 2
     assert run(["evaluate", str(tmp_path / "out"), "--against", DIGITS, "--data", "digits", "--limit", "40"]) == 0
@@ -81,15 +81,22 @@ def test_options_of_the_command_line_reach_the_recipe(tmp_path, monkeypatch, cap
         seen.append(recipe)
         raise VitrimError("that is all")
 
-    monkeypatch.setattr("vitrim.pipeline.compress", stop_there)
-    given = "--method low-rank --option rank=0.5 --option solver=svd --blockwise block --steps 8 --accumulate 2"
-    given += " --precision bf16 --checkpoint-activations --save-every 3 --epoch-images 64"
+    monkeypatch.setattr("vitrim.compression.pipeline.compress", stop_there)
+    given = "--method low-rank --option rank=0.5 --option solver=svd --blockwise block --steps 8"
+    given += " --gradient-accumulation-steps 2 --precision bf16 --checkpoint-activations"
+    given += " --save-every 3 --epoch-images 64"
     command = ["compress", DIGITS, "--out", str(tmp_path / "out"), *given.split()]
     assert run(command) == 2 and "that is all" in capsys.readouterr().err
     (recipe,) = seen
     assert recipe.method == "low-rank" and recipe.options == {"rank": 0.5, "solver": "svd"}
     assert recipe.blockwise.train == "block"
-    wanted = {"accumulate": 2, "precision": "bf16", "checkpoint_activations": True, "save_every": 3, "epoch_images": 64}
+    wanted = {
+        "gradient_accumulation_steps": 2,
+        "precision": "bf16",
+        "checkpoint_activations": True,
+        "save_every": 3,
+        "epoch_images": 64,
+    }
     assert wanted.items() <= recipe.recover.model_dump().items()
 
 
@@ -125,7 +132,7 @@ BAD = {
     "corrupt data": (["compress", DIGITS, "--data", "{0}/corrupt", "--out", "{0}/out"], "could be read"),
     "width 0": (["compress", DIGITS, "--width", "0", "--out", "{0}/out"], "use 1..384"),
     "width above": (["compress", DIGITS, "--width", "385", "--out", "{0}/out"], "use 1..384"),
-    "ratio 0": (["compress", DIGITS, "--width-ratio", "0", "--out", "{0}/out"], "greater than 0"),
+    "ratio 0": (["compress", DIGITS, "--mlp-ratio", "0", "--out", "{0}/out"], "greater than 0"),
     "recipe key": (["compress", "--recipe", "{0}/recipe.yaml", "--out", "{0}/out"], "unknown key 'distil'"),
     "no recipe": (["compress", "--recipe", "{0}/none.yaml", "--out", "{0}/out"], "none.yaml"),
     "no model": (["compress", "--out", "{0}/out"], "model"),

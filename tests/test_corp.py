@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 import vitrim
-from vitrim.calibrate import Workbench
-from vitrim.cut import cut_
+from vitrim.calibrate import LiveModelView
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, ModelError, RecipeError
 from vitrim.layers.attention import SlimAttention
 from vitrim.methods import corp
 from vitrim.models.attention import find_attentions
 from vitrim.models.sites import find_mlps
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
-from vitrim.recipe import Recipe
 from vitrim.surgery import KeepHeadDims, Plan, apply_
 from vitrim.types import MlpSite
 
@@ -112,7 +112,7 @@ def tower(bias, **options):
         MlpSite(path=f"layers.{n}", kind="plain", d_model=8, d_hidden=20, value=f"layers.{n}.0", output=f"layers.{n}.2")
         for n in range(2)
     )
-    view = Workbench(copy.deepcopy(model), sites, {site.path: 10 for site in sites}, batches, seed=0)
+    view = LiveModelView(copy.deepcopy(model), sites, {site.path: 10 for site in sites}, batches, seed=0)
     edits = []
     for edit in corp.propose(view, corp.CorpOptions(**options)):
         apply_(view.model, [edit])
@@ -175,13 +175,13 @@ def test_corp_streamed_sums_equal_those_of_one_batch_and_a_ridge_does_not_depend
     """The published code's ridge is absolute while its Gram matrices grow with the number of tokens."""
     _, model, batches, edits = tower(0.0, ridge=0.1)
     site = edits[0].site
-    view = Workbench(model, (site,), {site.path: 10}, batches, seed=0)
+    view = LiveModelView(model, (site,), {site.path: 10}, batches, seed=0)
     whole = hidden_of(model, edits[0], batches)
     stats = corp._mlp_stats(view, site, view.weights(site))
     torch.testing.assert_close(stats.hidden_HH, whole.T @ whole)
     torch.testing.assert_close(stats.hidden_H, whole.sum(0))
     for others in ([torch.cat(batches)], batches * 5):
-        view = Workbench(model, (site,), {site.path: 10}, others, seed=0)
+        view = LiveModelView(model, (site,), {site.path: 10}, others, seed=0)
         (again,) = corp.propose(view, corp.CorpOptions(ridge=0.1))
         assert again.keep == edits[0].keep
         for name, tensor in edits[0].tensors.items():
@@ -284,7 +284,7 @@ def test_attention_with_positions_or_norms_inside_is_left_alone_with_a_note():
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, qk_norm=True, num_classes=0)
-    bench = Workbench(model.eval(), [], {}, [torch.randn(2, 3, 32, 32)], seed=0)
+    bench = LiveModelView(model.eval(), [], {}, [torch.randn(2, 3, 32, 32)], seed=0)
     assert bench.attentions() == [] and "no plain attention" in bench.notes[0]
 
 

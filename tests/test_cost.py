@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrim import cost
+from vitrim.cost import count as cost
 
 DIM, DEPTH, HEADS, HIDDEN, SIZE, PATCH, CLASSES = 64, 2, 2, 96, 32, 4, 10
 TOKENS = (SIZE // PATCH) ** 2 + 1

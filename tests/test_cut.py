@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrim.calibrate import walk
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
-from vitrim.recipe import Recipe
-from vitrim.recover.refit import refit_, site_tensors
+from vitrim.repair.refit import refit_, site_tensors
 from vitrim.surgery import KeepUnits, apply_, read_weights
 from vitrim.types import MlpSite
 
@@ -240,7 +240,7 @@ def test_both_mlps_of_a_parallel_block_are_cut(build):
     assert {read_weights(student, site).num_units for site in case.sites} == {40}  # 38.4 rounded to eights
 
 
-@pytest.mark.parametrize("budget", [{"width": 97}, {"width": 0}, {"width_ratio": 3.1}, {"width": -8}])
+@pytest.mark.parametrize("budget", [{"width": 97}, {"width": 0}, {"mlp_ratio": 3.1}, {"width": -8}])
 @pytest.mark.parametrize("images", [True, False])
 def test_a_width_out_of_range_is_refused_before_any_work(build, budget, images):
     case = build("timm-vit")
@@ -278,15 +278,15 @@ def site(d_model, d_hidden):
 @pytest.mark.parametrize(
     ("budget", "d_model", "d_hidden", "expected"),
     [
-        ({}, 384, 1536, 384),  # nothing asked for is width ratio 1
+        ({}, 384, 1536, 384),  # nothing asked for is MLP ratio 1
         ({}, 100, 400, 100),  # which is exact
-        ({"width_ratio": 1.0}, 100, 400, 100),
-        ({"width_ratio": 0.5}, 100, 400, 48),
-        ({"width_ratio": 2.0}, 100, 400, 200),
-        ({"width_ratio": 0.53}, 384, 1536, 200),
-        ({"width_ratio": 4.0}, 100, 400, 400),
-        ({"width_ratio": 4.0}, 25, 100, 100),  # the full width, though no multiple of 8
-        ({"width_ratio": 0.01}, 100, 400, 8),  # never nothing
+        ({"mlp_ratio": 1.0}, 100, 400, 100),
+        ({"mlp_ratio": 0.5}, 100, 400, 48),
+        ({"mlp_ratio": 2.0}, 100, 400, 200),
+        ({"mlp_ratio": 0.53}, 384, 1536, 200),
+        ({"mlp_ratio": 4.0}, 100, 400, 400),
+        ({"mlp_ratio": 4.0}, 25, 100, 100),  # the full width, though no multiple of 8
+        ({"mlp_ratio": 0.01}, 100, 400, 8),  # never nothing
         ({"keep_ratio": 1.0}, 100, 273, 273),
         ({"keep_ratio": 0.5}, 100, 273, 136),
         ({"keep_ratio": 0.5, "round_to": 1}, 100, 273, 136),
@@ -317,13 +317,13 @@ def test_rounding_stays_in_range_and_never_moves_an_exact_width(d_model, d_hidde
     assert Recipe(keep_ratio=1.0, round_to=round_to).width_of(place) == d_hidden
 
 
-@pytest.mark.parametrize("budget", [{"width": 8, "width_ratio": 1.0}, {"keep_ratio": 0.5, "width": 3}])
+@pytest.mark.parametrize("budget", [{"width": 8, "mlp_ratio": 1.0}, {"keep_ratio": 0.5, "width": 3}])
 def test_two_budgets_are_refused(budget):
-    with pytest.raises(RecipeError, match="give exactly one of width_ratio, keep_ratio and width, not "):
+    with pytest.raises(RecipeError, match="give exactly one of mlp_ratio, keep_ratio and width, not "):
         Recipe.parse(budget)
 
 
-@pytest.mark.parametrize("budget", [{"width_ratio": 0}, {"width_ratio": -1}, {"keep_ratio": 1.2}, {"width": 1.5}])
+@pytest.mark.parametrize("budget", [{"mlp_ratio": 0}, {"mlp_ratio": -1}, {"keep_ratio": 1.2}, {"width": 1.5}])
 def test_budgets_that_mean_nothing_are_refused(budget):
     with pytest.raises(RecipeError, match=rf"^recipe: {next(iter(budget))}: .*got"):
         Recipe.parse(budget)

@@ -11,16 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from vitrim.data import (
-    Batch,
-    ImageSet,
-    augment_for,
-    collate,
-    first_images,
-    open_images,
-    split_indices,
-    transform_for,
-)
+from vitrim.data import Batch, ImageSet, augment_for, collate, first_images, open_images, split_indices, transform_for
 from vitrim.errors import DataError, RecipeError
 
 CFG_32 = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 1.0}

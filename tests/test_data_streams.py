@@ -23,12 +23,13 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import vitrim
+from vitrim.config.options import RecoverOptions
+from vitrim.config.recipe import Recipe
 from vitrim.data import ImageStream, augment_for, is_text, open_images, open_stream, split_images
 from vitrim.errors import DataError, MissingExtraError, RecipeError
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import recover_
-from vitrim.recover.order import StreamOrder, open_order
+from vitrim.recover.sampler import StreamSampler, open_sampler
 from vitrim.surgery import KeepUnits, apply_
 
 CFG = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -96,7 +97,7 @@ def numbers(*sizes: int) -> ImageStream:
 def order_of(stream, **kwargs):
     ranks = {name: kwargs.pop(name) for name in ("rank", "num_processes") if name in kwargs}
     options = RecoverOptions(**{"steps": 1, "batch_size": 6, "stream_lanes": 4, "shuffle_buffer": 8, **kwargs})
-    return StreamOrder(stream, options, 0, **ranks)
+    return StreamSampler(stream, options, 0, **ranks)
 
 
 def images_at(steps) -> list[dict[int, float]]:
@@ -244,7 +245,12 @@ def test_every_number_of_processes_sees_the_same_global_batches(
 ):
     held_out = {(shard, 0) for shard, size in enumerate(sizes) if size > 1}
     stream = numbers(*sizes).without(held_out)
-    options = {"batch_size": batch_size, "accumulate": accumulate, "stream_lanes": lanes, "shuffle_buffer": buffer}
+    options = {
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "stream_lanes": lanes,
+        "shuffle_buffer": buffer,
+    }
     num_images = sum(sizes) - len(held_out)
     num_steps = 3 * num_images // (batch_size * accumulate) + 2
     whole = images_at(order_of(stream, **options).steps(0, num_steps))
@@ -396,7 +402,7 @@ def test_two_processes_take_the_same_steps_as_one_on_a_stream(tmp_path):
             torch.set_num_threads(1)
             from test_data_streams import *
             files = sorted(Path(sys.argv[1]).glob("*.tar"))
-            weights, _ = train(open_stream(piped(files)), lr=1e-4, accumulate=2)
+            weights, _ = train(open_stream(piped(files)), lr=1e-4, gradient_accumulation_steps=2)
             if int(os.environ.get("RANK", 0)) == 0:
                 torch.save(weights, sys.argv[2])
             """
@@ -415,11 +421,11 @@ def test_two_processes_take_the_same_steps_as_one_on_a_stream(tmp_path):
 
 def test_a_stream_needs_a_length_and_takes_no_cache():
     with pytest.raises(RecipeError, match=r"epochs: numbers is a stream of unknown length; give recover\.steps"):
-        open_order(numbers(4), RecoverOptions(epochs=1), 0)
-    order = open_order(numbers(4), RecoverOptions(epochs=2, epoch_images=1000, batch_size=10), 0)
+        open_sampler(numbers(4), RecoverOptions(epochs=1), 0)
+    order = open_sampler(numbers(4), RecoverOptions(epochs=2, epoch_images=1000, batch_size=10), 0)
     assert order.steps_per_epoch == 100
     with pytest.raises(RecipeError, match="cache_teacher: numbers is a stream"):
-        open_order(numbers(4), RecoverOptions(steps=1, cache_teacher=True), 0)
+        open_sampler(numbers(4), RecoverOptions(steps=1, cache_teacher=True), 0)
 
 
 # Hugging Face sets
@@ -494,7 +500,7 @@ def test_compress_and_evaluate_on_a_stream(tmp_path):
     from test_pipeline import DIGITS, few
 
     source = piped(write_shards(tmp_path / "shards", num_shards=3, per_shard=50))
-    recover = {"steps": 3, "batch_size": 8, "lr": 1e-4, "track": ["tensorboard"]}
+    recover = {"steps": 3, "batch_size": 8, "lr": 1e-4, "report_to": ["tensorboard"]}
     result = vitrim.compress(DIGITS, data=source, recipe=few(), recover=recover, out=tmp_path / "out", quiet=True)
     assert result.metrics["images"] == {"train": None, "calibration": 96, "held_out": 15, "skipped": 0}
     assert {path.name for path in tmp_path.iterdir()} == {"shards", "out"}

@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 
+from vitrim.config.options import RecoverOptions
 from vitrim.data import ImageSet, open_images
 from vitrim.errors import Interrupted, OutputError
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import RecoverOptions
 from vitrim.recover.distill import recover_
 from vitrim.recover.losses import feature_loss
 from vitrim.recover.schedule import rate_shape
@@ -114,7 +114,7 @@ def test_labels_change_nothing():
 
 def test_accumulation_equals_one_large_batch():
     results = []
-    for options in ({"batch_size": 16}, {"batch_size": 4, "accumulate": 4}):
+    for options in ({"batch_size": 16}, {"batch_size": 4, "gradient_accumulation_steps": 4}):
         teacher = make_teacher()
         student = make_student(teacher)
         run(student, teacher, options={**options, "steps": 3, "lr": 1e-4})
@@ -238,7 +238,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
 
 def poison(monkeypatch, at, value=float("nan")):
     """Make the loss of some training steps (counted over the whole process) no number, or huge."""
-    from vitrim.recover import run as module
+    from vitrim.cli.app import run as module
 
     seen = {"steps": 0}
 

@@ -1,7 +1,7 @@
 """The documentation keeps its word: recipes load, Python blocks run, command lines parse, make targets exist.
 
 A block is left alone (compiled or parsed, not run) behind a comment `<!-- needs: ... -->` that says what it would need.
-The Python blocks of a page run in order, in one fresh process and an empty folder, as a reader would type them.
+The Python blocks of a page run in order, in one fresh process and an empty folder, as a backend would type them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import pytest
 import yaml
 from cyclopts import CycloptsError
 
-from vitrim.cli import app
-from vitrim.methods import METHODS
-from vitrim.recipe import (
+from vitrim.cli.app import app
+from vitrim.config.options import (
     AdapterOptions,
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
-    Recipe,
     RecoverOptions,
     RepairOptions,
-    known_keys,
 )
+from vitrim.config.recipe import Recipe, known_keys
+from vitrim.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -42,15 +41,16 @@ NEEDS = re.compile(r"<!-- needs: [^>]+ -->\s*$")
 # and results are not loaded in fresh processes, which test_checkpoint.py tries.
 RUN = """
 import runpy, sys
-import vitrim.pipeline
-from vitrim.cost import measure_latency
-from vitrim.recipe import CalibrateOptions, Recipe, RepairOptions
+import vitrim.compression.pipeline
+from vitrim.cost.count import measure_latency
+from vitrim.config.options import CalibrateOptions, RepairOptions
+from vitrim.config.recipe import Recipe
 measure_latency.__kwdefaults__["min_run_time_s"] = 0.0
 RepairOptions.model_fields["refit_steps"].default = 10
 Recipe.model_fields["calibrate"].default = CalibrateOptions(num_images=64)
 for options in (RepairOptions, Recipe):
     options.model_rebuild(force=True)
-vitrim.pipeline.verify = lambda *args, **kwargs: 0.0
+vitrim.compression.pipeline.verify = lambda *args, **kwargs: 0.0
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}

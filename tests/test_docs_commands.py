@@ -20,13 +20,13 @@ from test_docs import PAGES, ROOT, blocks_of, commands_of, name
 from test_text import WORDS, bert_tokenizer, build_bert
 
 import vitrim
-from vitrim.cli import run
+from vitrim.cli.app import run
 
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
 # What a name in the documentation stands for here, by how it starts.
 STAND_INS = {"timm/swin": "swin", "timm/": "vit", "open_clip/": "pair", "hf/": "bert"}
 FINISHED = ("small", "relu")  # how folders of finished runs are called, or begin
-MORE = {"zoo": ["--methods", "random"]}  # all methods take minutes
+MORE = {"leaderboard": ["--methods", "random"]}  # all methods take minutes
 
 
 def runnable(page: Path) -> list[list[str]]:
@@ -44,13 +44,13 @@ def models(tmp_path_factory):
     write_pair("open_clip", root / "pair")
     build_bert().save_pretrained(root / "bert")
     bert_tokenizer().save_pretrained(root / "bert")
-    vitrim.compress(str(root / "vit"), method="magnitude", width_ratio=2, out=root / "small", quiet=True)
+    vitrim.compress(str(root / "vit"), method="magnitude", mlp_ratio=2, out=root / "small", quiet=True)
     return root
 
 
 @pytest.fixture
 def here(models, tmp_path, monkeypatch):
-    """A working folder as a reader has it."""
+    """A working folder as a backend has it."""
     monkeypatch.chdir(tmp_path)
     timm_shards(tmp_path / "EVA-CLIP-E")
     (tmp_path / "photos").mkdir()

@@ -18,18 +18,19 @@ from test_distill import HELD_OUT, assert_equal, make_images, make_student, make
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
-from vitrim.checkpoint import open_model, save, write_configs
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.compression.slicing import slice_output
+from vitrim.config.options import RecoverOptions, RepairOptions
+from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, CheckpointError, OutputError, RecipeError
+from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.load import origin_of
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe, RecoverOptions, RepairOptions
+from vitrim.output.load import open_model
+from vitrim.output.save import save, write_configs
 from vitrim.recover.distill import recover_
 from vitrim.recover.elastic import Fitting, Slice, Widths, fit_widths, read_widths, save_widths, serving
-from vitrim.recover.losses import relative_error
 from vitrim.recover.run import Run
-from vitrim.recover.targets import features_on_cpu
-from vitrim.slicing import slice_output
 from vitrim.surgery import KeepUnits, Plan, TopKActivation, apply_, transform
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
@@ -172,7 +173,7 @@ def test_the_curve_has_the_error_of_each_width_and_a_state_is_kept_that_makes_no
     teacher = make_teacher()
     student = make_student(teacher, 64)
     result, widths, slices = elastic_run(student, teacher, options={"steps": 24, "num_validations": 8, "lr": 1e-4})
-    names = [f"width_ratio={ratio:g}" for ratio in widths.units]
+    names = [f"mlp_ratio={ratio:g}" for ratio in widths.units]
     first, scores = result.curve[0], []
     for point in result.curve:
         assert point["relative_error"] == pytest.approx(sum(point[name] for name in names) / 3)
@@ -202,7 +203,7 @@ def test_a_width_that_starts_perfect_does_not_make_the_others_look_diverged():
     teacher = make_teacher()
     student = copy.deepcopy(teacher)
     result, *_ = elastic_run(student, teacher, options={"elastic": (0.25, 4.0), "steps": 12})
-    assert result.notes == [] and result.curve[0]["width_ratio=4"] < 1e-9
+    assert result.notes == [] and result.curve[0]["mlp_ratio=4"] < 1e-9
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
@@ -237,7 +238,7 @@ def test_two_processes_train_the_same_widths_as_one_also_in_shards(tmp_path):
             for shard in (False, True):
                 teacher = make_teacher()
                 student = make_student(teacher, 64)
-                options = {{"lr": 1e-4, "accumulate": 2, "batch_size": 4, "shard": shard}}
+                options = {{"lr": 1e-4, "gradient_accumulation_steps": 2, "batch_size": 4, "fsdp": shard}}
                 *_, slices = elastic_run(student, teacher, options=options)
                 if int(os.environ.get("RANK", 0)) == 0:
                     own = {{f"own {{name}}": tensor for name, tensor in slices[0.5].tensors.items()}}
@@ -394,12 +395,12 @@ def test_the_output_is_the_largest_width_with_the_others_beside_it(output):
     errors = json.loads((output.out / "metrics.json").read_text())["elastic"]
     assert errors["0.5"]["repaired"] < errors["0.5"]["sliced"]
     assert errors["2"]["repaired"] == errors["2"]["sliced"] < errors["1"]["repaired"] < errors["0.5"]["repaired"]
-    assert {"width_ratio=0.5", "width_ratio=1", "width_ratio=2"} <= output.metrics["recovery"]["curve"][-1].keys()
+    assert {"mlp_ratio=0.5", "mlp_ratio=1", "mlp_ratio=2"} <= output.metrics["recovery"]["curve"][-1].keys()
     assert output.metrics["after_recovery"]["fidelity"]["relative_error"] < 0.01
 
 
 def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_stock_timm(tmp_path, output):
-    sliced = slice_output(output.out, tmp_path / "half", width_ratio=0.5)
+    sliced = slice_output(output.out, tmp_path / "half", mlp_ratio=0.5)
     assert {path.name for path in sliced.out.iterdir()} == {
         "model.safetensors",
         "config.json",
@@ -423,12 +424,12 @@ def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_sto
 
 
 def test_the_largest_width_is_the_output_itself(tmp_path, output):
-    sliced = slice_output(output.out, tmp_path / "largest", width_ratio=2)
+    sliced = slice_output(output.out, tmp_path / "largest", mlp_ratio=2)
     assert torch.equal(sliced.model(IMAGES), output.model(IMAGES)) and sliced.metrics["notes"] == []
 
 
 def test_a_width_that_was_not_trained_is_a_plain_prefix_and_says_so(tmp_path, output):
-    sliced = slice_output(output.out, tmp_path / "between", width_ratio=1.5)
+    sliced = slice_output(output.out, tmp_path / "between", mlp_ratio=1.5)
     (note,) = sliced.metrics["notes"]
     assert "1.5 was not trained or repaired for" in note
     expected = vitrim.load(output.out)
@@ -437,10 +438,10 @@ def test_a_width_that_was_not_trained_is_a_plain_prefix_and_says_so(tmp_path, ou
 
 
 def test_an_output_that_is_not_elastic_can_be_sliced_and_a_slice_sliced_again(tmp_path):
-    made = write_digits(tmp_path / "made", width_ratio=1)
-    once = slice_output(made, tmp_path / "once", width_ratio=0.5)
-    twice = slice_output(once.out, tmp_path / "twice", width_ratio=0.25)
-    direct, _, plan = cut_digits(width_ratio=0.25)
+    made = write_digits(tmp_path / "made", mlp_ratio=1)
+    once = slice_output(made, tmp_path / "once", mlp_ratio=0.5)
+    twice = slice_output(once.out, tmp_path / "twice", mlp_ratio=0.25)
+    direct, _, plan = cut_digits(mlp_ratio=0.25)
     assert [edit.keep for edit in twice.plan.edits] == [edit.keep for edit in plan.edits]
     assert all(torch.equal(tensor, twice.model.state_dict()[name]) for name, tensor in direct.state_dict().items())
     assert "not trained or repaired" in twice.metrics["notes"][0]
@@ -449,7 +450,7 @@ def test_an_output_that_is_not_elastic_can_be_sliced_and_a_slice_sliced_again(tm
 def test_an_output_of_an_output_is_sliced_by_its_last_cut(tmp_path):
     first = write_digits(tmp_path / "first", width=100)
     again = write_digits(tmp_path / "again", model=first, method="magnitude", width=16)
-    sliced = slice_output(again, tmp_path / "narrower", width_ratio=0.1)
+    sliced = slice_output(again, tmp_path / "narrower", mlp_ratio=0.1)
     expected = cut_digits(first, method="magnitude", width=8)[0]
     assert torch.equal(vitrim.load(sliced.out)(IMAGES), expected.eval()(IMAGES))
 
@@ -461,30 +462,30 @@ def test_an_output_with_other_edits_than_cuts_of_hidden_units_is_refused(tmp_pat
     edits = () if what.startswith("no") else (*plan.edits, TopKActivation(site=site, num_active=4))
     write_configs(tmp_path, student, origin=origin, plan=replace(plan, edits=edits))
     with pytest.raises(CheckpointError, match=f"{what}.*compress the original") as caught:
-        slice_output(tmp_path, tmp_path / "out", width_ratio=0.1)
+        slice_output(tmp_path, tmp_path / "out", mlp_ratio=0.1)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "ratio, words",
     [
-        (3.0, r"width_ratio=3 .*use 1\.\.192"),
-        (-1.0, r"width_ratio is -1; .*above 0"),
+        (3.0, r"mlp_ratio=3 .*use 1\.\.192"),
+        (-1.0, r"mlp_ratio is -1; .*above 0"),
         (float("nan"), "above 0"),
         (float("inf"), "above 0"),
     ],
 )
 def test_a_width_above_the_largest_is_refused_in_one_line(tmp_path, output, ratio, words):
     with pytest.raises(BudgetError, match=words) as caught:
-        slice_output(output.out, tmp_path / "out", width_ratio=ratio)
+        slice_output(output.out, tmp_path / "out", mlp_ratio=ratio)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_slicing_refuses_what_is_no_output_and_never_overwrites(tmp_path, output):
     with pytest.raises(CheckpointError, match=r"vitrim\.json"):
-        slice_output(tmp_path, tmp_path / "out", width_ratio=0.5)
+        slice_output(tmp_path, tmp_path / "out", mlp_ratio=0.5)
     with pytest.raises(OutputError, match="exists already"):
-        slice_output(output.out, output.out, width_ratio=0.5)
+        slice_output(output.out, output.out, mlp_ratio=0.5)
 
 
 def test_a_module_that_only_its_owner_can_build_is_sliced_with_it(tmp_path):
@@ -498,7 +499,7 @@ def test_a_module_that_only_its_owner_can_build_is_sliced_with_it(tmp_path):
     apply_(student, edits)
     (tmp_path / "out").mkdir()
     save(tmp_path / "out", student, origin=origin_of(build()), plan=Plan(edits=edits, method="random"))
-    sliced = slice_output(tmp_path / "out", tmp_path / "small", width_ratio=1, model=build())
+    sliced = slice_output(tmp_path / "out", tmp_path / "small", mlp_ratio=1, model=build())
     images = torch.randn(2, 3, 3, 3)
     assert torch.equal(vitrim.load(sliced.out, model=build())(images), sliced.model(images))
 
@@ -506,15 +507,15 @@ def test_a_module_that_only_its_owner_can_build_is_sliced_with_it(tmp_path):
 @pytest.mark.parametrize(
     "given, error, words",
     [
-        ({"elastic": [1]}, RecipeError, "at least two different width ratios"),
-        ({"elastic": [1, 1]}, RecipeError, "at least two different width ratios"),
-        ({"elastic": [0, 1]}, RecipeError, "width ratios above 0"),
+        ({"elastic": [1]}, RecipeError, "at least two different MLP ratios"),
+        ({"elastic": [1, 1]}, RecipeError, "at least two different MLP ratios"),
+        ({"elastic": [0, 1]}, RecipeError, "MLP ratios above 0"),
         ({"elastic": [1, float("inf")]}, RecipeError, "finite number"),
         ({"elastic": [1, 2], "width": 8}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "keep_ratio": 0.5}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "stock": True}, RecipeError, "drop keep_ratio, width and stock"),
-        ({"elastic": [1, 2], "width_ratio": 1}, RecipeError, "largest of recover.elastic is 2"),
-        ({"elastic": [1, 9]}, BudgetError, r"width_ratio=9 .*use 1\.\.384"),
+        ({"elastic": [1, 2], "mlp_ratio": 1}, RecipeError, "largest of recover.elastic is 2"),
+        ({"elastic": [1, 9]}, BudgetError, r"mlp_ratio=9 .*use 1\.\.384"),
         ({"elastic": [0.9, 0.91, 1]}, BudgetError, r"0\.9 and 0\.91 come to the same widths"),
     ],
 )
@@ -526,10 +527,10 @@ def test_widths_that_make_no_sense_are_refused_before_anything_is_cut(given, err
 
 
 def test_the_budget_may_be_said_twice_if_it_is_the_same():
-    recipe = Recipe.parse({"width_ratio": 2, "recover": {"steps": 1, "elastic": [2, 0.5]}})
+    recipe = Recipe.parse({"mlp_ratio": 2, "recover": {"steps": 1, "elastic": [2, 0.5]}})
     site = find_mlps(make_teacher())[0]
     assert recipe.width_of(site) == Recipe.parse({"recover": {"steps": 1, "elastic": [0.5, 2]}}).width_of(site) == 64
-    assert recipe.width_of(site, width_ratio=0.5) == 16 and recipe.recover.elastic == (0.5, 2.0)
+    assert recipe.width_of(site, mlp_ratio=0.5) == 16 and recipe.recover.elastic == (0.5, 2.0)
 
 
 def test_distillation_without_its_widths_is_refused():

@@ -6,13 +6,13 @@ import onnxruntime
 import pytest
 import torch
 
-from vitrim.cli import run
-from vitrim.cut import cut_
+from vitrim.cli.app import run
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import ModelError, OutputError, VitrimError
-from vitrim.export import SUFFIXES, export
-from vitrim.layers.experts import ExpertMlp
+from vitrim.layers.moefication import ExpertMlp
 from vitrim.methods import METHODS
-from vitrim.recipe import Recipe
+from vitrim.output.export import SUFFIXES, export
 from vitrim.surgery.edits import KINDS
 
 # Of each kind of edit, the first method that makes one.
@@ -69,7 +69,7 @@ def test_the_file_alone_gives_what_the_model_gives_for_any_batch(cut, tmp_path):
 
 
 def test_what_puts_out_something_else_is_not_left_behind(cut, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitrim.export._runner", lambda path, to: lambda inputs: (torch.ones(len(inputs), 5),))
+    monkeypatch.setattr("vitrim.output.export._runner", lambda path, to: lambda inputs: (torch.ones(len(inputs), 5),))
     with pytest.raises(OutputError, match="puts out something else than PyTorch"):
         export(cut("magnitude")[0], tmp_path / "small.onnx")
     assert list(tmp_path.iterdir()) == []

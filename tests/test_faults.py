@@ -25,15 +25,16 @@ from faults import KINDS, PLANNED, SITE, Scene, door, in_child, mutated
 from PIL import Image
 
 import vitrim
-from vitrim import budget
-from vitrim.checkpoint import staged_output
-from vitrim.cli import run
+from vitrim.cli.app import run
+from vitrim.config.recipe import Recipe
+from vitrim.cost import memory
 from vitrim.data import open_images
 from vitrim.errors import BudgetError, CheckpointError, ModelError, OutputError, VitrimError
 from vitrim.models.load import build_empty
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe
+from vitrim.output import stage
+from vitrim.output.stage import staged_output
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and LD_PRELOAD")
 NUM_SEEDS = 2  # make faults: 60
@@ -79,8 +80,8 @@ RECIPES = {
     "no text": ("\x00", "can't be read"),
     "a wide MLP": ("width: 1000000000000", "use 1..128"),
     "a narrow MLP": ("width: -5", "use 1..128"),
-    "no number": ("width_ratio: .nan", "finite"),
-    "no bound": ("width_ratio: .inf", "finite"),
+    "no number": ("mlp_ratio: .nan", "finite"),
+    "no bound": ("mlp_ratio: .inf", "finite"),
     "no share": ("keep_ratio: -.inf", "finite"),
     "no seed": ("seed: -1", "greater than or equal to 0"),
 }
@@ -324,10 +325,9 @@ def test_the_lock_of_a_run_that_was_killed_is_free(tmp_path):
 
 
 def test_a_run_that_ended_while_another_began_is_not_written_over(tmp_path, monkeypatch):
-    from vitrim import checkpoint
 
-    hold = checkpoint._hold
-    monkeypatch.setattr(checkpoint, "_hold", lambda lock: (tmp_path / "out").mkdir() or hold(lock))
+    hold = stage._hold
+    monkeypatch.setattr(stage, "_hold", lambda lock: (tmp_path / "out").mkdir() or hold(lock))
     with pytest.raises(OutputError, match="exists already"), staged_output(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -347,7 +347,7 @@ def test_a_disk_that_fails_loses_nothing(scene):
 
 
 def test_a_run_that_can_never_fit_is_refused_before_the_cut(scene, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "_memory_of", lambda _: (2**40, 10_000))
+    monkeypatch.setattr(memory, "_memory_of", lambda _: (2**40, 10_000))
     with pytest.raises(BudgetError, match=r"calibration needs about .* there are 0\.1 MB; lower calibrate\.num_images"):
         vitrim.compress(str(scene.source), data=scene.root / "images", out=tmp_path / "out", quiet=True)
     assert list(tmp_path.iterdir()) == []
@@ -355,21 +355,21 @@ def test_a_run_that_can_never_fit_is_refused_before_the_cut(scene, tmp_path, mon
 
 def test_what_a_run_needs_is_said_first_unless_it_is_to_be_quiet(scene, capsys, monkeypatch):
     model = vitrim.load(scene.output)
-    given = model, find_mlps(model), Recipe(width_ratio=0.5, recover={"steps": 2}), [torch.randn(4, 3, 32, 32)] * 2
-    budget.check_memory(*given, quiet=True)
+    given = model, find_mlps(model), Recipe(mlp_ratio=0.5, recover={"steps": 2}), [torch.randn(4, 3, 32, 32)] * 2
+    memory.check_memory(*given, quiet=True)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(budget, "_memory_of", lambda _: (10_000, 2**40))  # not free now may be free in a moment
-    budget.check_memory(*given, quiet=False)
+    monkeypatch.setattr(memory, "_memory_of", lambda _: (10_000, 2**40))  # not free now may be free in a moment
+    memory.check_memory(*given, quiet=False)
     assert "needs about" in (said := capsys.readouterr().err) and "0.1 MB are free" in said
-    budget.check_memory(*given[:2], Recipe(width_ratio=0.5), None, quiet=False)
+    memory.check_memory(*given[:2], Recipe(mlp_ratio=0.5), None, quiet=False)
     assert capsys.readouterr().err == ""
 
 
 def test_needs_are_the_same_by_shapes_alone_and_leave_the_model_as_it_was(scene):
     model = vitrim.load(scene.output).train()
-    given = find_mlps(model), Recipe(width_ratio=0.5)
+    given = find_mlps(model), Recipe(mlp_ratio=0.5)
     shape = {"num_images": 8, "batch_size": 4}
-    real = budget.needs_of(*given, model, torch.zeros(3, 32, 32), **shape)
+    real = memory.estimate_memory(*given, model, torch.zeros(3, 32, 32), **shape)
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
-    assert real == budget.needs_of(*given, copy.deepcopy(model).to("meta"), torch.zeros(3, 32, 32), **shape)
+    assert real == memory.estimate_memory(*given, copy.deepcopy(model).to("meta"), torch.zeros(3, 32, 32), **shape)
     assert real.streams == 3 * 8 * 17 * 32 * 4  # three streams of 17 tokens an image

@@ -16,23 +16,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
-from vitrim.calibrate import Workbench
-from vitrim.cost import model_size
-from vitrim.cut import cut_, resume_cut_, save_cut
+from vitrim.calibrate import LiveModelView
+from vitrim.compression.cut import cut_, resume_cut_, save_cut
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import model_size
 from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.layers.shared_basis import SharedBasisLinear, pack, unpack
+from vitrim.layers.fips import SharedBasisLinear, pack, unpack
 from vitrim.methods import fips
 from vitrim.models.sites import find_mlps
-from vitrim.ops.sparse_basis import (
-    cubic_sparsity,
-    exchange,
-    largest,
-    leading_basis,
-    num_coefficients,
-    rank_for_budget,
-)
-from vitrim.recipe import Recipe
-from vitrim.surgery import Plan, ShareBasis, apply_, mlp_output, read_weights, reshape_
+from vitrim.ops.fips import cubic_sparsity, exchange, largest, leading_basis, num_coefficients, rank_for_budget
+from vitrim.surgery import Plan, ToFips, apply_, mlp_output, read_weights, reshape_
 
 ROLES = ("input", "input", "output")
 
@@ -50,7 +43,7 @@ def share(model, sites, rank, *, mask=lambda coeff: torch.ones_like(coeff, dtype
     turned = [weight.T if role == "input" else weight for weight, role in zip(turned, roles.values(), strict=True)]
     basis, coeff = leading_basis(torch.cat(turned, dim=1), rank)
     columns = coeff.split([weight.shape[1] for weight in turned], dim=1)
-    return ShareBasis.by(
+    return ToFips.by(
         basis, {path: (role, c * mask(c), mask(c)) for (path, role), c in zip(roles.items(), columns, strict=True)}
     )
 
@@ -180,7 +173,7 @@ def test_fips_square_layers_are_turned_by_their_role():
     torch.manual_seed(0)
     model = Tower(*(Residual(Square(), 16) for _ in range(2))).eval()
     images, sites = torch.randn(4, 3, 32, 32), find_mlps(model)
-    student, bench = copy.deepcopy(model), Workbench(model, sites, {s.path: 8 for s in sites}, [images], seed=0)
+    student, bench = copy.deepcopy(model), LiveModelView(model, sites, {s.path: 8 for s in sites}, [images], seed=0)
     (edit,) = fips.propose(bench, fips.FipsOptions(steps=0))
     assert edit.roles == ("input", "output") * 2
     apply_(student, [edit])
@@ -303,7 +296,7 @@ def test_an_edit_that_does_not_fit_is_refused_and_changes_nothing(build):
         ({"tensors": {}}, CheckpointError, "the plan does not hold it"),
     ):
         with pytest.raises(error, match=message):
-            apply_(model, [ShareBasis(**{**values, **change})])
+            apply_(model, [ToFips(**{**values, **change})])
     assert not shared_layers(model)
     apply_(model, [edit])
     with pytest.raises(SiteNotFoundError, match="is SharedBasisLinear"):
@@ -364,7 +357,7 @@ def test_fips_masks_hold_after_every_step_and_end_at_the_sparsity(build, schedul
 
 
 def test_fips_loss_is_zero_for_the_mlps_as_they_were(kind):
-    bench = Workbench(kind.copy(), kind.sites, {}, kind.batches, seed=0)
+    bench = LiveModelView(kind.copy(), kind.sites, {}, kind.batches, seed=0)
     mlps, joined = fips._joined(bench, kind.sites)
     pairs = fips._observe(bench, mlps, fips.FipsOptions())
     basis, coeff = leading_basis(joined, kind.sites[0].d_model)
@@ -378,7 +371,7 @@ def test_fips_loss_is_zero_for_the_mlps_as_they_were(kind):
 
 def test_fips_learns_on_what_the_original_model_has_there_before_any_edit(build, monkeypatch):
     """Two groups: the second one's inputs must not come through the first one's new layers."""
-    case, observe, states = build("timm-vit"), Workbench.observe, []
+    case, observe, states = build("timm-vit"), LiveModelView.observe, []
 
     def spy(self, paths, see):
         states.append(
@@ -386,14 +379,14 @@ def test_fips_learns_on_what_the_original_model_has_there_before_any_edit(build,
         )
         observe(self, paths, see)
 
-    monkeypatch.setattr(Workbench, "observe", spy)
+    monkeypatch.setattr(LiveModelView, "observe", spy)
     _, report = cut(case, options={"group": 1})
     assert len(report.plan.edits) == 2 and states == [True, True]
 
 
 def test_fips_samples_are_pairs_of_one_token_spread_over_all_batches(build):
     case = build("timm-vit")
-    bench = Workbench(case.copy(), case.sites, {}, case.batches, seed=0)
+    bench = LiveModelView(case.copy(), case.sites, {}, case.batches, seed=0)
     mlps, _ = fips._joined(bench, case.sites)
     pairs = fips._observe(bench, mlps, fips.FipsOptions(num_tokens=64))
     for site, (train, held_out) in zip(case.sites, pairs, strict=True):
@@ -412,7 +405,7 @@ def test_fips_samples_are_pairs_of_one_token_spread_over_all_batches(build):
 
 
 def test_running_an_mlp_with_other_tensors_sends_gradients_to_them_and_leaves_the_model_alone(kind):
-    bench, site = Workbench(kind.copy().train(), kind.sites, {}, None, seed=0), kind.sites[0]
+    bench, site = LiveModelView(kind.copy().train(), kind.sites, {}, None, seed=0), kind.sites[0]
     tokens = torch.randn(5, site.d_model, generator=torch.Generator().manual_seed(0))
     expected = mlp_output(kind.model, site, tokens)
     torch.testing.assert_close(bench.run(site, tokens, {}), expected)
@@ -493,7 +486,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     recipe = Recipe.parse({"method": "magnitude", "width": 40, "then": [step, attention]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
-    shared = [edit for edit in report.plan.edits if isinstance(edit, ShareBasis)]
+    shared = [edit for edit in report.plan.edits if isinstance(edit, ToFips)]
     assert [edit.columns for edit in shared] == [(40,) * 4]
     assert not torch.equal(student.blocks[1].mlp.fc2.bias, case.model.blocks[1].mlp.fc2.bias)  # biases train, too
     again = case.copy()

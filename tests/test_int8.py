@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 import vitrim
-from vitrim.cost import count_macs
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.options import RecoverOptions
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import count_macs
 from vitrim.data import open_images
 from vitrim.layers.int8 import Int8Linear, rounded
-from vitrim.recipe import Recipe, RecoverOptions
 from vitrim.recover.distill import recover_
 from vitrim.surgery import reshape_
 
@@ -73,7 +74,7 @@ def test_behind_low_rank_both_factors_are_rounded_but_not_those_of_what_is_skipp
     low_rank = {"method": "low-rank", "options": {"rank": 2}, "repair": False}
     case, student, report = cut(build, recipe={**low_rank, "then": [{"method": "int8", "options": {"skip": ["proj"]}}]})
     _, alone, _ = cut(build, recipe=low_rank)
-    paths = {edit.layer.path for edit in report.plan.edits if edit.KIND == "quantize"}
+    paths = {edit.layer.path for edit in report.plan.edits if edit.KIND == "int8"}
     assert "blocks.0.mlp.fc1.down" in paths and "blocks.0.mlp.fc1.up" in paths and "head" in paths
     assert not any("attn.proj" in path for path in paths)
     again = case.copy()
@@ -86,7 +87,7 @@ def test_behind_low_rank_both_factors_are_rounded_but_not_those_of_what_is_skipp
 def test_recovery_behind_it_leaves_the_integers_and_trains_the_rest(build):
     stacked = {"method": "magnitude", "keep_ratio": 0.25, "repair": False, "then": [{"method": "int8"}]}
     case, student, report = cut(build, recipe=stacked)
-    assert [edit.KIND for edit in report.plan.edits] == ["keep_units"] * 2 + ["quantize"] * 8
+    assert [edit.KIND for edit in report.plan.edits] == ["keep_units"] * 2 + ["int8"] * 8
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     images = open_images([(image, 0) for batch in case.batches for image in batch])
     options = RecoverOptions(steps=12, batch_size=12, lr=3e-4, num_validations=12)
@@ -99,7 +100,7 @@ def test_recovery_behind_it_leaves_the_integers_and_trains_the_rest(build):
 
 def test_behind_a_cut_the_file_is_a_quarter_and_loads_again(tmp_path):
     asset = str(files("vitrim") / "assets" / "digits-vit")
-    first = vitrim.compress(asset, method="magnitude", width_ratio=1, out=tmp_path / "small", quiet=True)
+    first = vitrim.compress(asset, method="magnitude", mlp_ratio=1, out=tmp_path / "small", quiet=True)
     second = vitrim.compress(str(tmp_path / "small"), method="int8", data="digits", out=tmp_path / "int8", quiet=True)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "int8")]
     assert sizes[1] < 0.35 * sizes[0]

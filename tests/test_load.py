@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 import vitrim
 from vitrim.data import transform_for
 from vitrim.errors import MissingExtraError, ModelError
+from vitrim.models.features import encoder_path, features, final_norm
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import crop_pct
-from vitrim.models.taps import encoder_path, features, final_norm
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")

@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 from torch import nn
 
 import vitrim
-from vitrim.calibrate import Workbench
-from vitrim.cut import cut_, resume_cut_, save_cut
+from vitrim.calibrate import LiveModelView
+from vitrim.compression.cut import cut_, resume_cut_, save_cut
+from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
 from vitrim.layers.low_rank import LowRankConv, LowRankLinear
 from vitrim.methods import METHODS, find_method
@@ -21,8 +22,7 @@ from vitrim.methods import low_rank as method
 from vitrim.models.layers import find_layers
 from vitrim.models.sites import find_mlps
 from vitrim.ops import low_rank as ops
-from vitrim.recipe import Recipe
-from vitrim.surgery import Factorize, Plan, apply_, reshape_, transform
+from vitrim.surgery import Plan, ToLowRank, apply_, reshape_, transform
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
 CONVS = {
@@ -45,7 +45,7 @@ def holding(layer: nn.Module) -> nn.Module:
 def factored(layer: nn.Module, rank: int) -> nn.Module:
     """What stands in a layer's place after an edit without tensors; any rank, also one that does not pay."""
     model = holding(copy.deepcopy(layer))
-    apply_(model, [Factorize(layer=find_layers(model)[0], rank=rank)])
+    apply_(model, [ToLowRank(layer=find_layers(model)[0], rank=rank)])
     return model["layer"]
 
 
@@ -57,7 +57,7 @@ def full_rank(layer: nn.Module) -> int:
 def proposed(model: nn.Module, batches=None, *, sites=(), keep=0.5, name="low-rank", seed=0, **options):
     """The edits for a model, each carried out before the next is asked for, and the notes."""
     widths = {site.path: round(keep * site.d_hidden) for site in sites}
-    view, edits = Workbench(model, sites, widths, batches, seed=seed), []
+    view, edits = LiveModelView(model, sites, widths, batches, seed=seed), []
     for edit in method.propose(view, METHODS[name].parse_options(options)):
         if not next(model.parameters()).is_meta:
             apply_(model, [edit])
@@ -137,7 +137,9 @@ def test_greenformers_leaves_the_source_bit_equal_and_shares_nothing_with_it_not
     _, report = cut(case, options={"whiten": False})
     state = case.model.state_dict()
     made = dict(
-        transform({name: state[name] for edit in report.plan.edits for name in edit.touched()}, report.plan.edits)
+        transform(
+            {name: state[name] for edit in report.plan.edits for name in edit.affected_tensors()}, report.plan.edits
+        )
     )
     assert all(torch.equal(source[name], tensor) for name, tensor in state.items())
     places = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
@@ -447,9 +449,9 @@ def test_without_images_it_says_that_weights_alone_were_fitted_and_refuses_to_wh
 def test_sums_that_do_not_fit_into_memory_together_are_taken_in_several_passes(build, monkeypatch):
     case = build("timm-vit")
     passes = []
-    observe = Workbench.observe
+    observe = LiveModelView.observe
     monkeypatch.setattr(
-        Workbench, "observe", lambda self, paths, see: passes.append(paths) or observe(self, paths, see)
+        LiveModelView, "observe", lambda self, paths, see: passes.append(paths) or observe(self, paths, see)
     )
     _, once = cut(case)
     assert [len(paths) for paths in passes] == [8]
@@ -599,29 +601,29 @@ def test_edits_that_do_not_fit_are_refused_and_leave_the_model_whole(build):
         with pytest.raises(
             BudgetError, match=rf"blocks\.0\.attn\.qkv: asked for rank {rank} of a layer of rank 32; use 1\.\.32"
         ):
-            apply_(case.copy(), [Factorize(layer=qkv, rank=rank)])
+            apply_(case.copy(), [ToLowRank(layer=qkv, rank=rank)])
     student = case.copy()
     with pytest.raises(SiteNotFoundError, match=r"blocks\.1\.norm1: no layer with a weight of 96x32"):
         apply_(
-            student, [Factorize(layer=proj, rank=2), Factorize(layer=qkv.renamed(lambda _: "blocks.1.norm1"), rank=2)]
+            student, [ToLowRank(layer=proj, rank=2), ToLowRank(layer=qkv.renamed(lambda _: "blocks.1.norm1"), rank=2)]
         )
     assert student.state_dict().keys() == case.model.state_dict().keys()
-    apply_(student, [Factorize(layer=proj, rank=2)])
+    apply_(student, [ToLowRank(layer=proj, rank=2)])
     with pytest.raises(SiteNotFoundError, match=r"blocks\.0\.attn\.proj: no layer"):
-        apply_(student, [Factorize(layer=proj, rank=2)])
+        apply_(student, [ToLowRank(layer=proj, rank=2)])
     with pytest.raises(SiteNotFoundError, match="no layer with a weight of 6x4"):
         apply_(
-            nn.Linear(4, 6), [Factorize(layer=find_layers(holding(nn.Linear(4, 6)))[0].renamed(lambda _: ""), rank=1)]
+            nn.Linear(4, 6), [ToLowRank(layer=find_layers(holding(nn.Linear(4, 6)))[0].renamed(lambda _: ""), rank=1)]
         )
 
 
 def test_an_edit_says_what_it_does_where_from_any_root(build):
     layer = find_layers(holding(nn.Conv2d(12, 18, 3, groups=3)))[0]
-    edit = Factorize(layer=layer, rank=2, tensors={"layer.up.weight": torch.zeros(1)})
+    edit = ToLowRank(layer=layer, rank=2, tensors={"layer.up.weight": torch.zeros(1)})
     assert edit.describe() == "rank 2 of 6 in each of 3 groups, 39% of its values" and edit.where == "layer"
     below = edit.below("visual")
     assert below.where == "visual.layer" and list(below.tensors) == ["visual.layer.up.weight"]
-    assert below.within("visual") == edit and edit.shape_only() == Factorize(layer=layer, rank=2)
+    assert below.within("visual") == edit and edit.shape_only() == ToLowRank(layer=layer, rank=2)
 
 
 @pytest.mark.parametrize(
@@ -674,7 +676,7 @@ def test_compress_factors_the_digits_model_and_it_loads_with_the_same_outputs(re
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(vitrim.load(result.out)(images), result.model(images))
     assert any("has no config for factorize; the result loads with vitrim.load" in note for note in metrics["notes"])
-    assert {row["edit"] for row in metrics["edits"]} == {"factorize"}
+    assert {row["edit"] for row in metrics["edits"]} == {"low_rank"}
 
 
 def test_the_report_lists_the_layers(result):
@@ -695,7 +697,7 @@ def test_it_follows_a_cut_of_hidden_units_and_is_taken_up_after_a_stop(build, ru
     recipe = Recipe.parse({**values, "then": [{"method": "low-rank", "keep_ratio": 0.5, "options": {"only": "*.fc?"}}]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
-    assert [edit.KIND for edit in report.plan.edits] == ["keep_units"] * 2 + ["factorize"] * 4
+    assert [edit.KIND for edit in report.plan.edits] == ["keep_units"] * 2 + ["low_rank"] * 4
     assert report.plan.edits[2].layer.num_out == 24
     replayed = case.copy()
     apply_(replayed, report.plan.edits)

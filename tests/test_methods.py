@@ -14,18 +14,18 @@ from torch import Tensor
 
 import vitrim
 from vitrim import methods
-from vitrim.cli import run as run_command
-from vitrim.cut import cut_
+from vitrim.cli.app import run as run_command
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
 from vitrim.methods import METHODS, find_method
-from vitrim.recipe import Recipe
-from vitrim.surgery import KeepUnits, Plan, Quantize, ReplaceActivation, apply_, read_weights, reshape_
+from vitrim.surgery import KeepUnits, Plan, ReplaceActivation, ToInt8, apply_, read_weights, reshape_
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.edits == (KeepUnits,)])
 # But for those whose edit has no size.
-SIZELESS = ((ReplaceActivation,), (Quantize,))
+SIZELESS = ((ReplaceActivation,), (ToInt8,))
 BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits not in SIZELESS])
 QUICK = {"refit_steps": 3}
 FEW = {"fips": {"steps": 3, "every": 1}, "amp": {"rounds": 2, "trials": 3}}  # options of those that search or train
@@ -357,7 +357,8 @@ def test_every_file_in_methods_is_imported_and_registers_a_method(tmp_path):
 THIRTEENTH = '''
 """Two methods that nobody has thought of, in a file that is no part of the package."""
 from torch import arange
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods import MethodOptions
+from vitrim.methods.registry import register
 from vitrim.surgery import TopKActivation
 
 class FirstOptions(MethodOptions):

@@ -12,7 +12,7 @@ from torch import nn
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import TokenComparison, block_fidelity, fidelity, retrieval_recall
-from vitrim.models.taps import features
+from vitrim.models.features import features
 
 
 def small_vit(seed: int, **options):

@@ -10,15 +10,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import vitrim
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, CheckpointError, SiteNotFoundError
-from vitrim.layers.experts import ExpertMlp, Router
+from vitrim.layers.moefication import ExpertMlp, Router
 from vitrim.methods import moefication
 from vitrim.methods.moefication import captured_share, expert_scores
 from vitrim.models.sites import find_mlps
 from vitrim.ops.balanced_kmeans import assign_equally, balanced_kmeans, exchange
-from vitrim.recipe import Recipe
-from vitrim.surgery import Plan, ReplaceActivation, SplitExperts, apply_, mlp_output, read_weights
+from vitrim.surgery import Plan, ReplaceActivation, ToMoefication, apply_, mlp_output, read_weights
 from vitrim.surgery.replace_activation import find_activation
 from vitrim.types import MlpWeights
 
@@ -95,7 +95,7 @@ class Tiny(nn.Module):
 def tiny_edit(model, *, num_active, router="oracle", **more):
     (site,) = find_mlps(model)
     order = balanced_kmeans(model.mlp.fc1.weight.detach(), 6).argsort(stable=True)
-    return SplitExperts(
+    return ToMoefication(
         site=site, order=tuple(order.tolist()), num_experts=6, num_active=num_active, router=router, **more
     )
 
@@ -269,11 +269,11 @@ def test_experts_are_refused_where_they_cannot_be():
     order = tuple(range(24))
     for wrong in ({"num_experts": 5, "num_active": 1}, {"num_experts": 4, "num_active": 5}):
         with pytest.raises(BudgetError, match="experts; use a number that divides 24 units"):
-            apply_(model, [SplitExperts(site=site, order=order, **wrong)])
+            apply_(model, [ToMoefication(site=site, order=order, **wrong)])
     with pytest.raises(BudgetError, match="each of its 24 units once"):
-        apply_(model, [SplitExperts(site=site, order=order[:-1], num_experts=1, num_active=1)])
+        apply_(model, [ToMoefication(site=site, order=order[:-1], num_experts=1, num_active=1)])
     with pytest.raises(CheckpointError, match="the plan does not hold it"):
-        apply_(Tiny(), [SplitExperts(site=site, order=order, num_experts=4, num_active=1)])
+        apply_(Tiny(), [ToMoefication(site=site, order=order, num_experts=4, num_active=1)])
     apply_(model, [tiny_edit(model, num_active=1)])
     with pytest.raises(SiteNotFoundError):  # the units of experts are no units to be cut
         find_mlps(model)

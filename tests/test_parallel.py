@@ -18,9 +18,9 @@ from test_distill import HELD_OUT, make_student, make_teacher, run, weights
 from two_processes import LONG, SHORT, losses_of, stopped, train, unreadable
 
 import vitrim
+from vitrim.config.options import RecoverOptions
 from vitrim.data import augment_for, open_images
 from vitrim.errors import CheckpointError
-from vitrim.recipe import RecoverOptions
 from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
 from vitrim.recover.state import has_state, load_state, save_state
@@ -65,10 +65,14 @@ def test_the_loss_curve_is_that_of_one_process_over_fifty_steps(together, tmp_pa
 @pytest.mark.parametrize(
     ("name", "options", "atol"),
     [
-        ("everything", {"ema": 0.8, "accumulate": 2, "batch_size": 4, "weight_decay": (0.1, 0.0)}, 2e-5),
+        (
+            "everything",
+            {"ema": 0.8, "gradient_accumulation_steps": 2, "batch_size": 4, "weight_decay": (0.1, 0.0)},
+            2e-5,
+        ),
         ("range test", {"lr": None}, 2e-5),
         ("bf16", {"precision": "bf16"}, 2e-2),
-        ("uneven", {"batch_size": 5, "accumulate": 2}, 2e-5),
+        ("uneven", {"batch_size": 5, "gradient_accumulation_steps": 2}, 2e-5),
         ("before the norm", {"features_at": "pre_norm"}, 2e-5),
     ],
 )
@@ -140,7 +144,7 @@ def test_a_process_without_a_cut_takes_the_main_ones(together):
     assert main["taken_over"]["nothing"] and other["taken_over"]["nothing"]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_second_forward_pass_is_exact_and_runs_the_blocks_again(precision):
     results, calls = [], []
     for again in (False, True):

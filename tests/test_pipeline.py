@@ -113,8 +113,8 @@ def test_a_bf16_model_comes_back_in_bf16_and_is_cut_in_float32(tmp_path):
 
 
 def test_without_images_dgmr_falls_back_to_weights_and_says_so(tmp_path):
-    result = vitrim.compress(tiny(), width_ratio=0.5, out=tmp_path / "out", quiet=True)
-    paper = vitrim.compress(tiny(), method="dgmr-paper", width_ratio=0.5, quiet=True)
+    result = vitrim.compress(tiny(), mlp_ratio=0.5, out=tmp_path / "out", quiet=True)
+    paper = vitrim.compress(tiny(), method="dgmr-paper", mlp_ratio=0.5, quiet=True)
     assert [edit.keep for edit in result.plan.edits] == [edit.keep for edit in paper.plan.edits]
     assert any("selected on weights" in note for note in result.metrics["notes"])
 
@@ -144,7 +144,7 @@ def test_corrupt_images_are_counted(tmp_path):
 def test_inspection_predicts_the_parameters_that_a_cut_leaves():
     for model, ratio in ((tiny(), 1.0), (DIGITS, 0.5)):
         predicted = vitrim.inspect(model).predicted[ratio]
-        result = vitrim.compress(model, method="magnitude", width_ratio=ratio, quiet=True)
+        result = vitrim.compress(model, method="magnitude", mlp_ratio=ratio, quiet=True)
         assert predicted == result.metrics["after"]["parameters"]
 
 
@@ -156,7 +156,7 @@ def test_inspection_predicts_the_parameters_that_a_cut_leaves():
         ({"data": "/nowhere"}, DataError, "/nowhere"),
         ({"width": 0}, BudgetError, r"use 1\.\.384"),
         ({"width": 385}, BudgetError, r"use 1\.\.384"),
-        ({"width_ratio": 9.0}, BudgetError, r"use 1\.\.384"),
+        ({"mlp_ratio": 9.0}, BudgetError, r"use 1\.\.384"),
         ({"width": 8, "keep_ratio": 0.5}, RecipeError, "exactly one"),
         ({"method": "dgrm"}, RecipeError, "did you mean 'dgmr'"),
         ({"options": {"select": 1}}, RecipeError, "select_on"),

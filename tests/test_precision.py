@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from vitrim.recover.precision import attention_in_float32
+from vitrim.distributed.precision import attention_in_float32
 
 CPU = torch.device("cpu")
 

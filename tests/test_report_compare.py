@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import build_case
 
-from vitrim.cli import run
+from vitrim.cli.app import run
+from vitrim.config.recipe import Recipe
 from vitrim.data import Batch
 from vitrim.errors import CheckpointError, OutputError
+from vitrim.models.features import features, logits
 from vitrim.models.origin import Origin
-from vitrim.models.taps import features, logits
-from vitrim.recipe import Recipe
 from vitrim.report.collect import look, nearest
 from vitrim.report.compare import compare_runs, read_runs, table
 from vitrim.report.pareto import Point, draw_pareto, front_of

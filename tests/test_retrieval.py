@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pairs import WORDS, pictures, write_pair
 from PIL import Image
 
-from vitrim.clip import retrieval
+from vitrim.clip.tasks import retrieval
 from vitrim.data import open_pairs
 from vitrim.errors import DataError
 from vitrim.metrics.retrieval import image_text_recall
@@ -262,8 +262,8 @@ def test_a_source_that_does_not_fit_is_one_clear_line(tmp_path, make, words):
 
 @pytest.mark.parametrize("layout", ["open_clip", "siglip"])
 def test_a_pair_is_measured_as_by_hand(tmp_path, layout):
-    from vitrim.checkpoint import open_model
     from vitrim.models.towers import embed_images, open_pair
+    from vitrim.output.load import open_model
 
     folder = write_pair(layout, tmp_path / layout)
     generator = torch.Generator().manual_seed(0)

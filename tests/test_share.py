@@ -11,10 +11,10 @@ import torch
 import yaml
 
 import vitrim
-from vitrim.cli import run
+from vitrim.cli.app import run
 from vitrim.doctor import examine
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
-from vitrim.hub import push
+from vitrim.output.hub import push
 
 DIGITS = str(files("vitrim") / "assets" / "digits-vit")
 
@@ -23,7 +23,7 @@ DIGITS = str(files("vitrim") / "assets" / "digits-vit")
 def output(tmp_path_factory):
     """A small run without images."""
     out = tmp_path_factory.mktemp("share") / "small"
-    vitrim.compress(DIGITS, method="magnitude", width_ratio=1, out=out, quiet=True)
+    vitrim.compress(DIGITS, method="magnitude", mlp_ratio=1, out=out, quiet=True)
     return out
 
 
@@ -50,13 +50,13 @@ def test_the_code_in_the_card_loads_the_model(output):
 def test_a_licence_that_is_not_known_is_not_guessed(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
     model.pretrained_cfg = {**model.pretrained_cfg, "license": None}
-    vitrim.compress(model, method="random", width_ratio=1, out=tmp_path / "small", quiet=True)
+    vitrim.compress(model, method="random", mlp_ratio=1, out=tmp_path / "small", quiet=True)
     head, body = card_of(tmp_path / "small")
     assert head["license"] == "other" and "look it up" in body
 
 
 def test_a_result_that_is_cut_again_keeps_the_licence_of_its_card(output, tmp_path):
-    vitrim.compress(str(output), method="magnitude", width_ratio=0.5, out=tmp_path / "again", quiet=True)
+    vitrim.compress(str(output), method="magnitude", mlp_ratio=0.5, out=tmp_path / "again", quiet=True)
     assert card_of(tmp_path / "again")[0]["license"] == "apache-2.0"
 
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from vitrim.cut import cut_, resume_cut_, save_cut
+from vitrim.compression.cut import cut_, resume_cut_, save_cut
+from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
 from vitrim.methods import METHODS
 from vitrim.methods.registry import register
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe
 from vitrim.surgery import Edit, KeepUnits, Plan, read_weights
 from vitrim.surgery.edits import KINDS
 
@@ -112,7 +112,7 @@ def test_a_step_that_finds_nothing_left_says_so(build, monkeypatch):
     def none(model, **_):
         raise SiteNotFoundError("none")
 
-    monkeypatch.setattr("vitrim.cut.find_mlps", none)
+    monkeypatch.setattr("vitrim.compression.cut.find_mlps", none)
     with pytest.raises(SiteNotFoundError, match="then: dgmr finds no MLP"):
         cut(case, **TWICE)
 

@@ -15,25 +15,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vitrim
-from vitrim import budget
-from vitrim.budget import MARGIN, Needs, parse_bytes, selection_bytes
 from vitrim.calibrate import streams
-from vitrim.cli import run
-from vitrim.cut import CutReport, cut_
+from vitrim.cli.app import run
+from vitrim.compression import selection
+from vitrim.compression.cut import CutReport, cut_
+from vitrim.compression.file_to_file import prune_checkpoint
+from vitrim.compression.source import open_job
+from vitrim.config.recipe import Recipe
+from vitrim.cost import memory
+from vitrim.cost.memory import MARGIN, MemoryEstimate, parse_bytes, selection_bytes
 from vitrim.data import first_images, open_images
 from vitrim.errors import RecipeError
 from vitrim.models.load import load_model
 from vitrim.models.sites import find_mlps
 from vitrim.models.streamed import StreamedModel
-from vitrim.recipe import Recipe
-from vitrim.streaming import picks, prune_checkpoint
-from vitrim.streaming.source import open_job
 from vitrim.types import MlpSite
 
 pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
-PRUNE = Recipe(width_ratio=1)
-REPAIR = Recipe(width_ratio=1, repair={"refit_steps": 10}, calibrate={"batch_size": 8})
+PRUNE = Recipe(mlp_ratio=1)
+REPAIR = Recipe(mlp_ratio=1, repair={"refit_steps": 10}, calibrate={"batch_size": 8})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ def test_transformers_gets_shards_of_the_size_asked_for_and_reads_them(build, tm
 def test_timm_gets_one_file_unless_it_could_not_read_it_anyway(build, tmp_path):
     each = build("timm shards")
     for width in (24, None):
-        recipe = Recipe(width=width) if width else Recipe(width_ratio=1, scope="blocks.0")
+        recipe = Recipe(width=width) if width else Recipe(mlp_ratio=1, scope="blocks.0")
         found = prune_checkpoint(each.source, tmp_path / str(width), recipe=recipe, shard_size="50KB", quiet=True)
         files = sorted(file.name for file in found.out.glob("*.safetensors"))
         assert found.metrics["stock"] == (width == 24) == (files == ["model.safetensors"])
@@ -169,7 +170,7 @@ def test_timm_gets_one_file_unless_it_could_not_read_it_anyway(build, tmp_path):
 
 def test_a_scope_is_cut_and_the_rest_is_carried_along(build, tmp_path):
     each = build("clip")
-    recipe = Recipe(width_ratio=1, scope="text_model")
+    recipe = Recipe(mlp_ratio=1, scope="text_model")
     found = prune_checkpoint(each.source, tmp_path / "out", recipe=recipe, quiet=True)
     assert list(found.metrics["widths"]) == ["text_model.encoder.layers.0.mlp"]
     assert "vision_model.encoder.layers.0.mlp.fc1.weight" in tensors_of(found.out)
@@ -198,7 +199,7 @@ def test_a_hub_id_is_fetched_without_pickles(build, tmp_path, monkeypatch, name,
 
 
 def test_a_method_that_needs_no_images_gets_none(build, tmp_path):
-    each, recipe = build("timm"), Recipe(method="dgmr-paper", width_ratio=1)
+    each, recipe = build("timm"), Recipe(method="dgmr-paper", mlp_ratio=1)
     with_images = prune_checkpoint(each.source, tmp_path / "a", recipe=recipe, data=IMAGES, quiet=True)
     without = prune_checkpoint(each.source, tmp_path / "b", recipe=recipe, quiet=True)
     assert bytes_of(with_images.out) == bytes_of(without.out) and without.metrics["notes"] == []
@@ -216,9 +217,9 @@ def about(found):
 def calibration_bytes(each, recipe, choice):
     job = open_job(each.source, recipe)
     batches = first_images(open_images(IMAGES), 2000, seed=0, batch_size=recipe.calibrate.batch_size)[0]
-    needs = picks.needs_for(job, recipe, batches)
-    spilled, moments = needs.choices[choice]
-    return needs.bytes(spilled=spilled, moments=moments)
+    needs = selection.needs_for(job, recipe, batches)
+    offloaded, moments = needs.choices[choice]
+    return needs.bytes(offloaded=offloaded, moments=moments)
 
 
 @pytest.fixture(scope="module")
@@ -246,10 +247,10 @@ def test_activations_on_disk_change_nothing(build, repaired, tmp_path, monkeypat
 
 def test_moments_in_float32_change_next_to_nothing(build, repaired, tmp_path, monkeypatch):
     each, types = build("timm"), []
-    for module in (budget, sys.modules["vitrim.calibrate.walk"]):
+    for module in (memory, sys.modules["vitrim.calibrate.walk"]):
         monkeypatch.setattr(module, "TILE_ROWS", 20)  # several tiles, the last one smaller
     monkeypatch.setattr(
-        picks, "cut_", lambda *args, **kwargs: (types.append(kwargs["moments"]), cut_(*args, **kwargs))[1]
+        selection, "cut_", lambda *args, **kwargs: (types.append(kwargs["moments"]), cut_(*args, **kwargs))[1]
     )
     enough = calibration_bytes(each, REPAIR, 3)
     assert enough < calibration_bytes(each, REPAIR, 1)
@@ -321,7 +322,7 @@ def test_inspect_says_what_pruning_will_need(build, tmp_path):
 
 def test_inspect_reads_no_values(build, monkeypatch):
     each = build("clip")
-    monkeypatch.setattr("vitrim.tensor_files.TensorFiles.chunks", None)
+    monkeypatch.setattr("vitrim.storage.tensor_files.TensorFiles.chunks", None)
     assert vitrim.inspect(each.source).checkpoint.dtypes == ("bfloat16", "int64")
 
 
@@ -339,10 +340,10 @@ def test_inspect_names_what_can_not_be_pruned_file_to_file(build, tmp_path):
 def test_a_giant_is_forecast_within_reason():
     """EVA-CLIP-E: what moments of 15,360 units take, by hand."""
     site = MlpSite(path="m", kind="plain", d_model=1792, d_hidden=15360, value="v", output="o")
-    needs = Needs(streams=0, resident=0, sample=0, batch=0, chunk=0, hidden=15360, kept=1792, d_model=1792)
+    needs = MemoryEstimate(streams=0, resident=0, sample=0, batch=0, chunk=0, hidden=15360, kept=1792, d_model=1792)
     square, cross = 15360**2 * 8, 15360 * 1792 * 8
-    assert needs.bytes(spilled=False, moments=torch.float64) == int(MARGIN * (2 * square + 7 * cross))
-    assert needs.bytes(spilled=False, moments=torch.float32) == int(MARGIN * (square + 7 * cross))
+    assert needs.bytes(offloaded=False, moments=torch.float64) == int(MARGIN * (2 * square + 7 * cross))
+    assert needs.bytes(offloaded=False, moments=torch.float32) == int(MARGIN * (square + 7 * cross))
     assert 100 < selection_bytes(site, 1792, 2) / 1e6 < 500
 
 
@@ -351,7 +352,7 @@ def test_a_giant_is_forecast_within_reason():
 
 def test_the_command_line(build, tmp_path, capsys):
     each = build("clip")
-    command = ["prune-checkpoint", each.source, str(tmp_path / "out"), "--width-ratio", "1", "--shard-size", "20KB"]
+    command = ["prune-checkpoint", each.source, str(tmp_path / "out"), "--mlp-ratio", "1", "--fsdp-size", "20KB"]
     assert run(command) == 0
     printed = capsys.readouterr()
     first = printed.err.split("\n")[0]
@@ -361,7 +362,7 @@ def test_the_command_line(build, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.err == "" and json.loads(printed.out)["bytes"][0] > 0
     assert run(["inspect", each.source]) == 0
-    assert "prune-checkpoint at width ratio 1" in capsys.readouterr().out
+    assert "prune-checkpoint at MLP ratio 1" in capsys.readouterr().out
 
 
 def test_images_on_the_command_line(tmp_path, capsys):

@@ -15,16 +15,17 @@ import torch
 from checkpoints import IMAGES, SOURCES, bytes_of, snapshot, tensors_of
 from safetensors.torch import save_file
 
-from vitrim import tensor_writer
-from vitrim.cli import run
+from vitrim.cli.app import run
+from vitrim.compression import file_to_file, selection
+from vitrim.compression.file_to_file import prune_checkpoint
+from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError, DataError, OutputError, RecipeError, VitrimError
-from vitrim.recipe import Recipe
-from vitrim.streaming import picks, prune, prune_checkpoint
-from vitrim.tensor_writer import TensorWriter
+from vitrim.storage import tensor_writer
+from vitrim.storage.tensor_writer import TensorWriter
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
-PRUNE = Recipe(width_ratio=1)
-REPAIR = Recipe(width_ratio=1, repair={"refit_steps": 5}, calibrate={"batch_size": 8})
+PRUNE = Recipe(mlp_ratio=1)
+REPAIR = Recipe(mlp_ratio=1, repair={"refit_steps": 5}, calibrate={"batch_size": 8})
 FC1 = "blocks.1.mlp.fc1.weight"
 
 
@@ -190,7 +191,7 @@ def no_space(*_):
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_worked_out(pristine, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(prune, "pick_on_weights", None)
+    monkeypatch.setattr(file_to_file, "pick_on_weights", None)
     with pytest.raises(OutputError, match=r"needs 0\.\d MB for the output, the disk has 0\.\d MB left; make room"):
         prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, quiet=True)
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +200,9 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_worked_out(prist
 def test_a_disk_without_room_for_activations_is_refused(pristine, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=150_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(picks.Needs, "bytes", lambda self, *, spilled, moments: 10 if spilled else 1000)
+    monkeypatch.setattr(
+        selection.MemoryEstimate, "bytes", lambda self, *, offloaded, moments: 10 if offloaded else 1000
+    )
     with pytest.raises(OutputError, match="for activations"):
         prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=REPAIR, data=IMAGES, memory_budget=100, quiet=True)
     assert list(tmp_path.iterdir()) == []
@@ -211,7 +214,9 @@ def test_a_disk_that_fills_up_leaves_nothing(pristine, tmp_path, monkeypatch, wh
         calls, write = itertools.count(), TensorWriter.write
         monkeypatch.setattr(TensorWriter, "write", lambda *given: no_space() if next(calls) == 5 else write(*given))
     else:
-        monkeypatch.setattr(*((picks, "append", no_space) if where == "a journal" else (prune, "write_json", no_space)))
+        monkeypatch.setattr(
+            *((selection, "append", no_space) if where == "a journal" else (file_to_file, "write_json", no_space))
+        )
     with pytest.raises(OutputError, match=r"could not be written \(No space left on device\)") as caught:
         prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, quiet=True)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
@@ -239,8 +244,8 @@ def test_values_that_change_on_their_way_to_the_disk_are_noticed(pristine, tmp_p
 def hooks(where):
     """What a run dies in: object, name of its function, and how much of the call is carried out first."""
     return {
-        "picks": (picks, "append", 0),
-        "half a line": (picks, "append", 0.5),
+        "picks": (selection, "append", 0),
+        "half a line": (selection, "append", 0.5),
         "tensors": (TensorWriter, "write", 0),
         "half a tensor": (TensorWriter, "write", 0.5),
         "sync": (TensorWriter, "sync", 0),
@@ -275,7 +280,9 @@ def killed(where, count, source, out, keywords):
 def spawn():
     """Runs `killed` in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "accelerate", "vitrim.streaming", "test_streaming_faults"])
+    context.set_forkserver_preload(
+        ["torch", "timm", "accelerate", "vitrim.compression.file_to_file", "test_streaming_faults"]
+    )
 
     def spawn(*given):
         process = context.Process(target=killed, args=given)
@@ -322,14 +329,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(pristine, whole, spawn,
 def stopped(pristine, tmp_path, monkeypatch):
     """A run into `out` that Ctrl-C stopped after two MLPs."""
     with monkeypatch.context() as patch:
-        calls, append = itertools.count(), picks.append
+        calls, append = itertools.count(), selection.append
 
         def interrupt(*given):
             if next(calls) == 3:
                 raise KeyboardInterrupt
             append(*given)
 
-        patch.setattr(picks, "append", interrupt)
+        patch.setattr(selection, "append", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, quiet=True)
     assert len((tmp_path / ".out.partial" / "picks.jsonl").read_text().splitlines()) == 3
@@ -337,14 +344,14 @@ def stopped(pristine, tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_stopped_does_not_pick_twice(pristine, whole, stopped, monkeypatch):
-    picked, select = [], picks.select
-    monkeypatch.setattr(picks, "select", lambda *given: (picked.append(given[1].path), select(*given))[1])
+    picked, select = [], selection.select
+    monkeypatch.setattr(selection, "select", lambda *given: (picked.append(given[1].path), select(*given))[1])
     prune_checkpoint(pristine["timm"], stopped, recipe=PRUNE, resume=True, quiet=True)
     assert picked == ["blocks.2.mlp"] and bytes_of(stopped) == whole["weights"]
 
 
 WRONG = {
-    "recipe": lambda copied: {"recipe": Recipe(width_ratio=0.5)},
+    "recipe": lambda copied: {"recipe": Recipe(mlp_ratio=0.5)},
     "images": lambda copied: {"data": IMAGES},
     "source": lambda copied: {"source": str(copied("timm"))},
     "file": lambda copied: {"changed": 0},

@@ -18,10 +18,11 @@ from test_distill import HELD_OUT, assert_equal, make_images, make_student, make
 from torchvision import transforms as tv
 
 import vitrim
+from vitrim.config.options import CacheOptions, RecoverOptions
+from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
 from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
-from vitrim.recipe import CacheOptions, Recipe, RecoverOptions
-from vitrim.recover.order import Order
+from vitrim.recover.sampler import Sampler
 from vitrim.recover.targets import LiveTargets, open_cached
 from vitrim.recover.teacher_cache import Layout, TeacherCache, cache_bytes, decode, draw_positions, encode
 from vitrim.types import Features
@@ -115,9 +116,9 @@ def test_what_is_read_is_what_was_added(tmp_path, dtype, num_patches):
     before = [cache.read(order, 1, CPU)]
     cache.flush()
     assert len(shards(tmp_path / "cache")) > 1
-    reader = opened(tmp_path / "cache", found, num_views=2, dtype=dtype, num_patches=num_patches)
-    assert bool(reader.has(order, 1).all()) and not bool(reader.has(order, 0).any())
-    for features, positions in (*before, reader.read(order, 1, CPU)):
+    backend = opened(tmp_path / "cache", found, num_views=2, dtype=dtype, num_patches=num_patches)
+    assert bool(backend.has(order, 1).all()) and not bool(backend.has(order, 0).any())
+    for features, positions in (*before, backend.read(order, 1, CPU)):
         for slot, row in enumerate(order.tolist()):
             kept = list(range(7)) if num_patches is None else draw_positions(0, row, 1, num_kept=3, num_patches=7)
             if num_patches is not None:
@@ -267,7 +268,9 @@ def test_a_damaged_shard_is_noted_and_counts_as_not_there(tmp_path, damage):
 # --- training
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 4, "accumulate": 2}, {"lr": None}, {"features_at": "pre_norm"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 4, "gradient_accumulation_steps": 2}, {"lr": None}, {"features_at": "pre_norm"}]
+)
 def test_training_on_a_full_float32_cache_equals_training_on_the_teacher_bit_for_bit(tmp_path, options):
     live, cached = make_student(make_teacher()), make_student(make_teacher())
     expected = run(live, make_teacher(), options={**EPOCH, **options})
@@ -368,8 +371,8 @@ def augmented(seed=0):
 def test_an_epoch_sees_its_own_order_and_the_view_that_is_kept(tmp_path):
     plain = RecoverOptions(steps=15, batch_size=2)
     options = plain.model_copy(update={"cache_teacher": CacheOptions(views=2, dtype="float32")})
-    free = [step[0] for step in Order(augmented(), plain, seed=5).steps(0, 15)]
-    kept = [step[0] for step in Order(augmented(), options, seed=5).steps(0, 15)]
+    free = [step[0] for step in Sampler(augmented(), plain, seed=5).steps(0, 15)]
+    kept = [step[0] for step in Sampler(augmented(), options, seed=5).steps(0, 15)]
     assert [batch.rows_B.tolist() for batch in free] == [batch.rows_B.tolist() for batch in kept]
     seen = {}
     for batch in kept:

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vitrim import tensor_writer
 from vitrim.errors import CheckpointError
-from vitrim.tensor_files import CODES, DTYPES, open_tensors, tensor_bytes
-from vitrim.tensor_writer import TensorWriter, append, read_journal
+from vitrim.storage import tensor_writer
+from vitrim.storage.tensor_files import CODES, DTYPES, open_tensors, tensor_bytes
+from vitrim.storage.tensor_writer import TensorWriter, append, read_journal
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 

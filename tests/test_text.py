@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitrim
-from vitrim.cli import run
+from vitrim.cli.app import run
 from vitrim.data import is_text, open_texts
+from vitrim.data.inputs import open_inputs
 from vitrim.errors import DataError, ModelError
-from vitrim.evaluation import open_inputs
+from vitrim.models.features import features
 from vitrim.models.load import load_model, origin_of, tokenizer_of
-from vitrim.models.taps import features
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -14,18 +14,18 @@ from torch.nn.functional import normalize
 
 import vitrim
 import vitrim.recover.run as run_module
-from vitrim.checkpoint import open_model, read_about
-from vitrim.clip import retrieval, tune_text, zero_shot
+from vitrim.clip import text_tower
+from vitrim.clip.contrastive import contrastive_loss
+from vitrim.clip.embedding_space import space_of
+from vitrim.clip.tasks import retrieval, tune_text, zero_shot
+from vitrim.clip.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.config.options import RecoverOptions
 from vitrim.data import open_pairs
 from vitrim.errors import DataError, Interrupted, OutputError, RecipeError
-from vitrim.models.taps import features
+from vitrim.models.features import features
 from vitrim.models.towers import embed_images, open_pair
-from vitrim.recipe import RecoverOptions
-from vitrim.recover import text_tower
-from vitrim.recover.contrastive import contrastive_loss
-from vitrim.recover.losses import Space, feature_loss, space_loss
-from vitrim.recover.text_bank import space_of
-from vitrim.recover.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.output.load import open_model, read_about
+from vitrim.recover.losses import EmbeddingSpace, feature_loss, space_loss
 from vitrim.types import Features
 
 open_clip = pytest.importorskip("open_clip")
@@ -97,7 +97,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from test_text_tower import *
 from accelerate import PartialState
-from vitrim.recover.parallel import is_main, num_processes
+from vitrim.distributed.processes import is_main, num_processes
 torch.set_num_threads(1)
 PartialState(cpu=True)
 gradients = []
@@ -234,7 +234,7 @@ def test_every_epoch_takes_each_image_once_with_captions_drawn_anew(folders):
 
 def test_bf16_is_close_to_float32(folders):
     results = [
-        tuned(folders["open_clip"], options={"precision": precision, "lr": 3e-4})[1] for precision in ("no", "bf16")
+        tuned(folders["open_clip"], options={"precision": precision, "lr": 3e-4})[1] for precision in ("fp32", "bf16")
     ]
     last = [result.curve[-1]["held_out_loss"] for result in results]
     assert last[0] != last[1] and last[0] == pytest.approx(last[1], rel=0.05)
@@ -251,7 +251,7 @@ def test_a_cut_pair_is_tuned_exported_and_loaded_by_its_own_library(folders, tmp
         str(folders[layout]),
         data=list(pictures(24, size)),
         recipe=recipe,
-        width_ratio=1,
+        mlp_ratio=1,
         out=tmp_path / "small",
         quiet=True,
     )
@@ -333,7 +333,7 @@ def test_what_recovery_matches_is_what_the_paper_says(folders):
     for layout in ("clip", "siglip"):
         pair = opened(folders[layout])
         whole, origin = pair.model, pair.origin
-        space = space_of(whole, origin, RecoverOptions(steps=1)) or Space()
+        space = space_of(whole, origin, RecoverOptions(steps=1)) or EmbeddingSpace()
         with torch.no_grad():
             found = features(whole.vision_model, images)
             placed = space.to(torch.device("cpu")).placed(found)
@@ -353,7 +353,7 @@ def random_features(seed):
 def test_the_loss_with_a_bank_is_the_sum_of_its_parts():
     mine, theirs = random_features(0), random_features(1)
     project, bank = torch.nn.Linear(6, 4, bias=False), normalize(torch.randn(7, 4), dim=1)
-    space = Space(project=project, bank_TE=bank, scale=3.0, weight=0.5).to(torch.device("cpu"))
+    space = EmbeddingSpace(project=project, bank_TE=bank, scale=3.0, weight=0.5).to(torch.device("cpu"))
     assert not any(p.requires_grad for p in space.project.parameters())
     placed = [Features(pooled_BD=project(f.pooled_BD).detach(), patches_BND=f.patches_BND) for f in (mine, theirs)]
     slow = float(feature_loss(*placed))
@@ -362,7 +362,7 @@ def test_the_loss_with_a_bank_is_the_sum_of_its_parts():
         slow += 0.5 / 3 * float((p * (p / q).log()).sum())
     assert float(space_loss(mine, theirs, space)) == pytest.approx(slow, rel=1e-5)
     assert float(space_loss(mine, mine, space)) == pytest.approx(0, abs=1e-6)
-    assert float(space_loss(mine, theirs, Space())) == float(feature_loss(mine, theirs))
+    assert float(space_loss(mine, theirs, EmbeddingSpace())) == float(feature_loss(mine, theirs))
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "clip"])
@@ -394,7 +394,7 @@ def test_a_bank_of_texts_takes_part_in_every_step(folders, tmp_path, monkeypatch
     ],
 )
 def test_a_bank_that_does_not_fit_is_found_before_anything_is_cut(folders, tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr("vitrim.pipeline.cut_", lambda *args, **kwargs: pytest.fail("cut"))
+    monkeypatch.setattr("vitrim.compression.pipeline.cut_", lambda *args, **kwargs: pytest.fail("cut"))
     text = change.pop("text", "two\nlines")
     if text:
         (tmp_path / "bank.txt").write_text(text)

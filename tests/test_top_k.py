@@ -11,11 +11,11 @@ from torch import nn
 
 import vitrim
 from vitrim.calibrate.activity import measure_activity
-from vitrim.cut import cut_
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, SiteNotFoundError
 from vitrim.layers.top_k import TopKLinear, keep_top
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import Recipe
 from vitrim.surgery import Plan, TopKActivation, apply_
 from vitrim.types import MlpSite
 
@@ -159,7 +159,7 @@ def test_counts_and_modules_that_are_not_there_are_refused(build):
 def test_inspect_counts_activity_in_the_api_and_on_the_command_line(capsys):
     from importlib.resources import files
 
-    from vitrim.cli import run
+    from vitrim.cli.app import run
 
     model = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
     found = vitrim.inspect(model, activity="digits", limit=40)

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vitrim
-from vitrim.checkpoint import read_about, save, staged_output
-from vitrim.cli import run
+from vitrim.cli.app import run
 from vitrim.errors import BudgetError, DataError, SiteNotFoundError
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.sites import find_mlps
+from vitrim.output.load import read_about
+from vitrim.output.save import save
+from vitrim.output.stage import staged_output
 from vitrim.surgery import KeepUnits, Plan, apply_
 
 transformers = pytest.importorskip("transformers")
@@ -330,10 +332,10 @@ def test_a_scope_that_does_not_fit_is_one_clear_line(llava, scope, data, error, 
 def test_stock_takes_the_nearest_width_that_the_config_can_say(tmp_path):
     model = build_dinov2()
     assert vitrim.inspect(model).sites[0].d_hidden == 88
-    plain = vitrim.compress(model, method="magnitude", width_ratio=1, quiet=True)
+    plain = vitrim.compress(model, method="magnitude", mlp_ratio=1, quiet=True)
     assert set(plain.plan.widths.values()) == {32} and not plain.metrics["stock"]
     assert any("(32 of 88); the nearest that it could is 24 (--stock picks it)" in n for n in plain.metrics["notes"])
-    for asked, width, ratio in (({"width_ratio": 1}, 24, 1), ({"width": 60}, 64, 3), ({"keep_ratio": 0.95}, 64, 3)):
+    for asked, width, ratio in (({"mlp_ratio": 1}, 24, 1), ({"width": 60}, 64, 3), ({"keep_ratio": 0.95}, 64, 3)):
         found = vitrim.compress(model, method="magnitude", stock=True, quiet=True, **asked)
         assert set(found.plan.widths.values()) == {width} and found.metrics["stock"]
         assert not any("--stock" in note for note in found.metrics["notes"])

@@ -10,16 +10,16 @@ import timm
 import torch
 from packaging.version import Version
 
+from vitrim.config.options import RecoverOptions
 from vitrim.data import open_images
 from vitrim.errors import MissingExtraError, RecipeError
 from vitrim.models.sites import find_mlps
-from vitrim.recipe import RecoverOptions
 from vitrim.recover.distill import recover_
 from vitrim.recover.trackers import check_trackers
 from vitrim.surgery import KeepUnits, apply_
 
 
-def run(folder, *, track, steps=6, **kwargs):
+def run(folder, *, report_to, steps=6, **kwargs):
     """A recovery with its log and trackers in a folder."""
     torch.manual_seed(0)
     teacher = timm.create_model(
@@ -28,7 +28,7 @@ def run(folder, *, track, steps=6, **kwargs):
     student = copy.deepcopy(teacher)
     apply_(student, [KeepUnits(site=site, keep=tuple(range(16))) for site in find_mlps(student)])
     images = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    options = RecoverOptions(steps=steps, batch_size=4, lr=1e-3, num_validations=3, track=track)
+    options = RecoverOptions(steps=steps, batch_size=4, lr=1e-3, num_validations=3, report_to=report_to)
     logs = folder / "logs"
     return recover_(
         student,
@@ -65,7 +65,7 @@ def in_tensorboard(folder):
 
 
 def test_tensorboard_shows_what_the_log_says(tmp_path):
-    run(tmp_path, track=("tensorboard",))
+    run(tmp_path, report_to=("tensorboard",))
     logged = in_log(tmp_path)
     assert set(logged) == {"loss", "lr", "images_per_s", "relative_error"} and list(logged["loss"]) == [
         1,
@@ -124,9 +124,9 @@ def stop(step, error):
 
 def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, track=("tensorboard",), state=tmp_path / "state", on_validation=stop)
+        run(tmp_path, report_to=("tensorboard",), state=tmp_path / "state", on_validation=stop)
     assert list(in_tensorboard(tmp_path)["loss"]) == [1, 2, 3]
-    run(tmp_path, track=("tensorboard",), state=tmp_path / "state", resume=True)
+    run(tmp_path, report_to=("tensorboard",), state=tmp_path / "state", resume=True)
     assert in_tensorboard(tmp_path) == in_log(tmp_path)
 
 
@@ -135,24 +135,24 @@ def test_other_trackers_are_used_by_name(tmp_path, monkeypatch, name):
     if name == "notebook" and Version(version("accelerate")) < Version("1.15"):
         pytest.skip("accelerate takes trackers that it was told of by name since 1.15")
     told = stand_in(monkeypatch, name)
-    run(tmp_path, track=(name,))
+    run(tmp_path, report_to=(name,))
     assert told["made"] == {"project": "vitrim"} and told["options"]["batch_size"] == 4
     assert told["values"] == in_log(tmp_path)
     assert told["finished"]
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, track=(name,), on_validation=stop)
+        run(tmp_path, report_to=(name,), on_validation=stop)
     assert told["finished"]
 
 
 def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypatch):
     told = stand_in(monkeypatch, "wandb")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, track=("wandb",), state=tmp_path / "state", on_validation=stop)
+        run(tmp_path, report_to=("wandb",), state=tmp_path / "state", on_validation=stop)
     first = dict(told["made"])
     assert first["resume"] == "allow" and first["dir"] == str(tmp_path / "logs") and len(first["id"]) == 8
-    run(tmp_path, track=("wandb",), state=tmp_path / "state", resume=True)
+    run(tmp_path, report_to=("wandb",), state=tmp_path / "state", resume=True)
     assert told["made"] == first
-    run(tmp_path, track=("wandb",))
+    run(tmp_path, report_to=("wandb",))
     assert told["made"]["id"] != first["id"]
 
 
@@ -167,9 +167,9 @@ def test_trackers_that_cannot_be_used_are_refused_before_anything_runs(tmp_path,
     with pytest.raises(MissingExtraError, match="comet_ml is not installed; pip install comet-ml"):
         check_trackers(("tensorboard", "comet_ml"), folder=tmp_path)
     with pytest.raises(RecipeError, match="unknown tracker 'all'"):
-        run(tmp_path, track=("all",))
+        run(tmp_path, report_to=("all",))
 
 
 def test_without_trackers_there_is_the_log_alone(tmp_path):
-    run(tmp_path, track=())
+    run(tmp_path, report_to=())
     assert [path.name for path in tmp_path.iterdir()] == ["recovery.jsonl"]

@@ -5,11 +5,11 @@ import torch
 from pairs import KINDS, NAMES, TEMPLATES, pictures, write_pair
 
 import vitrim
-from vitrim.checkpoint import open_model
-from vitrim.clip import zero_shot
+from vitrim.clip.tasks import zero_shot
 from vitrim.errors import CheckpointError, DataError, ModelError, RecipeError
 from vitrim.metrics.zero_shot import build_classifier, prompts_for, zero_shot_top
 from vitrim.models.towers import Pair, embed_images, open_pair, unit
+from vitrim.output.load import open_model
 
 open_clip = pytest.importorskip("open_clip")
 pytest.importorskip("transformers")

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from test_distill import HELD_OUT, Broken, make_images, make_student, make_teacher, weights
 
 import vitrim
+from vitrim.cli.app import run as run_module
+from vitrim.config.options import RecoverOptions
 from vitrim.data import open_images
+from vitrim.distributed.processes import is_main, join_, on_main, plan_from_main
 from vitrim.errors import OutputError, VitrimError
-from vitrim.recipe import RecoverOptions
-from vitrim.recover import run as run_module
 from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
-from vitrim.recover.parallel import is_main, join_, on_main, plan_from_main
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
-SHARDED = {"shard": True}
+SHARDED = {"fsdp": True}
 # As many steps as the three ways are compared over.
 LONG = {"steps": 50, "batch_size": 8, "lr": 3e-4, "num_validations": 5}
 SHORT = {"steps": 9, "batch_size": 8, "lr": 1e-3, "num_validations": 3}
@@ -92,12 +92,12 @@ def same_curve(folder: Path) -> dict[str, Any]:
 
 def extras(folder: Path) -> dict[str, Any]:
     """Everything that has a second way to go wrong under shards."""
-    everything = {"ema": 0.8, "accumulate": 2, "batch_size": 4, "weight_decay": (0.1, 0.0)}
+    everything = {"ema": 0.8, "gradient_accumulation_steps": 2, "batch_size": 4, "weight_decay": (0.1, 0.0)}
     return {
         "everything": train({**SHORT, **everything, **SHARDED, "checkpoint_activations": True}),
         "range test": train({**SHORT, **SHARDED, "lr": None}),
         "bf16": train({**SHORT, **SHARDED, "precision": "bf16"}),
-        "uneven": train({**SHORT, **SHARDED, "batch_size": 5, "accumulate": 2}),
+        "uneven": train({**SHORT, **SHARDED, "batch_size": 5, "gradient_accumulation_steps": 2}),
         "unreadable": train({**SHORT, **SHARDED, "steps": 3}, images=unreadable()),
         "before the norm": train({**SHORT, **SHARDED, "features_at": "pre_norm"}),
     }
@@ -170,7 +170,7 @@ def failing(folder: Path) -> dict[str, Any]:
 def compressed(out: Path | None) -> dict[str, Any]:
     """The main job from start to end."""
     recipe = vitrim.Recipe.parse({"calibrate": {"batch_size": 16}, "repair": {"refit_steps": 5, "max_tokens": 2048}})
-    recover = {"steps": 4, "batch_size": 16, "lr": 1e-4, "shard": True}
+    recover = {"steps": 4, "batch_size": 16, "lr": 1e-4, "fsdp": True}
     images = [images for images, *_ in make_images(64).loader(batch_size=64)]
     result = vitrim.compress(make_teacher(), data=images, recipe=recipe, recover=recover, out=out, quiet=True)
     metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}

@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def run_demo(out: Path, *, steps: int, console: Console) -> dict[str, Any]:
-    """Inspect, compress to width ratio 1, repair, distil without labels, save, reload with plain timm, evaluate.
+    """Inspect, compress to MLP ratio 1, repair, distil without labels, save, reload with plain timm, evaluate.
 
     Args:
         out: folder to write.
@@ -23,9 +23,9 @@ def run_demo(out: Path, *, steps: int, console: Console) -> dict[str, Any]:
     """
     import timm
 
+    from vitrim.compression.pipeline import compress
     from vitrim.evaluation import evaluate
     from vitrim.inspection import inspect
-    from vitrim.pipeline import compress
 
     with as_file(files("vitrim") / "assets" / "digits-vit") as folder:
         model = f"local-dir:{folder}"
@@ -36,7 +36,7 @@ def run_demo(out: Path, *, steps: int, console: Console) -> dict[str, Any]:
         compress(
             model,
             data="digits",
-            width_ratio=1.0,
+            mlp_ratio=1.0,
             recover={"steps": steps, "batch_size": 64, "augment": "none"},
             out=out,
         )

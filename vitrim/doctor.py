@@ -12,8 +12,8 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from vitrim.checkpoint import versions
-from vitrim.evaluation import resolve_device
+from vitrim.distributed.devices import resolve_device
+from vitrim.output.provenance import versions
 
 FOR_DEVELOPERS = ("docs", "test")
 

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vitrim.checkpoint import open_model, versions
-from vitrim.cost import count_macs, measure_latency, num_parameters, peak_memory_mib
-from vitrim.data import (
-    Batch,
-    ImageSet,
-    ImageStream,
-    is_text,
-    open_images,
-    open_stream,
-    open_texts,
-    split_indices,
-    transform_for,
-)
-from vitrim.errors import DataError, RecipeError
+from vitrim.cost.count import count_macs, measure_latency, num_parameters, peak_memory_mib
+from vitrim.data import Batch, split_indices
+from vitrim.data.inputs import check_inputs, open_set, random_inputs
+from vitrim.distributed.devices import resolve_device
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
 from vitrim.metrics.outputs import Outputs
-from vitrim.models.load import tokenizer_of
+from vitrim.models.features import num_classes
 from vitrim.models.origin import Origin
-from vitrim.models.taps import evaluating, num_classes, takes_token_ids
-
-Model = nn.Module | str
+from vitrim.output.load import Model, open_encoder
 
 
 def evaluate(
@@ -124,79 +106,6 @@ def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None
     return scores | own_top1(model, outputs)
 
 
-def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
-    """The part of a model that takes the inputs, and how the whole was built."""
-    whole, origin = open_model(model)
-    return whole.get_submodule(origin.encoder), origin
-
-
-def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int | None = None) -> ImageSet | ImageStream:
-    """Images behind a model's own preprocessing, or text in rows of its tokenizer's ids.
-
-    A model without known preprocessing takes tensors, or images of the right size. What can only be read in order
-    opens as a stream; the limit is not for it.
-
-    Raises:
-        DataError: the source can't be read, or is text and the model takes none.
-    """
-    known = origin.preprocessing
-    transform = transform_for(known) if "mean" in known else None
-    stream = open_stream(data, transform=transform, split=split)
-    if stream is not None:
-        return stream
-    if is_text(data) and "num_tokens" in known:
-        return open_texts(data, tokenizer=tokenizer_of(origin), num_tokens=known["num_tokens"], limit=limit)
-    is_folder = isinstance(data, str | Path) and Path(data).is_dir()  # of images, with a text file among them
-    if is_text(data) and not is_folder:
-        what = "takes images" if "input_size" in known else "has no tokenizer that vitrim knows"
-        raise DataError(f"{origin.name}: {what}, not text; pass images or tensors that are preprocessed already.")
-    return open_images(data, transform=transform, split=split, limit=limit)
-
-
-def open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | None) -> ImageSet:
-    """Images to judge on, of a stream the first."""
-    images = open_inputs(data, origin, split=split, limit=limit)
-    if isinstance(images, ImageSet):
-        return images
-    if limit is None:
-        raise DataError(f"{images.name}: a stream, which may not end; give limit, the number of images to take of it.")
-    return images.take(limit, seed=0)[0]
-
-
-def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Tensor]) -> None:
-    """Run a model on one input: what it can't take shall be one clear line, before anything is cut.
-
-    Raises:
-        DataError: the inputs are of another kind or size than the model takes.
-    """
-    for batch in batches[:1]:
-        first = (batch if isinstance(batch, Tensor) else batch.images_BCHW)[:1]
-        parameter = next(model.parameters())
-        try:
-            with evaluating(model):
-                model(first.to(parameter.device, parameter.dtype if first.is_floating_point() else None))
-        except Exception as error:  # foreign code says in its own ways what it does not take
-            needs = "images (C, H, W) of the size that it takes"
-            if takes_token_ids(model):
-                needs = "text (a .txt file or strings) or rows of token ids (N,), since it is a text encoder"
-            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-            got = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
-            where = f"{origin.name} {origin.encoder}".strip()
-            raise DataError(f"{where}: can't run on {got} ({reason}); pass {needs}.") from error
-
-
-def resolve_device(name: str) -> torch.device:
-    """A torch device by name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError):  # unknown name, no such device, or no driver for it
-            raise RecipeError(f"device: {name!r} is not available here; use auto, cpu, cuda or mps.") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None) -> dict[str, Any]:
     """Cost of a model, and its top-1 where the images have labels and it has a head."""
     sample = random_inputs(origin) if sample is None else sample
@@ -218,24 +127,3 @@ def own_top1(model: nn.Module, outputs: Outputs) -> dict[str, float]:
 
 def _has_head_for(model: nn.Module, labels: Sequence[Tensor]) -> bool:
     return num_classes(model) > max(int(part.max()) for part in labels) >= 0
-
-
-def random_inputs(origin: Origin, count: int = 8) -> Tensor | None:
-    """Noise of the size that a model takes, or random token ids; None where neither is known."""
-    known, generator = origin.preprocessing, torch.Generator().manual_seed(0)
-    if "input_size" in known:
-        return torch.randn(count, *known["input_size"], generator=generator)
-    if "vocab_size" in known:
-        return torch.randint(known["vocab_size"], (count, known["num_tokens"]), generator=generator)
-    return None
-
-
-def environment() -> dict[str, str]:
-    """Versions, machine, time and command: provenance, kept apart from the plan."""
-    return {
-        **versions(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }

@@ -12,27 +12,27 @@ from typing import Any
 from torch import nn
 
 from vitrim.calibrate.activity import Activity, measure_activity
-from vitrim.checkpoint import is_output, open_model
-from vitrim.cost import num_parameters, site_parameters
+from vitrim.compression.estimate import RunEstimate, estimate_run
+from vitrim.compression.source import check_tensors, has_files, open_job
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import num_parameters, site_parameters
 from vitrim.data import first_images
+from vitrim.data.inputs import check_inputs, open_set
 from vitrim.errors import BudgetError, CheckpointError
-from vitrim.evaluation import check_inputs, open_set
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
-from vitrim.recipe import Recipe
-from vitrim.streaming.forecast import Forecast, forecast
-from vitrim.streaming.source import check_tensors, has_files, open_job
+from vitrim.output.load import is_output, open_model
 from vitrim.types import MlpSite
 
-WIDTH_RATIOS = (2.0, 1.0, 0.5, 0.25)
+MLP_RATIOS = (2.0, 1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What `inspect` found; `parameters` by part of the model, `predicted` by width ratio.
+    """What `inspect` found; `parameters` by part of the model, `predicted` by MLP ratio.
 
-    `checkpoint` is what `prune_checkpoint` will need at width ratio 1, None where the weights are not on this machine;
+    `checkpoint` is what `prune_checkpoint` will need at MLP ratio 1, None where the weights are not on this machine;
     `notes` say why it can't be run on those that are. `activity` is one row an MLP, where images were given.
     """
 
@@ -40,13 +40,13 @@ class Inspection:
     sites: tuple[MlpSite, ...]
     parameters: dict[str, int]
     predicted: dict[float, int]
-    checkpoint: Forecast | None = None
+    checkpoint: RunEstimate | None = None
     notes: tuple[str, ...] = ()
     activity: tuple[Activity, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description."""
-        predicted = [{"width_ratio": ratio, "parameters": count} for ratio, count in self.predicted.items()]
+        predicted = [{"mlp_ratio": ratio, "parameters": count} for ratio, count in self.predicted.items()]
         sites = [{**asdict(site), "parameters": site_parameters(site, site.d_hidden)} for site in self.sites]
         return {
             "model": self.model,
@@ -69,7 +69,7 @@ def inspect(model: nn.Module | str, *, scope: str | None = None, activity: Any =
         limit: at most this many of them.
 
     Returns:
-        Sites, widths, parameters by part, the parameters left at several width ratios, and for a checkpoint on this
+        Sites, widths, parameters by part, the parameters left at several MLP ratios, and for a checkpoint on this
         machine the memory, disk and time that pruning it will need.
 
     Raises:
@@ -89,8 +89,8 @@ def inspect(model: nn.Module | str, *, scope: str | None = None, activity: Any =
     sites = find_mlps(model, scope=part)
     total, mlp = num_parameters(model), sum(site_parameters(site, site.d_hidden) for site in sites)
     predicted = {
-        ratio: predict_parameters(total, sites, Recipe(model=name, width_ratio=ratio))
-        for ratio in WIDTH_RATIOS
+        ratio: predict_parameters(total, sites, Recipe(model=name, mlp_ratio=ratio))
+        for ratio in MLP_RATIOS
         if all(ratio * site.d_model <= site.d_hidden for site in sites)
     }
     return Inspection(
@@ -116,15 +116,15 @@ def _activity(
     return tuple(measure_activity(encoder, own, batches))
 
 
-def _checkpoint(source: str, scope: str | None) -> tuple[Forecast | None, tuple[str, ...]]:
+def _checkpoint(source: str, scope: str | None) -> tuple[RunEstimate | None, tuple[str, ...]]:
     """What pruning the files of a source will need, or why they can't be pruned file to file."""
     if is_output(source.removeprefix("local-dir:")) or not has_files(source):
         return None, ()
-    recipe = Recipe(model=source, scope=scope, width_ratio=1.0)
+    recipe = Recipe(model=source, scope=scope, mlp_ratio=1.0)
     try:
         job = open_job(source, recipe)
         check_tensors(job)
-        return forecast(job, recipe), ()
+        return estimate_run(job, recipe), ()
     except (BudgetError, CheckpointError) as error:
         return None, (f"prune-checkpoint: {error}",)
 

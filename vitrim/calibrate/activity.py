@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.workbench import Workbench
+from vitrim.calibrate.model_view import LiveModelView
 from vitrim.types import MlpSite
 
 # Shares of the root mean square above which an activation counts.
@@ -56,7 +56,7 @@ def measure_activity(
     Returns:
         One row a site, in their order.
     """
-    bench = Workbench(model, sites, {}, batches, seed=0)
+    bench = LiveModelView(model, sites, {}, batches, seed=0)
     outputs = [site.output for site in sites]
     squares = dict.fromkeys(outputs, 0.0)
     num_tokens = dict.fromkeys(outputs, 0)

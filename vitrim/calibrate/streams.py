@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vitrim.models.taps import device_of, evaluating
+from vitrim.models.features import device_of, evaluating
 from vitrim.surgery import submodule
 from vitrim.types import MlpSite
 
@@ -37,12 +37,12 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor], *, frozen: bool, spill: Path | None
+        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor], *, frozen: bool, offload: Path | None
     ) -> None:
         self.model, self.blocks, self.batches, self.frozen = model, blocks, batches, frozen
-        self.outputs = Store(spill and spill / "outputs")
+        self.outputs = Store(offload and offload / "outputs")
         self.device = device_of(model)
-        self.calls = Store(spill and spill / "calls")
+        self.calls = Store(offload and offload / "calls")
         self.chained = _links(model, blocks, batches[0][:2].to(self.device))
         self.at: int | None = None
 

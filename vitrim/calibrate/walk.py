@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate.streams import Call, Stream, first_tensor, forward_order
-from vitrim.models.taps import evaluating
+from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.surgery import mlp_output, submodule, weight_of
 from vitrim.types import MlpSite, Stats
@@ -63,7 +63,7 @@ def walk(
     num_held_out: int = 1,
     max_tokens: int = 100_000,
     skip: Collection[str] = (),
-    spill: Path | None = None,
+    offload: Path | None = None,
     moments: torch.dtype = torch.float64,
 ) -> Iterator[SiteVisit]:
     """Visit each MLP in forward order; the caller cuts the student's site before asking for the next.
@@ -77,7 +77,7 @@ def walk(
         num_held_out: batches kept for judging.
         max_tokens: tokens sampled for `fit` (and a quarter of it for `held_out`), spread over all images.
         skip: paths of sites that the student has behind it; the streams run through them.
-        spill: folder to keep the streams in, one file a batch; None keeps them in memory.
+        offload: folder to keep the streams in, one file a batch; None keeps them in memory.
         moments: type of the hidden second moments, summed in float64 tile by tile; float32 halves their memory.
 
     Yields:
@@ -85,8 +85,8 @@ def walk(
     """
     blocks = forward_order(teacher, sites, batches[0][:2])
     streams = [
-        Stream(teacher, blocks, batches, frozen=True, spill=spill and spill / "teacher"),
-        Stream(student, blocks, batches, frozen=False, spill=spill and spill / "student"),
+        Stream(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher"),
+        Stream(student, blocks, batches, frozen=False, offload=offload and offload / "student"),
     ]
     for index, block in enumerate(blocks):
         for stream in streams:

@@ -37,13 +37,13 @@ def inspect(
     rows = _grouped([(site.label, site.d_model, site.d_hidden) for site in found.sites])
     print_table(("MLPs", "kind", "model width", "hidden units"), [(count, *key) for key, count in rows.items()])
     predicted = [(f"{r:g}", f"{n:,}", f"{n / total - 1:+.1%}") for r, n in found.predicted.items()]
-    print_table(("width ratio", "parameters", "change"), predicted)
+    print_table(("MLP ratio", "parameters", "change"), predicted)
     if found.activity:
         header = ("MLP", "not zero", *(f"> {share:.0%} RMS" for share in found.activity[0].above), "never fire")
         shares = [(row.path, row.nonzero, *row.above.values(), row.silent) for row in found.activity]
         print_table(header, [(path, *(f"{s:.1%}" for s in rates), silent) for path, *rates, silent in shares])
     if found.checkpoint is not None:
-        print_table(("prune-checkpoint at width ratio 1", ""), found.checkpoint.rows())
+        print_table(("prune-checkpoint at MLP ratio 1", ""), found.checkpoint.rows())
     print_notes(found.notes)
 
 
@@ -119,7 +119,7 @@ def zero_shot(
         device: auto, cpu, cuda, mps.
         quiet: no progress.
     """
-    from vitrim.clip import zero_shot as classify
+    from vitrim.clip.tasks import zero_shot as classify
 
     found = classify(
         model,
@@ -165,7 +165,7 @@ def retrieval(
         device: auto, cpu, cuda, mps.
         quiet: no progress.
     """
-    from vitrim.clip import retrieval as search
+    from vitrim.clip.tasks import retrieval as search
 
     found = search(
         model,

@@ -35,9 +35,9 @@ def compress(
         resume: go on with a run into this folder that was stopped.
         quiet: no progress.
     """
-    from vitrim.pipeline import compress as run
-    from vitrim.recipe import Recipe
-    from vitrim.recover.parallel import is_main
+    from vitrim.compression.pipeline import compress as run
+    from vitrim.config.recipe import Recipe
+    from vitrim.distributed.processes import is_main
     from vitrim.report.collect import summarise
 
     given = {"model": model, "data": data, **cut.given(), **recover.given()}
@@ -70,7 +70,7 @@ def prune_checkpoint(
 ) -> None:
     """Prune a checkpoint file to file, one layer in memory at a time.
 
-    Example: vitrim prune-checkpoint EVA-CLIP-E/ EVA-CLIP-E-small/ --width-ratio 1
+    Example: vitrim prune-checkpoint EVA-CLIP-E/ EVA-CLIP-E-small/ --mlp-ratio 1
 
     Args:
         source: a model folder, timm/NAME@FILE, or hf/ORG/NAME.
@@ -81,8 +81,8 @@ def prune_checkpoint(
         resume: go on with a run into this folder that was killed.
         quiet: no progress.
     """
-    from vitrim.recipe import Recipe
-    from vitrim.streaming import prune_checkpoint as prune
+    from vitrim.compression.file_to_file import prune_checkpoint as prune
+    from vitrim.config.recipe import Recipe
 
     given = {"model": source, "data": data, **cut.given()}
     asked = (Recipe() if cut.recipe is None else Recipe.load(cut.recipe)).updated(given)
@@ -104,19 +104,19 @@ def prune_checkpoint(
 
 
 @app.command(name="slice")
-def slice_(source: Path, *, width_ratio: float, out: Path, as_json: Json = False) -> None:
+def slice_(source: Path, *, mlp_ratio: float, out: Path, as_json: Json = False) -> None:
     """Cut an output of vitrim to one of its smaller widths, without data.
 
-    Example: vitrim slice small --width-ratio 0.5 --out smaller
+    Example: vitrim slice small --mlp-ratio 0.5 --out smaller
 
     Args:
         source: a folder that vitrim wrote; best one with --elastic, which was trained for its widths.
-        width_ratio: hidden width as a multiple of the model width.
+        mlp_ratio: hidden width as a multiple of the model width.
         out: folder to write; it must not exist.
     """
-    from vitrim.slicing import slice_output
+    from vitrim.compression.slicing import slice_output
 
-    found = slice_output(source, out, width_ratio=width_ratio)
+    found = slice_output(source, out, mlp_ratio=mlp_ratio)
     if as_json:
         return print_json({"out": str(out), **found.metrics})
     print_notes(found.metrics["notes"])
@@ -158,8 +158,8 @@ def tune_text(
         resume: go on with a run into this folder that was stopped.
         quiet: no progress.
     """
-    from vitrim.clip import tune_text as tune
-    from vitrim.recover.parallel import is_main
+    from vitrim.clip.tasks import tune_text as tune
+    from vitrim.distributed.processes import is_main
 
     length = {"epochs": 1.0} if steps is None and epochs is None else {"steps": steps, "epochs": epochs}
     given = {**length, "lr": lr, "batch_size": batch_size}

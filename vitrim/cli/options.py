@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from vitrim.config.options import Precision
 from vitrim.errors import RecipeError
-from vitrim.options import Precision
 
 SelectOn = Literal["weights", "activations", "outputs"]
 
@@ -21,9 +21,9 @@ class CutOptions:
 
     recipe: Annotated[Path | None, Parameter(help="YAML file; options given here win over it")] = None
     method: Annotated[str | None, Parameter(help="one of `vitrim methods` (default dgmr)")] = None
-    width_ratio: Annotated[
-        float | None, Parameter(help="hidden width as a multiple of the model width (default 1)")
-    ] = None
+    mlp_ratio: Annotated[float | None, Parameter(help="hidden width as a multiple of the model width (default 1)")] = (
+        None
+    )
     keep_ratio: Annotated[float | None, Parameter(help="share of each MLP's units to keep")] = None
     width: Annotated[int | None, Parameter(help="units to keep in each MLP")] = None
     allocate: Annotated[
@@ -50,7 +50,7 @@ class CutOptions:
         """As values over a recipe; None stands for what was not given."""
         return {
             "method": self.method,
-            "width_ratio": self.width_ratio,
+            "mlp_ratio": self.mlp_ratio,
             "keep_ratio": self.keep_ratio,
             "width": self.width,
             "allocate": self._allocate(),
@@ -64,7 +64,7 @@ class CutOptions:
 
     def _options(self) -> dict[str, Any]:
         """The method's options; values are read as YAML, as they would be in a recipe."""
-        from vitrim.recipe import read_yaml  # slow to import
+        from vitrim.config.recipe import read_yaml  # slow to import
 
         found: dict[str, Any] = {} if self.select_on is None else {"select_on": self.select_on}
         for given in self.option or ():
@@ -102,7 +102,7 @@ class RecoverOptions:
     epochs: Annotated[float | None, Parameter(help="distillation epochs")] = None
     lr: Annotated[float | None, Parameter(help="distillation rate; found by a range test if not given")] = None
     batch_size: Annotated[int | None, Parameter(help="images a pass, over all processes")] = None
-    accumulate: Annotated[
+    gradient_accumulation_steps: Annotated[
         int | None, Parameter(help="passes a step, which so sees that many times --batch-size images")
     ] = None
     precision: Annotated[Precision | None, Parameter(help="auto is bf16 on GPUs that have it, float32 elsewhere")] = (
@@ -121,15 +121,15 @@ class RecoverOptions:
         Literal["lora", "op-lora"] | None, Parameter(help="train low-rank adapters, merged at the end")
     ] = None
     elastic: Annotated[
-        str | None, Parameter(help="width ratios that one result shall serve, such as 0.5,1,2; see `vitrim slice`")
+        str | None, Parameter(help="MLP ratios that one result shall serve, such as 0.5,1,2; see `vitrim slice`")
     ] = None
     cache_teacher: Annotated[
         bool | None, Parameter(negative="", help="store the teacher's targets once; later epochs don't run it")
     ] = None
-    shard: Annotated[
+    fsdp: Annotated[
         bool | None, Parameter(negative="", help="spread both models over the processes of torchrun (FSDP2)")
     ] = None
-    track: Annotated[
+    report_to: Annotated[
         str | None, Parameter(help="trackers beside the log, such as tensorboard or wandb, separated by commas")
     ] = None
 
@@ -140,7 +140,7 @@ class RecoverOptions:
             "epochs": self.epochs,
             "lr": self.lr,
             "batch_size": self.batch_size,
-            "accumulate": self.accumulate,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "precision": self.precision,
             "checkpoint_activations": self.checkpoint_activations,
             "save_every": self.save_every,
@@ -148,8 +148,8 @@ class RecoverOptions:
             "adapter": self.adapter,
             "elastic": None if self.elastic is None else self.elastic.split(","),
             "cache_teacher": self.cache_teacher,
-            "shard": self.shard,
-            "track": None if self.track is None else self.track.split(","),
+            "fsdp": self.fsdp,
+            "report_to": None if self.report_to is None else self.report_to.split(","),
         }
         return {
             "blockwise": None if self.blockwise is None else {"train": self.blockwise},

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vitrim.budget import show_bytes
 from vitrim.cli.app import Json, app, console, print_json, print_notes, print_table
+from vitrim.cost.memory import show_bytes
 
 
 @app.command
@@ -52,8 +52,8 @@ def export(
         tokens: give the pooled vector and the patch tokens, in place of what the model itself puts out.
         opset: of ONNX; without, the one that torch prefers.
     """
-    from vitrim.export import TOLERANCE
-    from vitrim.export import export as run
+    from vitrim.output.export import TOLERANCE
+    from vitrim.output.export import export as run
 
     found = run(model, out, to=to, data=data, tokens=tokens, opset=opset)
     if as_json:
@@ -84,7 +84,7 @@ def push(
         folder: what vitrim wrote.
         repo: ORG/NAME; made if there is none.
     """
-    from vitrim.hub import push as run
+    from vitrim.output.hub import push as run
 
     found = run(folder, repo, confirm=yes, private=not public)
     if as_json:

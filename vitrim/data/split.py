@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vitrim.config.recipe import Recipe
 from vitrim.data.images import Batch, ImageSet, first_images, split_indices
 from vitrim.data.streams import ImageStream, Place
 from vitrim.errors import DataError
-from vitrim.recipe import Recipe
 
 # A tenth of the images, at most this many, is held out to judge on and is in nothing else.
 MAX_HELD_OUT = 512

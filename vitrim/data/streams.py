@@ -30,7 +30,7 @@ from vitrim.data.shards import IMAGE_SUFFIXES, can_seek, label_of, shard_urls
 from vitrim.data.sources import READ_ERRORS, as_label, choose_split, decode, find_columns, name_of, unpack
 from vitrim.errors import DataError, VitrimError
 from vitrim.models.origin import require
-from vitrim.tensor_writer import read_journal
+from vitrim.storage.tensor_writer import read_journal
 
 PREFIX = "hf-stream:"
 # Lanes from which images are taken that are only looked at; a window of them is as long as it has to be.

@@ -78,5 +78,5 @@ def _torchao() -> Any:
     try:
         import torchao.quantization
     except ImportError:
-        raise MissingExtraError("torchao is not installed; pip install 'vitrim[quantize]'.") from None
+        raise MissingExtraError("torchao is not installed; pip install 'vitrim[int8]'.") from None
     return torchao.quantization

@@ -23,9 +23,9 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
-from vitrim.layers.shared_basis import Role
+from vitrim.layers.fips import Role
 from vitrim.methods.registry import MethodOptions, register
-from vitrim.ops.sparse_basis import (
+from vitrim.ops.fips import (
     cubic_sparsity,
     exchange,
     exchanged_share,
@@ -34,7 +34,7 @@ from vitrim.ops.sparse_basis import (
     num_coefficients,
     rank_for_budget,
 )
-from vitrim.surgery import ShareBasis
+from vitrim.surgery import ToFips
 from vitrim.types import MlpSite, ModelView
 
 MASKS_MOVE = 0.75  # share of the steps after which masks stay as they are; the paper's for RigL
@@ -65,7 +65,7 @@ class FipsOptions(MethodOptions):
 @register(
     "fips",
     scope="model",
-    edits=(ShareBasis,),
+    edits=(ToFips,),
     options=FipsOptions,
     needs="weights",
     paper="FiPS: Learning Parameter Sharing with Tensor Decompositions and Sparsity",
@@ -73,7 +73,7 @@ class FipsOptions(MethodOptions):
     summary="MLPs of several blocks share a dense basis, each with sparse coefficients",
     repairs=False,
 )
-def propose(view: ModelView, options: FipsOptions) -> Iterator[ShareBasis]:
+def propose(view: ModelView, options: FipsOptions) -> Iterator[ToFips]:
     """One edit a group of MLPs.
 
     Raises:
@@ -178,7 +178,7 @@ def _groups(sites: Sequence[MlpSite], group: int | tuple[int, ...]) -> list[Sequ
     return groups
 
 
-def _share(view: ModelView, sites: Sequence[MlpSite], options: FipsOptions) -> ShareBasis:
+def _share(view: ModelView, sites: Sequence[MlpSite], options: FipsOptions) -> ToFips:
     """The start, training where it can be had and helps, and the edit."""
     mlps, joined_DC = _joined(view, sites)
     (num_rows, num_cols), keep, masks = joined_DC.shape, view.keep_ratio, options.count_masks
@@ -201,7 +201,7 @@ def _share(view: ModelView, sites: Sequence[MlpSite], options: FipsOptions) -> S
         for mlp in mlps
         for matrix in mlp.matrices
     }
-    return ShareBasis.by(found.basis_DR, parts, biases=found.biases)
+    return ToFips.by(found.basis_DR, parts, biases=found.biases)
 
 
 def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vitrim.methods.registry import MethodOptions, register
-from vitrim.surgery import Quantize
+from vitrim.surgery import ToInt8
 from vitrim.types import ModelView
 
 
@@ -24,7 +24,7 @@ class Int8Options(MethodOptions):
 @register(
     "int8",
     scope="model",
-    edits=(Quantize,),
+    edits=(ToInt8,),
     options=Int8Options,
     needs="weights",
     paper="Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
@@ -32,7 +32,7 @@ class Int8Options(MethodOptions):
     summary="linear weights as int8 with a scale for each output, by torchao; a quarter of the file",
     repairs=False,
 )
-def propose(view: ModelView, options: Int8Options) -> Iterator[Quantize]:
+def propose(view: ModelView, options: Int8Options) -> Iterator[ToInt8]:
     """One edit for each linear layer that another module can stand in for."""
     left = 0
     for layer in view.layers(factors=True):
@@ -40,7 +40,7 @@ def propose(view: ModelView, options: Int8Options) -> Iterator[Quantize]:
         if layer.fixed or layer.kind == "conv" or any(name.endswith(options.skip) for name in names):
             left += 1
         else:
-            yield Quantize(layer=layer, activations=options.activations)
+            yield ToInt8(layer=layer, activations=options.activations)
     if left:
         why = "convolutions, those named in skip, and what can't be replaced"
         view.note(f"int8: {left} layers stay as they are ({why}).")

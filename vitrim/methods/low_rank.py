@@ -22,7 +22,7 @@ from typing_extensions import Self
 from vitrim.errors import BudgetError, RecipeError
 from vitrim.methods.registry import MethodOptions, register
 from vitrim.ops import low_rank as ops
-from vitrim.surgery import Factorize
+from vitrim.surgery import ToLowRank
 from vitrim.types import LayerSite, ModelView
 
 Solver = Literal["svd", "nmf", "semi-nmf", "random"]
@@ -106,7 +106,7 @@ class _Sums:
 @register(
     "lortsar",
     scope="model",
-    edits=(Factorize,),
+    edits=(ToLowRank,),
     options=LortsarOptions,
     needs="weights",
     paper="LORTSAR: Low-Rank Transformer for Skeleton-based Action Recognition",
@@ -117,7 +117,7 @@ class _Sums:
 @register(
     "low-rank",
     scope="model",
-    edits=(Factorize,),
+    edits=(ToLowRank,),
     options=LowRankOptions,
     needs="weights",
     paper="Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank Approximation",
@@ -125,7 +125,7 @@ class _Sums:
     summary="linear layers as two of low rank, fitted to what they put out",
     repairs=False,
 )
-def propose(view: ModelView, options: LowRankOptions) -> Iterator[Factorize]:
+def propose(view: ModelView, options: LowRankOptions) -> Iterator[ToLowRank]:
     """Factors for each layer that they make smaller, in the order of the layers.
 
     Args:
@@ -211,7 +211,7 @@ def _observe(view: ModelView, layers: Sequence[LayerSite]) -> dict[str, _Sums]:
 
 def _factors(
     view: ModelView, layer: LayerSite, rank: int | None, options: LowRankOptions, sums: _Sums | None
-) -> Factorize | None:
+) -> ToLowRank | None:
     """The edit of one layer, None where two factors would have no fewer values than it has."""
     weight_GMN = layer.matrices(_weight(view, layer))
     bases = _bases(weight_GMN, sums) if rank is None or sums is not None else []
@@ -222,13 +222,13 @@ def _factors(
         return None
     if options.solver != "svd":
         solve = _solver(view, options)
-        return Factorize.by(layer, [solve(weight_MN, rank) for weight_MN in weight_GMN])
+        return ToLowRank.by(layer, [solve(weight_MN, rank) for weight_MN in weight_GMN])
     if sums is None:
-        return Factorize(layer=layer, rank=rank)
+        return ToLowRank(layer=layer, rank=rank)
     kept = [basis_MK[:, :rank] for basis_MK, _ in bases]
     pairs = [ops.project(weight_MN, basis_MR) for weight_MN, basis_MR in zip(weight_GMN, kept, strict=True)]
     bias = _bias(view, sums, weight_GMN, torch.stack(kept)) if layer.has_bias else None
-    return Factorize.by(layer, pairs, bias=bias)
+    return ToLowRank.by(layer, pairs, bias=bias)
 
 
 def _rank(view: ModelView, layer: LayerSite, options: LowRankOptions) -> int | None:

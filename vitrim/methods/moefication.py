@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitrim.errors import BudgetError
-from vitrim.layers.experts import Router, RouterKind
+from vitrim.layers.moefication import Router, RouterKind
 from vitrim.methods.registry import MethodOptions, register
 from vitrim.ops.balanced_kmeans import balanced_kmeans, means_of
-from vitrim.surgery import SplitExperts
+from vitrim.surgery import ToMoefication
 from vitrim.types import MlpSite, MlpWeights, ModelView
 
 UNITS_PER_EXPERT = 32  # the paper's
@@ -52,7 +52,7 @@ class MoeficationOptions(MethodOptions):
 @register(
     "moefication",
     scope="model",
-    edits=(SplitExperts,),
+    edits=(ToMoefication,),
     options=MoeficationOptions,
     needs="images",
     paper="MoEfication: Transformer Feed-forward Layers are Mixtures of Experts",
@@ -60,7 +60,7 @@ class MoeficationOptions(MethodOptions):
     summary="MLPs split into experts, a small router sends each token to a few of them",
     repairs=False,
 )
-def propose(view: ModelView, options: MoeficationOptions) -> Iterator[SplitExperts]:
+def propose(view: ModelView, options: MoeficationOptions) -> Iterator[ToMoefication]:
     """One edit an MLP, each seen with the MLPs before it already split."""
     for site in view.sites:
         num_experts = options.num_experts or _divisor(site.d_hidden, site.d_hidden / UNITS_PER_EXPERT)
@@ -74,7 +74,7 @@ def propose(view: ModelView, options: MoeficationOptions) -> Iterator[SplitExper
         order = labels.argsort(stable=True)
         router = _router(weights, seen, order, num_experts, min(active, num_experts), options, view.generator)
         tensors = {} if router is None else router.state_dict()
-        yield SplitExperts(
+        yield ToMoefication(
             site=site,
             order=tuple(order.tolist()),
             num_experts=num_experts,

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.outputs import Outputs, images_and_labels
-from vitrim.models.taps import FeaturesAt, device_of, evaluating, features, logits, num_classes, num_prefix_tokens
+from vitrim.models.features import FeaturesAt, device_of, evaluating, features, logits, num_classes, num_prefix_tokens
 from vitrim.types import Features
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import DataError
-from vitrim.models.taps import evaluating
+from vitrim.models.features import evaluating
 from vitrim.models.towers import embed_images, unit
 
 # Similarities held at a time, in numbers: 64 million take 256 MB in float32.

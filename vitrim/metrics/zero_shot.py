@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, DataError, ModelError, RecipeError
+from vitrim.models.features import evaluating
 from vitrim.models.from_open_clip import imagenet
-from vitrim.models.taps import evaluating
 from vitrim.models.towers import Pair, embed_images, unit
 from vitrim.progress import progress
 from vitrim.types import tensor_sha256

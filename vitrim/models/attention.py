@@ -1,7 +1,7 @@
 """Finds the self-attentions of any model by structure: three projections (or one for all), heads, an output projection.
 
 What is found is a candidate: whether it is plain attention, without positions, norms or masks inside, shows when it is
-run beside one (`calibrate.Workbench.attentions`). No foreign class is named and no foreign forward copied.
+run beside one (`calibrate.LiveModelView.attentions`). No foreign class is named and no foreign forward copied.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models.origin import Origin, in_one_line, match_buffers_, on_meta, plain_json
+from vitrim.storage.tensor_files import TensorFiles, open_tensors
 from vitrim.surgery import KeepUnits
-from vitrim.tensor_files import TensorFiles, open_tensors
 
 WEIGHTS = "model.safetensors"
 SHARDED = False

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, ModelError
+from vitrim.models.features import encoder_path
 from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta, plain_json, require
-from vitrim.models.taps import encoder_path
 from vitrim.surgery import KeepUnits
 
 WEIGHTS = "model.safetensors"

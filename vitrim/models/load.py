@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from vitrim.errors import CheckpointError, ModelError
-from vitrim.models.origin import Library, Origin, in_one_line, on_meta, require
-from vitrim.models.taps import encoder_path
+from vitrim.models.features import encoder_path
+from vitrim.models.origin import ModelBackend, Origin, in_one_line, on_meta, require
 from vitrim.surgery import reshape_
 
 # By prefix of a source; the module's name is also the `library` of its origins.
@@ -24,7 +24,7 @@ SOURCES = "timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, local-d
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 
 
-def library(name: str | None) -> Library | None:
+def backend_of(name: str | None) -> ModelBackend | None:
     """The module for a library, by the name that origins use; None for a model that no library can build."""
     if name is None:
         return None
@@ -55,10 +55,10 @@ def load_model(source: str, *, weights: bool = True) -> tuple[nn.Module, Origin]
         folder = Path(source.removeprefix("local-dir:"))
         found = _library_of(folder, source, weights=weights)
         name = str(folder) if found == "transformers" else f"local-dir:{folder}"
-    reader = library(found)
-    assert reader is not None
+    backend = backend_of(found)
+    assert backend is not None
     with in_one_line(source):
-        model, origin = reader.load(name, weights)
+        model, origin = backend.load(name, weights)
     return model.eval(), Origin(**{**origin.__dict__, "name": source})
 
 
@@ -66,8 +66,8 @@ def origin_of(model: nn.Module, *, name: str | None = None) -> Origin:
     """How a live model was built, as far as its library remembers, and which part of it takes the images."""
     shown = name or type(model).__name__
     for each in PREFIXES.values():
-        reader = library(each)
-        origin = None if reader is None else reader.origin_of(model, shown)
+        backend = backend_of(each)
+        origin = None if backend is None else backend.origin_of(model, shown)
         if origin is not None:
             return origin
     return Origin(name=shown, encoder=encoder_path(model))
@@ -94,13 +94,13 @@ def build_empty(origin: Origin) -> nn.Module:
     Raises:
         CheckpointError: only the owner of the model can build it.
     """
-    reader = library(origin.library)
-    if reader is None:
+    backend = backend_of(origin.library)
+    if backend is None:
         raise CheckpointError(
             f"{origin.name}: no library can build this model; build it and pass it: vitrim.load(path, model=...)."
         )
     with in_one_line(origin.name):
-        model = on_meta(lambda: reader.build(origin)).eval()
+        model = on_meta(lambda: backend.build(origin)).eval()
         reshape_(model, origin.earlier_edits)
     return model
 

@@ -1,6 +1,6 @@
 """How a model came to be: what a checkpoint has to remember to build the uncut architecture again.
 
-One module a library (`from_timm`, `from_transformers` and so on) fills in `Library`. Nothing here imports one.
+One module a library (`from_timm`, `from_transformers` and so on) fills in `ModelBackend`. Nothing here imports one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Origin:
             raise CheckpointError(f"origin: damaged or incomplete ({error}).") from None
 
 
-class Library(Protocol):
+class ModelBackend(Protocol):
     """What vitrim needs of a model library; a module of that name implements it.
 
     `COMPANIONS` are patterns of files that go with the weights: preprocessing, tokenizer, never code.

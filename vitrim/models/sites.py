@@ -12,8 +12,8 @@ from dataclasses import replace
 from torch import nn
 
 from vitrim.errors import SiteNotFoundError
-from vitrim.layers.experts import ExpertMlp
-from vitrim.surgery import confirm_site, weight_of
+from vitrim.layers.moefication import ExpertMlp
+from vitrim.surgery import verify_site, weight_of
 from vitrim.types import MlpKind, MlpSite
 
 # (gate, value, output) below a container; gate None: plain, or packed where the value projection is twice as tall.
@@ -68,7 +68,7 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
                 continue
             signature = (types, site.output.removeprefix(name), site.d_model, site.d_hidden)
             if signature not in confirmed:
-                confirmed[signature] = confirm_site(model, site)
+                confirmed[signature] = verify_site(model, site)
             if confirmed[signature]:
                 claimed.add(site.output)
                 found.append(site)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from vitrim.models.load import build_empty, library
+from vitrim.models.load import backend_of, build_empty
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.surgery import Edit, KeepUnits, reshape_
@@ -26,15 +26,15 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
     Returns:
         The origin with the library's own arguments, or None where its config can't express the widths.
     """
-    reader, cuts = library(origin.library), _cuts(edits)
-    if reader is None or not edits:
-        return origin if reader is not None and not edits else None
+    backend, cuts = backend_of(origin.library), _cuts(edits)
+    if backend is None or not edits:
+        return origin if backend is not None and not edits else None
     if cuts is None:
         return None
     wanted = build_empty(origin)
     reshape_(wanted, edits)
     shapes = _shapes(wanted)
-    for candidate in reader.resized(origin, cuts):
+    for candidate in backend.resized(origin, cuts):
         try:
             built = _shapes(build_empty(replace(candidate, earlier=())))
         except Exception:  # the architecture has no such argument, or refuses this value, each in its own way
@@ -90,10 +90,10 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
 
 def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
     """The line of Python that loads an output."""
-    reader = library(origin.library) if stock else None
-    if reader is None:
+    backend = backend_of(origin.library) if stock else None
+    if backend is None:
         return f'vitrim.load("{folder}")' if origin.library else f'vitrim.load("{folder}", model=...)'
-    return reader.LOADS.format(folder=folder, architecture=origin.architecture)
+    return backend.LOADS.format(folder=folder, architecture=origin.architecture)
 
 
 def _cuts(edits: Sequence[Edit]) -> list[KeepUnits] | None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from vitrim.storage.tensor_files import check_finite
 from vitrim.surgery import KeepUnits, submodule, transform
-from vitrim.tensor_files import check_finite
 
 
 class StreamedModel:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitrim.config.options import AdapterOptions
 from vitrim.errors import RecipeError
 from vitrim.layers.adapters import Adapter, Lora, OpLora, Place, attach_adapter_, find_adapters, merge_adapters_
-from vitrim.recipe import AdapterOptions
 from vitrim.recover.peft_layout import check_peft, save_adapter
 
 # The packed and the separate matrices of torch's own attention; its output projection is a linear layer.

@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vitrim.config.options import RecoverOptions
 from vitrim.data import ImageSet, ImageStream
+from vitrim.distributed.processes import any_process
 from vitrim.errors import Interrupted, RecipeError
 from vitrim.progress import progress
-from vitrim.recipe import RecoverOptions
 from vitrim.recover.elastic import Widths
-from vitrim.recover.losses import Space
-from vitrim.recover.order import StreamOrder
-from vitrim.recover.parallel import any_process
+from vitrim.recover.losses import EmbeddingSpace
 from vitrim.recover.run import Recovery, Run
+from vitrim.recover.sampler import StreamSampler
 from vitrim.recover.schedule import stop_on_interrupt
 from vitrim.recover.state import clear_state, has_state, load_state, save_state
 from vitrim.recover.targets import cache_folder
 from vitrim.recover.trackers import Trackers
-from vitrim.tensor_writer import read_journal
+from vitrim.storage.tensor_writer import read_journal
 
 
 def recover_(
@@ -51,7 +51,7 @@ def recover_(
     quiet: bool = False,
     on_validation: Callable[[int, float], None] | None = None,
     widths: Widths | None = None,
-    space: Space | None = None,
+    space: EmbeddingSpace | None = None,
 ) -> Recovery:
     """Distil a teacher into a student, in place.
 
@@ -65,7 +65,7 @@ def recover_(
         state: where to keep a resumable state; None keeps none.
         resume: continue from `state` where it exists, or from the one before where it is damaged.
         log: file that gets one JSON line a step; None writes none.
-        logs: folder for the files of `options.track`.
+        logs: folder for the files of `options.report_to`.
         quiet: show no progress.
         on_validation: called with step and relative error whenever held-out images are judged.
         widths: with `options.elastic`, the widths that the student is to serve.
@@ -111,7 +111,7 @@ def recover_(
 
 def _left_out(run: Run) -> list[str]:
     """How many images of a stream could not be read, over all processes."""
-    if not isinstance(run.order, StreamOrder):
+    if not isinstance(run.order, StreamSampler):
         return []
     mine = torch.tensor(len(run.order.unreadable), device=run.device)
     num_images = int(run.accelerator.reduce(mine, reduction="sum"))  # type: ignore[arg-type]

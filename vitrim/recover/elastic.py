@@ -25,14 +25,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
-from vitrim.checkpoint import write_json
+from vitrim.config.options import RepairOptions
+from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, BudgetError, CheckpointError, RecipeError
 from vitrim.methods import find_method
-from vitrim.models.taps import FeaturesAt
+from vitrim.metrics.judging import Judged, features_on_cpu, relative_error
+from vitrim.models.features import FeaturesAt
 from vitrim.ops.least_squares import fit_output
-from vitrim.recipe import Recipe, RepairOptions
-from vitrim.recover.losses import Judged, relative_error
-from vitrim.recover.targets import features_on_cpu
+from vitrim.storage.documents import write_json
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import MlpSite
 
@@ -64,7 +64,7 @@ class Widths:
             return None
         if recipe.then or find_method(recipe.method).select is None:
             raise RecipeError("recover.elastic: needs one method that picks each MLP's units in order, such as dgmr.")
-        units = {ratio: {site.path: recipe.width_of(site, width_ratio=ratio) for site in sites} for ratio in ratios}
+        units = {ratio: {site.path: recipe.width_of(site, mlp_ratio=ratio) for site in sites} for ratio in ratios}
         seen: dict[tuple[int, ...], float] = {}
         for ratio, widths in units.items():
             other = seen.setdefault(tuple(widths.values()), ratio)
@@ -369,7 +369,7 @@ def save_widths(folder: Path, model: nn.Module, slices: Mapping[float, Slice]) -
     }
     (folder / WIDTH_TENSORS).write_bytes(save(tensors))
     widths = [
-        {"width_ratio": ratio, "units": dict(found.units), "errors": dict(found.errors)}
+        {"mlp_ratio": ratio, "units": dict(found.units), "errors": dict(found.errors)}
         for ratio, found in slices.items()
     ]
     write_json(folder / WIDTHS, {"format": FORMAT, "widths": widths})
@@ -390,7 +390,7 @@ def read_widths(folder: Path) -> dict[float, Slice]:
         tensors = load_file(folder / WIDTH_TENSORS)
         found = {}
         for entry in about["widths"]:
-            ratio = float(entry["width_ratio"])
+            ratio = float(entry["mlp_ratio"])
             own = {name.removeprefix(f"{ratio}/"): t for name, t in tensors.items() if name.startswith(f"{ratio}/")}
             found[ratio] = Slice(units=dict(entry["units"]), tensors=own, errors=dict(entry["errors"]))
     except (*DAMAGED, SafetensorError) as error:

@@ -6,25 +6,18 @@ For the image tower of a pair the pooled vector is the projected one, and how si
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, mse_loss
 
-from vitrim.metrics.fidelity import TokenComparison
-from vitrim.models.taps import FeaturesAt, device_of, evaluating, features
 from vitrim.models.towers import unit
 from vitrim.types import Features
 
-# Images that judge a student, batch by batch, each with the teacher's features of it on the CPU.
-Judged = Sequence[tuple[Tensor, Features]]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
+class EmbeddingSpace:
     """What follows an image tower in a pair: its projection where it stands outside of the tower, and a bank of texts.
 
     `bank_TE` are unit vectors, `scale` is the pair's own, `weight` that of the bank beside the features.
@@ -35,7 +28,7 @@ class Space:
     scale: float = 1.0
     weight: float = 1.0
 
-    def to(self, device: torch.device) -> Space:
+    def to(self, device: torch.device) -> EmbeddingSpace:
         """The same on a device, frozen and in float32."""
         project = None if self.project is None else copy.deepcopy(self.project).to(device).float().requires_grad_(False)
         return replace(self, project=project, bank_TE=None if self.bank_TE is None else self.bank_TE.to(device))
@@ -45,20 +38,6 @@ class Space:
         if self.project is None:
             return found
         return Features(pooled_BD=self.project(found.pooled_BD.float()), patches_BND=found.patches_BND)
-
-
-class FeatureModel(nn.Module):
-    """A model whose forward returns its features, so that data-parallel wrappers see the call that trains it."""
-
-    def __init__(self, model: nn.Module, at: FeaturesAt) -> None:
-        super().__init__()
-        self.model = model
-        self.at: FeaturesAt = at
-
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pooled vector and patch tokens."""
-        found = features(self.model, images_BCHW, at=self.at)
-        return found.pooled_BD, found.patches_BND
 
 
 def patches_at(found: Features, positions_BP: Tensor | None) -> Features:
@@ -80,7 +59,7 @@ def feature_loss(student: Features, teacher: Features) -> Tensor:
     return loss
 
 
-def space_loss(student: Features, teacher: Features, space: Space) -> Tensor:
+def space_loss(student: Features, teacher: Features, space: EmbeddingSpace) -> Tensor:
     """The feature loss in the space of a pair, and with a bank the divergence of how similar its texts are.
 
     The similarities, times the pair's scale, are made a distribution over the texts; the loss is KL(teacher, student),
@@ -94,27 +73,3 @@ def space_loss(student: Features, teacher: Features, space: Space) -> Tensor:
         log_softmax(space.scale * unit(found.pooled_BD) @ space.bank_TE.T, dim=1) for found in (student, teacher)
     )
     return loss + space.weight * kl_div(mine, theirs, reduction="batchmean", log_target=True)
-
-
-def read(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Features:
-    """Features of a model, or of one that gives nothing else because it is wrapped for training."""
-    if not isinstance(model, FeatureModel):
-        return features(model, images_BCHW, at=at)
-    pooled_BD, patches_BND = model(images_BCHW)
-    return Features(pooled_BD=pooled_BD, patches_BND=patches_BND)
-
-
-def relative_error(student: nn.Module, judged: Judged, at: FeaturesAt) -> float:
-    """Relative error of all features of a student against the teacher's; infinite where it is no number."""
-    compared = TokenComparison()
-    with evaluating(student):
-        for images, target in judged:
-            found = read(student, images.to(device_of(student)), at)
-            for mine, theirs in zip(_parts(found), _parts(target), strict=True):
-                compared.update(mine.cpu(), theirs)
-    return compared.relative_error if math.isfinite(compared.relative_error) else math.inf
-
-
-def _parts(found: Features) -> list[Tensor]:
-    """The tensors that features hold."""
-    return [found.pooled_BD] + ([] if found.patches_BND is None else [found.patches_BND])

@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrim.config.options import RecoverOptions
 from vitrim.data import ImageSet, ImageStream
-from vitrim.models.taps import features, restored
+from vitrim.distributed.precision import attention_in_float32, is_bf16
+from vitrim.distributed.processes import from_main, mean, num_processes
+from vitrim.distributed.sharding import block_paths, checkpointed, full, local, shard, share_of
+from vitrim.metrics.judging import FeatureModel, features_on_cpu, relative_error
+from vitrim.models.features import features, restored
 from vitrim.progress import progress
-from vitrim.recipe import RecoverOptions
 from vitrim.recover.adapters import adapted, notes_on, without_decay
 from vitrim.recover.elastic import Widths
-from vitrim.recover.losses import FeatureModel, Space, feature_loss, patches_at, relative_error, space_loss
-from vitrim.recover.order import MicroBatch, open_order
-from vitrim.recover.parallel import from_main, mean, num_processes
-from vitrim.recover.precision import attention_in_float32, is_bf16
+from vitrim.recover.losses import EmbeddingSpace, feature_loss, patches_at, space_loss
+from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import cosine_between, rate_shape, rates_to_try
-from vitrim.recover.sharding import block_paths, checkpointed, full, local, shard, share_of
-from vitrim.recover.targets import LiveTargets, Target, Targets, features_on_cpu, in_precision, open_cached
+from vitrim.recover.targets import LiveTargets, Target, Targets, in_precision, open_cached
 from vitrim.types import Features
 
 # A loss this many times the usual one, or one that is no number, is a run that has left the road.
@@ -36,7 +37,7 @@ EXPLODED = 100.0
 # The rate after a roll-back, and how many a run may have.
 SLOWER, MAX_ROLLBACKS = 0.5, 8
 # What a run in one process says to a wish for shards.
-ALONE = "recover.shard: there is one process, so nothing was spread; start several with torchrun."
+ALONE = "recover.fsdp: there is one process, so nothing was spread; start several with torchrun."
 # A short run may end this much above the start before its rate counts as too high, if the start is nearer than that.
 SHOCK, NEAR = 1.5, 0.1
 # An error below this is none.
@@ -70,7 +71,7 @@ class Run:
         seed: int,
         widths: Widths | None = None,
         cache: Path | None = None,
-        space: Space | None = None,
+        space: EmbeddingSpace | None = None,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -80,7 +81,7 @@ class Run:
         some_unused = DistributedDataParallelKwargs(find_unused_parameters=widths is not None)
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[some_unused])
         self.is_main = self.accelerator.is_main_process
-        self.order = open_order(
+        self.order = open_sampler(
             images,
             options,
             seed,
@@ -89,14 +90,14 @@ class Run:
         )
         self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.order.steps_per_epoch))
         self.step, self.result = 0, Recovery(num_steps=self.num_steps)
-        self.usual: dict[float, float] = {}  # by width ratio: a narrow student's loss is no measure for a wide one's
+        self.usual: dict[float, float] = {}  # by MLP ratio: a narrow student's loss is no measure for a wide one's
         self.held_out = [(batch, features_on_cpu(teacher, batch, options.features_at)) for batch in held_out]
         live = LiveTargets(teacher, options, self.device)
         self.targets: Targets = live
         if cache is not None and isinstance(images, ImageSet):  # a stream is never cached
             self.targets = open_cached(live, images, self.held_out[0][1], seed=seed, folder=cache)
-        self.spread = options.shard and num_processes() > 1
-        self.notes = [ALONE] if options.shard and not self.spread else []
+        self.spread = options.fsdp and num_processes() > 1
+        self.notes = [ALONE] if options.fsdp and not self.spread else []
         self.blocks = block_paths(teacher) if self.spread or options.checkpoint_activations else []
         # With a cache each process runs the teacher when it meets a gap, which shards can't: all have to run together.
         self.teacher_spread = self.spread and cache is None
@@ -212,7 +213,7 @@ class Run:
 
     @property
     def ratio(self) -> float:
-        """The width ratio that the step at hand trains; 1 stands for the only one there is."""
+        """The MLP ratio that the step at hand trains; 1 stands for the only one there is."""
         return 1.0 if self.widths is None else self.widths.at(self.step, self.order.seed)
 
     @property
@@ -326,7 +327,7 @@ class Run:
         errors = {}
         for ratio in self.widths.units:
             with self._held(self.trained, ratio):
-                errors[f"width_ratio={ratio:g}"] = relative_error(self.judged, self.held_out, self.options.features_at)
+                errors[f"mlp_ratio={ratio:g}"] = relative_error(self.judged, self.held_out, self.options.features_at)
         return from_main({"relative_error": sum(errors.values()) / len(errors), **errors})
 
     @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vitrim.recipe import RecoverOptions
+from vitrim.config.options import RecoverOptions
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)

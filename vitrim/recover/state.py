@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrim.distributed.processes import broadcast_, is_main, on_main
+from vitrim.distributed.sharding import full
 from vitrim.errors import CheckpointError, OutputError
-from vitrim.recover.parallel import broadcast_, is_main, on_main
-from vitrim.recover.sharding import full
-from vitrim.tensor_files import CHUNK_BYTES, CODES, DTYPES, TensorFiles, TensorInfo, tensor_bytes
+from vitrim.storage.tensor_files import CHUNK_BYTES, CODES, DTYPES, TensorFiles, TensorInfo, tensor_bytes
 
 FORMAT, DIGEST_BYTES = "vitrim-state/1", 32
 # Marks of a tensor, a mapping (as pairs: JSON would make its keys strings) and a tuple in the JSON of the nesting.

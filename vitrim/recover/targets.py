@@ -10,13 +10,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from vitrim.config.options import RecoverOptions
 from vitrim.data import ImageSet
+from vitrim.distributed.precision import autocast, is_bf16
 from vitrim.errors import RecipeError
-from vitrim.models.taps import FeaturesAt, device_of, features
-from vitrim.recipe import RecoverOptions
-from vitrim.recover.losses import read
-from vitrim.recover.order import MicroBatch
-from vitrim.recover.precision import autocast, is_bf16
+from vitrim.metrics.judging import read
+from vitrim.recover.sampler import MicroBatch
 from vitrim.recover.teacher_cache import Layout, TeacherCache
 from vitrim.types import Features, tensor_sha256
 
@@ -166,12 +165,4 @@ def _witnesses_sha256(images: ImageSet, num_views: int) -> str:
 
 def in_precision(options: RecoverOptions, device: torch.device) -> torch.autocast:
     """Run models as the options say. Weights in shards are whole for a moment only, so no casts of them are kept."""
-    return autocast(options.precision, device, keep_casts=not options.shard)
-
-
-def features_on_cpu(model: nn.Module, images: Tensor, at: FeaturesAt) -> Features:
-    """A model's features of a batch, float32 on the CPU."""
-    with torch.no_grad():
-        found = features(model, images.to(device_of(model)), at=at)
-    patches = None if found.patches_BND is None else found.patches_BND.float().cpu()
-    return Features(pooled_BD=found.pooled_BD.float().cpu(), patches_BND=patches)
+    return autocast(options.precision, device, keep_casts=not options.fsdp)

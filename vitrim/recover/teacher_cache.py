@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from vitrim.config.options import CacheOptions
 from vitrim.errors import CheckpointError, OutputError, RecipeError
-from vitrim.recipe import CacheOptions
 from vitrim.recover.losses import patches_at
-from vitrim.tensor_files import TensorFiles, open_tensors, tensor_bytes
+from vitrim.storage.tensor_files import TensorFiles, open_tensors, tensor_bytes
 from vitrim.types import Features
 
 FORMAT, INDEX, SUFFIX = "vitrim-teacher-cache/1", "index.json", ".safetensors"

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitrim.config.options import RecoverOptions
 from vitrim.errors import MissingExtraError, RecipeError
-from vitrim.recipe import RecoverOptions
 
 TRACKER_LOGS, RUN_ID = "logs", "run-id"
 PROJECT = "vitrim"
@@ -37,12 +37,14 @@ def check_trackers(names: Sequence[str], *, folder: Path | None) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise RecipeError(f"recover.track: unknown tracker {name!r}; accelerate knows {known}.")
+            raise RecipeError(f"recover.report_to: unknown tracker {name!r}; accelerate knows {known}.")
         if name in LoggerType.list() and name not in map(str, get_available_trackers()):
             package = name.replace("_", "-")
-            raise MissingExtraError(f"recover.track: {name} is not installed; pip install {package}.")
+            raise MissingExtraError(f"recover.report_to: {name} is not installed; pip install {package}.")
         if folder is None and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
-            raise RecipeError(f"recover.track: {name} writes files and this run writes none; give an output folder.")
+            raise RecipeError(
+                f"recover.report_to: {name} writes files and this run writes none; give an output folder."
+            )
 
 
 class Trackers:
@@ -50,17 +52,17 @@ class Trackers:
 
     Args:
         accelerator: of the run.
-        options: of the run; `track` names the trackers, the rest is told to them.
+        options: of the run; `report_to` names the trackers, the rest is told to them.
         folder: where they write.
     """
 
     def __init__(self, accelerator: Any, options: RecoverOptions, folder: Path | None) -> None:
-        check_trackers(options.track, folder=folder)
+        check_trackers(options.report_to, folder=folder)
         self.accelerator, self.options, self.folder = accelerator, options, folder
 
     def open(self, step: int) -> None:
         """Start, or go on after a step."""
-        if not self.options.track:
+        if not self.options.report_to:
             return
         from accelerate.tracking import filter_trackers
 
@@ -69,13 +71,13 @@ class Trackers:
             self.folder.mkdir(parents=True, exist_ok=True)
             continuing["wandb"] = {"id": self._run_id(new=step == 0), "resume": "allow", "dir": str(self.folder)}
         self.accelerator.project_configuration.logging_dir = None if self.folder is None else str(self.folder)
-        self.accelerator.log_with = filter_trackers(list(self.options.track), self.folder)
+        self.accelerator.log_with = filter_trackers(list(self.options.report_to), self.folder)
         plain = {k: v for k, v in self.options.model_dump().items() if isinstance(v, bool | int | float | str)}
         self.accelerator.init_trackers(PROJECT, config=None if step else plain, init_kwargs=continuing)
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """What a step gave."""
-        if self.options.track:
+        if self.options.report_to:
             self.accelerator.log(dict(values), step=step)
 
     def close(self) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from vitrim.config.recipe import Recipe
+from vitrim.models.features import device_of, evaluating, features, logits, num_classes
 from vitrim.models.origin import Origin
-from vitrim.models.taps import device_of, evaluating, features, logits, num_classes
 from vitrim.ops.gram_schmidt import select_with_curve
-from vitrim.recipe import Recipe
 from vitrim.report.data import ReportData
 from vitrim.surgery import KeepUnits, Plan, read_weights
 

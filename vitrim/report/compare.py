@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, CheckpointError, OutputError
-from vitrim.recipe import Recipe
 from vitrim.report.collect import summarise
 from vitrim.report.figures import final_value, format_number
 from vitrim.report.page import render, write_page

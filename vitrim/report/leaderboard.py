@@ -27,7 +27,7 @@ def table(
     """Header and rows, the smallest error first, the original on top and what failed at the end.
 
     Args:
-        report: what `zoo` returns.
+        report: what `leaderboard` returns.
         best: marks the best cell of a column, among the rows that met the budget that was asked for.
     """
     rows = sorted(report["rows"], key=lambda row: float("inf") if row["error"] else final(row)["relative_error"])

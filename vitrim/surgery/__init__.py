@@ -1,31 +1,30 @@
 """The only writer of modules: the kinds of edit, one file each, and what carries them out. Importing knows them all."""
 
-from vitrim.surgery.confirm import confirm_site
 from vitrim.surgery.edits import Edit, apply_, edit_of, reshape_, transform
-from vitrim.surgery.factorize import Factorize
+from vitrim.surgery.fips import ToFips
+from vitrim.surgery.int8 import ToInt8
 from vitrim.surgery.keep_head_dims import KeepHeadDims
 from vitrim.surgery.keep_units import KeepUnits
+from vitrim.surgery.low_rank import ToLowRank
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
+from vitrim.surgery.moefication import ToMoefication
 from vitrim.surgery.plan import Plan
-from vitrim.surgery.quantize import Quantize
 from vitrim.surgery.replace_activation import ReplaceActivation
-from vitrim.surgery.share_basis import ShareBasis
-from vitrim.surgery.split_experts import SplitExperts
 from vitrim.surgery.top_k import TopKActivation
+from vitrim.surgery.verify_site import verify_site
 
 __all__ = [
     "Edit",
-    "Factorize",
     "KeepHeadDims",
     "KeepUnits",
     "Plan",
-    "Quantize",
     "ReplaceActivation",
-    "ShareBasis",
-    "SplitExperts",
+    "ToFips",
+    "ToInt8",
+    "ToLowRank",
+    "ToMoefication",
     "TopKActivation",
     "apply_",
-    "confirm_site",
     "edit_of",
     "mlp_output",
     "read_weights",
@@ -33,5 +32,6 @@ __all__ = [
     "site_weights",
     "submodule",
     "transform",
+    "verify_site",
     "weight_of",
 ]

@@ -1,8 +1,8 @@
 """What an edit is, and how edits are carried out.
 
-Every edit has two halves. `reshape_` changes a module tree (also on the meta device); `carry` changes the tensors of a
-state dict, one by one, read lazily. Pruning a live model, loading a compressed checkpoint and pruning file to file are
-the same two halves in different order. Each kind of edit is a file of its own beside this one; nothing here decides
+Every edit has two halves. `reshape_` changes a module tree (also on the meta device); `map_tensor` changes the tensors
+of a state dict, one by one, read lazily. Pruning a live model, loading a compressed checkpoint and pruning file to file
+are the same two halves in different order. Each kind of edit is a file of its own beside this one; nothing here decides
 what to cut.
 """
 
@@ -29,8 +29,8 @@ class Edit:
     """One decision about some modules of a model, as data.
 
     `tensors` maps full tensor names, as they are after the edit, to the values that stand there then; a name that is
-    not in it gets what `carry` makes of the original. A field that names a module is a `Site`, or is called `path` or
-    `paths`. A subclass is a frozen dataclass with a KIND; a later edit of a plan may not have a lower STAGE than an
+    not in it gets what `map_tensor` makes of the original. A field that names a module is a `Site`, or is called `path`
+    or `paths`. A subclass is a frozen dataclass with a KIND; a later edit of a plan may not have a lower STAGE than an
     earlier one, so that nothing is cut that has been replaced.
     """
 
@@ -43,7 +43,7 @@ class Edit:
     def __init_subclass__(cls) -> None:
         KINDS[cls.KIND] = cls
 
-    def touched(self) -> list[str]:
+    def affected_tensors(self) -> list[str]:
         """Names of the tensors that the edit reads, cuts, replaces or takes away; one may not be in the model."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Edit:
         """Give the modules their new form; new tensors are uninitialised, on the device of the old ones."""
         raise NotImplementedError
 
-    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What stands in the place of one touched tensor after the edit: none, one or several, by name."""
         raise NotImplementedError
 
@@ -167,7 +167,7 @@ def _check_first(model: nn.Module, edits: Iterable[Edit]) -> list[bool]:
     seen: set[str] = set()
     checked = []
     for edit in edits:
-        paths = {name.rpartition(".")[0] for name in edit.touched()}
+        paths = {name.rpartition(".")[0] for name in edit.affected_tensors()}
         above = {".".join(parts[:end]) for parts in (path.split(".") for path in paths) for end in range(1, len(parts))}
         checked.append(seen.isdisjoint(paths | above))
         if checked[-1]:
@@ -195,7 +195,7 @@ def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[
         Every name of `tensors` in its order, or what edits have put in its place.
     """
     edits = tuple(edits)
-    touched = [set(edit.touched()) for edit in edits]
+    touched = [set(edit.affected_tensors()) for edit in edits]
     first: dict[str, int] = {}
     for index, names in enumerate(touched):
         for name in names:
@@ -204,7 +204,7 @@ def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[
     def onward(name: str, tensor: Tensor, start: int) -> Iterator[tuple[str, Tensor]]:
         for index in range(start, len(edits)):
             if name in touched[index]:
-                for new, value in edits[index].carry(name, tensor):
+                for new, value in edits[index].map_tensor(name, tensor):
                     yield from onward(new, value, index + 1)
                 return
         yield name, tensor
@@ -215,7 +215,7 @@ def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[
 
 def edit_of(edits: Iterable[Edit]) -> dict[str, Edit]:
     """Names of the tensors that edits touch, with the last edit that does; a name may not be in the model."""
-    return {name: edit for edit in edits for name in edit.touched()}
+    return {name: edit for edit in edits for name in edit.affected_tensors()}
 
 
 def resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:

@@ -41,7 +41,7 @@ class KeepHeadDims(Edit):
         total = self.site.head_dim
         return f"{len(self.keep_qk[0])} of {total} query and key, {len(self.keep_v[0])} of {total} value dims a head"
 
-    def touched(self) -> list[str]:
+    def affected_tensors(self) -> list[str]:
         """The projections' tensors."""
         layers = dict.fromkeys((self.site.query, self.site.key, self.site.value, self.site.output))
         return [f"{path}.{name}" for path in layers for name in ("weight", "bias")]
@@ -79,7 +79,7 @@ class KeepHeadDims(Edit):
         ).requires_grad_(query.weight.requires_grad)
         replace_(model, site.path, new)
 
-    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The kept rows of queries, keys and values under their new names; the kept columns of the output."""
         site = self.site
         layer, _, part = name.rpartition(".")

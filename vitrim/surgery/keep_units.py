@@ -46,7 +46,7 @@ class KeepUnits(Edit):
         """Width after of before."""
         return f"{self.width} of {self.site.d_hidden} units"
 
-    def touched(self) -> list[str]:
+    def affected_tensors(self) -> list[str]:
         """The tensors of the site's layers, and any that the edit brings along."""
         site = self.site
         rows = [name for name in (site.value, site.gate, site.norm) if name is not None]
@@ -70,7 +70,7 @@ class KeepUnits(Edit):
         if site.norm is not None:
             resize_(submodule(model, site.norm), dim=0, size=self.width, attribute="normalized_shape")
 
-    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """One tensor of the site without the removed units."""
         yield name, self.given(name, tensor) if name in self.tensors else self._cut(name, tensor)
 

@@ -27,7 +27,7 @@ class ReplaceActivation(Edit):
         """What it is now."""
         return "ReLU"
 
-    def touched(self) -> list[str]:
+    def affected_tensors(self) -> list[str]:
         """The weight that reads the activations, though no value of it changes."""
         return [f"{self.site.output}.weight"]
 
@@ -39,7 +39,7 @@ class ReplaceActivation(Edit):
         """Put the ReLU there."""
         replace_(model, find_activation(model, self.site), nn.ReLU())
 
-    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """As it was."""
         yield name, tensor
 

@@ -30,7 +30,7 @@ class TopKActivation(Edit):
         """Active units of all."""
         return f"{self.num_active} of {self.site.d_hidden} units active a token"
 
-    def touched(self) -> list[str]:
+    def affected_tensors(self) -> list[str]:
         """The weight whose layer it wraps, though not a value of it changes."""
         return [f"{self.site.output}.weight"]
 
@@ -51,6 +51,6 @@ class TopKActivation(Edit):
         assert isinstance(output, nn.Linear)
         replace_(model, self.site.output, TopKLinear.of(output, self.num_active, by=self.by))
 
-    def carry(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """As it was."""
         yield name, tensor

@@ -1,0 +1,208 @@
+"""The leaderboard: any registered method at one size, failures and resuming, and what its table says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from vitrim.cli.app import run
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import count_macs, num_parameters
+from vitrim.errors import OutputError, RecipeError
+from vitrim.leaderboard import leaderboard
+from vitrim.methods import METHODS
+from vitrim.methods.registry import register
+from vitrim.report.leaderboard import markdown, table, verdict
+from vitrim.surgery import KeepUnits
+
+RECIPE = Recipe.parse(
+    {
+        "calibrate": {"num_images": 32, "batch_size": 16},
+        "repair": {"refit_steps": 2, "max_tokens": 512},
+        "recover": {"steps": 1, "batch_size": 8, "lr": 1e-4},
+        "round_to": 1,
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def no_trace():
+    """Methods that a test registers are gone after it."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(60, 3, 32, 32, generator=generator), torch.arange(60) % 5)
+
+
+ABOUT = {"paper": "none", "arxiv": "0.0", "summary": "", "repairs": False}
+
+
+def last_units(view, options):
+    return torch.arange(view.site.d_hidden - view.num_keep, view.site.d_hidden)
+
+
+def thrower(view, options):
+    yield from ()
+    raise ZeroDivisionError("no\nluck")
+
+
+def model_wide(view, options):
+    """Cuts without tensors, so that our repair may follow."""
+    for site in view.sites:
+        yield KeepUnits(site=site, keep=tuple(range(site.d_hidden))[-view.widths[site.path] :])
+
+
+def test_a_new_method_is_in_the_zoo_and_a_failing_one_stops_no_other(build, data, tmp_path):
+    register("last", needs="weights", **ABOUT)(last_units)
+    register("thrower", scope="model", needs="weights", **ABOUT)(thrower)
+    register("wide", scope="model", needs="weights", **ABOUT)(model_wide)
+    model = build("timm-vit").copy()
+    asked = {"data": data, "budget": 0.6, "recipe": RECIPE, "out": tmp_path, "quiet": True, "baselines": ("last",)}
+    found = leaderboard(model, methods=("thrower", "last", "wide", "top-k"), **asked)
+    rows = {(row["method"], row["repair"]): row for row in found["rows"]}
+    assert list(rows) == [
+        ("thrower", "none"),
+        *((name, repair) for name in ("last", "wide") for repair in ("none", "ours")),
+        ("top-k", "none"),
+    ]
+    assert rows["thrower", "none"]["error"] == "ZeroDivisionError: no luck"
+    whole = num_parameters(model)
+    assert found["original"]["parameters"] == whole
+    assert found["original"]["macs"] == count_macs(model, torch.randn(1, 3, 32, 32))
+    for name in ("last", "wide"):
+        bare, repaired = (rows[name, repair] for repair in ("none", "ours"))
+        assert bare["parameters"] == repaired["parameters"] and 0.59 <= bare["parameters"] / whole <= 0.6
+        assert repaired["after_cut"]["relative_error"] < bare["after_cut"]["relative_error"]
+        assert 0 < bare["bytes"] < found["original"]["bytes"]
+        assert bare["speedup"].keys() == {"1", "8", "32"} and min(bare["speedup"].values()) > 0
+        assert {"relative_error", "cosine", "top1"} == bare["after_recovery"].keys()
+    assert rows["last", "none"]["after_cut"] == rows["wide", "none"]["after_cut"]  # same units, images and seed
+    top_k = rows["top-k", "none"]
+    assert top_k["fitted"]["counted"] != "params" and top_k["parameters"] == whole
+    _check_files(found, tmp_path)
+    _check_resumed(model, asked, found, tmp_path)
+
+
+def _check_files(found, folder):
+    kept = json.loads((folder / "leaderboard.json").read_text())
+    assert kept == json.loads(json.dumps(found))
+    assert kept["environment"]["machine"] and kept["asked"]["recipe"]["seed"] == 0
+    text = (folder / "leaderboard.md").read_text()
+    assert text == markdown(found)
+    assert "ZeroDivisionError: no luck" in text and "Failed: thrower." in text
+
+
+def _check_resumed(model, asked, found, folder):
+    """Rows that are there are kept, the failed one is tried again, and a new method joins."""
+    register("thrower", needs="weights", **ABOUT)(last_units)  # mended
+    seconds = {(row["method"], row["repair"]): row.get("seconds") for row in found["rows"]}
+    again = leaderboard(model, methods=("thrower", "last"), **asked)
+    rows = {(row["method"], row["repair"]): row for row in again["rows"]}
+    assert rows["thrower", "none"]["error"] is None
+    assert rows["last", "none"] in found["rows"] and rows["top-k", "none"] in found["rows"]
+    assert seconds["last", "ours"] == rows["last", "ours"]["seconds"]
+    with pytest.raises(OutputError, match=r"rows of another comparison \(budget\); choose another folder"):
+        leaderboard(model, methods=("last",), **{**asked, "budget": 0.7})
+    (folder / "leaderboard.json").write_text("{")
+    with pytest.raises(OutputError, match="can't be read"):
+        leaderboard(model, methods=("last",), **asked)
+
+
+def test_a_share_of_macs_is_met(build, data):
+    model = build("timm-split").copy()
+    found = leaderboard(
+        model, data=data, methods=("magnitude",), budget=0.7, budget_in="macs", recipe=RECIPE, quiet=True
+    )
+    assert [row["error"] for row in found["rows"]] == [None, None]
+    for row in found["rows"]:
+        assert 0.69 <= row["macs"] / found["original"]["macs"] <= 0.7
+        assert row["after_cut"]["top1"] is None  # no head
+
+
+@pytest.mark.parametrize("values", [{"budget": 0.0}, {"budget": 1.0}, {"methods": ("dgrm",)}])
+def test_what_can_not_be_compared_is_refused(build, data, values):
+    with pytest.raises(RecipeError, match=r"is no share of the model|did you mean 'dgmr'"):
+        leaderboard(build("timm-vit").model, data=data, **values)
+
+
+def a_row(method, error, *, repair="none", counted="params", recovered=None, **values):
+    judged = {"relative_error": error, "cosine": 0.9, "top1": None}
+    after = None if recovered is None else {**judged, "relative_error": recovered}
+    fitted = {"keep_ratio": 0.5, "counted": counted, "repairable": True}
+    row = {"method": method, "repair": repair, "error": None, "fitted": fitted, "parameters": 50, "macs": 40}
+    return row | {"bytes": 200, "after_cut": judged, "after_recovery": after, "seconds": 1.0} | values
+
+
+def test_the_verdict_compares_equal_terms_by_the_last_error():
+    rows = [
+        a_row("random", 0.5),
+        a_row("clever", 0.6),
+        a_row("clever", 0.2, repair="ours"),
+        a_row("random", 0.3, repair="ours"),
+        a_row("late", 0.9, recovered=0.4),
+        a_row("other size", 0.9, counted="macs"),
+        {"method": "broken", "repair": "none", "error": "X: y", "fitted": None},
+    ]
+    assert verdict(rows, ("random",)) == [
+        "random, without our repair (error 0.5): lost to it: clever.",
+        "random, with our repair (error 0.3): nothing of the same size lost to it.",
+        "Failed: broken.",
+    ]
+
+
+def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
+    rows = [
+        a_row("worse", 0.5, speedup={"8": 1.9}),
+        a_row("better", 0.1, bytes=300, speedup={"8": 1.5}),
+        a_row("masked", 0.01, counted=None),
+        {"method": "broken", "repair": "none", "error": "X: y", "fitted": None},
+    ]
+    asked = {"budget": 0.5, "budget_in": "params"}
+    original = {"parameters": 100, "macs": 100, "bytes": 400, "latency_ms": {}, "top1": None}
+    header, cells = table({"asked": asked, "original": original, "rows": rows, "verdict": []})
+    speed = "times as fast, batch 8"
+    assert header == [
+        *"method,repair,held to,parameters,MACs".split(","),
+        speed,
+        "on disk (MB)",
+        "error, cut",
+        "seconds",
+    ]
+    assert [line[0] for line in cells] == ["original", "masked", "better", "worse", "broken"]
+    by_name = {line[0]: dict(zip(header, line, strict=True)) for line in cells}
+    assert by_name["better"]["error, cut"] == "**0.1000**" and by_name["masked"]["error, cut"] == "0.0100"
+    assert by_name["worse"]["on disk (MB)"] == "**0.00**"
+    assert (by_name["worse"][speed], by_name["better"][speed]) == ("**1.90x**", "1.50x")
+    assert by_name["worse"]["parameters"] == "0.00M (50%)"  # a tie of all is no best
+    assert by_name["masked"]["held to"] == "keep_ratio 0.5; it saves neither parameters nor MACs"
+    assert by_name["broken"]["held to"] == "X: y"
+
+
+def test_the_command_prints_the_table_and_keeps_the_rows(tmp_path, capsys):
+    recipe = tmp_path / "few.yaml"
+    recipe.write_text("calibrate: {num_images: 32, batch_size: 16}\nrepair: {refit: false}\n")
+    command = [
+        "leaderboard",
+        "--methods",
+        "random",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(tmp_path / "leaderboard"),
+        "--quiet",
+    ]
+    assert run(command) == 0
+    shown = capsys.readouterr().out
+    assert "random" in shown and "50%" in shown and "leaderboard.json" in "".join(shown.split())
+    assert run([*command, "--json"]) == 0
+    assert {row["method"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"random"}
+    assert run([*command, "--budget", "2"]) == 2

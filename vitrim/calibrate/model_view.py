@@ -1,0 +1,238 @@
+"""What a method of scope `model` sees of a model, and can ask of it: `types.ModelView` on a live model and images.
+
+Plain tensors go out, nothing comes in: the model is changed by whoever carries the method's edits out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from vitrim.calibrate.streams import first_tensor
+from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.models.attention import find_attentions
+from vitrim.models.features import device_of, evaluating, features, frozen
+from vitrim.models.layers import find_layers
+from vitrim.progress import Progress
+from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule
+from vitrim.types import AttentionSite, Features, LayerSite, MlpSite, MlpWeights, T
+
+
+class LiveModelView:
+    """A live model with its calibration images; see `ModelView` for what each answer means."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[MlpSite],
+        widths: Mapping[str, int],
+        batches: Sequence[Tensor] | None,
+        *,
+        seed: int,
+        bar: Progress | None = None,
+    ) -> None:
+        self.model, self.sites, self.widths, self.batches = model, sites, widths, batches
+        self.generator: Generator = torch.Generator().manual_seed(seed)
+        self.notes: list[str] = []
+        self.bar = bar or Progress("", 0)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Hidden units that stay by the budget, of all."""
+        return sum(self.widths.values()) / max(1, sum(site.d_hidden for site in self.sites))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are calibration images."""
+        return self.batches is not None
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer by its full name, without its graph."""
+        path, _, own = name.rpartition(".")
+        found = getattr(submodule(self.model, path), own, None)
+        if not isinstance(found, Tensor):
+            raise SiteNotFoundError(f"{name}: no such tensor in {type(self.model).__name__}.")
+        return found.detach()
+
+    def weights(self, site: MlpSite) -> MlpWeights:
+        """The canonical view of an MLP's weights."""
+        return read_weights(self.model, site)
+
+    def layers(self, *, factors: bool = False) -> tuple[LayerSite, ...]:
+        """Every linear and convolution layer; `factors` are those that stand for one already."""
+        return find_layers(self.model, factors=factors)
+
+    def attentions(self) -> list[AttentionSite]:
+        """Every self-attention for which ours puts out the same on real tokens; the others are noted.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        found: dict[str, AttentionSite | None] = {}
+        candidates = list(find_attentions(self.model))
+        handles = [
+            submodule(self.model, site.path).register_forward_hook(_confirm(self.model, site, found), with_kwargs=True)
+            for site in candidates
+        ]
+        try:
+            with evaluating(self.model):
+                self.model(self._batches()[0][:2].to(device_of(self.model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for site in candidates:
+            if found.get(site.path) is None:
+                self.note(f"{site.path}: no plain attention (positions, norms or masks inside), so it was left alone.")
+        return [site for site in found.values() if site is not None]
+
+    def note(self, text: str) -> None:
+        """Keep a note for the user."""
+        self.notes.append(text)
+
+    def track(self, items: Sequence[T], words: str) -> Iterator[T]:
+        """Go through items while the progress shows how far."""
+        return self.bar.track(items, words)
+
+    def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Run the calibration images through the whole model, watching these modules.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        batches = self._batches()
+        handles = [submodule(self.model, path).register_forward_hook(_watch(path, see)) for path in paths]
+        try:
+            with evaluating(self.model):
+                for batch in self.track(batches, "calibration images"):
+                    self.model(batch.to(device_of(self.model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
+        """The pooled features of each batch, with some inputs of some modules set to zero.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        batches = self._batches()
+        handles = [
+            submodule(self.model, path).register_forward_pre_hook(_silence(positions))
+            for path, positions in (silenced or {}).items()
+        ]
+        found: list[Tensor] = []
+        try:
+            with evaluating(self.model):
+                for batch in self.track(batches, "calibration images"):
+                    if num_images is None or sum(map(len, found)) < num_images:
+                        found.append(features(self.model, batch.to(device_of(self.model))).pooled_BD)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def differentiate(
+        self, loss: Callable[[Features], Tensor], paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
+    ) -> None:
+        """Gradients of a loss of the features with respect to the inputs of some modules, batch by batch.
+
+        The graph of one batch is held at a time; it begins at the first of the modules, and no parameter is in it.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        batches, seen = self._batches(), []
+        handles = [submodule(self.model, path).register_forward_pre_hook(_keep_input(path, seen)) for path in paths]
+        try:
+            with evaluating(self.model), frozen(self.model), torch.inference_mode(False), torch.enable_grad():
+                for batch in self.track(batches, "calibration images"):
+                    total = loss(features(self.model, batch.to(device_of(self.model))))
+                    inputs = [hidden for _, hidden in seen]
+                    gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
+                    for (path, hidden), gradient in zip(seen, gradients, strict=True):
+                        see(path, hidden.detach(), gradient)
+                    seen.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The output of an MLP's output projection, in eval mode; an MLP that needs its block gives something else."""
+        mlp, trains = submodule(self.model, site.path), torch.is_grad_enabled()
+        local = {f"mlp.{name.removeprefix(f'{site.path}.')}": tensor for name, tensor in tensors.items()}
+        with evaluating(mlp), torch.inference_mode(False), torch.set_grad_enabled(trains):
+            return functional_call(_OneMlp(mlp, site.within(site.path)), local, (tokens_ND,), tie_weights=False)
+
+    def _batches(self) -> Sequence[Tensor]:
+        if self.batches is None:
+            raise RecipeError("method: needs calibration images; pass data.")
+        return self.batches
+
+
+class _OneMlp(nn.Module):
+    """An MLP as a module whose output is its output projection's."""
+
+    def __init__(self, mlp: nn.Module, site: MlpSite) -> None:
+        super().__init__()
+        self.mlp, self.site = mlp, site
+
+    def forward(self, tokens_ND: Tensor) -> Tensor:
+        """As `mlp_output`."""
+        return mlp_output(self.mlp, self.site, tokens_ND)
+
+
+def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSite | None]) -> Callable[..., None]:
+    """A forward hook that runs our attention, with the module's own weights, on what the module was given."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        exact = replace(site, as_tuple=isinstance(output, tuple), scale=float(getattr(module, "scale", site.scale)))
+        every = (tuple(range(site.head_dim)),) * site.num_heads
+        local, holder = exact.within(site.path).below("0"), nn.Sequential()
+        handles, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
+        try:
+            holder.append(copy.deepcopy(module))
+            apply_(holder, [KeepHeadDims(site=local, keep_qk=every, keep_v=every)])
+            mine = first_tensor(holder[0](*args, **kwargs))
+            same = torch.allclose(mine, first_tensor(output), atol=1e-4 * float(mine.abs().max()), rtol=1e-4)
+        except Exception:  # what a foreign module is called with may suit ours in no way
+            same = False
+        finally:
+            module._forward_hooks = handles
+        found[site.path] = exact if same else None
+
+    return hook
+
+
+def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:
+    """A forward hook that hands on a module's first input and first output."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        see(path, args[0], first_tensor(output))
+
+    return hook
+
+
+def _silence(positions: Tensor) -> Callable[..., tuple[Any, ...]]:
+    """A forward hook that sets positions along the last dimension of a module's first input to zero."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return args[0].index_fill(-1, positions.to(args[0].device), 0), *args[1:]
+
+    return hook
+
+
+def _keep_input(path: str, seen: list[tuple[str, Tensor]]) -> Callable[..., tuple[Any, ...]]:
+    """A forward hook that keeps a module's first input and, where no graph leads to it, lets one begin there."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        hidden = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        seen.append((path, hidden))
+        return hidden, *args[1:]
+
+    return hook

@@ -1,0 +1,76 @@
+"""The leaderboard's command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from vitrim.cli.app import Json, app, console, print_json, print_table
+
+# What does not fit on a terminal of 80 characters.
+IN_FILE_ONLY = ("MACs", "on disk (MB)", "top-1 %, cut", "seconds")
+
+
+@app.command
+def leaderboard(
+    model: Annotated[str | None, Parameter(name=["--model", "--teacher"])] = None,
+    *,
+    data: str = "digits",
+    methods: str | None = None,
+    budget: float = 0.5,
+    budget_in: Literal["params", "macs"] = "params",
+    recover_steps: int = 0,
+    recipe: Path | None = None,
+    baselines: str = "random,magnitude",
+    out: Path = Path("vitrim-leaderboard"),
+    seed: int = 0,
+    device: str = "auto",
+    quiet: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Run every method at the same size, with the same images and recovery, and show who does best.
+
+    Example: vitrim leaderboard timm/vit_small_patch14_dinov2.lvd142m --data photos/ --budget 0.5 --recover-steps 200
+
+    Args:
+        model: the model to make smaller, as for compress; without, the digits ViT that comes with vitrim.
+        data: images, as for compress; with labels and a head, top-1 is measured, too.
+        methods: names, separated by commas; without, all.
+        budget: share of the model's parameters (or MACs) that stays.
+        budget_in: what the share is of.
+        recover_steps: distillation steps for each row.
+        recipe: YAML file with calibration, repair and recovery for every row.
+        baselines: methods that the others are told to have lost to, separated by commas.
+        out: folder for leaderboard.json and leaderboard.md; rows that are there already are kept.
+        seed: makes two runs equal.
+        device: auto, cpu, cuda, mps.
+        quiet: no progress.
+    """
+    from vitrim.config.recipe import Recipe
+    from vitrim.leaderboard import leaderboard as run
+    from vitrim.report.leaderboard import table
+
+    found = run(
+        model,
+        data=data,
+        methods=() if methods is None else methods.split(","),
+        budget=budget,
+        budget_in=budget_in,
+        recover_steps=recover_steps,
+        recipe=None if recipe is None else Recipe.load(recipe),
+        baselines=baselines.split(","),
+        out=out,
+        seed=seed,
+        device=device,
+        quiet=quiet or as_json,
+    )
+    if as_json:
+        return print_json(found)
+    header, rows = table(found, best=lambda text: f"[bold]{text}[/bold]")
+    shown = [number for number, title in enumerate(header) if title not in IN_FILE_ONLY]
+    print_table([header[number] for number in shown], [[row[number] for number in shown] for row in rows])
+    for line in found["verdict"]:
+        console.print(line)
+    console.print(f"All columns: {out / 'leaderboard.md'}, all values: {out / 'leaderboard.json'}")

@@ -1,0 +1,294 @@
+"""What a CLIP-like pair is used for, from names and folders: zero-shot classification, retrieval, text tuning.
+
+The image tower may be of one model and the text tower of another: a pruned image tower with the original text tower,
+for example. Figures are in percent.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from vitrim.clip.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.data import PairSet, open_pairs, transform_for
+from vitrim.data.inputs import open_set, random_inputs
+from vitrim.distributed.devices import resolve_device
+from vitrim.distributed.processes import entered_on_main, join_, on_main
+from vitrim.errors import OutputError, RecipeError
+from vitrim.metrics.retrieval import embed_captioned, image_text_recall
+from vitrim.metrics.zero_shot import Template, build_classifier, check_widths, embed_all, prompts_for, zero_shot_top
+from vitrim.models.load import load_model
+from vitrim.models.origin import Origin
+from vitrim.models.towers import Pair, Tokenize, open_pair
+from vitrim.output.load import Model, is_output, load, open_model, read_about
+from vitrim.output.provenance import environment
+from vitrim.output.save import save
+from vitrim.output.stage import TEXT_STATE, staged_output
+from vitrim.output.verify import verify
+from vitrim.storage.documents import write_json
+from vitrim.surgery import Plan
+
+# A tenth of the pairs, at most this many, is held out to judge on.
+MAX_HELD_OUT = 2048
+# Texts whose vectors are compared when an output is loaded back.
+PROBES = ("a photo of a cat.", "two dogs on a beach", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What `tune_text` gives back; `out` is None where nothing was written."""
+
+    model: nn.Module
+    metrics: Mapping[str, Any]
+    out: Path | None
+
+
+def zero_shot(
+    model: Model,
+    data: Any,
+    *,
+    names: str | Path | Sequence[str],
+    templates: str | Path | Sequence[Template] = "openai",
+    text_from: Model | None = None,
+    tokenizer: Tokenize | None = None,
+    cache: str | Path | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    batch_size: int = 64,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Classify images by the names of their classes, without training.
+
+    Args:
+        model: a pair, or an image tower of the same space; a module, a name, or a folder.
+        data: labelled images, of any kind that `compress` takes.
+        names: `imagenet`, a text file with a name a line, or names, in the order of the labels.
+        templates: `openai` (80) or `simple` (7), as open_clip has them, a text file, or strings with `{}` for the name.
+        text_from: the pair whose text tower makes the classifier; without, the model itself.
+        tokenizer: from strings to token ids (B, N), for a pair that is passed as a module.
+        cache: folder that keeps classifiers between runs.
+        limit: at most this many images.
+        split: which part of a data source that has parts.
+        batch_size: images a forward pass.
+        device: `auto`, or a torch device.
+        quiet: show no progress.
+
+    Returns:
+        `top1` and `top5` in percent, `num_images` with a label, `num_skipped`.
+
+    Raises:
+        ModelError: there is no text tower or no tokenizer, or the towers don't fit each other.
+        DataError: the images can't be read, or their labels don't fit the names.
+    """
+    whole, origin, pair = _open(model, text_from, tokenizer, device)
+    classes_CE = build_classifier(pair, prompts_for(names, templates), cache=cache, quiet=quiet)
+    images = open_set(data, origin, split=split, limit=limit)
+    found = zero_shot_top(whole, pair, classes_CE, images.loader(batch_size=batch_size))
+    return {name: 100 * value if name.startswith("top") else value for name, value in found.items()}
+
+
+def retrieval(
+    model: Model,
+    pairs: Any,
+    *,
+    text_from: Model | None = None,
+    tokenizer: Tokenize | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    limit: int | None = None,
+    split: str = "test",
+    image_folder: str | Path | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Find captions by images and images by captions.
+
+    Args:
+        model: a pair, or an image tower of the same space; a module, a name, or a folder.
+        pairs: images with captions, one or several each: whatever `vitrim.data.open_pairs` takes.
+        text_from: the pair whose text tower embeds the captions; without, the model itself.
+        tokenizer: from strings to token ids (B, N), for a pair that is passed as a module.
+        ks: how many results to look at.
+        limit: at most this many images, the first ones.
+        split: which part of a source that has parts.
+        image_folder: where the images that a `.json` names are.
+        batch_size: images a forward pass.
+        num_workers: processes that decode images.
+        device: `auto`, or a torch device.
+        quiet: show no progress.
+
+    Returns:
+        `image_to_text` and `text_to_image` with `recall@k` in percent, `num_images`, `num_captions`, `num_skipped`.
+
+    Raises:
+        ModelError: there is no text tower or no tokenizer, or the towers don't fit each other.
+        DataError: the pairs can't be read.
+    """
+    whole, origin, pair = _open(model, text_from, tokenizer, device)
+    source = _open_pairs(pairs, origin, split=split, limit=limit, image_folder=image_folder)
+    images_NE, captions, _, num_skipped = embed_captioned(whole, source.batches(batch_size, num_workers=num_workers))
+    texts_ME = embed_all(pair, pair.tokenize([text for texts in captions for text in texts]), quiet=quiet)
+    check_widths(images_NE, texts_ME)
+    image_of_M = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(texts) for texts in captions]))
+    moved = (tensor.to(pair.device) for tensor in (images_NE, texts_ME, image_of_M))
+    found = image_text_recall(*moved, ks=ks)
+    counts = {"num_images": len(images_NE), "num_captions": len(texts_ME), "num_skipped": num_skipped}
+    return {way: {k: 100 * share for k, share in shares.items()} for way, shares in found.items()} | counts
+
+
+def tune_text(
+    model: Model,
+    pairs: Any,
+    *,
+    options: TextOptions | Mapping[str, Any] | None = None,
+    held_out: Any = None,
+    out: str | Path | None = None,
+    tokenizer: Tokenize | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    image_folder: str | Path | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    quiet: bool = False,
+) -> Tuned:
+    """Tune the text tower of a pair to its image tower, which may have been cut, and write the pair to a new folder.
+
+    Args:
+        model: a pair: a folder that vitrim or its library wrote, a name, or a module (left unchanged).
+        pairs: images with captions: whatever `vitrim.data.open_pairs` takes.
+        options: length, batch, rate and the rest; without, one epoch.
+        held_out: pairs that judge which state is best; without, a seeded tenth of the images.
+        out: folder to write; it must not exist. Its layout and widths are those of `model`.
+        tokenizer: from strings to token ids (B, N), for a pair that is passed as a module.
+        limit: at most this many images, the first ones.
+        split: which part of a source that has parts.
+        image_folder: where the images that a `.json` names are.
+        batch_size: images a forward pass; how many captions a step compares stands in the options.
+        num_workers: processes that decode images.
+        seed: makes two runs equal.
+        device: `auto`, or a torch device.
+        resume: continue a run into `out` that was stopped.
+        quiet: show no progress.
+
+    Returns:
+        The tuned pair on the CPU, the curve of held-out losses and what was kept, and the folder.
+
+    Raises:
+        VitrimError: the input is wrong; nothing is written.
+    """
+    chosen = _options(options)
+    join_(device)
+    whole, origin, plan = _open_to_write(model, out)
+    types = {name: tensor.dtype for name, tensor in _tensors(whole)}
+    pair = open_pair(
+        whole.to(resolve_device(device)).float(), origin, tokenizer=tokenizer
+    )  # bf16 is too coarse to tune
+    open_source = partial(_open_pairs, origin=origin, split=split, image_folder=image_folder)
+    embed = partial(embed_pairs, pair, batch_size=batch_size, num_workers=num_workers)
+    stage = nullcontext((None, None)) if out is None else entered_on_main(staged_output(Path(out), resume=resume))
+    with stage as (folder, work):
+        train = embed(open_source(pairs, limit=limit))
+        if held_out is None:
+            train, judged = train.split(min(MAX_HELD_OUT, max(1, len(train) // 10)), seed)
+        else:
+            judged = embed(open_source(held_out, limit=None))
+        state = None if work is None else work / TEXT_STATE
+        tuned = tune_text_(pair, train, judged, options=chosen, seed=seed, state=state, resume=resume, quiet=quiet)
+        whole.cpu()
+        for name, tensor in _tensors(whole):
+            tensor.data = tensor.data.to(types[name])
+        metrics = {
+            "model": origin.name,
+            "pairs": {"train": len(train), "held_out": len(judged), "skipped": train.num_skipped + judged.num_skipped},
+            "options": chosen.model_dump(mode="json"),
+            "text_tuning": dict(tuned.__dict__),
+            "environment": environment(),
+        }
+        if folder is not None:
+            metrics |= on_main(lambda: _write(folder, pair, plan, metrics))
+    return Tuned(model=whole, metrics=metrics, out=None if out is None else Path(out))
+
+
+def _open(
+    model: Model, text_from: Model | None, tokenizer: Tokenize | None, device: str
+) -> tuple[nn.Module, Origin, Pair]:
+    """What embeds images, how it was built, and the pair that embeds texts, on a device."""
+    whole, origin = open_model(model)
+    pair = open_pair(*(open_model(text_from) if text_from is not None else (whole, origin)), tokenizer=tokenizer)
+    for each in (whole, pair.model):
+        each.to(resolve_device(device))
+    return whole, origin, pair
+
+
+def _open_pairs(
+    source: Any, origin: Origin, *, split: str, limit: int | None, image_folder: str | Path | None
+) -> PairSet:
+    """Images with captions behind a model's own preprocessing."""
+    transform = transform_for(origin.preprocessing) if "mean" in origin.preprocessing else None
+    return open_pairs(source, transform=transform, split=split, limit=limit, image_folder=image_folder)
+
+
+def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:
+    """A model that may be changed, how its uncut form is built, and what was cut of it."""
+    if isinstance(model, str) and is_output(path := model.removeprefix("local-dir:")):
+        about = read_about(Path(path))
+        return open_model(model)[0], Origin.from_json(about["origin"]).placed_at(path), Plan.from_json(about["plan"])
+    whole, origin = open_model(model)
+    if out is not None and origin.library is None:
+        raise RecipeError(f"{origin.name}: no library can build this module; pass its name or folder, or drop out.")
+    return copy.deepcopy(whole) if whole is model else whole, origin, Plan(edits=(), method="text_tower")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _options(given: TextOptions | Mapping[str, Any] | None) -> TextOptions:
+    """Checked options; one epoch where none are given."""
+    if isinstance(given, TextOptions):
+        return given
+    try:
+        return TextOptions.model_validate({"epochs": 1} if given is None else dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"text tuning: {where}: {first['msg']} (got {first['input']!r:.80})") from None
+
+
+def _write(folder: Path, pair: Pair, plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a pair, and load it back: the image tower in a fresh process, the text tower with what loads a folder.
+
+    Raises:
+        OutputError: it loads to something else.
+    """
+    origin, whole = pair.origin, pair.model
+    stock = save(folder, whole, origin=origin, plan=plan)
+    found: dict[str, Any] = {"stock": stock}
+    probe = random_inputs(origin, 4)
+    if probe is not None:
+        found["reload_difference"] = verify(folder, whole, probe, origin=origin, stock=stock)
+    again = replace(pair, model=load_model(str(folder))[0] if stock else load(folder))
+    ids = pair.tokenize(PROBES)
+    difference = float((embed_all(again, ids) - embed_all(pair, ids)).abs().max())
+    if not difference <= 1e-5:
+        raise OutputError(
+            f"{folder}: written, but its text tower does not load back (outputs differ by {difference:.3g})."
+        )
+    write_json(folder / "metrics.json", {**metrics, **found})
+    return found

@@ -1,0 +1,1 @@
+"""The main job and its relatives: compress, prune file to file, slice, and the cut that they share."""

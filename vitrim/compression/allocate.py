@@ -1,0 +1,377 @@
+"""Widths that differ from MLP to MLP, under a budget for all of them together.
+
+One calibration pass on the uncut model gives each MLP's error at every width at once. What such an error does to the
+final features is measured by cutting that MLP alone, at a few widths. Then the widths of all MLPs are chosen together,
+to the optimum. All that was measured is kept in a file, so another budget takes no forward pass.
+
+Errors of several MLPs are taken to add up, and what feedback, refit and recovery make good later is not foreseen; so
+the result is measured beside equal widths of the same cost.
+
+Shapes: H hidden units, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vitrim.calibrate import SiteVisit, walk
+from vitrim.compression.cut import cut_, select
+from vitrim.config.options import RepairOptions
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import site_macs, site_parameters
+from vitrim.data import Split
+from vitrim.errors import DAMAGED, CheckpointError, RecipeError
+from vitrim.methods import find_method
+from vitrim.metrics.fidelity import fidelity
+from vitrim.metrics.judging import features_on_cpu, relative_error
+from vitrim.models.features import device_of, evaluating
+from vitrim.ops.allocation import Values, best_choices, dropped_energy, explained_energy
+from vitrim.ops.least_squares import fit_output, moments
+from vitrim.output.provenance import versions
+from vitrim.progress import progress
+from vitrim.storage.documents import write_json
+from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
+from vitrim.surgery.modules import run_mlp
+from vitrim.types import MlpSite, MlpWeights, tensor_sha256
+
+PROBED = (0.5, 0.25, 0.125)  # shares of an MLP's units at which its effect on the final features is measured
+NUM_PROBE_IMAGES = 32
+TINY = 1e-9  # share of an MLP's energy below which an error is rounding
+WORST = 1e6  # stands for a relative error that is no number
+TIMED_IMAGES, TIMED_ROUNDS, MAX_TIMED = 8, 15, 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The recipe with the widths that were found; `about` says how, None where there was nothing to find."""
+
+    recipe: Recipe
+    about: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class _Measured:
+    """What allocation goes by: by site, final error at widths 1..H and tokens an image; times in ns by shape and width.
+
+    It stands in a file, unless `path` is None.
+    """
+
+    path: Path | None
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)
+    times: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def kept_at(cls, path: Path | None) -> _Measured:
+        """What an earlier run has left, or nothing yet.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if path is None or not path.exists():
+            return cls(path=path)
+        try:
+            return cls(path=path, **json.loads(path.read_text()))
+        except DAMAGED as error:
+            raise CheckpointError(f"{path}: can't be read ({error!r:.100}); remove it, it is only a cache.") from None
+
+    def save(self) -> None:
+        """Keep it for the next budget."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {name: value for name, value in self.__dict__.items() if name != "path"})
+
+
+def allocate(
+    recipe: Recipe,
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    batches: Sequence[Tensor] | None,
+    *,
+    work: Path | None = None,
+    quiet: bool = False,
+) -> Allocation:
+    """Find each MLP's width where a recipe asks for it; its own width says how much all may cost together.
+
+    Args:
+        recipe: with `allocate`, or without: then it comes back as it is.
+        teacher: the uncut model, in eval mode; it is not changed.
+        sites: the MLPs to cut.
+        batches: calibration images.
+        work: where measurements are kept if the recipe names no folder for them.
+        quiet: show no progress.
+
+    Raises:
+        RecipeError: there are no images, or the method decides about the whole model by itself.
+    """
+    if recipe.allocate is None:
+        return Allocation(recipe=recipe)
+    if find_method(recipe.method).select is None:
+        raise RecipeError(f"allocate: {recipe.method} decides about the whole model by itself; use allocate=uniform.")
+    if batches is None:
+        raise RecipeError("allocate: error curves need calibration images; pass data, or use allocate=uniform.")
+    folder, key = recipe.allocate.cache or work, _key(recipe, teacher, sites, batches)
+    found = _Measured.kept_at(None if folder is None else folder / f"curves-{key[:16]}.json")
+    if not found.errors:
+        _measure_(found, recipe, teacher, sites, batches, quiet)
+    return _solved(recipe, teacher, sites, found)
+
+
+def beside_uniform(
+    allocation: Allocation,
+    asked: Recipe,
+    judged: Mapping[str, Any] | None,
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    split: Split | None,
+) -> Allocation:
+    """The allocation with what equal widths of the same cost would have given, from a second cut.
+
+    Args:
+        allocation: what was found; nothing is cut where there was nothing to find.
+        asked: the recipe before.
+        judged: how the student that was cut by it does on the held-out images.
+        teacher: the uncut model.
+        sites: the MLPs.
+        split: calibration and held-out images.
+    """
+    if allocation.about is None or judged is None or split is None:
+        return allocation
+    student = copy.deepcopy(teacher)
+    cut_(student, teacher, sites, asked.model_copy(update={"allocate": None}), split.calibration, quiet=True)
+    equal = fidelity(student, teacher, split.held_out)["relative_error"]
+    error = judged["fidelity"]["relative_error"]
+    advice = "; equal widths do better here, so drop allocate" if error > equal else ""
+    note = f"allocate: relative error after the cut {error:.4g}, with equal widths {equal:.4g}{advice}."
+    about = {**allocation.about, "relative_error": {"allocated": error, "uniform": equal}}
+    return replace(allocation, about=about, notes=(*allocation.notes, note))
+
+
+def _solved(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], found: _Measured) -> Allocation:
+    """The best widths by what was measured."""
+    assert recipe.allocate is not None
+    budget, uniform = recipe.allocate.budget, [recipe.width_of(site) for site in sites]
+    grids = [
+        _grid(site, width, recipe.round_to, timed=budget == "latency")
+        for site, width in zip(sites, uniform, strict=True)
+    ]
+    if budget == "latency":
+        for site, grid in zip(sites, grids, strict=True):
+            _time_(found, teacher, site, grid)
+        found.save()
+    costs = [
+        np.array([_cost(budget, site, width, found) for width in grid]) for site, grid in zip(sites, grids, strict=True)
+    ]
+    errors = [np.array(found.errors[site.path])[np.array(grid) - 1] for site, grid in zip(sites, grids, strict=True)]
+    equal = [grid.index(width) for grid, width in zip(grids, uniform, strict=True)]
+    allowed = _sum(costs, equal)
+    picked = best_choices(errors, costs, int(allowed))
+    about = {
+        "budget": budget,
+        "allowed": int(allowed),
+        "cost": int(_sum(costs, picked)),
+        "predicted": {"allocated": _sum(errors, picked), "uniform": _sum(errors, equal)},
+    }
+    widths = {site.path: grid[j] for site, grid, j in zip(sites, grids, picked, strict=True)}
+    allocated = recipe.model_copy(update={"allocate": None, "widths": widths})
+    return Allocation(recipe=allocated, about=about, notes=tuple(found.notes))
+
+
+def _sum(values: Sequence[NDArray[Any]], choices: Sequence[int]) -> float:
+    """The sum of one value of each MLP."""
+    return sum(value_J[j].item() for value_J, j in zip(values, choices, strict=True))
+
+
+def _cost(budget: str, site: MlpSite, width: int, found: _Measured) -> int:
+    """What an MLP of a width costs: parameters, multiply-accumulates an image, or nanoseconds."""
+    if budget == "params":
+        return site_parameters(site, width)
+    if budget == "macs":
+        return round(site_macs(site, width) * found.tokens[site.path])
+    return found.times[_shape(site, found)][str(width)]
+
+
+def _grid(site: MlpSite, uniform: int, round_to: int, *, timed: bool) -> list[int]:
+    """Widths to choose from: multiples of `round_to`, not too many to time, the uniform width and all units."""
+    step = round_to * (max(1, -(-site.d_hidden // (round_to * MAX_TIMED))) if timed else 1)
+    return sorted({*range(step, site.d_hidden + 1, step), uniform, site.d_hidden})
+
+
+def _key(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], batches: Sequence[Tensor]) -> str:
+    """Hash of all that decides what is measured: weights, images, method, options, seed, repair, versions."""
+    digest, repair = hashlib.sha256(), recipe.repair_options()
+    about = {
+        "method": recipe.method,
+        "options": find_method(recipe.method).parse_options(recipe.options).model_dump(mode="json"),
+        "ridge": None if repair is None else repair.ridge,
+        "seed": recipe.seed,
+        "sites": [site.path for site in sites],
+        "versions": versions(),
+        "device": str(device_of(teacher)),
+    }
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for tensor in (*teacher.state_dict().values(), *batches):
+        digest.update(tensor_sha256(tensor).encode())
+    return digest.hexdigest()
+
+
+def _measure_(
+    found: _Measured,
+    recipe: Recipe,
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    batches: Sequence[Tensor],
+    quiet: bool,
+) -> None:
+    """The one pass over the calibration images, each MLP seen uncut."""
+    num_held_out = max(1, len(batches) // 10) if len(batches) > 1 else 0
+    num_images = sum(map(len, batches[: len(batches) - num_held_out]))
+    images = batches[-1][:NUM_PROBE_IMAGES]
+    judged = [(images, features_on_cpu(teacher, images, "final"))]
+
+    def judge(edit: KeepUnits) -> float:
+        """Error of the final features where this is the only cut."""
+        student = copy.deepcopy(teacher)
+        apply_(student, [edit])
+        return min(WORST, relative_error(student, judged, "final"))
+
+    visits = walk(
+        teacher, copy.deepcopy(teacher), sites, batches, feedback=0.0, num_held_out=num_held_out, max_tokens=0
+    )
+    with progress("allocate", len(sites), quiet=quiet) as bar:
+        for visit in visits:
+            picks = _Picks(recipe=recipe, visit=visit, weights=read_weights(teacher, visit.site), number=bar.done)
+            found.errors[visit.site.path] = picks.curve(judge).tolist()
+            found.tokens[visit.site.path] = visit.stats.num_tokens / num_images
+            if bar.done == 0 and not picks.nested():
+                found.notes.append(
+                    f"allocate: {recipe.method} does not pick units in one order for all widths; the curves are rough."
+                )
+            bar.advance(1, visit.site.path)
+    found.save()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picks:
+    """One MLP, the `number`th in forward order, and what a method picks of its units."""
+
+    recipe: Recipe
+    visit: SiteVisit
+    weights: MlpWeights
+    number: int
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """All units, the first to be kept first."""
+        return self.first(self.weights.num_units)
+
+    def first(self, width: int) -> tuple[int, ...]:
+        """What the method picks for a width, as `cut_` asks it."""
+        method = find_method(self.recipe.method)
+        options, seed = method.parse_options(self.recipe.options), self.recipe.seed + self.number
+        return select(self.weights, self.visit.site, self.visit, width, method, options, seed).keep
+
+    def nested(self) -> bool:
+        """Whether fewer units are the first of more."""
+        half = max(1, len(self.order) // 2)
+        return set(self.first(half)) == set(self.order[:half])
+
+    def curve(self, judge: Callable[[KeepUnits], float]) -> Values:
+        """Error of the final features at widths 1..H, from the MLP's own error at all and theirs at a few."""
+        repair, order = self.recipe.repair_options(), torch.tensor(self.order)
+        own_H = self._own_errors(order, repaired=repair is not None).cpu().numpy()
+        widths = sorted({max(1, round(share * len(order))) for share in PROBED}, reverse=True)
+        final = [judge(self._edit(self.order[:width], repair)) for width in widths]
+        return through(own_H, own_H[np.array(widths) - 1], np.array(final))
+
+    def _own_errors(self, order: Tensor, *, repaired: bool) -> Tensor:
+        """Share of the MLP's output, as the layer scale lets it through, that the first 1..H units don't give."""
+        stats, weight_DH = self.visit.stats, self.weights.output_DH.to(self.visit.stats.cross_HD)
+        scale_D = torch.ones(len(weight_DH)) if self.visit.scale_D is None else self.visit.scale_D
+        scale_D = scale_D.to(weight_DH)
+        if repaired:
+            gram_HH, cross_HD = moments(stats, centred=self.weights.output_bias_D is not None)
+            explained_H = explained_energy(gram_HH, cross_HD * scale_D, order)
+            missing_H = explained_H[-1] - explained_H
+        else:
+            missing_H = dropped_energy(stats.hidden_HH, weight_DH * scale_D[:, None], order)
+        return missing_H / missing_H[0].clamp(min=torch.finfo(missing_H.dtype).tiny)
+
+    def _edit(self, keep: tuple[int, ...], repair: RepairOptions | None) -> KeepUnits:
+        """The cut to these units alone, with the repair that follows it."""
+        edit, weights = KeepUnits(site=self.visit.site, keep=keep), self.weights
+        if repair is None:
+            return edit
+        index = torch.tensor(keep)
+        start_DK = weights.output_DH[:, index.to(weights.output_DH.device)]
+        weight_DK, bias_D = fit_output(self.visit.stats, index, start_DK, weights.output_bias_D, ridge=repair.ridge)
+        return edit.with_output(weight_DK, bias_D)
+
+
+def through(own_H: Values, own_P: Values, final_P: Values) -> Values:
+    """Final errors at all widths: straight lines in the MLP's own error, from zero through what was measured.
+
+    Args:
+        own_H: the MLP's error at widths 1..H.
+        own_P: the same where the final error was measured.
+        final_P: the final error there; one that falls while the MLP's own rises counts as equal.
+    """
+    rising = np.argsort(own_P, kind="stable")
+    x = np.concatenate([[0.0], np.maximum(own_P[rising], TINY)])
+    y = np.concatenate([[0.0], np.maximum.accumulate(final_P[rising])])
+    return np.where(own_H > x[-1], own_H * (y[-1] / x[-1]), np.interp(own_H, x, y))
+
+
+def _shape(site: MlpSite, found: _Measured) -> str:
+    """What decides an MLP's time: MLPs of one shape are timed once."""
+    return f"{site.label}, {site.d_model}, {site.d_hidden}, {_timed_tokens(site, found)} tokens"
+
+
+def _timed_tokens(site: MlpSite, found: _Measured) -> int:
+    return max(1, round(TIMED_IMAGES * found.tokens[site.path]))
+
+
+def _time_(found: _Measured, teacher: nn.Module, site: MlpSite, widths: Sequence[int]) -> None:
+    """Time an MLP at those widths that have not been timed, in turns, so that a slow moment hits all alike.
+
+    Raises:
+        RecipeError: it can't be run by itself.
+    """
+    from torch.utils.benchmark import Timer
+
+    known = found.times.setdefault(_shape(site, found), {})
+    device, timers = device_of(teacher), {}
+    tokens = torch.randn(1, _timed_tokens(site, found), site.d_model, generator=torch.Generator().manual_seed(0))
+    inner = site.within(site.path)
+    for width in [width for width in widths if str(width) not in known]:
+        holder = nn.Sequential(copy.deepcopy(submodule(teacher, site.path)))
+        apply_(holder, [KeepUnits(site=inner.below("0"), keep=tuple(range(width)))])
+        names = {"run": run_mlp, "mlp": holder[0], "site": inner, "tokens": tokens.to(device)}
+        timers[width] = Timer("run(mlp, site, tokens)", globals=names, num_threads=torch.get_num_threads())
+    seen: dict[int, list[float]] = {width: [] for width in timers}
+    with evaluating(teacher):
+        for _ in range(TIMED_ROUNDS + 1):  # the first is a warm-up
+            for width, timer in timers.items():
+                try:
+                    seen[width].append(timer.timeit(1).mean)
+                except Exception as error:  # a foreign module that wants more than tokens says so in its own way
+                    reason = f"{type(error).__name__}: {error}"
+                    raise RecipeError(
+                        f"allocate.budget: {site.path} can't be timed by itself ({reason:.100}); use macs."
+                    ) from error
+    known |= {str(width): round(1e9 * median(times[1:])) for width, times in seen.items()}

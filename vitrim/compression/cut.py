@@ -1,0 +1,365 @@
+"""Cuts a student block after block: a method selects, least squares repairs, surgery cuts, a short refit settles.
+
+This is the one place where the four meet. It decides nothing itself and touches no module but through surgery and
+refit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vitrim.calibrate import LiveModelView, SiteVisit, walk
+from vitrim.config.options import RepairOptions
+from vitrim.config.recipe import Recipe
+from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
+from vitrim.methods import Method, MethodOptions, find_method
+from vitrim.models.origin import Origin
+from vitrim.models.sites import find_mlps
+from vitrim.models.stock import nearest_stock_width
+from vitrim.ops.least_squares import fit_output, squared_error
+from vitrim.output.provenance import versions
+from vitrim.output.stage import CUT_STATE
+from vitrim.progress import progress
+from vitrim.repair.refit import refit_, site_tensors
+from vitrim.storage.documents import write_json
+from vitrim.surgery import Edit, KeepUnits, Plan, apply_, read_weights, reshape_
+from vitrim.types import MlpSite, MlpWeights, SiteView
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutReport:
+    """What the cut did at each site: errors per token against the target, and notes for the user."""
+
+    plan: Plan
+    errors: Mapping[str, Mapping[str, float]]
+    notes: tuple[str, ...]
+
+
+def cut_(
+    student: nn.Module,
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    recipe: Recipe,
+    batches: Sequence[Tensor] | None,
+    *,
+    quiet: bool = False,
+    done: Sequence[KeepUnits] = (),
+    keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None = None,
+    offload: Path | None = None,
+    moments: torch.dtype = torch.float64,
+) -> CutReport:
+    """Cut a student in place, by each of a recipe's methods in turn.
+
+    Args:
+        student: a copy of the teacher.
+        teacher: the original.
+        sites: what to cut; each to `recipe.width_of(site)` units.
+        recipe: methods, options, repair.
+        batches: calibration images, or None: then only methods that need weights alone can run, without repair.
+        quiet: show no progress.
+        done: edits that the student has behind it, from a run that was stopped; for a recipe of one method.
+        keep_edit: called with each cut of an MLP and its errors; what it returns stands in the plan in its place.
+        offload: folder for calibration activations; None keeps them in memory.
+        moments: type in which second moments are stored.
+
+    Returns:
+        The plan (with the tensors that came of repair) and what was measured on the way.
+
+    Raises:
+        BudgetError: a width is outside what a site has.
+        RecipeError: the method needs images and there are none.
+    """
+    recipe.check_widths(sites)
+    edits: list[Edit] = list(done)
+    errors: dict[str, dict[str, float]] = {}
+    notes: list[str] = []
+    for number, stage in enumerate(recipe.stages()):
+        work = _Stage(
+            student=student,
+            teacher=teacher,
+            sites=sites if number == 0 else _sites_left(student, sites, stage),
+            recipe=stage,
+            batches=batches,
+            edits=edits,
+            errors=errors,
+            behind={edit.site.path for edit in done} if number == 0 else (),
+            keep_edit=keep_edit,
+            offload=offload,
+            moments=moments,
+        )
+        notes += _notes(work.method, stage, batches)
+        notes += work.run_(quiet)
+    return CutReport(plan=_plan(recipe, edits), errors=errors, notes=tuple(notes))
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    """One method at work on a student; `edits` and `errors` grow as it goes."""
+
+    student: nn.Module
+    teacher: nn.Module
+    sites: Sequence[MlpSite]
+    recipe: Recipe
+    batches: Sequence[Tensor] | None
+    edits: list[Edit]
+    errors: dict[str, dict[str, float]]
+    behind: Collection[str]
+    keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None
+    offload: Path | None
+    moments: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.method = find_method(self.recipe.method)
+        self.options = self.method.parse_options(self.recipe.options)
+        self.repair = self.recipe.repair_options() if self.batches is not None else None
+        self.widths = {site.path: self.recipe.width_of(site) for site in self.sites}
+
+    def run_(self, quiet: bool) -> list[str]:
+        """Ask the method and do what it says; notes for the user."""
+        if self.method.propose is None:
+            return self._cut_sites_({}, quiet)
+        if self.method.needs == "images" and self.batches is None:
+            raise RecipeError(f"method: {self.method.name} needs calibration images; pass data.")
+        chosen: dict[str, KeepUnits] = {}
+        num_before = len(self.edits)
+        with progress(self.method.name, 0, quiet=quiet) as bar:
+            view = LiveModelView(self.student, self.sites, self.widths, self.batches, seed=self.recipe.seed, bar=bar)
+            for edit in self.method.propose(view, self.options):
+                if isinstance(edit, KeepUnits) and not edit.tensors:
+                    chosen[edit.site.path] = edit
+                else:
+                    apply_(self.student, [edit])
+                    self.edits.append(edit)
+                bar.advance(1, edit.where)
+        if not self.sites and not chosen and len(self.edits) == num_before:
+            raise _nothing_left(self.method)
+        if self.repair is not None and not chosen:
+            view.note(f"repair: {self.method.name} cut no hidden units, so nothing was repaired.")
+        return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
+
+    def _cut_sites_(self, chosen: Mapping[str, KeepUnits], quiet: bool) -> list[str]:
+        """Cut MLP after MLP: the units that were chosen, or those that the method selects now; then repair."""
+        notes: list[str] = []
+        with progress("cut", len(chosen) or len(self.sites), quiet=quiet) as bar:
+            bar.done = len(self.behind)
+            for site, visit in self._visits(chosen):
+                weights, seed = read_weights(self.student, site), self.recipe.seed + len(self.edits)
+                edit = chosen.get(site.path) or select(
+                    weights, site, visit, self.widths[site.path], self.method, self.options, seed
+                )
+                if self.repair is not None and visit is not None:
+                    edit, self.errors[site.path] = _repair_(self.student, edit, visit, self.repair, self.recipe.seed)
+                    notes += _visit_notes(visit, self.repair)
+                else:
+                    apply_(self.student, [edit])
+                kept = edit if self.keep_edit is None else self.keep_edit(edit, self.errors.get(site.path, {}))
+                self.edits.append(kept)
+                bar.advance(1, site.path)
+                del visit  # its sums must not live on beside those of the next one
+        return notes
+
+    def _visits(self, chosen: Mapping[str, KeepUnits]) -> Iterator[tuple[MlpSite, SiteVisit | None]]:
+        """Sites in the order in which they are cut, with what calibration saw of them, where anything asks for it."""
+        sites = [site for site in self.sites if site.path in chosen or not chosen]
+        looks = self.method.needs == "images" and not chosen
+        if self.batches is None or (self.repair is None and not looks):
+            yield from ((site, None) for site in sites if site.path not in self.behind)
+            return
+        repair = self.repair or RepairOptions(feedback=0.0)
+        num_held_out = max(1, len(self.batches) // 10) if len(self.batches) > 1 else 0
+        for visit in walk(
+            self.teacher,
+            self.student,
+            sites,
+            self.batches,
+            feedback=repair.feedback,
+            num_held_out=num_held_out,
+            max_tokens=repair.max_tokens,
+            skip=self.behind,
+            offload=self.offload,
+            moments=self.moments,
+        ):
+            yield visit.site, visit
+            del visit
+
+
+def _sites_left(student: nn.Module, sites: Sequence[MlpSite], stage: Recipe) -> list[MlpSite]:
+    """The MLPs of a student that has been cut, as they are now, among those that were asked for."""
+    asked = {site.path for site in sites}
+    try:
+        left = [site for site in find_mlps(student) if site.path in asked]
+    except SiteNotFoundError:
+        left = []
+    if not left and find_method(stage.method).propose is None:
+        raise _nothing_left(find_method(stage.method))
+    return left
+
+
+def _nothing_left(method: Method) -> SiteNotFoundError:
+    """A step that would do nothing."""
+    return SiteNotFoundError(
+        f"then: {method.name} finds no MLP as it needs one, since the steps before it replaced them all; put it first, "
+        "or leave it out."
+    )
+
+
+def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
+    """The plan of a recipe; the options of several methods stand under their names."""
+    stages = recipe.stages()
+    options = [find_method(s.method).parse_options(s.options).model_dump(mode="json") for s in stages]
+    return Plan(
+        edits=tuple(edits),
+        method="+".join(stage.method for stage in stages),
+        options=options[0] if len(stages) == 1 else {s.method: o for s, o in zip(stages, options, strict=True)},
+        seed=recipe.seed,
+        versions=versions(),
+    )
+
+
+def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> None:
+    """Keep a finished cut, so that a stopped recovery can go on from it."""
+    tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    for number, edit in enumerate(cut.plan.edits):  # what a later edit has cut again is not in the student any more
+        changed = {name: t for name, t in edit.tensors.items() if not _holds(tensors, name, t)}
+        tensors |= {_own_name(number, name): tensor.contiguous() for name, tensor in changed.items()}
+    save_file(tensors, work / "cut.safetensors")
+    (work / "recipe.yaml").write_text(recipe.dump())
+    about = {"plan": cut.plan.to_json(), "errors": cut.errors, "notes": list(cut.notes)}
+    write_json(work / CUT_STATE, about)
+
+
+def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | None:
+    """Take up the cut that `save_cut` kept, in place; None where there is none.
+
+    Raises:
+        RecipeError: it was made by another recipe.
+        CheckpointError: it is damaged.
+    """
+    if not (work / CUT_STATE).exists():
+        return None
+    if (work / "recipe.yaml").read_text() != recipe.dump():
+        raise RecipeError(f"resume: {work / 'recipe.yaml'} differs from this run's recipe; run without resume.")
+    try:
+        about = json.loads((work / CUT_STATE).read_text())
+        tensors = load_file(work / "cut.safetensors")
+        plan = Plan.from_json(about["plan"])
+        reshape_(student, plan.edits)
+        names = student.state_dict().keys()
+        student.load_state_dict({name: tensors[name] for name in names}, assign=True)
+        edits = [
+            replace(edit, tensors={name: _tensor_of(tensors, number, name) for name in said["tensors"]})
+            for number, (edit, said) in enumerate(zip(plan.edits, about["plan"]["edits"], strict=True))
+        ]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{work}: the stopped run can't be read ({error!r:.200}); run without resume.") from None
+    return CutReport(plan=replace(plan, edits=tuple(edits)), errors=about["errors"], notes=tuple(about["notes"]))
+
+
+def _holds(tensors: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
+    """Whether a mapping has a tensor under a name, bit for bit."""
+    return (
+        name in tensors and tensors[name].shape == tensor.shape and torch.equal(tensors[name], tensor.to(tensors[name]))
+    )
+
+
+def _own_name(number: int, name: str) -> str:
+    """Under which name an edit's own tensor is kept."""
+    return f"edit {number}: {name}"
+
+
+def _tensor_of(tensors: Mapping[str, Tensor], number: int, name: str) -> Tensor:
+    """An edit's tensor: its own, or the one that stands in the student, copied, since that will be trained."""
+    own = _own_name(number, name)
+    return tensors[own] if own in tensors else tensors[name].clone()
+
+
+def with_stock_width(recipe: Recipe, origin: Origin, sites: Sequence[MlpSite]) -> Recipe:
+    """Where a recipe asks for `stock`, the recipe with the nearest width that the library's own config can express.
+
+    Raises:
+        BudgetError: there is none near.
+    """
+    if not recipe.stock:
+        return recipe
+    asked = recipe.width_of(sites[0])
+    found = nearest_stock_width(origin, sites, asked)
+    if found is None:
+        raise BudgetError(f"stock: {origin.library or origin.name} has no config for a width near {asked}; drop stock.")
+    return recipe if found == asked else recipe.updated({"mlp_ratio": found / sites[0].d_model, "round_to": 1})
+
+
+def select(
+    weights: MlpWeights,
+    site: MlpSite,
+    visit: SiteVisit | None,
+    width: int,
+    method: Method,
+    options: MethodOptions,
+    seed: int,
+) -> KeepUnits:
+    """Ask the method which units stay."""
+    view = SiteView(
+        site=site,
+        weights=weights,
+        num_keep=width,
+        generator=torch.Generator().manual_seed(seed),
+        stats=None if visit is None else visit.stats,
+        scale_D=None if visit is None else visit.scale_D,
+    )
+    assert method.select is not None
+    return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view, options)))
+
+
+def _repair_(
+    student: nn.Module, edit: KeepUnits, visit: SiteVisit, repair: RepairOptions, seed: int
+) -> tuple[KeepUnits, dict[str, float]]:
+    """Least squares, the cut itself, then the refit; the edit ends up with the tensors that came of it."""
+    original, site, keep = edit, edit.site, torch.tensor(edit.keep)
+    if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then see what they are
+        apply_(student, [edit])
+        site, keep = replace(site, d_hidden=edit.width), torch.arange(edit.width)
+        edit, visit = KeepUnits(site=site, keep=tuple(range(edit.width))), visit.again()
+    weights = read_weights(student, site)
+    start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
+    fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=repair.ridge)
+    errors = {
+        "unrepaired": squared_error(visit.stats, keep, start_DK, bias_D),
+        "repaired": squared_error(visit.stats, keep, fitted_DK, fitted_D),
+    }
+    apply_(student, [edit.with_output(fitted_DK, fitted_D)])
+    if repair.refit and visit.stands_alone:
+        before, after = refit_(student, visit, num_steps=repair.refit_steps, lr=repair.refit_lr, seed=seed)
+        errors |= {"held_out_repaired": before, "held_out_refitted": after}
+    return replace(original, tensors=site_tensors(student, site)), errors
+
+
+def _visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
+    """What could not be done at a site because of how its block is built."""
+    notes = []
+    if visit.scale_D is None and repair.feedback > 0:
+        notes.append(f"{visit.site.path}: no fixed layer scale behind the MLP, so its target has no feedback.")
+    if visit.site.norm is not None:
+        notes.append(f"{visit.site.path}: a norm over the hidden units sees other statistics after the cut.")
+    if not visit.stands_alone and repair.refit:
+        notes.append(f"{visit.site.path}: the MLP can't be run outside its block, so it was not refitted.")
+    return notes
+
+
+def _notes(method: Method, recipe: Recipe, batches: Sequence[Tensor] | None) -> list[str]:
+    """What the user should know about choices made for them."""
+    if batches is not None:
+        return []
+    notes = []
+    if method.needs == "images":
+        notes.append("no images given: units were selected on weights alone; pass data to select by what they do.")
+    if recipe.repair_options() is not None:
+        notes.append("no images given: nothing was repaired; pass data for closed-form repair.")
+    return notes

@@ -1,0 +1,161 @@
+"""What pruning a checkpoint will need, before a value of it is read: sizes from headers, memory and time by arithmetic.
+
+The time is an estimate: a short matrix product says how fast this machine is, and the disk is taken to be slow.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitrim.compression.source import Job
+from vitrim.config.recipe import Recipe
+from vitrim.cost.memory import (
+    DISK_RATE,
+    MemoryEstimate,
+    copying_bytes,
+    estimate_memory,
+    program_bytes,
+    selection_bytes,
+    selection_seconds,
+    show_bytes,
+    show_seconds,
+)
+from vitrim.errors import OutputError
+from vitrim.surgery import KeepUnits, edit_of, transform
+
+FILES, MEMORY, TIME = "files", "peak memory without images", "time without images"
+CALIBRATION, BUDGETED = "memory with images, on top", "the least with --memory-budget"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEstimate:
+    """What a run will need; sizes in bytes.
+
+    `memory` is the peak without images, of which `program` is there before the first tensor is read. `seconds` is an
+    estimate, without images too. `calibration` is what selection and repair on images take on top, None where the size
+    of the images is not known: `memory` with everything in memory, `least` with activations on `disk` and, where that
+    helps, moments in float32.
+    """
+
+    source: int
+    dtypes: tuple[str, ...]
+    output: int
+    program: int
+    memory: int
+    seconds: float
+    calibration: dict[str, int] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        return asdict(self)
+
+    def line(self, *, images: bool) -> str:
+        """The same in a line for people, for a run with or without images."""
+        rows = dict(self.rows())
+        wanted = (FILES, CALIBRATION, BUDGETED) if images and self.calibration else (FILES, MEMORY, TIME)
+        return "; ".join(f"{name} {rows[name]}" for name in wanted) + "."
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The same as a table for people."""
+        found = [
+            (FILES, f"{show_bytes(self.source)} of {'/'.join(self.dtypes)} -> {show_bytes(self.output)}"),
+            (MEMORY, f"{show_bytes(self.memory)}, {show_bytes(self.program)} of it the program"),
+            (TIME, f"about {show_seconds(self.seconds)} (an estimate)"),
+        ]
+        if self.calibration is not None:
+            needs = {key: show_bytes(value) for key, value in self.calibration.items() if key != "images"}
+            found += [
+                (CALIBRATION, f"{needs['memory']}, for {self.calibration['images']:,} images"),
+                (BUDGETED, f"{needs['least']}, with {needs['disk']} on disk"),
+            ]
+        return found
+
+
+def estimate_run(
+    job: Job, recipe: Recipe, needs: MemoryEstimate | None = None, *, num_images: int | None = None
+) -> RunEstimate:
+    """Say what a run will need.
+
+    Args:
+        job: the checkpoint and its architecture.
+        recipe: width, and what calibration does.
+        needs: what calibration needs, where that is known already.
+        num_images: calibration images; the recipe's number where none is given.
+
+    Raises:
+        BudgetError: the width is outside what an MLP has.
+    """
+    edits = [KeepUnits(site=site, keep=tuple(range(recipe.width_of(site)))) for site in job.sites]
+    cut, names = edit_of(edits), job.names
+    fakes = {names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
+    before = {name: tensor.nbytes for name, tensor in fakes.items()}
+    touched = sum(size for name, size in before.items() if name in cut)
+    by_dtype = {t.dtype: sum(b.nbytes for b in fakes.values() if b.dtype == t.dtype) for t in fakes.values()}
+    itemsize = max(fakes[name].dtype.itemsize for name in fakes if name in cut)
+    picking = max(selection_bytes(edit.site, edit.width, itemsize) for edit in edits)
+    passing = copying_bytes(max(size for name, size in before.items() if name in cut))
+    output = output_bytes(job, recipe)
+    program, num_images = program_bytes(), num_images or recipe.calibrate.num_images
+    needs = needs or _needs(job, recipe, num_images)
+    # Read to select, to pass through and to check what was written; written once.
+    moved = touched + sum(before.values()) + 2 * output
+    return RunEstimate(
+        source=sum(before.values()),
+        dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in sorted(by_dtype, key=lambda d: -by_dtype[d])),
+        output=output,
+        program=program,
+        memory=program + max(picking, passing),
+        seconds=round(selection_seconds(job.sites, [edit.width for edit in edits]) + moved / DISK_RATE, 1),
+        calibration=None if needs is None else _calibration(needs, num_images),
+    )
+
+
+def output_bytes(job: Job, recipe: Recipe) -> int:
+    """Size of the output's tensors."""
+    edits = [KeepUnits(site=site, keep=tuple(range(recipe.width_of(site)))) for site in job.sites]
+    fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
+    return sum(tensor.nbytes for _, tensor in transform(fakes, edits))
+
+
+def check_space(folder: Path, num_bytes: int, what: str = "the output") -> None:
+    """Refuse before the first byte what the disk can't hold.
+
+    Raises:
+        OutputError: it can't.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OutputError(
+            f"{folder}: needs {show_bytes(num_bytes)} for {what}, the disk has {show_bytes(free)} left; make room."
+        )
+
+
+def _needs(job: Job, recipe: Recipe, num_images: int) -> MemoryEstimate | None:
+    """What calibration needs with the recipe's images, of the size that the model takes."""
+    known = job.origin.preprocessing
+    if "input_size" in known:
+        inputs = torch.empty(known["input_size"], device="meta")
+    elif "num_tokens" in known:
+        inputs = torch.empty(known["num_tokens"], dtype=torch.int64, device="meta")
+    else:
+        return None
+    prefix, batch_size = job.origin.encoder, recipe.calibrate.batch_size
+    sites = [site.within(prefix) for site in job.sites]
+    encoder = job.model.get_submodule(prefix)
+    return estimate_memory(sites, recipe, encoder, inputs, num_images=num_images, batch_size=batch_size)
+
+
+def _calibration(needs: MemoryEstimate, num_images: int) -> dict[str, int]:
+    """MemoryEstimate as plain numbers."""
+    offloaded, moments = needs.choices[0]
+    return {
+        "images": num_images,
+        "memory": needs.bytes(offloaded=offloaded, moments=moments),
+        "least": needs.least,
+        "disk": needs.streams,
+    }

@@ -1,0 +1,224 @@
+"""Decides what stays of each MLP of a checkpoint, one at a time, and writes every decision down as it is made.
+
+Without images a method sees one MLP's weights. With images the blocks of teacher and student are read as they run, and
+each MLP is cut, repaired and refitted as `compress` does it in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitrim.compression.cut import cut_, select
+from vitrim.compression.estimate import check_space
+from vitrim.compression.source import Job
+from vitrim.config.recipe import Recipe
+from vitrim.cost.memory import MemoryEstimate, estimate_memory, parse_bytes, show_bytes
+from vitrim.distributed.devices import resolve_device
+from vitrim.errors import CheckpointError, RecipeError
+from vitrim.methods import find_method
+from vitrim.models.load import build_empty
+from vitrim.models.sites import find_mlps
+from vitrim.models.streamed import StreamedModel
+from vitrim.output.stage import PICKS
+from vitrim.progress import progress
+from vitrim.storage.tensor_files import TensorFiles, check_finite, open_tensors
+from vitrim.storage.tensor_writer import append, read_journal
+from vitrim.surgery import KeepUnits, edit_of, reshape_, site_weights
+from vitrim.types import MlpSite
+
+Errors = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How calibration runs: where activations go (None: in memory), and how second moments are stored."""
+
+    offload: Path | None = None
+    moments: torch.dtype = torch.float64
+
+
+class Journal:
+    """What has been decided, on disk before the next MLP is looked at.
+
+    Args:
+        work: folder of a run.
+        run: what decides about the picks: a journal of anything else is refused.
+        sites: every MLP of the job.
+        resume: go on from what is there.
+
+    Raises:
+        RecipeError: the journal there is another run's.
+        CheckpointError: it is damaged.
+    """
+
+    def __init__(self, work: Path, run: Mapping[str, Any], sites: Sequence[MlpSite], *, resume: bool) -> None:
+        self.path, self.tensors = work / PICKS, work / "repaired"
+        self.edits: list[KeepUnits] = []
+        self.errors: Errors = {}
+        lines, of_path = read_journal(self.path) if resume else [], {site.path: site for site in sites}
+        if lines and lines[0] != run:
+            raise RecipeError(
+                f"resume: the run in {work} was made from another source, recipe or data; give those again, or run "
+                "without resume."
+            )
+        self.resumed = bool(lines)
+        if not lines:
+            append(self.path, json.dumps(run) + "\n")
+        try:
+            for line in lines[1:]:
+                self.edits.append(self._edit(of_path[line["site"]], line))
+                self.errors[line["site"]] = line["errors"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: is damaged ({error!r}); run without resume.") from None
+
+    def add(self, edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:
+        """Write an edit down, its tensors to a file; the edit that comes back reads them when they are needed."""
+        path = edit.site.path
+        line = {"site": path, "keep": list(edit.keep), "errors": dict(errors), "repaired": bool(edit.tensors)}
+        if edit.tensors:
+            self.tensors.mkdir(exist_ok=True)
+            file = self.tensors / f"{path}.safetensors"
+            save_file({name: tensor.cpu().contiguous() for name, tensor in edit.tensors.items()}, file)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        append(self.path, json.dumps(line) + "\n")
+        kept = self._edit(edit.site, line)
+        self.edits.append(kept)
+        self.errors[path] = dict(errors)
+        return kept
+
+    def _edit(self, site: MlpSite, line: Mapping[str, Any]) -> KeepUnits:
+        """An edit as a line has it."""
+        tensors = open_tensors(self.tensors / f"{site.path}.safetensors") if line["repaired"] else {}
+        return KeepUnits(site=site, keep=tuple(line["keep"]), tensors=tensors)
+
+
+def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) -> None:
+    """Ask the method about one MLP after the other, with nothing else in memory."""
+    method, tensors = find_method(recipe.method), job.by_model_name
+    options, behind = method.parse_options(recipe.options), {edit.site.path for edit in journal.edits}
+    with progress("select", len(job.sites), quiet=quiet) as bar:
+        bar.done = len(behind)
+        for site in [site for site in job.sites if site.path not in behind]:
+            names = edit_of([KeepUnits(site=site, keep=(0,))])
+            own = {name: tensors[name] for name in names if name in tensors}
+            for name, tensor in own.items():
+                check_finite(name, tensor)
+            seed = recipe.seed + len(journal.edits)
+            journal.add(select(site_weights(own, site), site, None, recipe.width_of(site), method, options, seed), {})
+            bar.advance(1, site.path)
+
+
+def looks_at_images(recipe: Recipe) -> bool:
+    """Whether selection or repair would look at images, given some."""
+    return recipe.repair_options() is not None or find_method(recipe.method).needs == "images"
+
+
+def needs_for(job: Job, recipe: Recipe, batches: Sequence[Tensor]) -> MemoryEstimate:
+    """What calibration on these images will need."""
+    prefix, num_images = job.origin.encoder, sum(map(len, batches))
+    return estimate_memory(
+        [site.within(prefix) for site in job.sites],
+        recipe,
+        job.model.get_submodule(prefix),
+        batches[0][0],
+        num_images=num_images,
+        batch_size=len(batches[0]),
+    )
+
+
+def placement_within(needs: MemoryEstimate, memory_budget: str | int | None, work: Path) -> Placement:
+    """Where activations go and how moments are stored, so that calibration stays within its budget.
+
+    Raises:
+        RecipeError: it can't.
+        OutputError: the disk can't hold the activations.
+    """
+    if memory_budget is None:
+        return Placement()
+    budget = parse_bytes(memory_budget)
+    for offloaded, moments in needs.choices:
+        if needs.bytes(offloaded=offloaded, moments=moments) <= budget:
+            if offloaded:
+                check_space(work, needs.streams, "activations (fewer with calibrate.num_images, none in memory)")
+            return Placement(offload=work / "offload" if offloaded else None, moments=moments)
+    raise RecipeError(
+        f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(needs.least)}; allow more, "
+        "or lower calibrate.batch_size or repair.max_tokens."
+    )
+
+
+def pick_and_repair(
+    job: Job, recipe: Recipe, batches: Sequence[Tensor], way: Placement, journal: Journal, *, quiet: bool
+) -> list[str]:
+    """Cut and repair block after block, teacher's and student's blocks read as they come; notes for the user."""
+    prefix, tensors = job.origin.encoder, job.by_model_name
+    sites = [site.within(prefix) for site in job.sites]
+    start = f"{prefix}." if prefix else ""
+    own = tensors.renamed({name: name.removeprefix(start) for name in tensors if name.startswith(start)})
+    _check_complete(job, own)
+    device, behind = resolve_device(recipe.device), [_within(edit, prefix) for edit in journal.edits]
+    teacher, student = (build_empty(job.origin).get_submodule(prefix).requires_grad_(False) for _ in range(2))
+    blocks = list(dict.fromkeys(site.block for site in find_mlps(teacher)))  # those that are not cut run, too
+    reshape_(student, behind)
+    held = StreamedModel(teacher, blocks, own, device=device), StreamedModel(student, blocks, own, device=device)
+    held[1].edits += behind
+
+    def keep(edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:
+        kept = _within(journal.add(edit.below(prefix), errors), prefix)
+        held[1].edits.append(kept)
+        return kept
+
+    try:
+        cut = cut_(
+            student,
+            teacher,
+            sites,
+            recipe,
+            batches,
+            quiet=quiet,
+            done=behind,
+            keep_edit=keep,
+            offload=way.offload,
+            moments=way.moments,
+        )
+    finally:
+        for model in held:
+            model.close()
+        if way.offload is not None:
+            shutil.rmtree(way.offload, ignore_errors=True)
+    return list(cut.notes)
+
+
+def _within(edit: KeepUnits, prefix: str) -> KeepUnits:
+    """An edit as seen from the encoder, its repaired tensors still in their file."""
+    if not isinstance(edit.tensors, TensorFiles):
+        return edit.within(prefix)
+    start = f"{prefix}." if prefix else ""
+    tensors = edit.tensors.renamed({name: name.removeprefix(start) for name in edit.tensors})
+    return replace(replace(edit, tensors={}).within(prefix), tensors=tensors)
+
+
+def _check_complete(job: Job, own: TensorFiles) -> None:
+    """Refuse to run an encoder of which the files lack a tensor.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
+    wanted = job.model.get_submodule(job.origin.encoder).state_dict()
+    missing = [name for name in wanted if name not in own]
+    if missing:
+        raise CheckpointError(
+            f"{job.origin.name}: holds no {missing[0]} (and {len(missing) - 1} more), or in a form that the library "
+            "converts; prune it without data, or use compress."
+        )

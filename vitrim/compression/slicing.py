@@ -1,0 +1,159 @@
+"""Cuts a smaller width out of an output folder, without images: its units stand in pick order, so the first ones stay.
+
+A width that the output was trained for (`recover.elastic`) gets the output weights that were kept for it. Nothing is
+trained or measured here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import num_parameters
+from vitrim.data.inputs import random_inputs
+from vitrim.errors import BudgetError, CheckpointError
+from vitrim.models.load import backend_of
+from vitrim.models.origin import Origin, in_one_line
+from vitrim.models.stock import loads_with, stock_origin, why_not_stock
+from vitrim.output.load import load, read_about
+from vitrim.output.provenance import environment
+from vitrim.output.save import save
+from vitrim.output.stage import staged_output
+from vitrim.output.verify import verify
+from vitrim.recover.elastic import Slice, first_units, read_widths
+from vitrim.storage.documents import write_json
+from vitrim.surgery import KeepUnits, Plan, apply_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sliced:
+    """What `slice_output` wrote; the plan leads from the original model to this width."""
+
+    model: nn.Module
+    plan: Plan
+    metrics: Mapping[str, Any]
+    out: Path
+
+
+def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model: nn.Module | None = None) -> Sliced:
+    """Cut an output of vitrim to a smaller width.
+
+    Args:
+        source: a folder that vitrim wrote; best one with `recover.elastic`, which was trained for its widths.
+        out: folder to write; it must not exist.
+        mlp_ratio: hidden width as a multiple of the model width; at most that of the output.
+        model: the uncut model, for one that no library can build; it is reshaped in place.
+
+    Returns:
+        The small model, its plan, what was measured, and the folder.
+
+    Raises:
+        BudgetError: the ratio is above the output's own width, or not above 0.
+        CheckpointError: the source is not vitrim's, is damaged, or holds more than cuts of hidden units.
+        OutputError: `out` can't be written, or does not load back.
+    """
+    if not 0 < mlp_ratio < math.inf:
+        raise BudgetError(f"mlp_ratio is {mlp_ratio:g}; give a multiple of the model width above 0.")
+    source, out = Path(source), Path(out)
+    about = read_about(source)
+    origin, plan = Origin.from_json(about["origin"]).placed_at(str(source)), Plan.from_json(about["plan"])
+    cuts, found = _last_cuts(plan, source), read_widths(source).get(mlp_ratio)
+    chosen = _prefix(cuts, mlp_ratio) if found is None else _checked(found, cuts, source)
+    whole = load(source, model=model)
+    before = num_parameters(whole)
+    with in_one_line(str(source)):
+        apply_(whole, [_second_cut(edit, chosen) for edit in cuts])
+    narrowed = {id(edit): _narrowed(edit, chosen) for edit in cuts}
+    plan = replace(plan, edits=tuple(narrowed.get(id(edit), edit) for edit in plan.edits))
+    note = f"MLP ratio {mlp_ratio:g} was not trained or repaired for: these are the first units of {source}."
+    metrics: dict[str, Any] = {
+        "model": origin.name,
+        "sliced_from": str(source),
+        "mlp_ratio": mlp_ratio,
+        **plan.describe(),
+        "before": {"parameters": before},
+        "after": {"parameters": num_parameters(whole)},
+        "errors": dict(chosen.errors),
+        "notes": [note] if found is None else [],
+        "environment": environment(),
+    }
+    with staged_output(out) as (folder, _):
+        _write(folder, whole, origin, plan, metrics)
+    metrics["loads_with"] = loads_with(origin, out, stock=metrics["stock"])
+    return Sliced(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
+
+
+def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
+    """The last cut of each MLP.
+
+    Raises:
+        CheckpointError: there is none, or something else has been done to the same tensors.
+    """
+    cuts = {edit.site.path: edit for edit in plan.edits if isinstance(edit, KeepUnits)}
+    names = {name for edit in cuts.values() for name in edit.affected_tensors()}
+    others = [edit for edit in plan.edits if not isinstance(edit, KeepUnits)]
+    bad = next(
+        (edit for edit in others if edit.STAGE > KeepUnits.STAGE or not names.isdisjoint(edit.affected_tensors())), None
+    )
+    if bad is not None or not cuts:
+        what = "no cut of hidden units" if bad is None else f"{bad.describe()} at {bad.where}"
+        raise CheckpointError(f"{source}: holds {what}, so its units can't be sliced; compress the original instead.")
+    return list(cuts.values())
+
+
+def _prefix(cuts: Sequence[KeepUnits], mlp_ratio: float) -> Slice:
+    """The units of a width that the output was not trained for."""
+    recipe = Recipe()
+    sites = [replace(edit.site, d_hidden=edit.width) for edit in cuts]
+    return Slice(units={site.path: recipe.width_of(site, mlp_ratio=mlp_ratio) for site in sites})
+
+
+def _checked(found: Slice, cuts: Sequence[KeepUnits], source: Path) -> Slice:
+    """A width as a file has it.
+
+    Raises:
+        CheckpointError: it is not one of this model.
+    """
+    widths = {edit.site.path: edit.width for edit in cuts}
+    if found.units.keys() != widths.keys() or not all(
+        isinstance(count, int) and 1 <= count <= widths[path] for path, count in found.units.items()
+    ):
+        raise CheckpointError(f"{source}: its widths are not those of its model; write the output again.")
+    return found
+
+
+def _second_cut(edit: KeepUnits, chosen: Slice) -> KeepUnits:
+    """The edit that cuts the model in the folder."""
+    site = replace(edit.site, d_hidden=edit.width)
+    return replace(first_units(site, chosen.units[site.path]), tensors=_own_tensors(edit, chosen))
+
+
+def _narrowed(edit: KeepUnits, chosen: Slice) -> KeepUnits:
+    """The edit that stands in the plan: the first of the units that were kept."""
+    return replace(edit, keep=edit.keep[: chosen.units[edit.site.path]], tensors=_own_tensors(edit, chosen))
+
+
+def _own_tensors(edit: KeepUnits, chosen: Slice) -> dict[str, Tensor]:
+    """The tensors of an MLP that a width has for itself."""
+    return {name: tensor for name, tensor in chosen.tensors.items() if name.startswith(f"{edit.site.output}.")}
+
+
+def _write(folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any]) -> None:
+    """A normal output folder, loaded back in a fresh process before this returns."""
+    stock, backend = stock_origin(origin, plan.edits), backend_of(origin.library)
+    metrics["stock"] = stock is not None
+    if stock is None:
+        metrics["notes"].append(why_not_stock(origin, plan.edits))
+    elif backend is not None:
+        backend.describe_(whole, stock)
+    save(folder, whole, origin=origin, plan=plan)
+    probe = None if origin.library is None else random_inputs(origin, 4)
+    if probe is not None:
+        metrics["reload_difference"] = verify(folder, whole, probe, origin=origin, stock=metrics["stock"])
+    write_json(folder / "metrics.json", metrics)

@@ -1,0 +1,120 @@
+"""A checkpoint beside its architecture: files by their headers, the model on meta, and how their names go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from vitrim.config.recipe import Recipe
+from vitrim.errors import CheckpointError
+from vitrim.models.load import PREFIXES, backend_of, load_model
+from vitrim.models.origin import ModelBackend, Origin, in_one_line
+from vitrim.models.sites import find_mlps, resolve_scope
+from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors
+from vitrim.surgery import KeepUnits, edit_of
+from vitrim.types import MlpSite
+
+# What belongs to other libraries, or is pickled, is not downloaded.
+NOT_FETCHED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checkpoint and its architecture: `names` maps names in the files to names in the model."""
+
+    model: nn.Module
+    origin: Origin
+    backend: ModelBackend
+    files: TensorFiles
+    names: Mapping[str, str]
+    sites: tuple[MlpSite, ...]
+
+    @property
+    def by_model_name(self) -> TensorFiles:
+        """The tensors under the model's names."""
+        return self.files.renamed(self.names)
+
+
+def open_job(source: str, recipe: Recipe) -> Job:
+    """The architecture on meta, the files (headers alone) and how their names go together.
+
+    Raises:
+        ModelError, CheckpointError: no such model, or its files can't be read.
+    """
+    local, path = _local(source, fetch=True)
+    model, origin = load_model(local, weights=False)
+    backend = backend_of(origin.library)
+    if backend is None:
+        raise CheckpointError(f"{source}: no library builds this architecture; use compress with the module.")
+    files = open_tensors(path, prefer=backend.WEIGHTS.partition("_model")[0])
+    encoder, scope = resolve_scope(model, recipe.scope, origin.encoder)
+    if encoder != origin.encoder:  # what is known of the inputs was known of another part
+        origin = replace(origin, encoder=encoder, preprocessing={})
+    with in_one_line(source):  # the library's own code, on tensors that may be of any shape
+        names = backend.names(model, files.fakes())
+    return Job(
+        model=model,
+        origin=replace(origin, name=source),
+        backend=backend,
+        files=files,
+        names=names,
+        sites=find_mlps(model, scope=scope),
+    )
+
+
+def has_files(source: str) -> bool:
+    """Whether a source has weights on this machine; nothing is downloaded or read."""
+    try:
+        _, path = _local(source, fetch=False)
+    except CheckpointError:
+        return False
+    return bool(find_weights(path))
+
+
+def _local(source: str, *, fetch: bool) -> tuple[str, Path]:
+    """A source by its local files; those of a hub id are downloaded."""
+    prefix, _, rest = source.partition("/")
+    if prefix == "timm" and "@" in rest:
+        return source, Path(rest.partition("@")[2])
+    prefix, rest = (f"{prefix}/", rest) if prefix in PREFIXES and rest else ("", source)
+    path = Path(rest.removeprefix("local-dir:"))
+    if fetch and not path.exists() and (prefix == "hf/" or rest.startswith("hf-hub:")):
+        path = _fetched(rest.removeprefix("hf-hub:"), source)
+    folder = path.parent if path.is_file() else path
+    if not path.exists() or not folder.is_dir() or (path.is_file() and not any(folder.glob("*config.json"))):
+        raise CheckpointError(
+            f"{source}: no model folder there; pass a folder with config.json and weights, timm/NAME@FILE, hf/ORG/NAME "
+            "or PREFIX/hf-hub:ORG/NAME."
+        )
+    return f"{prefix}{'' if prefix == 'hf/' or not prefix else 'local-dir:'}{folder}", path
+
+
+def _fetched(name: str, source: str) -> Path:
+    """The files of a repository of the hub, in its cache."""
+    from huggingface_hub import snapshot_download
+
+    with in_one_line(source):
+        return Path(snapshot_download(name, ignore_patterns=list(NOT_FETCHED)))
+
+
+def check_tensors(job: Job) -> None:
+    """Refuse a checkpoint that is not the architecture's.
+
+    Raises:
+        CheckpointError: a tensor of an MLP is missing or has another shape.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in job.model.state_dict().items()}
+    found = {job.names[name]: info.shape for name, info in job.files.infos.items() if name in job.names}
+    for name, shape in found.items():
+        if shape != wanted[name]:
+            raise CheckpointError(f"{job.origin.name}: {name} is {shape}, the architecture has {wanted[name]}.")
+    cut = edit_of(KeepUnits(site=site, keep=(0,)) for site in job.sites)
+    missing = [name for name in wanted if name in cut and name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{job.origin.name}: holds no {missing[0]} (and {len(missing) - 1} more MLP tensors), or holds them in a "
+            "form that the library converts when it loads them; use compress."
+        )

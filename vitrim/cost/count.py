@@ -1,0 +1,229 @@
+"""What a model costs: parameters, bytes, multiply-accumulates, latency, peak memory.
+
+Everything is measured on the model as it is, in eval mode without gradients. Nothing here looks at how good
+the model is (that is `evaluate/`), and nothing is estimated from a config.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vitrim.models.features import evaluating, frozen
+from vitrim.types import MlpSite
+
+MIB = 2**20
+
+# Fused attention that torch's counter does not know and would count as 0 (CPU: pytorch issue 195460).
+UNCOUNTED_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+
+
+class Latency(TypedDict):
+    """Time of one forward pass over a batch, and the throughput that follows from the median."""
+
+    median_ms: float
+    iqr_ms: float
+    images_per_s: float
+
+
+class ModelSize(TypedDict):
+    """Parameters, and bytes of parameters and buffers; shared tensors count once."""
+
+    num_parameters: int
+    num_bytes: int
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once, frozen ones too; buffers are not parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def site_parameters(site: MlpSite, width: int) -> int:
+    """Parameters of a site's hidden units at a width: input rows with their biases, output columns, inner norm."""
+    num_inputs = 1 if site.kind == "plain" else 2
+    per_unit = num_inputs * (site.d_model + int(site.has_bias)) + site.d_model + (2 if site.norm else 0)
+    return per_unit * width
+
+
+def site_macs(site: MlpSite, width: int) -> int:
+    """Multiply-accumulates of a site for one token, at a width."""
+    return (2 if site.kind == "plain" else 3) * site.d_model * width
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Parameters of a model and the bytes that it holds in memory, buffers included."""
+    return {"num_parameters": num_parameters(model), "num_bytes": sum(_storages(model).values())}
+
+
+def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
+    """Multiply-accumulates of one image, counted while the model runs (half of torch's FLOPs).
+
+    Matrix products, convolutions and attention count; norms, activations, softmax and biases don't, as usual
+    in papers. Causal attention counts in full.
+
+    Args:
+        model: any module that takes images.
+        images_BCHW: B images; the count is their mean, which matters only where the work depends on the
+            image.
+
+    Returns:
+        Multiply-accumulates per image, rounded.
+    """
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+    packets = [getattr(torch.ops.aten, name) for name in UNCOUNTED_ATTENTION if hasattr(torch.ops.aten, name)]
+    mapping: dict[Any, Any] = {packet: _attention_flops for packet in packets if packet not in flop_registry}
+    mapping[torch.ops.aten._int_mm] = _product_flops  # int8 by int8
+    # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
+    # an attention pool) while it asks for gradients.
+    with frozen(model), evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(_to_model(model, images_BCHW))
+    return round(counter.get_total_flops() / (2 * len(images_BCHW)))
+
+
+def measure_latency(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    device: torch.device | str | None = None,
+    min_run_time_s: float = 0.5,
+) -> dict[int, Latency]:
+    """Time forward passes with `torch.utils.benchmark`, after a warm-up, on all of torch's threads.
+
+    Args:
+        model: any module that takes images.
+        example: one image (1, C, H, W), or one row of token ids (1, N); it is repeated.
+        batch_sizes: images per pass.
+        device: where to run; the model is put back afterwards. Default: where it is.
+        min_run_time_s: passes are repeated for at least this long, for each batch size. A pass that takes
+            longer is timed once, and its inter-quartile range is 0.
+
+    Returns:
+        For each batch size: median and inter-quartile range in ms, images per second.
+    """
+    home, _ = _device_and_dtype(model)
+    model.to(device or home)
+    try:
+        with evaluating(model):
+            measured = {}
+            for size in batch_sizes:
+                images = _to_model(model, example.repeat(size, *[1] * (example.ndim - 1)))
+                measured[size] = _time(model, images, min_run_time_s)
+            return measured
+    finally:
+        model.to(home)
+
+
+def peak_memory_mib(model: nn.Module, images_BCHW: Tensor) -> float:
+    """Peak memory of one forward pass: the weights, plus the most that the pass held at any moment.
+
+    On CUDA the second part is the allocator's peak above what was allocated before. Elsewhere it is the exact
+    peak of live tensors, followed from operator to operator: the input, activations and outputs, each storage
+    from its creation until it is freed. Scratch space inside a kernel is not seen there, nor is what the
+    allocator holds in reserve; so it is comparable between models, and below what the operating system
+    reports for the process.
+
+    Args:
+        model: any module that takes images.
+        images_BCHW: one batch; memory grows with its size.
+
+    Returns:
+        MiB, weights and input included.
+    """
+    weights = _storages(model)
+    images = _to_model(model, images_BCHW)
+    with evaluating(model):
+        if images.is_cuda:
+            before = torch.cuda.memory_allocated(images.device)
+            torch.cuda.reset_peak_memory_stats(images.device)
+            model(images)
+            peak = torch.cuda.max_memory_allocated(images.device) - before
+        else:
+            with _LiveStorages({*weights, images.untyped_storage().data_ptr()}) as live:
+                model(images)
+            peak = live.peak_bytes
+    return (sum(weights.values()) + images.nbytes + peak) / MIB
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the bytes of tensor storages that are made while it is active, until each is freed."""
+
+    def __init__(self, known: set[int]):
+        super().__init__()
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._known = known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # an operator made of others (linear, attention) is followed part by part
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size and address not in self._known:
+            self._known.add(address)
+            self._live_bytes += size
+            weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self._live_bytes -= size
+
+
+def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
+    timer.timeit(1)  # warm-up: allocator, kernel choice, clocks
+    run = timer.blocked_autorange(min_run_time=min_run_time_s)
+    return {
+        "median_ms": run.median * 1e3,
+        "iqr_ms": run.iqr * 1e3,
+        "images_per_s": len(images) / run.median,
+    }
+
+
+def _product_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of a matrix product, from the shapes of its factors."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of softmax(QK')V from the shapes (B, heads, tokens, width): two matrix products."""
+    batch, heads, num_queries, width = query
+    return 2 * batch * heads * num_queries * key[-2] * (width + value[-1])
+
+
+def _storages(model: nn.Module) -> Mapping[int, int]:
+    """Bytes of each storage behind the parameters and buffers, by address."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return first.device, first.dtype
+
+
+def _to_model(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    device, dtype = _device_and_dtype(model)
+    return images_BCHW.to(device, dtype if images_BCHW.is_floating_point() else None)

@@ -1,0 +1,84 @@
+"""Opens what a model takes, behind its own preprocessing, and checks that the model can run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.data.images import Batch, ImageSet, open_images
+from vitrim.data.streams import ImageStream, open_stream
+from vitrim.data.texts import is_text, open_texts
+from vitrim.data.transforms import transform_for
+from vitrim.errors import DataError
+from vitrim.models.features import evaluating, takes_token_ids
+from vitrim.models.load import tokenizer_of
+from vitrim.models.origin import Origin
+
+
+def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int | None = None) -> ImageSet | ImageStream:
+    """Images behind a model's own preprocessing, or text in rows of its tokenizer's ids.
+
+    A model without known preprocessing takes tensors, or images of the right size. What can only be read in order
+    opens as a stream; the limit is not for it.
+
+    Raises:
+        DataError: the source can't be read, or is text and the model takes none.
+    """
+    known = origin.preprocessing
+    transform = transform_for(known) if "mean" in known else None
+    stream = open_stream(data, transform=transform, split=split)
+    if stream is not None:
+        return stream
+    if is_text(data) and "num_tokens" in known:
+        return open_texts(data, tokenizer=tokenizer_of(origin), num_tokens=known["num_tokens"], limit=limit)
+    is_folder = isinstance(data, str | Path) and Path(data).is_dir()  # of images, with a text file among them
+    if is_text(data) and not is_folder:
+        what = "takes images" if "input_size" in known else "has no tokenizer that vitrim knows"
+        raise DataError(f"{origin.name}: {what}, not text; pass images or tensors that are preprocessed already.")
+    return open_images(data, transform=transform, split=split, limit=limit)
+
+
+def open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | None) -> ImageSet:
+    """Images to judge on, of a stream the first."""
+    images = open_inputs(data, origin, split=split, limit=limit)
+    if isinstance(images, ImageSet):
+        return images
+    if limit is None:
+        raise DataError(f"{images.name}: a stream, which may not end; give limit, the number of images to take of it.")
+    return images.take(limit, seed=0)[0]
+
+
+def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Tensor]) -> None:
+    """Run a model on one input: what it can't take shall be one clear line, before anything is cut.
+
+    Raises:
+        DataError: the inputs are of another kind or size than the model takes.
+    """
+    for batch in batches[:1]:
+        first = (batch if isinstance(batch, Tensor) else batch.images_BCHW)[:1]
+        parameter = next(model.parameters())
+        try:
+            with evaluating(model):
+                model(first.to(parameter.device, parameter.dtype if first.is_floating_point() else None))
+        except Exception as error:  # foreign code says in its own ways what it does not take
+            needs = "images (C, H, W) of the size that it takes"
+            if takes_token_ids(model):
+                needs = "text (a .txt file or strings) or rows of token ids (N,), since it is a text encoder"
+            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            got = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
+            where = f"{origin.name} {origin.encoder}".strip()
+            raise DataError(f"{where}: can't run on {got} ({reason}); pass {needs}.") from error
+
+
+def random_inputs(origin: Origin, count: int = 8) -> Tensor | None:
+    """Noise of the size that a model takes, or random token ids; None where neither is known."""
+    known, generator = origin.preprocessing, torch.Generator().manual_seed(0)
+    if "input_size" in known:
+        return torch.randn(count, *known["input_size"], generator=generator)
+    if "vocab_size" in known:
+        return torch.randint(known["vocab_size"], (count, known["num_tokens"]), generator=generator)
+    return None

@@ -1,0 +1,1 @@
+"""What a run leaves behind: staging, saving, loading, verifying, exporting, uploading, and the model card."""

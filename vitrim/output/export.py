@@ -1,0 +1,267 @@
+"""Writes a model's encoder in a form that runs without its library: ONNX, OpenVINO, or torch's own export.
+
+What was written is loaded by the runtime it is for and compared with PyTorch, on other batch sizes than the one that
+was traced; what differs is not left behind. Weights are float32 in the file, whatever they were. Of a pair (CLIP) or a
+VLM the part that takes the images is exported. Matrices that share a basis are written multiplied out.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.cost.count import Latency, measure_latency
+from vitrim.data.inputs import open_set, random_inputs
+from vitrim.errors import ModelError, OutputError, RecipeError
+from vitrim.layers.fips import SharedBasisLinear
+from vitrim.layers.moefication import ExpertMlp
+from vitrim.models.features import evaluating, features
+from vitrim.models.origin import require
+from vitrim.output.load import Model, open_encoder
+from vitrim.output.stage import refuse_existing
+from vitrim.surgery.edits import replace_
+
+Form = Literal["onnx", "openvino", "torch"]
+SUFFIXES: Mapping[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+NEEDS: Mapping[Form, tuple[str, ...]] = {
+    "onnx": ("onnxscript", "onnxruntime"),
+    "openvino": ("onnxscript", "openvino"),
+    "torch": (),
+}
+# The largest difference from PyTorch, as a share of the largest output, that counts as the same.
+TOLERANCE = 1e-4
+# Images that are traced, and batches on which the file is compared and timed.
+TRACED, COMPARED, TIMED = 2, (1, 3, 8), (1, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written: its file, what it gives, how far off it was, and the time of a pass beside PyTorch's.
+
+    `differences` are the largest ones, relative to the largest output, on noise and, where there was data, on images.
+    """
+
+    path: Path
+    form: Form
+    outputs: tuple[str, ...]
+    opset: int | None
+    num_bytes: int
+    differences: Mapping[str, float]
+    latency: Mapping[str, Mapping[int, Latency]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**asdict(self), "path": str(self.path), "tolerance": TOLERANCE}
+
+
+def export(
+    model: Model,
+    out: str | Path,
+    *,
+    to: Form = "onnx",
+    data: Any = None,
+    tokens: bool = False,
+    opset: int | None = None,
+    latency: bool = True,
+) -> Exported:
+    """Write a model in a form that runs without its library.
+
+    Args:
+        model: a module, a name, or a folder that vitrim wrote.
+        out: the file to write; it must not exist. OpenVINO puts the weights into a `.bin` beside it.
+        to: `onnx`, `openvino` or `torch` (an archive of `torch.export`).
+        data: images to compare on, besides noise.
+        tokens: export the pooled vector and the patch tokens, in place of what the model itself puts out.
+        opset: of ONNX; without, the one that torch prefers.
+        latency: time the file beside PyTorch.
+
+    Returns:
+        What was written, and how it compares.
+
+    Raises:
+        MissingExtraError: what writes or runs the form is not installed.
+        ModelError: the model's size of image is not known, or it holds what can't be exported.
+        OutputError: `out` exists, can't be written, or the file puts out something else than the model.
+        RecipeError: the form is unknown.
+    """
+    if to not in get_args(Form):
+        raise RecipeError(f"to: {to!r} is no form to export to; use one of {', '.join(get_args(Form))}.")
+    for package in NEEDS[to]:
+        require(package, "export")
+    out = Path(out)
+    if out.suffix != SUFFIXES[to]:
+        raise OutputError(f"{out}: a file of {to} ends in {SUFFIXES[to]}; name it {out.with_suffix(SUFFIXES[to])}.")
+    encoder, origin = open_encoder(model)
+    noise = random_inputs(origin, max(COMPARED))
+    if noise is None:
+        raise ModelError(f"{origin.name}: the size of its inputs is not known, so it can't be traced.")
+    inputs = {"noise": noise}
+    if data is not None:
+        batch = next(iter(open_set(data, origin, limit=max(COMPARED)).loader(batch_size=max(COMPARED))))
+        inputs["images"] = batch.images_BCHW
+    wrapped = _Tensors(_multiplied_out(copy.deepcopy(encoder).cpu().float().eval()), tokens=tokens)
+    with _placed(out) as path, evaluating(wrapped):
+        opset = _write(wrapped, noise[:TRACED], path, to, opset)
+        session = _Session(_runner(path, to))
+        differences = {name: _difference(wrapped, session, batch) for name, batch in inputs.items()}
+        if max(differences.values()) > TOLERANCE:
+            raise OutputError(f"{out}: puts out something else than PyTorch ({differences}; allowed {TOLERANCE:g}).")
+        models = {"pytorch": wrapped, to: session} if latency else {}
+        times = {name: measure_latency(each, noise[:1], batch_sizes=TIMED) for name, each in models.items()}
+        num_bytes = sum(file.stat().st_size for file in path.parent.iterdir())
+    return Exported(
+        path=out,
+        form=to,
+        outputs=wrapped.names,
+        opset=opset,
+        num_bytes=num_bytes,
+        differences=differences,
+        latency=times,
+    )
+
+
+def _multiplied_out(model: nn.Module) -> nn.Module:
+    """The model with each matrix that a shared basis stands for as a plain one: a graph would build it at every run."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SharedBasisLinear):
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            tensors = {"weight": module.weight.detach(), "bias": module.bias}
+            plain.load_state_dict({name: t for name, t in tensors.items() if t is not None}, assign=True)
+            replace_(model, path, plain)
+    return model
+
+
+class _Tensors(nn.Module):
+    """An encoder that gives plain tensors, whatever its library's own outputs are."""
+
+    def __init__(self, encoder: nn.Module, *, tokens: bool) -> None:
+        super().__init__()
+        self.encoder, self.tokens = encoder, tokens
+        self.names: tuple[str, ...] = ("output",)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        if self.tokens:
+            found = features(self.encoder, inputs)
+            patches = () if found.patches_BND is None else (found.patches_BND,)
+            self.names = ("pooled", "patches")[: 1 + len(patches)]
+            return (found.pooled_BD, *patches)
+        output = self.encoder(inputs)
+        return (output if isinstance(output, Tensor) else output[0],)  # of a tuple, or of transformers' outputs
+
+
+class _Session(nn.Module):
+    """A runtime with a file loaded, as a module, so that it is timed as one."""
+
+    def __init__(self, run: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.run(inputs)
+
+
+@contextmanager
+def _placed(out: Path) -> Iterator[Path]:
+    """A path in a folder of its own beside `out`; what is written there takes its place at the end, all or nothing."""
+    refuse_existing(out, kind="file")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
+            yield Path(folder) / out.name
+            made = sorted(Path(folder).iterdir(), key=lambda file: file.name == out.name)  # weights first
+            for file in made:
+                refuse_existing(out.parent / file.name, kind="file")
+            for file in made:
+                file.rename(out.parent / file.name)
+    except OSError as error:
+        raise OutputError(f"{out}: can't be written ({error.strerror or error}); choose another place.") from error
+
+
+def _write(model: _Tensors, example: Tensor, path: Path, to: Form, opset: int | None) -> int | None:
+    """Trace the model and write it; the opset, where there is one."""
+    model(example)  # which outputs there are is known behind a pass
+    shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # tracing warns about libraries' own code, which is not the user's
+            if to == "torch":
+                archive = io.BytesIO()  # given a path, torch aborts the process when the disk is full
+                torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), archive)
+                path.write_bytes(archive.getbuffer())
+                return None
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=list(model.names),
+                verbose=False,
+            )
+    except OSError:
+        raise
+    except Exception as error:  # torch.export raises errors of many kinds, none of them public
+        raise _not_traceable(model, error) from error
+    assert program is not None
+    file = path.with_suffix(".onnx")
+    program.save(file)
+    if to == "onnx":
+        return program.model.opset_imports[""]
+    import openvino
+
+    openvino.save_model(openvino.convert_model(file), path, compress_to_fp16=False)
+    file.unlink()
+    return None
+
+
+def _runner(path: Path, to: Form) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that runs a written file on the CPU, on as many threads as torch has."""
+    if to == "torch":
+        module = torch.export.load(path).module()
+        return lambda inputs: tuple(module(inputs))
+    if to == "openvino":
+        import openvino
+
+        # Left alone, it runs in bf16 on CPUs that have it.
+        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.compile_model(path, "CPU", settings)
+        return lambda inputs: tuple(torch.from_numpy(found) for found in compiled(inputs.numpy()).values())
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: tuple(torch.from_numpy(found) for found in session.run(None, {"images": inputs.numpy()}))
+
+
+def _difference(model: nn.Module, session: nn.Module, inputs: Tensor) -> float:
+    """The largest difference of an output over several batch sizes, relative to the largest value."""
+    largest = 0.0
+    for size in COMPARED:
+        batch = inputs[:size]
+        for mine, theirs in zip(model(batch), session(batch), strict=True):
+            largest = max(largest, float((mine - theirs).abs().max() / mine.abs().max().clamp(min=1e-30)))
+    return largest
+
+
+def _not_traceable(model: nn.Module, error: Exception) -> ModelError:
+    """Why a model can't be exported, in one line."""
+    experts = [name for name, module in model.named_modules() if isinstance(module, ExpertMlp)]
+    if experts:
+        where = experts[0].removeprefix("encoder.")
+        return ModelError(
+            f"{where}: which experts a token runs is decided while it runs, which no static graph can say; "
+            "export a model that was made by another method."
+        )
+    reason = str(error.__cause__ or error).strip().split("\n")[0][:160]
+    return ModelError(f"{type(model.get_submodule('encoder')).__name__}: can't be traced by torch.export ({reason}).")

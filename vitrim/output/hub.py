@@ -1,0 +1,62 @@
+"""Uploads an output folder to the Hugging Face hub. Nothing leaves the machine unless the caller says so in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitrim.errors import OutputError, RecipeError
+from vitrim.output.card import CARD
+from vitrim.output.load import read_about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """What would be, or was, uploaded: the repository, and files with their sizes; `url` is None until it was."""
+
+    repo: str
+    private: bool
+    files: dict[str, int]
+    url: str | None = None
+
+
+def push(folder: str | Path, repo: str, *, confirm: bool, private: bool = True) -> Upload:
+    """Upload an output to a model repository, which is made if there is none.
+
+    Args:
+        folder: what vitrim wrote.
+        repo: `ORG/NAME`.
+        confirm: without it nothing is sent; what comes back says what would be.
+        private: of a repository that is made now; one that exists stays as it is.
+
+    Raises:
+        CheckpointError: the folder is not vitrim's.
+        OutputError: it has no model card, or the hub refuses.
+        RecipeError: the name is none that the hub takes.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    folder = Path(folder)
+    read_about(folder)
+    if not (folder / CARD).is_file():
+        raise OutputError(f"{folder}: has no model card ({CARD}); write one, so that others know what this model is.")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise RecipeError(f"repo: {repo!r} is no name on the hub ({str(error).splitlines()[0]}).") from None
+    if "/" not in repo:
+        raise RecipeError(f"repo: {repo!r} names nobody; give ORG/NAME.")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    if not confirm:
+        return Upload(repo=repo, private=private, files=files)
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made smaller with vitrim")
+    except (HfHubHTTPError, OSError, ValueError) as error:  # no such token, no rights, no network
+        reason = str(error).strip().splitlines()[0]
+        raise OutputError(f"{repo}: the hub did not take it ({reason}); see `hf auth login`.") from None
+    return Upload(repo=repo, private=private, files=files, url=str(done.commit_url))

@@ -1,0 +1,110 @@
+"""Loads what vitrim wrote: the architecture on meta, reshaped by the plan, then its tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from vitrim.errors import DAMAGED, CheckpointError
+from vitrim.models.load import backend_of, build_empty, load_model, origin_of
+from vitrim.models.origin import ModelBackend, Origin, in_one_line, match_buffers_
+from vitrim.storage.tensor_files import open_tensors
+from vitrim.surgery import Plan, reshape_
+
+WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
+
+
+def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """Load a model that vitrim wrote, whatever its widths.
+
+    Args:
+        path: the output folder.
+        model: the uncut model, for one that no library can build; it is reshaped in place.
+
+    Returns:
+        The cut model in eval mode.
+
+    Raises:
+        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`.
+    """
+    path = Path(path)
+    about = read_about(path)
+    plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"])
+    student = model if model is not None else build_empty(origin)
+    with in_one_line(str(path)):
+        reshape_(student, plan.edits)
+    _fill_(student, path, backend_of(origin.library))
+    if origin.library != "transformers":  # it keeps such buffers in float32 beside bf16 weights
+        match_buffers_(student)
+    return student.eval()
+
+
+def _fill_(model: nn.Module, path: Path, backend: ModelBackend | None) -> None:
+    """Give a model the tensors of a folder, in its own names or the library's older ones; tied tensors stand once."""
+    files = open_tensors(path)
+    if backend is not None and not files.keys() <= model.state_dict().keys():
+        with in_one_line(str(path)):  # the library's own code, on tensors that may be of any shape
+            files = files.renamed(backend.names(model, files.fakes()))
+    try:
+        missing, unexpected = model.load_state_dict(dict(files), strict=False, assign=True)
+        if missing and hasattr(model, "tie_weights"):
+            model.tie_weights()  # type: ignore[operator]
+        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if unexpected or empty or (missing and not hasattr(model, "tie_weights")):
+            raise RuntimeError(f"{(unexpected or empty or missing)[0]} is {'unknown' if unexpected else 'missing'}")
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: does not fit the plan or is damaged ({reason}).") from None
+
+
+def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
+    """A model and how it was built, from a module, a name, or a folder (vitrim's own or a library's).
+
+    Raises:
+        ModelError: no such model.
+        CheckpointError: the folder is vitrim's and damaged.
+    """
+    if isinstance(model, nn.Module):
+        return model, origin_of(model)
+    path = model.removeprefix("local-dir:")
+    if not is_output(path):
+        return load_model(model)
+    about = read_about(Path(path))
+    origin = Origin.from_json(about["origin"]).placed_at(path).after(Plan.from_json(about["plan"]).edits)
+    return load(path), origin
+
+
+def is_output(path: str | Path) -> bool:
+    """Whether a path is a folder that vitrim wrote."""
+    return (Path(path) / ABOUT).is_file()
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The contents of vitrim.json.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        about = json.loads((path / ABOUT).read_text())
+        if about["format"] == "vitrim/1" and {"origin", "plan", "stock"} <= about.keys():
+            return about
+        reason = f"its format is {about['format']!r}; this version reads 'vitrim/1'"
+    except FileNotFoundError:
+        reason = f"has no {ABOUT}; pass a folder that vitrim wrote"
+    except DAMAGED as error:
+        reason = f"{ABOUT} is damaged ({error!r})"
+    raise CheckpointError(f"{path}: {reason}.")
+
+
+Model = nn.Module | str
+
+
+def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
+    """The part of a model that takes the inputs, and how the whole was built."""
+    whole, origin = open_model(model)
+    return whole.get_submodule(origin.encoder), origin

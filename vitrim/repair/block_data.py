@@ -1,0 +1,225 @@
+"""What each block of a student is trained on: streams of tokens on disk, and how a block's error follows from them.
+
+Images are decoded once. Of the streams only those of the block at hand are there; of its batches, three at a time are
+in memory: one that is worked on, one that is done with, one that is being read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from vitrim.calibrate import layer_scale
+from vitrim.calibrate.streams import Store, Stream, first_tensor, forward_order, observe, stream_bytes
+from vitrim.calibrate.walk import corrected, stands_alone
+from vitrim.config.options import BlockwiseOptions
+from vitrim.data import ImageSet
+from vitrim.distributed.processes import mean
+from vitrim.errors import DataError
+from vitrim.models.features import device_of
+from vitrim.surgery import mlp_output, submodule
+from vitrim.types import MlpSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A process's place among those that share the images; by itself it reads them all."""
+
+    rank: int = 0
+    num: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTask:
+    """What a block is trained on: its batches by number, and how outputs come of inputs.
+
+    `scale_D` is the layer scale behind an MLP that is trained outside its block, `share` the part of all batches that
+    these are.
+    """
+
+    read: Callable[[int], tuple[Any, Tensor]]
+    predict: Callable[[Any], Tensor]
+    fit: Sequence[int]
+    held_out: Sequence[int]
+    device: torch.device
+    share: Share
+    scale_D: Tensor | float = 1.0
+
+    def losses(self, seed: int) -> Generator[Tensor, None, None]:
+        """The mean squared error of a token, batch after batch in a random order, without end."""
+        generator = torch.Generator().manual_seed(seed)
+        orders = (torch.randperm(len(self.fit), generator=generator).tolist() for _ in repeat(None))
+        for batch in read_ahead(self.read, (self.fit[i] for order in orders for i in order)):
+            yield self._errors(batch).mean()
+
+    def judge(self) -> float:
+        """The mean squared error of a token on what is held out, of all processes that share the images."""
+        total, num_tokens = 0.0, 0.0
+        for batch in read_ahead(self.read, self.held_out):
+            errors = self._errors(batch)
+            total, num_tokens = total + float(errors.double().sum()), num_tokens + errors.numel()
+        if self.share.num > 1:
+            total, num_tokens = mean(total), mean(num_tokens)
+        return total / num_tokens
+
+    def _errors(self, batch: tuple[Any, Tensor]) -> Tensor:
+        inputs, target = _movable(batch, self.device)
+        return ((self.predict(inputs).float() - target.float()) * self.scale_D).square().sum(-1)
+
+
+class BlockData:
+    """The streams of both models, and what they give each block to learn from.
+
+    Args:
+        student: the cut model.
+        teacher: the original.
+        blocks: those that the streams pass, in forward order.
+        sites: the MLPs that were cut.
+        images: what to learn from.
+        options: how many images in which batches, and what is trained on what.
+        seed: of the choice of images.
+        share: the part of the images that this process reads.
+        offload: folder for images and streams; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        blocks: Sequence[str],
+        sites: Sequence[MlpSite],
+        images: ImageSet,
+        *,
+        options: BlockwiseOptions,
+        seed: int,
+        share: Share,
+        offload: Path | None,
+    ) -> None:
+        self.student, self.blocks, self.sites, self.train = student, blocks, sites, options.train
+        self.share, self.offload = share, offload
+        batches = _decode(images, options, seed, share, offload and offload / "images")
+        self.theirs = Stream(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher")
+        self.inputs = self.theirs
+        if options.inputs == "student":
+            self.inputs = Stream(student, blocks, batches, frozen=False, offload=offload and offload / "student")
+
+    def enter(self, index: int) -> BlockTask:
+        """Bring the streams to a block, and say what it is to learn.
+
+        An MLP behind a residual sum with a fixed layer scale learns outside its block, so that what stands in front of
+        it is run once and not at every step. What it should put out makes up for all that its block gets wrong.
+        """
+        self.theirs.enter(index)
+        if self.inputs is not self.theirs:
+            self.inputs.enter(index)
+        here = [site for site in self.sites if site.block == self.blocks[index]]
+        if self.train == "mlp" and len(here) == 1:
+            call = self.inputs.call(0)
+            scale_D = layer_scale(self.student, here[0], call)
+            if scale_D is not None and stands_alone(self.student, here[0], observe(self.student, here[0], call)[1]):
+                return self._of_mlp(here[0], scale_D)
+        return self._of_block(index)
+
+    def _of_mlp(self, site: MlpSite, scale_D: Tensor) -> BlockTask:
+        pairs = Store(self.offload and self.offload / "pairs")
+        for i in range(len(self.theirs.batches)):
+            theirs = self.theirs.observe(site, i)
+            _, ours = observe(self.student, site, self.inputs.call(i))
+            pairs.put(i, (ours["input"].cpu(), corrected(theirs, ours, scale_D, 1.0).cpu()))
+        return self._lesson(pairs.get, partial(mlp_output, self.student, site), scale_D.clone())
+
+    def _of_block(self, index: int) -> BlockTask:
+        for i in range(len(self.theirs.batches)):
+            self.theirs.run(i)
+        calls, outputs, block = self.inputs.calls, self.theirs.outputs, submodule(self.student, self.blocks[index])
+        return self._lesson(
+            lambda i: (calls.get(i), outputs.get(i)), lambda call: first_tensor(block(*call[0], **call[1]))
+        )
+
+    def _lesson(
+        self, read: Callable[[int], Any], predict: Callable[[Any], Tensor], scale_D: Tensor | float = 1.0
+    ) -> BlockTask:
+        num_batches = len(self.theirs.batches)
+        num_held_out = max(1, num_batches // 10)
+        return BlockTask(
+            read=read,
+            predict=predict,
+            fit=range(max(1, num_batches - num_held_out)),  # a single batch serves both
+            held_out=range(num_batches - num_held_out, num_batches),
+            device=device_of(self.student),
+            share=self.share,
+            scale_D=scale_D,
+        )
+
+
+def disk_bytes(
+    teacher: nn.Module, sites: Sequence[MlpSite], sample: Tensor, *, num_images: int, options: BlockwiseOptions
+) -> int:
+    """Bytes that lessons take: the images, both streams, and what an MLP is trained on outside its block.
+
+    Args:
+        teacher: the model.
+        sites: the MLPs that are cut.
+        sample: a few preprocessed images.
+        num_images: how many are read.
+        options: what is trained on what.
+    """
+    calls, outputs = stream_bytes(teacher, forward_order(teacher, sites, sample), sample)
+    streams = calls + outputs + (calls if options.inputs == "student" else 0)
+    pairs = 2 * outputs if options.train == "mlp" else 0
+    return num_images * (sample[0].nbytes + streams + pairs)
+
+
+def read_ahead(read: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+    """Batches in an order, each read from disk while the one before it is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = None
+        for number in numbers:
+            coming = pool.submit(read, number)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _decode(images: ImageSet, options: BlockwiseOptions, seed: int, share: Share, folder: Path | None) -> Store:
+    """A process's share of the images, in batches of its share of a batch.
+
+    Raises:
+        DataError: there is none.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    loader = images.loader(
+        batch_size=max(1, options.batch_size // share.num),
+        indices=order[: options.num_images][share.rank :: share.num],
+        num_workers=options.num_workers,
+    )
+    batches = Store(folder)
+    for batch in loader:
+        batches.put(len(batches), batch.images_BCHW)
+    if not len(batches):
+        raise DataError(
+            f"{images.name}: no image that could be read for process {share.rank} of {share.num}; add some."
+        )
+    return batches
+
+
+def _movable(value: Any, device: torch.device) -> Any:
+    """Nested values on a device, free to take part in a backward pass."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device).clone() if leaf.is_inference() else leaf.to(device)
+
+    return tree_map(move, value)

@@ -1,0 +1,1 @@
+"""Tensors in files: read by name, written to known places, and the JSON beside them."""

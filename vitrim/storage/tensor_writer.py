@@ -1,0 +1,233 @@
+"""Writes safetensors files tensor by tensor, in shards of bounded size, and goes on after a crash.
+
+Shapes are known before the first value, so every tensor has its place from the start: headers are written first, values
+go to their offsets, and a journal says which are complete. The format is safetensors' own (eight bytes of header
+length, a JSON header, the values); its library can only write what is in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from vitrim.errors import CheckpointError
+from vitrim.storage.tensor_files import CODES, TensorFiles
+
+SYNC_BYTES = 256 * 2**20  # values written between two syncs to disk: what a power cut may cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor's values go."""
+
+    file: str
+    start: int
+    num_bytes: int
+
+
+class TensorWriter:
+    """Writes tensors to their places in a folder, in any order.
+
+    Args:
+        folder: where the files go; an existing one that holds nothing else.
+        tensors: every tensor's name, dtype and shape, in the order in which they shall stand.
+        stem: name of the files, such as "model".
+        shard_bytes: largest size of a file; None writes one file.
+        journal: file that remembers what is complete.
+        resume: trust the journal and go on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]],
+        *,
+        stem: str,
+        shard_bytes: int | None,
+        journal: Path,
+        resume: bool,
+    ) -> None:
+        self.folder, self.journal = folder, journal
+        self.places: dict[str, Place] = {}
+        self.digests: dict[str, str] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._pending: list[str] = []
+        self._unsynced = 0
+        shards = _shards(tensors, shard_bytes)
+        names = [f"{stem}.safetensors"]
+        if len(shards) > 1:
+            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        headers = {name: _header(shard) for name, shard in zip(names, shards, strict=True)}
+        for name, shard in zip(names, shards, strict=True):
+            start = len(headers[name])
+            for tensor, dtype, shape in shard:
+                size = _num_bytes(dtype, shape)
+                self.places[tensor] = Place(file=name, start=start, num_bytes=size)
+                start += size
+        self.total_bytes = sum(place.num_bytes for place in self.places.values())
+        if resume:
+            self.digests = self._complete(headers)
+        if not self.digests:
+            self._start(headers)
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write one tensor's values.
+
+        Raises:
+            CheckpointError: there are more or fewer bytes than its shape says.
+        """
+        place, digest, done = self.places[name], hashlib.blake2b(digest_size=16), 0
+        file = self._file(place.file)
+        file.seek(place.start)
+        for chunk in chunks:
+            done += len(chunk)
+            if done > place.num_bytes:
+                break
+            digest.update(chunk)
+            file.write(chunk)
+        if done != place.num_bytes:
+            raise CheckpointError(f"{name}: has {done} bytes, its shape says {place.num_bytes}; fetch it again.")
+        self.digests[name] = digest.hexdigest()
+        self._pending.append(name)
+        self._unsynced += done
+        if self._unsynced >= SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring what was written to disk, then say so in the journal: in this order, a crash loses only time."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        lines = [json.dumps({"tensor": name, "digest": self.digests[name]}) + "\n" for name in self._pending]
+        append(self.journal, "".join(lines))
+        self._pending, self._unsynced = [], 0
+
+    def close(self) -> None:
+        """Finish the files, and write the index where there are several."""
+        self.sync()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        files = {place.file for place in self.places.values()}
+        if len(files) > 1:
+            weight_map = {name: place.file for name, place in self.places.items()}
+            stem = next(iter(files)).split("-")[0]
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self.folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def abandon(self) -> None:
+        """Close the files after a failure; what the journal names stays good."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def wrong(self, written: TensorFiles) -> Iterator[str]:
+        """Names whose values on disk are not those that were written."""
+        for name, digest in self.digests.items():
+            found = hashlib.blake2b(digest_size=16)
+            for chunk in written.chunks(name):
+                found.update(chunk)
+            if found.hexdigest() != digest:
+                yield name
+
+    def _complete(self, headers: Mapping[str, bytes]) -> dict[str, str]:
+        """What an earlier run has finished; nothing where its files were laid out otherwise."""
+        for name, header in headers.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != self._size(name, header):
+                return {}
+            with path.open("rb") as file:
+                if file.read(len(header)) != header:
+                    return {}
+        lines = read_journal(self.journal)
+        return {line["tensor"]: line["digest"] for line in lines if line.get("tensor") in self.places}
+
+    def _start(self, headers: Mapping[str, bytes]) -> None:
+        """Headers and files of their final size, no values; what an earlier run laid out otherwise goes."""
+        self.journal.unlink(missing_ok=True)
+        for old in self.folder.iterdir():
+            old.unlink()
+        for name, header in headers.items():
+            with (self.folder / name).open("wb") as file:
+                file.write(header)
+                file.truncate(self._size(name, header))
+
+    def _size(self, name: str, header: bytes) -> int:
+        """Bytes of a file."""
+        return len(header) + sum(place.num_bytes for place in self.places.values() if place.file == name)
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            self._files[name] = (self.folder / name).open("r+b")
+        return self._files[name]
+
+
+def append(journal: Path, text: str) -> None:
+    """Add lines to a journal, on disk before this returns."""
+    with journal.open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_journal(journal: Path) -> list[dict[str, Any]]:
+    """The complete lines of a journal; what a crash left behind them is cut off, so that lines can be added again."""
+    if not journal.is_file():
+        return []
+    text, lines, size = journal.read_bytes(), [], 0
+    for line in text.splitlines(keepends=True):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(found, dict):
+            break
+        lines.append(found)
+        size += len(line)
+    if size < len(text):
+        os.truncate(journal, size)
+    return lines
+
+
+def _shards(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: int | None) -> list[list]:
+    """Tensors in order, split so that no part is larger than the limit, unless one tensor is.
+
+    Within a part wide types come first, as in files of the library itself: so every value is aligned to its size.
+    """
+    shards: list[list] = [[]]
+    size = 0
+    for name, dtype, shape in tensors:
+        num_bytes = _num_bytes(dtype, shape)
+        if limit is not None and shards[-1] and size + num_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, dtype, shape))
+        size += num_bytes
+    return [sorted(shard, key=lambda tensor: -tensor[1].itemsize) for shard in shards]
+
+
+def _header(shard: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """The start of a safetensors file, padded so that values are aligned to eight bytes."""
+    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, dtype, shape in shard:
+        stop = start + _num_bytes(dtype, shape)
+        said[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    return size
