@@ -167,8 +167,8 @@ class Bench:
 
 def _leave_out_what_takes_time() -> None:
     """Timing and plots, and the check in a fresh process, which becomes one in this."""
-    import vitrim.export
-    import vitrim.slicing
+    import vitrim.output.export
+    import vitrim.compression.slicing
 
     import vitrim.compression.pipeline
     import vitrim.evaluation

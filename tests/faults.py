@@ -340,7 +340,7 @@ def _tar(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
 
 
 def _elastic(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
-    import vitrim.slicing
+    import vitrim.compression.slicing
 
     copy = scene.copy(scene.output, folder)
     (copy / "elastic.json").write_bytes(text_of(rng, json.loads((copy / "elastic.json").read_text())))

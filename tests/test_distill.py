@@ -238,7 +238,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
 
 def poison(monkeypatch, at, value=float("nan")):
     """Make the loss of some training steps (counted over the whole process) no number, or huge."""
-    from vitrim.cli.app import run as module
+    from vitrim.recover import run as module
 
     seen = {"steps": 0}
 

@@ -352,7 +352,7 @@ def test_a_giant_is_forecast_within_reason():
 
 def test_the_command_line(build, tmp_path, capsys):
     each = build("clip")
-    command = ["prune-checkpoint", each.source, str(tmp_path / "out"), "--mlp-ratio", "1", "--fsdp-size", "20KB"]
+    command = ["prune-checkpoint", each.source, str(tmp_path / "out"), "--mlp-ratio", "1", "--shard-size", "20KB"]
     assert run(command) == 0
     printed = capsys.readouterr()
     first = printed.err.split("\n")[0]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from test_distill import HELD_OUT, Broken, make_images, make_student, make_teacher, weights
 
 import vitrim
-from vitrim.cli.app import run as run_module
+from vitrim.recover import run as run_module
 from vitrim.config.options import RecoverOptions
 from vitrim.data import open_images
 from vitrim.distributed.processes import is_main, join_, on_main, plan_from_main
