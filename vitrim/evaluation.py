@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +15,92 @@ from vitrim.distributed.devices import resolve_device
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
 from vitrim.metrics.outputs import Outputs
+from vitrim.metrics.record import ModelCost
 from vitrim.models.features import num_classes
 from vitrim.models.origin import Origin
 from vitrim.output.load import Model, open_encoder
+from vitrim.output.result import aligned, html_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One model: what it costs, and with labels `knn`, `linear_probe` and `top1` in percent."""
+
+    cost: ModelCost
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return costs and scores side by side; what was not measured is left out."""
+        costs = {name: value for name, value in asdict(self.cost).items() if value not in (None, {})}
+        return {**costs, **self.scores}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        fidelity: how close the student's features are, and recall of its queries in the teacher's index.
+        student: the small model.
+        teacher: the model that it was compared with.
+        num_images: how many images stand behind these numbers.
+        num_skipped: images that could not be read.
+    """
+
+    fidelity: Mapping[str, float]
+    student: Scored
+    teacher: Scored
+    num_images: int
+    num_skipped: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready description."""
+        return {
+            "fidelity": dict(self.fidelity),
+            "student": self.student.to_json(),
+            "teacher": self.teacher.to_json(),
+            "num_images": self.num_images,
+            "num_skipped": self.num_skipped,
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return measure, original and small as text, a row each; fidelity stands with the small model."""
+        rows = [(name, "", f"{value:.4g}") for name, value in self.fidelity.items()]
+        theirs, mine = self.teacher.to_json(), self.student.to_json()
+        for name in theirs:
+            if name == "latency":
+                rows += [_latency_row(size, theirs[name], mine[name]) for size in theirs[name]]
+            else:
+                rows.append((name, *(_number(found.get(name)) for found in (theirs, mine))))
+        return rows
+
+    def summary(self) -> str:
+        """Return the table as text."""
+        return aligned(("measure", "original", "small"), self.rows()) + f"\n{self.num_images} images"
+
+    def __repr__(self) -> str:
+        before, after = self.teacher.cost.parameters, self.student.cost.parameters
+        error = self.fidelity["relative_error"]
+        return (
+            f"Evaluation({before:,} -> {after:,} parameters, relative error {error:.4g} on {self.num_images} images)"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        return html_table(("measure", "original", "small"), self.rows())
+
+
+def _latency_row(size: int, theirs: Mapping[int, Any], mine: Mapping[int, Any]) -> tuple[str, str, str]:
+    """Return the times at a batch size."""
+    before, after = (f"{found[size]['median_ms']:.2f} ({found[size]['iqr_ms']:.2f})" for found in (theirs, mine))
+    return f"latency batch {size} (ms, IQR)", before, after
+
+
+def _number(value: float | None) -> str:
+    """Return a number for a table."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 def evaluate(
@@ -30,7 +114,7 @@ def evaluate(
     latency: bool = True,
     device: str = "auto",
     split: str = "test",
-) -> dict[str, Any]:
+) -> Evaluation:
     """Compare two models on images.
 
     Args:
@@ -45,8 +129,7 @@ def evaluate(
         split: which part of a data source that has parts.
 
     Returns:
-        `fidelity` of the student's features (with recall of its queries in the teacher's index), and for `student` and
-        `teacher` each: parameters, MACs, memory, latency, and with labels kNN, linear probe and top-1 in percent.
+        Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
 
     Raises:
         ModelError, DataError: a model or the images can't be read, or don't fit each other.
@@ -59,13 +142,18 @@ def evaluate(
     check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
     learn = None if index is None else list(open_set(index, origin, limit=limit).loader(batch_size=batch_size))
-    pair = {"student": student_model, "teacher": teacher_model}
     found, *outputs = compare(student_model, teacher_model, batches)
-    result: dict[str, Any] = {"fidelity": found}
-    for (name, model), own in zip(pair.items(), outputs, strict=True):
-        result[name] = cost_of(model, batches[0].images_BCHW, latency=latency) | quality_of(model, own, learn)
-    result["num_skipped"] = sum(batch.num_skipped for batch in batches)
-    return result
+    mine, theirs = (
+        Scored(cost=cost_of(model, batches[0].images_BCHW, latency=latency), scores=quality_of(model, own, learn))
+        for model, own in zip((student_model, teacher_model), outputs, strict=True)
+    )
+    return Evaluation(
+        fidelity=found,
+        student=mine,
+        teacher=theirs,
+        num_images=len(outputs[0]),
+        num_skipped=sum(batch.num_skipped for batch in batches),
+    )
 
 
 def compare(
@@ -78,20 +166,18 @@ def compare(
     return {**found, **recall}, mine, theirs
 
 
-def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> dict[str, Any]:
-    """Parameters, MACs for one image, peak memory at the batch given, and latency at batch 1, 8 and 32."""
-    costs: dict[str, Any] = {
-        "parameters": num_parameters(model),
-        "macs": count_macs(model, images_BCHW[:1]),
-        "peak_memory_mib": peak_memory_mib(model, images_BCHW[:8]),
-    }
-    if latency:
-        costs["latency"] = measure_latency(model, images_BCHW[:1])
-    return costs
+def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> ModelCost:
+    """Measure parameters, MACs for one image, peak memory at the batch given, and latency at batch 1, 8 and 32."""
+    return ModelCost(
+        parameters=num_parameters(model),
+        macs=count_macs(model, images_BCHW[:1]),
+        peak_memory_mib=peak_memory_mib(model, images_BCHW[:8]),
+        latency=measure_latency(model, images_BCHW[:1]) if latency else {},
+    )
 
 
 def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None) -> dict[str, float]:
-    """kNN, linear probe and top-1 in percent, as far as labels and the model allow."""
+    """Measure kNN, linear probe and top-1 in percent, as far as labels and the model allow."""
     pooled, labels = outputs.pooled_ND, outputs.labels_N
     if int((labels >= 0).sum()) < 2:
         return {}
@@ -103,26 +189,27 @@ def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None
     scores = {"knn": 100 * knn_top1(*train, *test, k=min(20, len(train[0])))}
     if len(train[1][train[1] >= 0].unique()) > 1:
         scores["linear_probe"] = 100 * linear_probe_top1(*train, *test)
-    return scores | own_top1(model, outputs)
+    own = own_top1(model, outputs)
+    return scores if own is None else {**scores, "top1": own}
 
 
-def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None) -> dict[str, Any]:
-    """Cost of a model, and its top-1 where the images have labels and it has a head."""
+def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None) -> ModelCost:
+    """Measure what a model costs, and its top-1 where the images have labels and it has a head."""
     sample = random_inputs(origin) if sample is None else sample
     if sample is None:
-        return {"parameters": num_parameters(model)}
-    found = cost_of(model, sample, latency=True)
-    return found | (top1_of(model, batches) if batches else {})
+        return ModelCost(parameters=num_parameters(model))
+    cost = cost_of(model, sample, latency=True)
+    return replace(cost, top1=top1_of(model, batches)) if batches else cost
 
 
-def top1_of(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
-    """Top-1 in percent, where the images have labels that the model has a head for; else nothing."""
-    return {"top1": 100 * top1(model, batches)} if _has_head_for(model, [b.labels_B for b in batches]) else {}
+def top1_of(model: nn.Module, batches: Sequence[Batch]) -> float | None:
+    """Return top-1 in percent, where the images have labels that the model has a head for; else None."""
+    return 100 * top1(model, batches) if _has_head_for(model, [b.labels_B for b in batches]) else None
 
 
-def own_top1(model: nn.Module, outputs: Outputs) -> dict[str, float]:
-    """As `top1_of`, of what the model has put out already."""
-    return {"top1": 100 * outputs.top1()} if _has_head_for(model, [outputs.labels_N]) else {}
+def own_top1(model: nn.Module, outputs: Outputs) -> float | None:
+    """Return the same of what the model has put out already."""
+    return 100 * outputs.top1() if _has_head_for(model, [outputs.labels_N]) else None
 
 
 def _has_head_for(model: nn.Module, labels: Sequence[Tensor]) -> bool:

@@ -5,82 +5,176 @@ For a checkpoint that is on this machine it also says what pruning it file to fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from vitrim.calibrate.activity import Activity, measure_activity
+from vitrim.compression.budget import near_stock, solve_widths
 from vitrim.compression.estimate import RunEstimate, estimate_run
-from vitrim.compression.source import check_tensors, has_files, open_job
+from vitrim.compression.file_to_file import checkpoint_widths
+from vitrim.compression.source import check_tensors, has_files, open_checkpoint
 from vitrim.config.recipe import Recipe
+from vitrim.config.widths import BudgetKind
 from vitrim.cost.count import num_parameters, site_parameters
 from vitrim.data import first_images
-from vitrim.data.inputs import check_inputs, open_set
+from vitrim.data.inputs import check_inputs, open_set, random_inputs
 from vitrim.errors import BudgetError, CheckpointError
+from vitrim.models.features import device_of
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import is_output, open_model
+from vitrim.output.result import aligned, html_table
 from vitrim.types import MlpSite
 
-MLP_RATIOS = (2.0, 1.0, 0.5, 0.25)
+# What is predicted where no budget is asked for.
+USUAL: tuple[tuple[BudgetKind, float], ...] = (
+    ("params_ratio", 0.75),
+    ("params_ratio", 0.5),
+    ("params_ratio", 0.25),
+    ("mlp_ratio", 2.0),
+    ("mlp_ratio", 1.0),
+    ("mlp_ratio", 0.5),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What `inspect` found; `parameters` by part of the model, `predicted` by MLP ratio.
+class Prediction:
+    """What a budget comes to: hidden units of each MLP by path, and parameters of the whole model."""
 
-    `checkpoint` is what `prune_checkpoint` will need at MLP ratio 1, None where the weights are not on this machine;
-    `notes` say why it can't be run on those that are. `activity` is one row an MLP, where images were given.
+    budget: str
+    value: float
+    hidden_dims: Mapping[str, int]
+    parameters: int
+
+    @property
+    def widths(self) -> str:
+        """Hidden units in words: one number where all MLPs agree."""
+        units = sorted(set(self.hidden_dims.values()))
+        return str(units[0]) if len(units) == 1 else f"{units[0]} to {units[-1]}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        model: its name.
+        sites: its MLPs.
+        parameters: `total`, those in MLPs (`mlp`), and the `other` ones.
+        predicted: how small the model would get, a row a budget.
+        checkpoint: what `prune_checkpoint` will need for the first of these; None where no weights are on this machine.
+        notes: what the user should know, such as why the files can't be pruned.
+        activity: one row an MLP, where images were given.
     """
 
     model: str
     sites: tuple[MlpSite, ...]
     parameters: dict[str, int]
-    predicted: dict[float, int]
+    predicted: tuple[Prediction, ...]
     checkpoint: RunEstimate | None = None
     notes: tuple[str, ...] = ()
     activity: tuple[Activity, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        predicted = [{"mlp_ratio": ratio, "parameters": count} for ratio, count in self.predicted.items()]
+        """Return a JSON-ready description."""
         sites = [{**asdict(site), "parameters": site_parameters(site, site.d_hidden)} for site in self.sites]
         return {
             "model": self.model,
             "parameters": self.parameters,
-            "predicted": predicted,
+            "predicted": [
+                {row.budget: row.value, "parameters": row.parameters, "hidden_dims": dict(row.hidden_dims)}
+                for row in self.predicted
+            ],
             "checkpoint": None if self.checkpoint is None else self.checkpoint.to_json(),
             "notes": list(self.notes),
             "activity": [asdict(row) for row in self.activity],
             "sites": sites,
         }
 
+    @property
+    def headline(self) -> str:
+        """One sentence: parameters, and how many of them are in MLPs."""
+        total = self.parameters["total"]
+        return f"{self.model}: {total:,} parameters, {self.parameters['mlp'] / total:.0%} of them in MLPs"
 
-def inspect(model: nn.Module | str, *, scope: str | None = None, activity: Any = None, limit: int = 256) -> Inspection:
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return budget, hidden units, parameters and change as text, a row a prediction."""
+        total = self.parameters["total"]
+        return [
+            (f"{row.budget} {row.value:g}", row.widths, f"{row.parameters:,}", f"{row.parameters / total - 1:+.1%}")
+            for row in self.predicted
+        ]
+
+    def summary(self) -> str:
+        """Return headline and table as text."""
+        return f"{self.headline}\n{aligned(HEADER, self.rows())}"
+
+    def __repr__(self) -> str:
+        return f"Inspection({self.headline}, {len(self.sites)} MLPs)"
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        return html_table(HEADER, self.rows())
+
+
+HEADER = ("budget", "hidden units", "parameters", "change")
+
+
+def inspect(
+    model: nn.Module | str,
+    *,
+    params_ratio: float | None = None,
+    macs_ratio: float | None = None,
+    mlp_ratio: float | None = None,
+    keep_ratio: float | None = None,
+    hidden_dim: int | None = None,
+    round_to: int = 16,
+    exact: bool = False,
+    scope: str | None = None,
+    activity: Any = None,
+    limit: int = 256,
+) -> Inspection:
     """Find a model's MLPs and say how small it would get, without running it unless activity is asked for.
 
     Args:
         model: a module, or a name or folder as for `compress`; of a name only the architecture is built, no weights.
-        scope: dotted path of the subtree to look at.
+        params_ratio: predict for this share of the encoder's parameters; without any budget, for several.
+        macs_ratio: predict for this share of the encoder's multiply-accumulates.
+        mlp_ratio: predict for this hidden width, as a multiple of the model width.
+        keep_ratio: predict for this share of each MLP's hidden units.
+        hidden_dim: predict for so many hidden units in each MLP.
+        round_to: widths become multiples of this.
+        exact: predict for widths as asked, also those that the model's own library can't load.
+        scope: dotted path of the part to look at.
         activity: images, as for `compress`, on which to count active hidden units; this loads the weights.
         limit: at most this many of them.
 
     Returns:
-        Sites, widths, parameters by part, the parameters left at several MLP ratios, and for a checkpoint on this
-        machine the memory, disk and time that pruning it will need.
+        MLPs, parameters by part, the parameters left by budget, and for a checkpoint on this machine the memory, disk
+        and time that pruning it will need.
 
     Raises:
-        ModelError: no such model.
+        ModelError: there is no such model.
         SiteNotFoundError: it has no MLP that vitrim knows.
+        BudgetError: the MLPs can't give what was asked for.
     """
+    given = {
+        "params_ratio": params_ratio,
+        "macs_ratio": macs_ratio,
+        "mlp_ratio": mlp_ratio,
+        "keep_ratio": keep_ratio,
+        "hidden_dim": hidden_dim,
+    }
+    budget = {name: value for name, value in given.items() if value is not None}
+    asked = Recipe.parse({**budget, "round_to": round_to, "exact": exact, "scope": scope})
     checkpoint, notes = None, ()
     if isinstance(model, str):
-        checkpoint, notes = _checkpoint(model, scope)
-        name = model
-        whole = activity is not None or is_output(model)
+        checkpoint, notes = _checkpoint(model, asked)
+        name, whole = model, activity is not None or is_output(model)
         model, origin = open_model(model) if whole else load_model(model, weights=False)
     else:
         origin = origin_of(model)
@@ -88,19 +182,42 @@ def inspect(model: nn.Module | str, *, scope: str | None = None, activity: Any =
     _, part = resolve_scope(model, scope, origin.encoder)
     sites = find_mlps(model, scope=part)
     total, mlp = num_parameters(model), sum(site_parameters(site, site.d_hidden) for site in sites)
-    predicted = {
-        ratio: predict_parameters(total, sites, Recipe(model=name, mlp_ratio=ratio))
-        for ratio in MLP_RATIOS
-        if all(ratio * site.d_model <= site.d_hidden for site in sites)
-    }
     return Inspection(
         model=name,
         sites=sites,
         parameters={"total": total, "mlp": mlp, "other": total - mlp},
-        predicted=predicted,
+        predicted=(_predict(model, origin, sites, asked),) if budget else _usual(model, origin, sites, asked),
         checkpoint=checkpoint,
         notes=notes,
         activity=() if activity is None else _activity(model, sites, origin, activity, limit),
+    )
+
+
+def _usual(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], asked: Recipe) -> tuple[Prediction, ...]:
+    """Predict for the usual budgets, those left out that the MLPs can't give."""
+    found = []
+    for kind, value in USUAL:
+        try:
+            found.append(_predict(model, origin, sites, asked.updated({kind: value, "exact": asked.steps[0].exact})))
+        except BudgetError:
+            continue
+    return tuple(found)
+
+
+def _predict(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], recipe: Recipe) -> Prediction:
+    """Return what a recipe's budget comes to, as `compress` would cut it."""
+    step, encoder = recipe.steps[0], model.get_submodule(origin.encoder)
+    own = [site.within(origin.encoder) for site in sites]
+    inputs = random_inputs(origin, 1)
+    inputs = None if inputs is None else inputs.to(device_of(encoder))
+    units: Mapping[str, int] = solve_widths(recipe.width(), own, encoder, inputs)
+    if not step.exact:
+        units, _ = near_stock(units, origin, own)
+    widths = {site.path: units[inner.path] for site, inner in zip(sites, own, strict=True)}
+    cut = sum(site_parameters(site, site.d_hidden) - site_parameters(site, widths[site.path]) for site in sites)
+    kind = recipe.width().kind
+    return Prediction(
+        budget=kind, value=recipe.width().value, hidden_dims=widths, parameters=num_parameters(model) - cut
     )
 
 
@@ -116,20 +233,14 @@ def _activity(
     return tuple(measure_activity(encoder, own, batches))
 
 
-def _checkpoint(source: str, scope: str | None) -> tuple[RunEstimate | None, tuple[str, ...]]:
-    """What pruning the files of a source will need, or why they can't be pruned file to file."""
+def _checkpoint(source: str, recipe: Recipe) -> tuple[RunEstimate | None, tuple[str, ...]]:
+    """Return what pruning the files of a source will need, or why they can't be pruned file to file."""
     if is_output(source.removeprefix("local-dir:")) or not has_files(source):
         return None, ()
-    recipe = Recipe(model=source, scope=scope, mlp_ratio=1.0)
     try:
-        job = open_job(source, recipe)
+        job = open_checkpoint(source, recipe.updated({"model": source}))
         check_tensors(job)
-        return estimate_run(job, recipe), ()
+        widths, notes = checkpoint_widths(job, recipe)
+        return estimate_run(job, recipe, widths), notes
     except (BudgetError, CheckpointError) as error:
         return None, (f"prune-checkpoint: {error}",)
-
-
-def predict_parameters(total: int, sites: Sequence[MlpSite], recipe: Recipe) -> int:
-    """Parameters left after a recipe's cut."""
-    cut = (site_parameters(site, site.d_hidden) - site_parameters(site, recipe.width_of(site)) for site in sites)
-    return total - sum(cut)

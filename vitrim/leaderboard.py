@@ -11,22 +11,22 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from vitrim.compression.cut import cut_
 from vitrim.compression.pipeline import compress
+from vitrim.compression.share import NUM_IMAGES, Counted, Trials
 from vitrim.config.recipe import Recipe
-from vitrim.cost.count import count_macs, num_parameters
 from vitrim.data import ImageStream, first_images
 from vitrim.data.inputs import open_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DAMAGED, Interrupted, OutputError, RecipeError
 from vitrim.methods import METHODS, find_method
+from vitrim.metrics.record import Closeness, ModelCost
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import open_model
@@ -35,14 +35,9 @@ from vitrim.output.save import save
 from vitrim.progress import progress
 from vitrim.report.leaderboard import markdown, verdict
 from vitrim.storage.documents import write_json
-from vitrim.surgery import KeepUnits, Plan, apply_
-from vitrim.types import MlpSite
+from vitrim.surgery import Plan
 
-Unit = Literal["params", "macs"]
 FORMAT, REPORT = "vitrim-leaderboard/1", "leaderboard.json"
-SHARED = {"calibrate", "repair", "blockwise", "recover", "scope", "round_to"}  # what rows take of a recipe
-NUM_TRIAL_IMAGES = 32
-SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 6  # of keep_ratio, and of a share of the model
 
 
 def leaderboard(
@@ -50,12 +45,12 @@ def leaderboard(
     *,
     data: Any = "digits",
     methods: Sequence[str] = (),
-    budget: float = 0.5,
-    budget_in: Unit = "params",
+    params_ratio: float | None = None,
+    macs_ratio: float | None = None,
     recover_steps: int = 0,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     baselines: Sequence[str] = ("random", "magnitude"),
-    out: Path | None = None,
+    out: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     quiet: bool = False,
@@ -66,9 +61,9 @@ def leaderboard(
         model: as for `compress`; None is the digits ViT that comes with vitrim.
         data: images, as for `compress`; with labels and a head, top-1 is measured, too.
         methods: names; none for all that are registered.
-        budget: share of the model's parameters or MACs that stays, 0..1.
-        budget_in: what the share is of. A method that can't save it is run at the same share of MACs, or else at that
-            keep_ratio, and its row says so.
+        params_ratio: share of the model's parameters that stays, 0..1; 0.5 where neither ratio is given. A method that
+            can't save it is run at the same share of MACs, or else at that keep_ratio, and its row says so.
+        macs_ratio: share of the model's multiply-accumulates that stays, in place of parameters.
         recover_steps: distillation steps for every row; 0 for none.
         recipe: calibration, repair, recovery, scope and rounding of every row, in place of the defaults.
         baselines: methods that the others are told to have lost to, where they have.
@@ -84,23 +79,20 @@ def leaderboard(
         RecipeError: a method is unknown, or the budget is not a share.
         OutputError: `out` holds rows of another comparison.
     """
-    if not 0 < budget < 1:
-        raise RecipeError(f"budget: {budget:g} is no share of the model; use a number between 0 and 1.")
+    counted, budget = _budget(params_ratio, macs_ratio)
+    out = None if out is None else Path(out)
     names = [find_method(name).name for name in methods or METHODS]
     model = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}" if model is None else model
-    given = {"recover": {"steps": recover_steps} if recover_steps else None, "seed": seed or None, "device": device}
-    shared = (recipe or Recipe()).model_dump(exclude_unset=True, include=SHARED)
-    base = Recipe.parse(shared).updated(given)
+    base = _shared(Recipe.of(recipe), recover_steps, seed, device)
     asked = {
         "model": model if isinstance(model, str) else type(model).__name__,
         "data": str(data) if isinstance(data, str | Path) else type(data).__name__,
-        "budget": budget,
-        "budget_in": budget_in,
+        f"{counted}_ratio": budget,
         "baselines": list(baselines),
-        "recipe": base.model_dump(mode="json", include={*SHARED, "seed"}),
+        "recipe": base.model_dump(mode="json", exclude={"model", "data", "device"}),
     }
     report = _opened(out, asked)
-    runner = _Runner.of(model, data, base, budget, budget_in)
+    runner = _Runner.of(model, data, base, budget, counted)
     with progress("leaderboard", len(names), quiet=quiet) as bar:
         for name in names:
             bar.advance(0, name)
@@ -115,12 +107,28 @@ def leaderboard(
     return report
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Trial:
-    """What a cut left of a model, as shares; `repairable`: it cut hidden units and brought no tensors along."""
+def _budget(params_ratio: float | None, macs_ratio: float | None) -> tuple[Counted, float]:
+    """Return what is counted, and the share that stays.
 
-    shares: Mapping[Unit, float]
-    repairable: bool
+    Raises:
+        RecipeError: both ratios are given, or one is no share.
+    """
+    if params_ratio is not None and macs_ratio is not None:
+        raise RecipeError("leaderboard: give one of params_ratio and macs_ratio.")
+    counted: Counted = "params" if macs_ratio is None else "macs"
+    ratio = macs_ratio if params_ratio is None else params_ratio
+    ratio = 0.5 if ratio is None else ratio
+    if not 0 < ratio < 1:
+        raise RecipeError(f"{counted}_ratio: {ratio:g} is no share of the model; use a number between 0 and 1.")
+    return counted, ratio
+
+
+def _shared(recipe: Recipe, recover_steps: int, seed: int, device: str) -> Recipe:
+    """Return what every row takes of a recipe: all but its method, options and budget; widths as they are asked for."""
+    step = recipe.steps[0].model_dump(exclude_unset=True, include={"repair", "round_to"})
+    kept = recipe.model_dump(exclude_unset=True, include={"calibrate", "blockwise", "recover", "scope"})
+    base = Recipe.parse({**kept, **step, "exact": True, "seed": seed, "device": device})
+    return base.updated({"recover": {"steps": recover_steps}}) if recover_steps else base
 
 
 @dataclass(kw_only=True)
@@ -131,39 +139,29 @@ class _Runner:
     data: Any
     base: Recipe
     budget: float
-    unit: Unit
+    counted: Counted
     origin: Origin
-    teacher: nn.Module
-    sites: Sequence[MlpSite]
-    images_BCHW: Tensor
+    trials: Trials
     original: dict[str, Any] | None = None
-    tried: dict[tuple[str, float], _Trial] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module | str, data: Any, base: Recipe, budget: float, unit: Unit) -> _Runner:
+    def of(cls, model: nn.Module | str, data: Any, base: Recipe, budget: float, counted: Counted) -> _Runner:
         """Open the model and a few images."""
         whole, origin = open_model(model)
         encoder, scope = resolve_scope(whole, base.scope, origin.encoder)
         teacher = copy.deepcopy(whole.get_submodule(encoder)).to(resolve_device(base.device)).float().eval()
         source = open_inputs(data, replace(origin, encoder=encoder))
         if isinstance(source, ImageStream):
-            source = source.take(NUM_TRIAL_IMAGES, seed=base.seed)[0]
-        batches, _ = first_images(source, NUM_TRIAL_IMAGES, seed=base.seed, batch_size=NUM_TRIAL_IMAGES)
+            source = source.take(NUM_IMAGES, seed=base.seed)[0]
+        batches, _ = first_images(source, NUM_IMAGES, seed=base.seed, batch_size=NUM_IMAGES)
         sites = find_mlps(teacher, scope=scope.removeprefix(encoder).removeprefix("."))
+        trials = Trials(teacher=teacher, sites=sites, images_BCHW=batches[0], base=base)
         return cls(
-            model=model,
-            data=data,
-            base=base,
-            budget=budget,
-            unit=unit,
-            origin=origin,
-            teacher=teacher,
-            sites=sites,
-            images_BCHW=batches[0],
+            model=model, data=data, base=base, budget=budget, counted=counted, origin=origin, trials=trials
         )
 
     def rows(self, name: str, kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The rows of a method: those that are there already, and new ones, each when it is done."""
+        """Yield the rows of a method: those that are there already, and new ones, each when it is done."""
         known = {row["repair"]: row for row in kept}
         try:
             fitted = kept[0]["fitted"] if kept else self.fit(name)
@@ -174,17 +172,17 @@ class _Runner:
             yield known.get(repair) or self.row(name, repair, fitted)
 
     def row(self, name: str, repair: str, fitted: dict[str, Any]) -> dict[str, Any]:
-        """One run of `compress`, or what it failed with."""
-        recipe = self.base.updated(
-            {"method": name, "keep_ratio": fitted["keep_ratio"], "repair": {} if repair == "ours" else False}
-        )
+        """Return one run of `compress`, or what it failed with."""
+        budget = {} if find_method(name).takes == "nothing" else {"keep_ratio": fitted["keep_ratio"]}
+        recipe = self.base.updated({"method": name, "repair": {} if repair == "ours" else False, **budget})
         try:
             found = compress(self.model, data=self.data, recipe=recipe, quiet=True)
             metrics = found.metrics
             if self.original is None:
                 whole, _ = open_model(self.model)
                 uncut = _size_on_disk(whole, self.origin, Plan(edits=(), method="none"))
-                self.original = {**_costs(metrics["before"]), "bytes": uncut, "top1": metrics["before"].get("top1")}
+                self.original = {**_costs(metrics.before), "bytes": uncut, "top1": metrics.before.top1}
+            assert found.model is not None
             size = _size_on_disk(found.model, self.origin, found.plan)
         except Interrupted:
             raise
@@ -195,78 +193,40 @@ class _Runner:
             "repair": repair,
             "error": None,
             "fitted": fitted,
-            **_costs(metrics["after"]),
-            "speedup": _speedup(metrics["before"]["latency"], metrics["after"]["latency"]),
+            **_costs(metrics.after),
+            "speedup": _speedup(metrics.before, metrics.after),
             "bytes": size,
-            "after_cut": _quality(metrics["after_cut"]),
-            "after_recovery": metrics["after_recovery"] and _quality(metrics["after_recovery"]),
-            "seconds": metrics["seconds"],
-            "notes": metrics["notes"],
+            "after_cut": _quality(metrics.after_cut),
+            "after_recovery": _quality(metrics.after_recovery),
+            "seconds": metrics.seconds,
+            "notes": list(metrics.notes),
         }
 
     def fit(self, name: str) -> dict[str, Any]:
-        """The keep_ratio at which a method leaves the budget's share, by trying cuts on a few images."""
-        units: list[Unit] = [self.unit] if self.unit == "macs" else ["params", "macs"]
-        met = ((ratio, unit) for unit in units if (ratio := self._meet(name, unit)) is not None)
+        """Return the keep_ratio at which a method leaves the budget's share, by trying cuts on a few images."""
+        units: list[Counted] = ["macs"] if self.counted == "macs" else ["params", "macs"]
+        met = ((ratio, unit) for unit in units if (ratio := self.trials.meet(name, unit, self.budget)) is not None)
         ratio, counted = next(met, (self.budget, None))
-        return {"keep_ratio": ratio, "counted": counted, "repairable": self._try(name, ratio).repairable}
-
-    def _meet(self, name: str, unit: Unit) -> float | None:
-        """The largest keep_ratio found at which at most the budget stays; None where no width saves that much."""
-        low, high = (SMALLEST, self._try(name, SMALLEST).shares[unit]), (1.0, 1.0)
-        if low[1] > self.budget:
-            return None
-        for number in range(MAX_TRIALS):
-            if low[1] >= self.budget - TOLERANCE:
-                break
-            slope = (high[0] - low[0]) / max(high[1] - low[1], 1e-9)
-            straight = low[0] + slope * (self.budget - TOLERANCE / 2 - low[1])
-            # Where sizes come in steps, such as experts, a straight line may stand still: every other trial halves.
-            ratio = (low[0] + high[0]) / 2 if number % 2 else straight
-            share = self._try(name, ratio).shares[unit]
-            low, high = (low, (ratio, share)) if share > self.budget else ((ratio, share), high)
-        return low[0]
-
-    def _try(self, name: str, keep_ratio: float) -> _Trial:
-        """A cut on a few images, or for a method that is asked MLP by MLP, one to its widths alone."""
-        if (name, keep_ratio) not in self.tried:
-            student, method = copy.deepcopy(self.teacher), find_method(name)
-            recipe = self.base.updated({"method": name, "keep_ratio": keep_ratio, "repair": False})
-            if method.select is None:
-                cut = cut_(student, self.teacher, self.sites, recipe, [self.images_BCHW], quiet=True)
-                edits = cut.plan.edits
-            else:
-                edits = [KeepUnits(site=site, keep=tuple(range(recipe.width_of(site)))) for site in self.sites]
-                apply_(student, edits)
-            one = self.images_BCHW[:1]
-            shares: dict[Unit, float] = {
-                "params": num_parameters(student) / num_parameters(self.teacher),
-                "macs": count_macs(student, one) / count_macs(self.teacher, one),
-            }
-            repairable = any(isinstance(edit, KeepUnits) and not edit.tensors for edit in edits)
-            self.tried[name, keep_ratio] = _Trial(shares=shares, repairable=repairable)
-        return self.tried[name, keep_ratio]
+        return {"keep_ratio": ratio, "counted": counted, "repairable": self.trials.at(name, ratio).repairable}
 
 
-def _costs(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes and times of one model."""
-    latency = {str(size): found["median_ms"] for size, found in measured["latency"].items()}
-    return {"parameters": measured["parameters"], "macs": measured["macs"], "latency_ms": latency}
+def _costs(cost: ModelCost) -> dict[str, Any]:
+    """Return sizes and times of one model."""
+    latency = {str(size): found["median_ms"] for size, found in cost.latency.items()}
+    return {"parameters": cost.parameters, "macs": cost.macs, "latency_ms": latency}
 
 
-def _speedup(before: Mapping[int, Any], after: Mapping[int, Any]) -> dict[str, float]:
-    """How many times as fast as the original, by batch size: the two were timed in one run, one after the other."""
-    return {str(size): before[size]["median_ms"] / after[size]["median_ms"] for size in after}
+def _speedup(before: ModelCost, after: ModelCost) -> dict[str, float]:
+    """Return how many times as fast as the original, by batch size: the two were timed in one run."""
+    return {str(size): before.latency[size]["median_ms"] / row["median_ms"] for size, row in after.latency.items()}
 
 
-def _quality(judged: Mapping[str, Any]) -> dict[str, Any]:
-    """How good a student is on the held-out images."""
-    found = judged["fidelity"]
-    return {
-        "relative_error": found["relative_error"],
-        "cosine": found["cosine"],
-        "top1": judged.get("top1"),
-    }
+def _quality(judged: Closeness | None) -> dict[str, Any] | None:
+    """Return how good a student is on the held-out images."""
+    if judged is None:
+        return None
+    found = judged.fidelity
+    return {"relative_error": found["relative_error"], "cosine": found["cosine"], "top1": judged.top1}
 
 
 def _failed(name: str, repair: str, error: Exception, fitted: dict[str, Any] | None = None) -> dict[str, Any]:

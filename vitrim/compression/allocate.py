@@ -16,7 +16,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -29,13 +29,15 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, walk
 from vitrim.compression.cut import cut_, select
-from vitrim.config.options import RepairOptions
+from vitrim.config.options import Counted, RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.data import Split
 from vitrim.errors import DAMAGED, CheckpointError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod
 from vitrim.metrics.fidelity import fidelity
+from vitrim.metrics.record import Closeness
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.features import device_of, evaluating
 from vitrim.ops.allocation import Values, best_choices, dropped_energy, explained_energy
@@ -56,10 +58,10 @@ TIMED_IMAGES, TIMED_ROUNDS, MAX_TIMED = 8, 15, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """The recipe with the widths that were found; `about` says how, None where there was nothing to find."""
+    """The widths that were found, by path of the MLP, and `about`, which says how."""
 
-    recipe: Recipe
-    about: dict[str, Any] | None = None
+    units: Mapping[str, int]
+    about: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
 
@@ -97,99 +99,110 @@ class _Measured:
             write_json(self.path, {name: value for name, value in self.__dict__.items() if name != "path"})
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """Which method picks units, whether repair follows, and from which seed."""
+
+    method: SiteMethod
+    repair: RepairOptions | None
+    seed: int
+
+
 def allocate(
     recipe: Recipe,
+    uniform: Mapping[str, int],
     teacher: nn.Module,
     sites: Sequence[MlpSite],
     batches: Sequence[Tensor] | None,
     *,
-    work: Path | None = None,
-    quiet: bool = False,
+    context: RunContext,
 ) -> Allocation:
-    """Find each MLP's width where a recipe asks for it; its own width says how much all may cost together.
+    """Find each MLP's width; equal ones say how much all may cost together.
 
     Args:
-        recipe: with `allocate`, or without: then it comes back as it is.
+        recipe: its first step asks for it.
+        uniform: hidden units of each MLP at equal widths, by path.
         teacher: the uncut model, in eval mode; it is not changed.
         sites: the MLPs to cut.
         batches: calibration images.
-        work: where measurements are kept if the recipe names no folder for them.
-        quiet: show no progress.
+        context: its work folder keeps the measurements, if the recipe names no folder for them.
 
     Raises:
         RecipeError: there are no images, or the method decides about the whole model by itself.
     """
-    if recipe.allocate is None:
-        return Allocation(recipe=recipe)
-    if find_method(recipe.method).select is None:
-        raise RecipeError(f"allocate: {recipe.method} decides about the whole model by itself; use allocate=uniform.")
+    step = recipe.steps[0]
+    method, options = step.make_method(), step.allocate
+    assert options is not None
+    if not isinstance(method, SiteMethod):
+        raise RecipeError(f"allocate: {method.name} decides about the whole model by itself; use allocate=uniform.")
     if batches is None:
         raise RecipeError("allocate: error curves need calibration images; pass data, or use allocate=uniform.")
-    folder, key = recipe.allocate.cache or work, _key(recipe, teacher, sites, batches)
+    request = _Request(method=method, repair=step.repair_options(), seed=recipe.seed)
+    folder, key = options.cache or context.work, _key(request, teacher, sites, batches)
     found = _Measured.kept_at(None if folder is None else folder / f"curves-{key[:16]}.json")
     if not found.errors:
-        _measure_(found, recipe, teacher, sites, batches, quiet)
-    return _solved(recipe, teacher, sites, found)
+        _measure_(found, request, teacher, sites, batches, context.quiet)
+    return _solved(options.cost, step.round_to, uniform, teacher, sites, found)
 
 
-def beside_uniform(
-    allocation: Allocation,
-    asked: Recipe,
-    judged: Mapping[str, Any] | None,
+def compare_with_uniform(
+    recipe: Recipe,
+    uniform: Mapping[str, int],
+    judged: Closeness,
     teacher: nn.Module,
     sites: Sequence[MlpSite],
-    split: Split | None,
-) -> Allocation:
-    """The allocation with what equal widths of the same cost would have given, from a second cut.
+    split: Split,
+) -> tuple[float, str]:
+    """Cut once more, at equal widths of the same cost, and compare.
 
     Args:
-        allocation: what was found; nothing is cut where there was nothing to find.
-        asked: the recipe before.
-        judged: how the student that was cut by it does on the held-out images.
+        recipe: what was asked for.
+        uniform: the equal widths, by path.
+        judged: how the student that was cut by the allocation does on the held-out images.
         teacher: the uncut model.
         sites: the MLPs.
         split: calibration and held-out images.
+
+    Returns:
+        The relative error at equal widths, and a note for the user.
     """
-    if allocation.about is None or judged is None or split is None:
-        return allocation
     student = copy.deepcopy(teacher)
-    cut_(student, teacher, sites, asked.model_copy(update={"allocate": None}), split.calibration, quiet=True)
+    cut_(student, teacher, sites, recipe, split.calibration, widths=uniform, quiet=True)
     equal = fidelity(student, teacher, split.held_out)["relative_error"]
-    error = judged["fidelity"]["relative_error"]
+    error = judged.relative_error
     advice = "; equal widths do better here, so drop allocate" if error > equal else ""
-    note = f"allocate: relative error after the cut {error:.4g}, with equal widths {equal:.4g}{advice}."
-    about = {**allocation.about, "relative_error": {"allocated": error, "uniform": equal}}
-    return replace(allocation, about=about, notes=(*allocation.notes, note))
+    return equal, f"allocate: relative error after the cut {error:.4g}, with equal widths {equal:.4g}{advice}."
 
 
-def _solved(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], found: _Measured) -> Allocation:
-    """The best widths by what was measured."""
-    assert recipe.allocate is not None
-    budget, uniform = recipe.allocate.budget, [recipe.width_of(site) for site in sites]
-    grids = [
-        _grid(site, width, recipe.round_to, timed=budget == "latency")
-        for site, width in zip(sites, uniform, strict=True)
-    ]
-    if budget == "latency":
+def _solved(
+    counted: Counted,
+    round_to: int,
+    uniform: Mapping[str, int],
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    found: _Measured,
+) -> Allocation:
+    """Return the best widths by what was measured."""
+    grids = [_grid(site, uniform[site.path], round_to, timed=counted == "latency") for site in sites]
+    if counted == "latency":
         for site, grid in zip(sites, grids, strict=True):
             _time_(found, teacher, site, grid)
         found.save()
     costs = [
-        np.array([_cost(budget, site, width, found) for width in grid]) for site, grid in zip(sites, grids, strict=True)
+        np.array([_cost(counted, site, width, found) for width in grid]) for site, grid in zip(sites, grids, strict=True)
     ]
     errors = [np.array(found.errors[site.path])[np.array(grid) - 1] for site, grid in zip(sites, grids, strict=True)]
-    equal = [grid.index(width) for grid, width in zip(grids, uniform, strict=True)]
+    equal = [grid.index(uniform[site.path]) for site, grid in zip(sites, grids, strict=True)]
     allowed = _sum(costs, equal)
     picked = best_choices(errors, costs, int(allowed))
     about = {
-        "budget": budget,
+        "counted": counted,
         "allowed": int(allowed),
         "cost": int(_sum(costs, picked)),
         "predicted": {"allocated": _sum(errors, picked), "uniform": _sum(errors, equal)},
     }
-    widths = {site.path: grid[j] for site, grid, j in zip(sites, grids, picked, strict=True)}
-    allocated = recipe.model_copy(update={"allocate": None, "widths": widths})
-    return Allocation(recipe=allocated, about=about, notes=tuple(found.notes))
+    units = {site.path: grid[j] for site, grid, j in zip(sites, grids, picked, strict=True)}
+    return Allocation(units=units, about=about, notes=tuple(found.notes))
 
 
 def _sum(values: Sequence[NDArray[Any]], choices: Sequence[int]) -> float:
@@ -197,11 +210,11 @@ def _sum(values: Sequence[NDArray[Any]], choices: Sequence[int]) -> float:
     return sum(value_J[j].item() for value_J, j in zip(values, choices, strict=True))
 
 
-def _cost(budget: str, site: MlpSite, width: int, found: _Measured) -> int:
+def _cost(counted: Counted, site: MlpSite, width: int, found: _Measured) -> int:
     """What an MLP of a width costs: parameters, multiply-accumulates an image, or nanoseconds."""
-    if budget == "params":
+    if counted == "params":
         return site_parameters(site, width)
-    if budget == "macs":
+    if counted == "macs":
         return round(site_macs(site, width) * found.tokens[site.path])
     return found.times[_shape(site, found)][str(width)]
 
@@ -212,14 +225,14 @@ def _grid(site: MlpSite, uniform: int, round_to: int, *, timed: bool) -> list[in
     return sorted({*range(step, site.d_hidden + 1, step), uniform, site.d_hidden})
 
 
-def _key(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], batches: Sequence[Tensor]) -> str:
+def _key(request: _Request, teacher: nn.Module, sites: Sequence[MlpSite], batches: Sequence[Tensor]) -> str:
     """Hash of all that decides what is measured: weights, images, method, options, seed, repair, versions."""
-    digest, repair = hashlib.sha256(), recipe.repair_options()
+    digest, repair = hashlib.sha256(), request.repair
     about = {
-        "method": recipe.method,
-        "options": find_method(recipe.method).parse_options(recipe.options).model_dump(mode="json"),
+        "method": request.method.name,
+        "options": request.method.model_dump(mode="json"),
         "ridge": None if repair is None else repair.ridge,
-        "seed": recipe.seed,
+        "seed": request.seed,
         "sites": [site.path for site in sites],
         "versions": versions(),
         "device": str(device_of(teacher)),
@@ -232,7 +245,7 @@ def _key(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], batches: 
 
 def _measure_(
     found: _Measured,
-    recipe: Recipe,
+    request: _Request,
     teacher: nn.Module,
     sites: Sequence[MlpSite],
     batches: Sequence[Tensor],
@@ -255,12 +268,12 @@ def _measure_(
     )
     with progress("allocate", len(sites), quiet=quiet) as bar:
         for visit in visits:
-            picks = _Picks(recipe=recipe, visit=visit, weights=read_weights(teacher, visit.site), number=bar.done)
+            picks = _Picks(request=request, visit=visit, weights=read_weights(teacher, visit.site), number=bar.done)
             found.errors[visit.site.path] = picks.curve(judge).tolist()
             found.tokens[visit.site.path] = visit.stats.num_tokens / num_images
             if bar.done == 0 and not picks.nested():
                 found.notes.append(
-                    f"allocate: {recipe.method} does not pick units in one order for all widths; the curves are rough."
+                    f"allocate: {request.method.name} does not pick units in one order for all widths; the curves are rough."
                 )
             bar.advance(1, visit.site.path)
     found.save()
@@ -270,7 +283,7 @@ def _measure_(
 class _Picks:
     """One MLP, the `number`th in forward order, and what a method picks of its units."""
 
-    recipe: Recipe
+    request: _Request
     visit: SiteVisit
     weights: MlpWeights
     number: int
@@ -282,9 +295,8 @@ class _Picks:
 
     def first(self, width: int) -> tuple[int, ...]:
         """What the method picks for a width, as `cut_` asks it."""
-        method = find_method(self.recipe.method)
-        options, seed = method.parse_options(self.recipe.options), self.recipe.seed + self.number
-        return select(self.weights, self.visit.site, self.visit, width, method, options, seed).keep
+        seed = self.request.seed + self.number
+        return select(self.weights, self.visit.site, self.visit, width, self.request.method, seed).keep
 
     def nested(self) -> bool:
         """Whether fewer units are the first of more."""
@@ -293,7 +305,7 @@ class _Picks:
 
     def curve(self, judge: Callable[[KeepUnits], float]) -> Values:
         """Error of the final features at widths 1..H, from the MLP's own error at all and theirs at a few."""
-        repair, order = self.recipe.repair_options(), torch.tensor(self.order)
+        repair, order = self.request.repair, torch.tensor(self.order)
         own_H = self._own_errors(order, repaired=repair is not None).cpu().numpy()
         widths = sorted({max(1, round(share * len(order))) for share in PROBED}, reverse=True)
         final = [judge(self._edit(self.order[:width], repair)) for width in widths]
@@ -372,6 +384,6 @@ def _time_(found: _Measured, teacher: nn.Module, site: MlpSite, widths: Sequence
                 except Exception as error:  # a foreign module that wants more than tokens says so in its own way
                     reason = f"{type(error).__name__}: {error}"
                     raise RecipeError(
-                        f"allocate.budget: {site.path} can't be timed by itself ({reason:.100}); use macs."
+                        f"allocate.cost: {site.path} can't be timed by itself ({reason:.100}); use macs."
                     ) from error
     known |= {str(width): round(1e9 * median(times[1:])) for width, times in seen.items()}

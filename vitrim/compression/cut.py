@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView, SiteVisit, walk
+from vitrim.compression.budget import solve_widths
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.steps import Step
 from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import Method, MethodOptions, find_method
-from vitrim.models.origin import Origin
+from vitrim.methods import Method, ModelMethod, SiteMethod, find_method
 from vitrim.models.sites import find_mlps
-from vitrim.models.stock import nearest_stock_width
 from vitrim.ops.least_squares import fit_output, squared_error
 from vitrim.output.provenance import versions
 from vitrim.output.stage import CUT_STATE
@@ -50,22 +50,24 @@ def cut_(
     recipe: Recipe,
     batches: Sequence[Tensor] | None,
     *,
+    widths: Mapping[str, int] | None = None,
     quiet: bool = False,
     done: Sequence[KeepUnits] = (),
     keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None = None,
     offload: Path | None = None,
     moments: torch.dtype = torch.float64,
 ) -> CutReport:
-    """Cut a student in place, by each of a recipe's methods in turn.
+    """Cut a student in place, by each of a recipe's steps in turn.
 
     Args:
         student: a copy of the teacher.
         teacher: the original.
-        sites: what to cut; each to `recipe.width_of(site)` units.
-        recipe: methods, options, repair.
+        sites: MLPs to cut.
+        recipe: steps, seed.
         batches: calibration images, or None: then only methods that need weights alone can run, without repair.
+        widths: hidden units that the first step keeps of each MLP, by path; without, what the recipe's budget comes to.
         quiet: show no progress.
-        done: edits that the student has behind it, from a run that was stopped; for a recipe of one method.
+        done: edits that the student has behind it, from a run that was stopped; for a recipe of one step.
         keep_edit: called with each cut of an MLP and its errors; what it returns stands in the plan in its place.
         offload: folder for calibration activations; None keeps them in memory.
         moments: type in which second moments are stored.
@@ -74,19 +76,24 @@ def cut_(
         The plan (with the tensors that came of repair) and what was measured on the way.
 
     Raises:
-        BudgetError: a width is outside what a site has.
+        BudgetError: a width is outside what an MLP has.
         RecipeError: the method needs images and there are none.
     """
-    recipe.check_widths(sites)
     edits: list[Edit] = list(done)
     errors: dict[str, dict[str, float]] = {}
     notes: list[str] = []
-    for number, stage in enumerate(recipe.stages()):
-        work = _Stage(
+    for number, step in enumerate(recipe.steps):
+        left = sites if number == 0 else _sites_left(student, sites, step)
+        units = widths if number == 0 else None
+        if units is None:
+            units = _widths(recipe, number, left, student, teacher, batches)
+        work = _StepRun(
             student=student,
             teacher=teacher,
-            sites=sites if number == 0 else _sites_left(student, sites, stage),
-            recipe=stage,
+            sites=left,
+            step=step,
+            seed=recipe.seed,
+            widths=units,
             batches=batches,
             edits=edits,
             errors=errors,
@@ -95,19 +102,40 @@ def cut_(
             offload=offload,
             moments=moments,
         )
-        notes += _notes(work.method, stage, batches)
+        notes += _notes(work.method, step, batches)
         notes += work.run_(quiet)
     return CutReport(plan=_plan(recipe, edits), errors=errors, notes=tuple(notes))
 
 
+def _widths(
+    recipe: Recipe,
+    number: int,
+    sites: Sequence[MlpSite],
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Tensor] | None,
+) -> dict[str, int]:
+    """Return what the budget of a step comes to, of the student as the steps before it have left it.
+
+    Raises:
+        BudgetError: the MLPs can't give it, or it has to be found by trying.
+    """
+    width, kind = recipe.width(number), find_method(recipe.steps[number].method)
+    if kind.takes == "share" and width.is_of_the_model:
+        raise BudgetError(f"{width.kind}: what {kind.name} saves is not known before it is tried; give keep_ratio here.")
+    return solve_widths(width, sites, student, None if batches is None else batches[0], original=teacher)
+
+
 @dataclass(kw_only=True)
-class _Stage:
+class _StepRun:
     """One method at work on a student; `edits` and `errors` grow as it goes."""
 
     student: nn.Module
     teacher: nn.Module
     sites: Sequence[MlpSite]
-    recipe: Recipe
+    step: Step
+    seed: int
+    widths: Mapping[str, int]
     batches: Sequence[Tensor] | None
     edits: list[Edit]
     errors: dict[str, dict[str, float]]
@@ -117,22 +145,24 @@ class _Stage:
     moments: torch.dtype
 
     def __post_init__(self) -> None:
-        self.method = find_method(self.recipe.method)
-        self.options = self.method.parse_options(self.recipe.options)
-        self.repair = self.recipe.repair_options() if self.batches is not None else None
-        self.widths = {site.path: self.recipe.width_of(site) for site in self.sites}
+        self.method = self.step.make_method()
+        self.repair = self.step.repair_options() if self.batches is not None else None
 
     def run_(self, quiet: bool) -> list[str]:
-        """Ask the method and do what it says; notes for the user."""
-        if self.method.propose is None:
-            return self._cut_sites_({}, quiet)
-        if self.method.needs == "images" and self.batches is None:
-            raise RecipeError(f"method: {self.method.name} needs calibration images; pass data.")
+        """Ask the method and do what it says; return notes for the user."""
+        if isinstance(self.method, ModelMethod):
+            return self._propose_(self.method, quiet)
+        return self._cut_sites_({}, quiet)
+
+    def _propose_(self, method: ModelMethod, quiet: bool) -> list[str]:
+        """Carry out a method's edits as it hands them out; cuts that bring no tensors along are repaired at the end."""
+        if method.needs == "images" and self.batches is None:
+            raise RecipeError(f"method: {method.name} needs calibration images; pass data.")
         chosen: dict[str, KeepUnits] = {}
         num_before = len(self.edits)
-        with progress(self.method.name, 0, quiet=quiet) as bar:
-            view = LiveModelView(self.student, self.sites, self.widths, self.batches, seed=self.recipe.seed, bar=bar)
-            for edit in self.method.propose(view, self.options):
+        with progress(method.name, 0, quiet=quiet) as bar:
+            view = LiveModelView(self.student, self.sites, self.widths, self.batches, seed=self.seed, bar=bar)
+            for edit in method.propose(view):
                 if isinstance(edit, KeepUnits) and not edit.tensors:
                     chosen[edit.site.path] = edit
                 else:
@@ -140,9 +170,9 @@ class _Stage:
                     self.edits.append(edit)
                 bar.advance(1, edit.where)
         if not self.sites and not chosen and len(self.edits) == num_before:
-            raise _nothing_left(self.method)
+            raise _nothing_left(method.name)
         if self.repair is not None and not chosen:
-            view.note(f"repair: {self.method.name} cut no hidden units, so nothing was repaired.")
+            view.note(f"repair: {method.name} cut no hidden units, so nothing was repaired.")
         return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
 
     def _cut_sites_(self, chosen: Mapping[str, KeepUnits], quiet: bool) -> list[str]:
@@ -151,12 +181,9 @@ class _Stage:
         with progress("cut", len(chosen) or len(self.sites), quiet=quiet) as bar:
             bar.done = len(self.behind)
             for site, visit in self._visits(chosen):
-                weights, seed = read_weights(self.student, site), self.recipe.seed + len(self.edits)
-                edit = chosen.get(site.path) or select(
-                    weights, site, visit, self.widths[site.path], self.method, self.options, seed
-                )
+                edit = chosen.get(site.path) or self._select(site, visit)
                 if self.repair is not None and visit is not None:
-                    edit, self.errors[site.path] = _repair_(self.student, edit, visit, self.repair, self.recipe.seed)
+                    edit, self.errors[site.path] = _repair_(self.student, edit, visit, self.repair, self.seed)
                     notes += _visit_notes(visit, self.repair)
                 else:
                     apply_(self.student, [edit])
@@ -165,6 +192,12 @@ class _Stage:
                 bar.advance(1, site.path)
                 del visit  # its sums must not live on beside those of the next one
         return notes
+
+    def _select(self, site: MlpSite, visit: SiteVisit | None) -> KeepUnits:
+        """Ask the method which units of an MLP stay."""
+        assert isinstance(self.method, SiteMethod)
+        weights, seed = read_weights(self.student, site), self.seed + len(self.edits)
+        return select(weights, site, visit, self.widths[site.path], self.method, seed)
 
     def _visits(self, chosen: Mapping[str, KeepUnits]) -> Iterator[tuple[MlpSite, SiteVisit | None]]:
         """Sites in the order in which they are cut, with what calibration saw of them, where anything asks for it."""
@@ -191,34 +224,34 @@ class _Stage:
             del visit
 
 
-def _sites_left(student: nn.Module, sites: Sequence[MlpSite], stage: Recipe) -> list[MlpSite]:
-    """The MLPs of a student that has been cut, as they are now, among those that were asked for."""
+def _sites_left(student: nn.Module, sites: Sequence[MlpSite], step: Step) -> list[MlpSite]:
+    """Return the MLPs of a student that has been cut, as they are now, among those that were asked for."""
     asked = {site.path for site in sites}
     try:
         left = [site for site in find_mlps(student) if site.path in asked]
     except SiteNotFoundError:
         left = []
-    if not left and find_method(stage.method).propose is None:
-        raise _nothing_left(find_method(stage.method))
+    if not left and issubclass(find_method(step.method), SiteMethod):
+        raise _nothing_left(step.method)
     return left
 
 
-def _nothing_left(method: Method) -> SiteNotFoundError:
-    """A step that would do nothing."""
+def _nothing_left(name: str) -> SiteNotFoundError:
+    """Return the error of a step that would do nothing."""
     return SiteNotFoundError(
-        f"then: {method.name} finds no MLP as it needs one, since the steps before it replaced them all; put it first, "
+        f"steps: {name} finds no MLP as it needs one, since the steps before it replaced them all; put it first, "
         "or leave it out."
     )
 
 
 def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
-    """The plan of a recipe; the options of several methods stand under their names."""
-    stages = recipe.stages()
-    options = [find_method(s.method).parse_options(s.options).model_dump(mode="json") for s in stages]
+    """Return the plan of a recipe; the options of several methods stand under their names."""
+    methods = [step.make_method() for step in recipe.steps]
+    options = {method.name: method.model_dump(mode="json") for method in methods}
     return Plan(
         edits=tuple(edits),
-        method="+".join(stage.method for stage in stages),
-        options=options[0] if len(stages) == 1 else {s.method: o for s, o in zip(stages, options, strict=True)},
+        method="+".join(method.name for method in methods),
+        options=options if len(methods) > 1 else options[methods[0].name],
         seed=recipe.seed,
         versions=versions(),
     )
@@ -281,31 +314,10 @@ def _tensor_of(tensors: Mapping[str, Tensor], number: int, name: str) -> Tensor:
     return tensors[own] if own in tensors else tensors[name].clone()
 
 
-def with_stock_width(recipe: Recipe, origin: Origin, sites: Sequence[MlpSite]) -> Recipe:
-    """Where a recipe asks for `stock`, the recipe with the nearest width that the library's own config can express.
-
-    Raises:
-        BudgetError: there is none near.
-    """
-    if not recipe.stock:
-        return recipe
-    asked = recipe.width_of(sites[0])
-    found = nearest_stock_width(origin, sites, asked)
-    if found is None:
-        raise BudgetError(f"stock: {origin.library or origin.name} has no config for a width near {asked}; drop stock.")
-    return recipe if found == asked else recipe.updated({"mlp_ratio": found / sites[0].d_model, "round_to": 1})
-
-
 def select(
-    weights: MlpWeights,
-    site: MlpSite,
-    visit: SiteVisit | None,
-    width: int,
-    method: Method,
-    options: MethodOptions,
-    seed: int,
+    weights: MlpWeights, site: MlpSite, visit: SiteVisit | None, width: int, method: SiteMethod, seed: int
 ) -> KeepUnits:
-    """Ask the method which units stay."""
+    """Ask a method which units of an MLP stay."""
     view = SiteView(
         site=site,
         weights=weights,
@@ -314,8 +326,7 @@ def select(
         stats=None if visit is None else visit.stats,
         scale_D=None if visit is None else visit.scale_D,
     )
-    assert method.select is not None
-    return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view, options)))
+    return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view)))
 
 
 def _repair_(
@@ -353,13 +364,13 @@ def _visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
     return notes
 
 
-def _notes(method: Method, recipe: Recipe, batches: Sequence[Tensor] | None) -> list[str]:
+def _notes(method: Method, step: Step, batches: Sequence[Tensor] | None) -> list[str]:
     """What the user should know about choices made for them."""
     if batches is not None:
         return []
     notes = []
     if method.needs == "images":
         notes.append("no images given: units were selected on weights alone; pass data to select by what they do.")
-    if recipe.repair_options() is not None:
+    if step.repair_options() is not None:
         notes.append("no images given: nothing was repaired; pass data for closed-form repair.")
     return notes

@@ -6,13 +6,14 @@ The time is an estimate: a short matrix product says how fast this machine is, a
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitrim.compression.source import Job
+from vitrim.compression.source import CheckpointJob
 from vitrim.config.recipe import Recipe
 from vitrim.cost.memory import (
     DISK_RATE,
@@ -77,20 +78,23 @@ class RunEstimate:
 
 
 def estimate_run(
-    job: Job, recipe: Recipe, needs: MemoryEstimate | None = None, *, num_images: int | None = None
+    job: CheckpointJob,
+    recipe: Recipe,
+    widths: Mapping[str, int],
+    needs: MemoryEstimate | None = None,
+    *,
+    num_images: int | None = None,
 ) -> RunEstimate:
     """Say what a run will need.
 
     Args:
         job: the checkpoint and its architecture.
-        recipe: width, and what calibration does.
+        recipe: what calibration does.
+        widths: hidden units that stay in each MLP, by path.
         needs: what calibration needs, where that is known already.
         num_images: calibration images; the recipe's number where none is given.
-
-    Raises:
-        BudgetError: the width is outside what an MLP has.
     """
-    edits = [KeepUnits(site=site, keep=tuple(range(recipe.width_of(site)))) for site in job.sites]
+    edits = _first_units(job, widths)
     cut, names = edit_of(edits), job.names
     fakes = {names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
     before = {name: tensor.nbytes for name, tensor in fakes.items()}
@@ -99,9 +103,9 @@ def estimate_run(
     itemsize = max(fakes[name].dtype.itemsize for name in fakes if name in cut)
     picking = max(selection_bytes(edit.site, edit.width, itemsize) for edit in edits)
     passing = copying_bytes(max(size for name, size in before.items() if name in cut))
-    output = output_bytes(job, recipe)
+    output = output_bytes(job, widths)
     program, num_images = program_bytes(), num_images or recipe.calibrate.num_images
-    needs = needs or _needs(job, recipe, num_images)
+    needs = needs or _needs(job, recipe, widths, num_images)
     # Read to select, to pass through and to check what was written; written once.
     moved = touched + sum(before.values()) + 2 * output
     return RunEstimate(
@@ -115,9 +119,14 @@ def estimate_run(
     )
 
 
-def output_bytes(job: Job, recipe: Recipe) -> int:
-    """Size of the output's tensors."""
-    edits = [KeepUnits(site=site, keep=tuple(range(recipe.width_of(site)))) for site in job.sites]
+def _first_units(job: CheckpointJob, widths: Mapping[str, int]) -> list[KeepUnits]:
+    """Return edits that stand for widths, whichever units they keep."""
+    return [KeepUnits(site=site, keep=tuple(range(widths[site.path]))) for site in job.sites]
+
+
+def output_bytes(job: CheckpointJob, widths: Mapping[str, int]) -> int:
+    """Return the size of the output's tensors."""
+    edits = _first_units(job, widths)
     fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
     return sum(tensor.nbytes for _, tensor in transform(fakes, edits))
 
@@ -135,7 +144,7 @@ def check_space(folder: Path, num_bytes: int, what: str = "the output") -> None:
         )
 
 
-def _needs(job: Job, recipe: Recipe, num_images: int) -> MemoryEstimate | None:
+def _needs(job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], num_images: int) -> MemoryEstimate | None:
     """What calibration needs with the recipe's images, of the size that the model takes."""
     known = job.origin.preprocessing
     if "input_size" in known:
@@ -144,10 +153,15 @@ def _needs(job: Job, recipe: Recipe, num_images: int) -> MemoryEstimate | None:
         inputs = torch.empty(known["num_tokens"], dtype=torch.int64, device="meta")
     else:
         return None
-    prefix, batch_size = job.origin.encoder, recipe.calibrate.batch_size
-    sites = [site.within(prefix) for site in job.sites]
-    encoder = job.model.get_submodule(prefix)
-    return estimate_memory(sites, recipe, encoder, inputs, num_images=num_images, batch_size=batch_size)
+    return estimate_memory(
+        job.sites_in_encoder,
+        widths.values(),
+        recipe.steps[0].repair_options(),
+        job.encoder,
+        inputs,
+        num_images=num_images,
+        batch_size=recipe.calibrate.batch_size,
+    )
 
 
 def _calibration(needs: MemoryEstimate, num_images: int) -> dict[str, int]:

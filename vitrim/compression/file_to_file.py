@@ -30,7 +30,7 @@ from vitrim.compression.selection import (
     pick_on_weights,
     placement_within,
 )
-from vitrim.compression.source import Job, check_tensors, open_job
+from vitrim.compression.source import CheckpointJob, check_tensors, open_checkpoint
 from vitrim.config.recipe import Recipe
 from vitrim.cost.memory import parse_bytes
 from vitrim.data import ImageStream, first_images
@@ -50,98 +50,107 @@ from vitrim.storage.tensor_writer import TensorWriter
 from vitrim.surgery import Edit, KeepUnits, Plan, edit_of, reshape_, transform
 
 SHARD_BYTES = 2 * 10**9
-Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruned:
-    """What `prune_checkpoint` did; the plan is without repaired tensors, which stand in the output."""
-
-    out: Path
-    plan: Plan
-    metrics: Mapping[str, Any]
+log = logging.getLogger("vitrim")
 
 
 def prune_checkpoint(
     source: str,
     out: str | Path,
     *,
-    recipe: Recipe | None = None,
-    data: Any = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    data: Any = NOT_GIVEN,
+    method: str | Method | NotGiven = NOT_GIVEN,
+    params_ratio: float | None = None,
+    macs_ratio: float | None = None,
+    mlp_ratio: float | None = None,
+    keep_ratio: float | None = None,
+    hidden_dim: int | None = None,
     memory_budget: str | int | None = None,
     shard_size: str | int = SHARD_BYTES,
     resume: bool = False,
     quiet: bool = False,
-) -> Pruned:
+) -> Result:
     """Prune a checkpoint that need not fit in memory.
+
+    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without, half
+    of the encoder's parameters stay. Every argument that is given wins over the recipe.
 
     Args:
         source: a folder of timm, transformers or open_clip (one file, or shards with an index), `timm/NAME@FILE`, or
             `hf/ORG/NAME` (its files are downloaded first).
         out: folder to write; it must not exist.
-        recipe: method, width, seed, repair; recovery is not possible here.
+        recipe: a Recipe, a mapping of its keys, or a YAML file; recovery is not possible here.
         data: images for selection and repair; without, units are picked on weights alone.
+        method: name of a method that cuts hidden units MLP by MLP, or one of the classes of `vitrim.methods`.
+        params_ratio: share of the encoder's parameters that stays.
+        macs_ratio: share of the encoder's multiply-accumulates that stays.
+        mlp_ratio: hidden width as a multiple of the model width, as in timm.
+        keep_ratio: share of each MLP's hidden units that stays.
+        hidden_dim: hidden units that stay in each MLP.
         memory_budget: bytes, or such as "4GB", that calibration may use; what is over goes to disk.
         shard_size: largest size of a file, for libraries that read shards; others get one file.
         resume: go on with a run into this folder that was killed.
         quiet: show no progress.
 
     Returns:
-        The plan, and sizes and errors.
+        The plan, sizes and errors; the model itself is never built.
 
     Raises:
         VitrimError: the input is wrong or damaged; nothing is written.
     """
-    started, recipe, out = time.monotonic(), recipe or Recipe(), Path(out)
+    asked = {
+        "method": method,
+        "params_ratio": params_ratio,
+        "macs_ratio": macs_ratio,
+        "mlp_ratio": mlp_ratio,
+        "keep_ratio": keep_ratio,
+        "hidden_dim": hidden_dim,
+    }
+    given = {key: value for key, value in asked.items() if value is not None and value is not NOT_GIVEN}
+    chosen = Recipe.of(recipe).updated(given)
+    _check_possible(chosen)
+    task = _open_task(
+        source, chosen, chosen.data if data is NOT_GIVEN else data, memory_budget=memory_budget, shard_size=shard_size
+    )
+    context = RunContext(resume=resume, quiet=quiet, device=chosen.device, seed=chosen.seed)
+    with staged_output(Path(out), resume=resume) as (folder, work):
+        return _run(task, replace(context, work=work), Place(folder=folder, out=Path(out)))
+
+
+def _check_possible(recipe: Recipe) -> None:
+    """Refuse what takes the whole model in memory.
+
+    Raises:
+        RecipeError: the recipe asks for recovery, several steps, allocation, or a method that looks at the whole model.
+    """
     if recipe.recover is not None:
         raise RecipeError("recover: a checkpoint pruned file to file is not distilled; drop it, or use compress.")
-    if recipe.then or find_method(recipe.method).propose is not None:
+    step = recipe.steps[0]
+    if len(recipe.steps) > 1 or not issubclass(find_method(step.method), SiteMethod):
         raise RecipeError(
             "method: file to file only single methods that cut hidden units MLP by MLP run; use compress."
         )
-    if recipe.allocate is not None:
+    if step.allocate is not None:
         raise RecipeError("allocate: error curves need the whole model in memory; use compress, or give its widths.")
-    job = open_job(source, recipe)
-    recipe.check_widths(job.sites)
-    recipe = with_stock_width(recipe, job.origin, job.sites)
-    check_tensors(job)
-    data = recipe.data if data is None else data
-    task = _Task(
-        job=job,
-        recipe=recipe,
-        batches=None if data is None or not looks_at_images(recipe) else _batches(job, recipe, data),
-        memory_budget=memory_budget,
-        shard_bytes=parse_bytes(shard_size),
-        resume=resume,
-        quiet=quiet,
-    )
-    with staged_output(out, resume=resume) as (folder, work):
-        journal = Journal(work, task.fingerprint(), job.sites, resume=resume)
-        try:
-            plan, metrics = _produce(task, journal, folder, work)
-        except (VitrimError, OSError, SafetensorError):
-            if not journal.resumed:  # what a killed run has left is worth more than a wrong option now
-                (work / PICKS).unlink(missing_ok=True)
-            raise
-    metrics["loads_with"] = loads_with(job.origin, out, stock=metrics["stock"])
-    metrics["seconds"] = round(time.monotonic() - started, 1)
-    return Pruned(out=out, plan=plan.without_tensors(), metrics=metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """What was asked for; `batches` are calibration images, None where nothing looks at any."""
+    """A checked request.
 
-    job: Job
+    `widths` are hidden units that stay, by path; `batches` are calibration images, None where nothing looks at any.
+    """
+
+    job: CheckpointJob
     recipe: Recipe
+    widths: Mapping[str, int]
+    notes: tuple[str, ...]
     batches: Sequence[Tensor] | None
     memory_budget: str | int | None
     shard_bytes: int
-    resume: bool
-    quiet: bool
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides about the picks, so that a run is only gone on with by the same one."""
+        """Return what decides about the selection, so that a run is only gone on with by the same one."""
         origin, images = self.job.origin, None
         stats = {info.file.resolve(): info.file.stat() for info in self.job.files.infos.values()}
         if self.batches is not None:
@@ -154,8 +163,46 @@ class _Task:
         }
 
 
-def _batches(job: Job, recipe: Recipe, data: Any) -> list[Tensor]:
-    """Calibration images, drawn as `compress` draws them."""
+def _open_task(
+    source: str, recipe: Recipe, data: Any, *, memory_budget: str | int | None, shard_size: str | int
+) -> _Task:
+    """Open the checkpoint and the images, and turn the budget into widths."""
+    job = open_checkpoint(source, recipe)
+    widths, notes = checkpoint_widths(job, recipe)
+    check_tensors(job)
+    return _Task(
+        job=job,
+        recipe=recipe,
+        widths=widths,
+        notes=notes,
+        batches=None if data is None or not looks_at_images(recipe) else _batches(job, recipe, data),
+        memory_budget=memory_budget,
+        shard_bytes=parse_bytes(shard_size),
+    )
+
+
+def checkpoint_widths(job: CheckpointJob, recipe: Recipe) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return hidden units that stay in each MLP of a checkpoint, by path, and notes.
+
+    Raises:
+        BudgetError: the MLPs can't give what was asked for.
+    """
+    sites, step, note = job.sites_in_encoder, recipe.steps[0], None
+    units: Mapping[str, int] = solve_widths(recipe.width(), sites, job.encoder, _meta_inputs(job))
+    if not step.exact and step.widths is None:
+        units, note = near_stock(units, job.origin, sites)
+    widths = {site.path: units[inner.path] for site, inner in zip(job.sites, sites, strict=True)}
+    return widths, () if note is None else (note,)
+
+
+def _meta_inputs(job: CheckpointJob) -> Tensor | None:
+    """Return inputs of the size that the model takes, on the meta device, where it is known."""
+    inputs = random_inputs(job.origin, 1)
+    return None if inputs is None else inputs.to("meta")
+
+
+def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> list[Tensor]:
+    """Draw calibration images as `compress` draws them."""
     options = recipe.calibrate
     images = open_inputs(data, job.origin)
     if isinstance(images, ImageStream):
@@ -163,151 +210,75 @@ def _batches(job: Job, recipe: Recipe, data: Any) -> list[Tensor]:
     return first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)[0]
 
 
-def _produce(task: _Task, journal: Journal, folder: Path, work: Path) -> tuple[Plan, dict[str, Any]]:
-    """Fill the folder of the output; the plan and what was measured."""
-    job, recipe = task.job, task.recipe
-    notes = _decide(task, journal, work)
-    plan = _plan(job, recipe, journal.edits)
-    written = _write(task, plan, folder, work)
-    metrics = {
-        "model": job.origin.name,
-        "method": recipe.method,
+def _run(task: _Task, context: RunContext, place: Place) -> Result:
+    """Decide, write and measure; what a killed run has left is kept, where this one goes on from it."""
+    started, work = time.monotonic(), context.work
+    assert work is not None
+    journal = Journal(work, task.fingerprint(), task.job.sites, resume=context.resume)
+    try:
+        notes = _decide(task, journal, work, quiet=context.quiet)
+        plan = _plan(task, journal.edits)
+        written = write_checkpoint(
+            task.job, plan, place.folder, work, shard_bytes=task.shard_bytes, context=context
+        )
+        metrics = _metrics(task, plan, journal, written, (*task.notes, *notes), place)
+        metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
+        (place.folder / "recipe.yaml").write_text(task.recipe.dump())
+        write_json(place.folder / "metrics.json", metrics.to_json())
+    except (VitrimError, OSError, SafetensorError):
+        if not journal.resumed:  # what a killed run has left is worth more than a wrong option now
+            (work / PICKS).unlink(missing_ok=True)
+        raise
+    return Result(model=None, plan=plan.without_tensors(), metrics=metrics, out=place.out)
+
+
+def _metrics(
+    task: _Task, plan: Plan, journal: Journal, written: Written, notes: Sequence[str], place: Place
+) -> Metrics:
+    """Put together what was measured."""
+    origin = task.job.origin
+    return Metrics(
+        model=origin.name,
+        method=plan.method,
+        encoder=origin.encoder,
+        before=written.before,
+        after=written.after,
+        images={} if task.batches is None else {"calibration": sum(map(len, task.batches))},
+        cut_errors={path: errors for path, errors in journal.errors.items() if errors},
+        stock=written.stock,
+        loads_with=loads_with(origin, place.out, stock=written.stock),
+        notes=(*notes, *([] if written.stock else [why_not_stock(origin, plan.edits)])),
+        environment=environment(),
         **plan.describe(),
-        "cut_errors": {path: errors for path, errors in journal.errors.items() if errors},
-        **written,
-        "notes": [*notes, *([] if written["stock"] else [why_not_stock(job.origin, plan.edits)])],
-        "environment": environment(),
-    }
-    (folder / "recipe.yaml").write_text(recipe.dump())
-    write_json(folder / "metrics.json", metrics)
-    return plan, metrics
+    )
 
 
-def _decide(task: _Task, journal: Journal, work: Path) -> list[str]:
-    """Say what the run will need, then pick the units of every MLP, and repair where there are images; notes."""
-    job, recipe, batches = task.job, task.recipe, task.batches
+def _decide(task: _Task, journal: Journal, work: Path, *, quiet: bool) -> list[str]:
+    """Say what the run will need, then select the units of every MLP, and repair where there are images; return notes."""
+    job, recipe, widths, batches = task.job, task.recipe, task.widths, task.batches
     if not journal.resumed:  # a part of it may be there already
-        check_space(work, output_bytes(job, recipe))
+        check_space(work, output_bytes(job, widths))
     if batches is None:
-        if not task.quiet:
-            _announce(job, estimate_run(job, recipe).line(images=False))
-        pick_on_weights(job, recipe, journal, quiet=task.quiet)
+        log.info("%s: %s", job.origin.name, estimate_run(job, recipe, widths).line(images=False))
+        select_on_weights(job, recipe, widths, journal, quiet=quiet)
         missed = "no images given: units were picked on weights alone, and nothing was repaired; pass data for that."
         return [missed] if looks_at_images(recipe) else []
-    encoder = job.model.get_submodule(job.origin.encoder)
-    check_inputs(copy.deepcopy(encoder).to("meta"), job.origin, batches)
-    needs = needs_for(job, recipe, batches)
-    way = placement_within(needs, task.memory_budget, work)
-    if not task.quiet:
-        _announce(job, estimate_run(job, recipe, needs, num_images=sum(map(len, batches))).line(images=True))
-    return pick_and_repair(job, recipe, batches, way, journal, quiet=task.quiet)
+    check_inputs(copy.deepcopy(job.encoder).to("meta"), job.origin, batches)
+    needs = estimate_calibration(job, recipe, widths, batches)
+    placement = placement_within(needs, task.memory_budget, work)
+    said = estimate_run(job, recipe, widths, needs, num_images=sum(map(len, batches)))
+    log.info("%s: %s", job.origin.name, said.line(images=True))
+    return select_and_repair(job, recipe, widths, batches, placement, journal, quiet=quiet)
 
 
-def _announce(job: Job, line: str) -> None:
-    """One line up front."""
-    print(f"{job.origin.name}: {line}", file=sys.stderr)
-
-
-def _plan(job: Job, recipe: Recipe, edits: Sequence[KeepUnits]) -> Plan:
-    """The plan, its edits in the order of the sites."""
-    options = find_method(recipe.method).parse_options(recipe.options).model_dump(mode="json")
-    order = {site.path: index for index, site in enumerate(job.sites)}
-    ordered = tuple(sorted(edits, key=lambda edit: order[edit.site.path]))
-    return Plan(edits=ordered, method=recipe.method, options=options, seed=recipe.seed, versions=versions())
-
-
-def _shard_bytes(task: _Task, plan: Plan) -> int | None:
-    """Size of a shard; None for one file, where the library reads no shards and shall load the result."""
-    job = task.job
-    return task.shard_bytes if job.backend.SHARDED or stock_origin(job.origin, plan.edits) is None else None
-
-
-def _write(task: _Task, plan: Plan, folder: Path, work: Path) -> dict[str, Any]:
-    """Config and tensors, checked as they stand on disk, in the folder of the output."""
-    job = task.job
-    touched = edit_of(plan.edits)
-    student = build_empty(job.origin)
-    reshape_(student, plan.edits)
-    dtype = job.files.infos[next(name for name in job.names if job.names[name] in touched)].dtype
-    expected = write_configs(folder, student.to(dtype), origin=job.origin, plan=plan)
-    weights, layout = work / "weights", _layout(job, plan)
-    _check_shapes(job, layout, student)
-    weights.mkdir(exist_ok=True)
-    writer = TensorWriter(
-        weights,
-        layout,
-        stem=expected.removesuffix(".safetensors"),
-        shard_bytes=_shard_bytes(task, plan),
-        journal=work / "written.jsonl",
-        resume=task.resume,
+def _plan(task: _Task, edits: Sequence[KeepUnits]) -> Plan:
+    """Return the plan, its edits in the order of the MLPs."""
+    method = task.recipe.steps[0].make_method()
+    order = {site.path: index for index, site in enumerate(task.job.sites)}
+    return Plan(
+        edits=tuple(sorted(edits, key=lambda edit: order[edit.site.path])),
+        method=method.name,
+        options=method.model_dump(mode="json"),
+        seed=task.recipe.seed,
+        versions=versions(),
     )
-    check_space(work, writer.total_bytes - sum(writer.places[name].num_bytes for name in writer.digests))
-    _pass_through(job, plan, writer, quiet=task.quiet)
-    _check_written(weights, layout, writer)
-    for path in weights.iterdir():
-        path.rename(folder / path.name)
-    sizes = [info.num_bytes for info in job.files.infos.values()]
-    return {
-        "parameters": [sum(t.numel() for t in model.parameters()) for model in (job.model, student)],
-        "bytes": [sum(sizes), writer.total_bytes],
-        "stock": bool(read_about(folder)["stock"]),
-    }
-
-
-def _layout(job: Job, plan: Plan) -> Layout:
-    """Names, types and shapes of the output, in the order of the source."""
-    fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
-    shapes = [tuple(tensor.shape) for _, tensor in transform(fakes, _shapes_alone(plan))]
-    return [(name, info.dtype, shape) for (name, info), shape in zip(job.files.infos.items(), shapes, strict=True)]
-
-
-def _check_shapes(job: Job, layout: Layout, student: nn.Module) -> None:
-    """Hold the output's shapes to those of the cut architecture.
-
-    Raises:
-        CheckpointError: one differs.
-    """
-    wanted = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
-    for name, _, shape in layout:
-        if shape != wanted.get(job.names.get(name, ""), shape):
-            raise CheckpointError(f"{name}: would be {shape}, the cut architecture has {wanted[job.names[name]]}.")
-
-
-def _pass_through(job: Job, plan: Plan, writer: TensorWriter, *, quiet: bool) -> None:
-    """Pass every tensor that is not there yet from the source to the output; what no edit touches by its bytes."""
-    touched = edit_of(plan.edits)
-    try:
-        with progress("write", len(writer.places), quiet=quiet) as bar:
-            bar.done = len(writer.digests)
-            for name in [name for name in job.files if name not in writer.digests]:
-                edit = touched.get(job.names.get(name, ""))
-                if edit is None:
-                    writer.write(name, job.files.chunks(name))
-                else:
-                    ((_, tensor),) = transform({job.names[name]: job.files[name]}, [edit])
-                    writer.write(name, [tensor_bytes(tensor)])
-                bar.advance(1, name)
-        writer.close()
-    finally:
-        writer.abandon()
-
-
-def _check_written(weights: Path, layout: Layout, writer: TensorWriter) -> None:
-    """Read the output back: names, types, shapes, and the checksum of every tensor as it was read or made.
-
-    Raises:
-        OutputError: something differs.
-    """
-    written = open_tensors(weights)
-    found = {name: (info.dtype, info.shape) for name, info in written.infos.items()}
-    wrong = next(writer.wrong(written), None) if found == {name: (d, s) for name, d, s in layout} else "a header"
-    if wrong is not None:
-        raise OutputError(f"{weights}: {wrong} reads back otherwise than it was written; the disk may be failing.")
-
-
-def _shapes_alone(plan: Plan) -> list[Edit]:
-    """Edits whose repaired tensors are empty ones of the right shape, so that shapes are known without reading."""
-    return [
-        replace(edit, tensors=edit.tensors.fakes()) if isinstance(edit.tensors, TensorFiles) else edit
-        for edit in plan.edits
-    ]

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from vitrim.compression.cut import cut_, select
 from vitrim.compression.estimate import check_space
-from vitrim.compression.source import Job
+from vitrim.compression.source import CheckpointJob
 from vitrim.config.recipe import Recipe
 from vitrim.cost.memory import MemoryEstimate, estimate_memory, parse_bytes, show_bytes
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import CheckpointError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod
 from vitrim.models.load import build_empty
 from vitrim.models.sites import find_mlps
 from vitrim.models.streamed import StreamedModel
@@ -103,10 +103,13 @@ class Journal:
         return KeepUnits(site=site, keep=tuple(line["keep"]), tensors=tensors)
 
 
-def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) -> None:
-    """Ask the method about one MLP after the other, with nothing else in memory."""
-    method, tensors = find_method(recipe.method), job.by_model_name
-    options, behind = method.parse_options(recipe.options), {edit.site.path for edit in journal.edits}
+def select_on_weights(
+    job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], journal: Journal, *, quiet: bool
+) -> None:
+    """Ask the method about one MLP after the other, with nothing else in memory; `widths` are by path."""
+    method, tensors = recipe.steps[0].make_method(), job.by_model_name
+    assert isinstance(method, SiteMethod)
+    behind = {edit.site.path for edit in journal.edits}
     with progress("select", len(job.sites), quiet=quiet) as bar:
         bar.done = len(behind)
         for site in [site for site in job.sites if site.path not in behind]:
@@ -115,29 +118,32 @@ def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) 
             for name, tensor in own.items():
                 check_finite(name, tensor)
             seed = recipe.seed + len(journal.edits)
-            journal.add(select(site_weights(own, site), site, None, recipe.width_of(site), method, options, seed), {})
+            journal.add(select(site_weights(own, site), site, None, widths[site.path], method, seed), {})
             bar.advance(1, site.path)
 
 
 def looks_at_images(recipe: Recipe) -> bool:
-    """Whether selection or repair would look at images, given some."""
-    return recipe.repair_options() is not None or find_method(recipe.method).needs == "images"
+    """Return whether selection or repair would look at images, given some."""
+    step = recipe.steps[0]
+    return step.repair_options() is not None or step.make_method().needs == "images"
 
 
-def needs_for(job: Job, recipe: Recipe, batches: Sequence[Tensor]) -> MemoryEstimate:
-    """What calibration on these images will need."""
-    prefix, num_images = job.origin.encoder, sum(map(len, batches))
+def estimate_calibration(
+    job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], batches: Sequence[Tensor]
+) -> MemoryEstimate:
+    """Return what calibration on these images will need."""
     return estimate_memory(
-        [site.within(prefix) for site in job.sites],
-        recipe,
-        job.model.get_submodule(prefix),
+        job.sites_in_encoder,
+        widths.values(),
+        recipe.steps[0].repair_options(),
+        job.encoder,
         batches[0][0],
-        num_images=num_images,
+        num_images=sum(map(len, batches)),
         batch_size=len(batches[0]),
     )
 
 
-def placement_within(needs: MemoryEstimate, memory_budget: str | int | None, work: Path) -> Placement:
+def placement_within(estimate: MemoryEstimate, memory_budget: str | int | None, work: Path) -> Placement:
     """Where activations go and how moments are stored, so that calibration stays within its budget.
 
     Raises:
@@ -147,23 +153,30 @@ def placement_within(needs: MemoryEstimate, memory_budget: str | int | None, wor
     if memory_budget is None:
         return Placement()
     budget = parse_bytes(memory_budget)
-    for offloaded, moments in needs.choices:
-        if needs.bytes(offloaded=offloaded, moments=moments) <= budget:
+    for offloaded, moments in estimate.choices:
+        if estimate.bytes(offloaded=offloaded, moments=moments) <= budget:
             if offloaded:
-                check_space(work, needs.streams, "activations (fewer with calibrate.num_images, none in memory)")
+                check_space(work, estimate.streams, "activations (fewer with calibrate.num_images, none in memory)")
             return Placement(offload=work / "offload" if offloaded else None, moments=moments)
     raise RecipeError(
-        f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(needs.least)}; allow more, "
+        f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(estimate.least)}; allow more, "
         "or lower calibrate.batch_size or repair.max_tokens."
     )
 
 
-def pick_and_repair(
-    job: Job, recipe: Recipe, batches: Sequence[Tensor], way: Placement, journal: Journal, *, quiet: bool
+def select_and_repair(
+    job: CheckpointJob,
+    recipe: Recipe,
+    widths: Mapping[str, int],
+    batches: Sequence[Tensor],
+    placement: Placement,
+    journal: Journal,
+    *,
+    quiet: bool,
 ) -> list[str]:
-    """Cut and repair block after block, teacher's and student's blocks read as they come; notes for the user."""
+    """Cut and repair block after block, teacher's and student's blocks read as they come; return notes for the user."""
     prefix, tensors = job.origin.encoder, job.by_model_name
-    sites = [site.within(prefix) for site in job.sites]
+    sites = job.sites_in_encoder
     start = f"{prefix}." if prefix else ""
     own = tensors.renamed({name: name.removeprefix(start) for name in tensors if name.startswith(start)})
     _check_complete(job, own)
@@ -186,17 +199,18 @@ def pick_and_repair(
             sites,
             recipe,
             batches,
+            widths={inner.path: widths[site.path] for inner, site in zip(sites, job.sites, strict=True)},
             quiet=quiet,
             done=behind,
             keep_edit=keep,
-            offload=way.offload,
-            moments=way.moments,
+            offload=placement.offload,
+            moments=placement.moments,
         )
     finally:
         for model in held:
             model.close()
-        if way.offload is not None:
-            shutil.rmtree(way.offload, ignore_errors=True)
+        if placement.offload is not None:
+            shutil.rmtree(placement.offload, ignore_errors=True)
     return list(cut.notes)
 
 
@@ -209,7 +223,7 @@ def _within(edit: KeepUnits, prefix: str) -> KeepUnits:
     return replace(replace(edit, tensors={}).within(prefix), tensors=tensors)
 
 
-def _check_complete(job: Job, own: TensorFiles) -> None:
+def _check_complete(job: CheckpointJob, own: TensorFiles) -> None:
     """Refuse to run an encoder of which the files lack a tensor.
 
     Raises:

@@ -7,22 +7,24 @@ trained or measured here.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from vitrim.config.recipe import Recipe
+from vitrim.config.widths import Width
 from vitrim.cost.count import num_parameters
 from vitrim.data.inputs import random_inputs
 from vitrim.errors import BudgetError, CheckpointError
+from vitrim.metrics.record import Metrics, ModelCost
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, in_one_line
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.output.load import load, read_about
 from vitrim.output.provenance import environment
+from vitrim.output.result import Result
 from vitrim.output.save import save
 from vitrim.output.stage import staged_output
 from vitrim.output.verify import verify
@@ -31,18 +33,8 @@ from vitrim.storage.documents import write_json
 from vitrim.surgery import KeepUnits, Plan, apply_
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sliced:
-    """What `slice_output` wrote; the plan leads from the original model to this width."""
-
-    model: nn.Module
-    plan: Plan
-    metrics: Mapping[str, Any]
-    out: Path
-
-
-def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model: nn.Module | None = None) -> Sliced:
-    """Cut an output of vitrim to a smaller width.
+def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model: nn.Module | None = None) -> Result:
+    """Cut an output of vitrim to a smaller width, without images.
 
     Args:
         source: a folder that vitrim wrote; best one with `recover.elastic`, which was trained for its widths.
@@ -51,13 +43,14 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
         model: the uncut model, for one that no library can build; it is reshaped in place.
 
     Returns:
-        The small model, its plan, what was measured, and the folder.
+        The small model, the plan that leads from the original to it, what was measured, and the folder.
 
     Raises:
         BudgetError: the ratio is above the output's own width, or not above 0.
         CheckpointError: the source is not vitrim's, is damaged, or holds more than cuts of hidden units.
         OutputError: `out` can't be written, or does not load back.
     """
+    started = time.monotonic()
     if not 0 < mlp_ratio < math.inf:
         raise BudgetError(f"mlp_ratio is {mlp_ratio:g}; give a multiple of the model width above 0.")
     source, out = Path(source), Path(out)
@@ -72,21 +65,21 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
     narrowed = {id(edit): _narrowed(edit, chosen) for edit in cuts}
     plan = replace(plan, edits=tuple(narrowed.get(id(edit), edit) for edit in plan.edits))
     note = f"MLP ratio {mlp_ratio:g} was not trained or repaired for: these are the first units of {source}."
-    metrics: dict[str, Any] = {
-        "model": origin.name,
-        "sliced_from": str(source),
-        "mlp_ratio": mlp_ratio,
+    metrics = Metrics(
+        model=origin.name,
+        method=plan.method,
+        encoder=origin.encoder,
+        before=ModelCost(parameters=before),
+        after=ModelCost(parameters=num_parameters(whole)),
+        sliced_from=str(source),
+        elastic={f"{mlp_ratio:g}": dict(chosen.errors)} if chosen.errors else None,
+        notes=(note,) if found is None else (),
+        environment=environment(),
         **plan.describe(),
-        "before": {"parameters": before},
-        "after": {"parameters": num_parameters(whole)},
-        "errors": dict(chosen.errors),
-        "notes": [note] if found is None else [],
-        "environment": environment(),
-    }
+    )
     with staged_output(out) as (folder, _):
-        _write(folder, whole, origin, plan, metrics)
-    metrics["loads_with"] = loads_with(origin, out, stock=metrics["stock"])
-    return Sliced(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
+        metrics = _write(folder, whole, origin, plan, metrics, out, started)
+    return Result(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
 
 
 def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
@@ -109,9 +102,9 @@ def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
 
 def _prefix(cuts: Sequence[KeepUnits], mlp_ratio: float) -> Slice:
     """The units of a width that the output was not trained for."""
-    recipe = Recipe()
+    width = Width(kind="mlp_ratio", value=mlp_ratio)
     sites = [replace(edit.site, d_hidden=edit.width) for edit in cuts]
-    return Slice(units={site.path: recipe.width_of(site, mlp_ratio=mlp_ratio) for site in sites})
+    return Slice(units={site.path: width.of(site) for site in sites})
 
 
 def _checked(found: Slice, cuts: Sequence[KeepUnits], source: Path) -> Slice:
@@ -144,16 +137,27 @@ def _own_tensors(edit: KeepUnits, chosen: Slice) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in chosen.tensors.items() if name.startswith(f"{edit.site.output}.")}
 
 
-def _write(folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: dict[str, Any]) -> None:
-    """A normal output folder, loaded back in a fresh process before this returns."""
+def _write(
+    folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: Metrics, out: Path, started: float
+) -> Metrics:
+    """Write a normal output folder, loaded back in a fresh process before this returns the finished metrics."""
     stock, backend = stock_origin(origin, plan.edits), backend_of(origin.library)
-    metrics["stock"] = stock is not None
+    notes = metrics.notes
     if stock is None:
-        metrics["notes"].append(why_not_stock(origin, plan.edits))
+        notes = (*notes, why_not_stock(origin, plan.edits))
     elif backend is not None:
         backend.describe_(whole, stock)
     save(folder, whole, origin=origin, plan=plan)
     probe = None if origin.library is None else random_inputs(origin, 4)
-    if probe is not None:
-        metrics["reload_difference"] = verify(folder, whole, probe, origin=origin, stock=metrics["stock"])
-    write_json(folder / "metrics.json", metrics)
+    is_stock = stock is not None
+    difference = None if probe is None else verify(folder, whole, probe, origin=origin, stock=is_stock)
+    metrics = replace(
+        metrics,
+        stock=is_stock,
+        notes=notes,
+        loads_with=loads_with(origin, out, stock=is_stock),
+        reload_difference=difference,
+        seconds=round(time.monotonic() - started, 1),
+    )
+    write_json(folder / "metrics.json", metrics.to_json())
+    return metrics

@@ -22,7 +22,7 @@ NOT_FETCHED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CheckpointJob:
     """A checkpoint and its architecture: `names` maps names in the files to names in the model."""
 
     model: nn.Module
@@ -33,12 +33,22 @@ class Job:
     sites: tuple[MlpSite, ...]
 
     @property
+    def encoder(self) -> nn.Module:
+        """The part of the architecture that takes the inputs, on the meta device."""
+        return self.model.get_submodule(self.origin.encoder)
+
+    @property
+    def sites_in_encoder(self) -> list[MlpSite]:
+        """The MLPs by paths from the encoder."""
+        return [site.within(self.origin.encoder) for site in self.sites]
+
+    @property
     def by_model_name(self) -> TensorFiles:
         """The tensors under the model's names."""
         return self.files.renamed(self.names)
 
 
-def open_job(source: str, recipe: Recipe) -> Job:
+def open_checkpoint(source: str, recipe: Recipe) -> CheckpointJob:
     """The architecture on meta, the files (headers alone) and how their names go together.
 
     Raises:
@@ -55,7 +65,7 @@ def open_job(source: str, recipe: Recipe) -> Job:
         origin = replace(origin, encoder=encoder, preprocessing={})
     with in_one_line(source):  # the library's own code, on tensors that may be of any shape
         names = backend.names(model, files.fakes())
-    return Job(
+    return CheckpointJob(
         model=model,
         origin=replace(origin, name=source),
         backend=backend,
@@ -100,7 +110,7 @@ def _fetched(name: str, source: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=list(NOT_FETCHED)))
 
 
-def check_tensors(job: Job) -> None:
+def check_tensors(job: CheckpointJob) -> None:
     """Refuse a checkpoint that is not the architecture's.
 
     Raises:

@@ -16,6 +16,9 @@ from vitrim.models.features import FeaturesAt
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+Counted = Literal["params", "macs", "latency"]
+
+
 class Options(BaseModel):
     """Frozen, numbers are finite, and an unknown key is an error."""
 
@@ -47,11 +50,11 @@ class RepairOptions(Options):
 class AllocateOptions(Options):
     """Widths that differ from MLP to MLP, together at most as expensive as the recipe's width in all of them.
 
-    `budget` is what expense is counted in: parameters, multiply-accumulates, or time measured on the device. The error
+    `cost` is what expense is counted in: parameters, multiply-accumulates, or time measured on the device. The error
     curves behind it are kept in the folder `cache`, for other widths and budgets; None keeps them for this run alone.
     """
 
-    budget: Literal["params", "macs", "latency"] = "params"
+    cost: Counted = "params"
     cache: Path | None = None
 
 

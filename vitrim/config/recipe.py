@@ -1,115 +1,102 @@
 """What the user asked for, as one frozen value that the command line, YAML files and the Python API share.
 
-Widths are resolved here too, because they are part of the request. Nothing is loaded or run.
+Nothing is loaded or run here.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from vitrim.config.options import (
-    AdapterOptions,
-    AllocateOptions,
-    BlockwiseOptions,
-    CacheOptions,
-    CalibrateOptions,
-    Options,
-    RecoverOptions,
-    RepairOptions,
-)
-from vitrim.errors import BudgetError, RecipeError
+from vitrim.checked import Checked, explain, known_keys
+from vitrim.config.options import BlockwiseOptions, CalibrateOptions, RecoverOptions
+from vitrim.config.steps import Step
+from vitrim.config.widths import BUDGETS, Width
+from vitrim.config.yaml_files import read_yaml
+from vitrim.errors import RecipeError
 from vitrim.methods import find_method
-from vitrim.types import MlpSite
 
 LENGTHS = {"steps", "epochs"}
-BUDGETS = {"mlp_ratio", "keep_ratio", "width"}
-MAX_VALUES = 10_000
+MERGED = ("repair", "allocate", "blockwise", "recover", "calibrate", "options")
 
 
-class Step(Options):
-    """Another method, on what the steps before it have left, and without a width on all of it.
+class Recipe(Checked):
+    """One run: a model, the steps that cut it, and what follows the cut.
 
-    What else is not given is as in a recipe.
-    """
-
-    method: str
-    options: dict[str, Any] = Field(default_factory=dict)
-    mlp_ratio: float | None = Field(default=None, gt=0)
-    keep_ratio: float | None = Field(default=None, gt=0, le=1)
-    width: int | None = None
-    repair: RepairOptions | bool | None = None
-
-
-class Recipe(Options):
-    """One run: a model, a method, a width, and what follows the cut.
-
-    `widths` gives MLPs a width of their own, by path or the end of it; `allocate` finds them. `repair` is None for the
-    method's own habit, False for none, True or options for the closed-form repair. `then` are further methods, each on
-    what the ones before it have left; recovery follows once, at the end.
+    A recipe of one step may give the step's own keys (`method`, `mlp_ratio`, `repair` and so on) in place of `steps`.
     """
 
     model: str | None = None
+    """Name or folder of the model."""
     data: str | None = None
-    method: str = "dgmr"
-    options: dict[str, Any] = Field(default_factory=dict)
-    mlp_ratio: float | None = Field(default=None, gt=0)
-    keep_ratio: float | None = Field(default=None, gt=0, le=1)
-    width: int | None = None
-    round_to: int = Field(default=8, ge=1)
-    widths: dict[str, int] | None = None
-    allocate: AllocateOptions | None = None
-    stock: bool = False
+    """Images to learn from; no labels."""
+    steps: tuple[Step, ...] = Field(default=(Step(),), min_length=1)
+    """Methods, each at work on what the ones before it have left."""
     scope: str | None = None
+    """Dotted path of the part to cut, or the end of one; without, the image tower or the whole model."""
     calibrate: CalibrateOptions = CalibrateOptions()
-    repair: RepairOptions | bool | None = None
+    """Images that selection and repair look at."""
     blockwise: BlockwiseOptions | None = None
+    """Training of each block by itself, after the cut."""
     recover: RecoverOptions | None = None
-    then: tuple[Step, ...] = ()
+    """Label-free distillation, once, at the end."""
     seed: int = Field(default=0, ge=0)
+    """Makes two runs equal."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `mps`, or any torch device."""
 
-    @model_validator(mode="after")
-    def _one_budget(self) -> Recipe:
-        given = [name for name in sorted(BUDGETS) if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"give exactly one of mlp_ratio, keep_ratio and width, not {' and '.join(given)}")
-        return self
+    if TYPE_CHECKING:  # what a recipe of one step takes, for completion and type checkers
 
-    @field_validator("allocate", mode="before")
+        def __init__(self, **keys: Any) -> None: ...
+
+    @model_validator(mode="before")
     @classmethod
-    def _allocate_or_not(cls, given: Any) -> Any:
-        """`auto` stands for the defaults, `uniform` for equal widths."""
-        return {"auto": {}, "uniform": None}.get(given, given) if isinstance(given, str) else given
+    def _one_step(cls, given: Any) -> Any:
+        """Make a step of the keys that belong to one."""
+        if not isinstance(given, Mapping):
+            return given
+        own = {key: value for key, value in given.items() if key in Step.model_fields}
+        if own and "steps" in given:
+            raise ValueError(f"{next(iter(own))}: belongs to a step; put it into one of steps, or drop steps")
+        rest = {key: value for key, value in given.items() if key not in own}
+        return {**rest, "steps": [own]} if own else rest
 
     @model_validator(mode="after")
-    def _one_way_to_widths(self) -> Recipe:
-        own = [name for name in ("widths", "allocate") if getattr(self, name) is not None]
-        if len(own) > 1:
-            raise ValueError("allocate finds widths and widths gives them; drop one of the two")
-        if own and (self.stock or (self.recover is not None and self.recover.elastic is not None)):
-            raise ValueError(f"{own[0]}: stock and recover.elastic want the same width in every MLP; drop them, or it")
+    def _fits_together(self) -> Recipe:
+        for before, after in pairwise(find_method(step.method) for step in self.steps):
+            if after.first_order() < before.last_order():
+                raise RecipeError(
+                    f"steps: {after.name} ({after.edits_in_words()}) can't follow {before.name} "
+                    f"({before.edits_in_words()}), which puts other modules in the place of those that it works on; "
+                    f"put {after.name} first."
+                )
+        if self.recover is not None and self.recover.elastic is not None:
+            self._check_elastic(self.recover.elastic)
         return self
 
-    @model_validator(mode="after")
-    def _elastic_agrees(self) -> Recipe:
-        ratios = None if self.recover is None else self.recover.elastic
-        if ratios is None:
-            return self
-        if self.keep_ratio is not None or self.width is not None or self.stock:
-            raise ValueError("recover.elastic names MLP ratios; drop keep_ratio, width and stock")
-        if self.mlp_ratio not in (None, ratios[-1]):
+    def _check_elastic(self, ratios: tuple[float, ...]) -> None:
+        """Refuse what goes against several widths in one result."""
+        step = self.steps[0]
+        for name in ("widths", "allocate"):
+            if getattr(step, name) is not None:
+                raise ValueError(f"{name}: recover.elastic wants the same width in every MLP; drop one of the two")
+        if step.budget not in (None, "mlp_ratio"):
+            raise ValueError(f"recover.elastic names MLP ratios; drop {step.budget}")
+        if step.mlp_ratio not in (None, ratios[-1]):
             raise ValueError(
-                f"mlp_ratio is {self.mlp_ratio:g} and the largest of recover.elastic is {ratios[-1]:g}; "
+                f"mlp_ratio is {step.mlp_ratio:g} and the largest of recover.elastic is {ratios[-1]:g}; "
                 "drop mlp_ratio, or make them equal"
             )
-        return self
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """Return every key that may be given, nested ones dotted, those of the first step too."""
+        return [*known_keys(cls), *known_keys(Step)]
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -129,174 +116,75 @@ class Recipe(Options):
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-        """Check a mapping; the method's own options are checked too.
+        """Make a recipe of a mapping; `where` names its source in errors.
 
         Raises:
             RecipeError: a key is unknown or a value is not allowed.
         """
         try:
-            recipe = cls.model_validate(dict(data))
+            return cls.model_validate(dict(data))
         except ValidationError as error:
-            raise RecipeError(f"{where}: {_explain(error.errors()[0])}") from None
-        for stage in recipe.stages():
-            find_method(stage.method).parse_options(stage.options)
-        _check_order(recipe)
-        return recipe
+            raise RecipeError(f"{where}: {explain(error, cls)}") from None
+
+    @classmethod
+    def of(cls, given: Recipe | Mapping[str, Any] | str | Path | None) -> Recipe:
+        """Return a recipe from a recipe, a mapping, the path of a YAML file, or None for the defaults.
+
+        Raises:
+            RecipeError: it can't be read, or a key or value is not allowed.
+        """
+        if isinstance(given, Recipe):
+            return given
+        if given is None or isinstance(given, Mapping):
+            return cls.parse(given or {})
+        return cls.load(given)
 
     def updated(self, given: Mapping[str, Any]) -> Recipe:
-        """This recipe with other values over it; None changes nothing, a new budget or length replaces the old one.
+        """Return this recipe with other values over it; a new budget, length or method replaces the old one.
+
+        Args:
+            given: keys of a recipe or, for its first step, of a step. Mappings are merged into what is there.
 
         Raises:
             RecipeError: the result is not a valid recipe.
         """
-        wins = {key: value for key, value in given.items() if value is not None}
         base = self.model_dump(exclude_unset=True)
-        if BUDGETS & wins.keys():
-            base = {key: value for key, value in base.items() if key not in BUDGETS}
-        base, length = dict(base), wins.get("recover")
-        if isinstance(length, Mapping) and LENGTHS & length.keys() and isinstance(base.get("recover"), dict):
-            base["recover"] = {key: value for key, value in base["recover"].items() if key not in LENGTHS}
-        for key in ("repair", "allocate", "blockwise", "recover", "calibrate", "options"):
-            if isinstance(base.get(key), dict) and isinstance(wins.get(key), Mapping):
-                wins[key] = {**base[key], **wins[key]}
-        return self.parse({**base, **wins})
+        steps = [dict(step) for step in base.pop("steps", ({},))]
+        if "steps" in given:
+            return self.parse({**_merged(base, given)})
+        own = {key: value for key, value in given.items() if key in Step.model_fields}
+        rest = {key: value for key, value in given.items() if key not in own}
+        if any(own.get(name) is not None for name in BUDGETS):
+            steps[0] = {key: value for key, value in steps[0].items() if key not in BUDGETS}
+        named = own.get("method")
+        if named is not None and getattr(named, "name", named) != self.steps[0].method:
+            steps[0].pop("options", None)  # of the method that is replaced
+        steps[0] = _merged(steps[0], own)
+        return self.parse({**_merged(base, rest), "steps": steps})
 
-    def stages(self) -> list[Recipe]:
-        """The recipe as one recipe for each of its methods, in their order."""
-        own = dict.fromkeys((*Step.model_fields, "widths", "allocate"))  # what a step does not give is nobody's
-        alone = self.model_copy(update={"then": ()})
-        steps = [dict(step) for step in self.then]
-        for step in steps:
-            if all(step[name] is None for name in BUDGETS):
-                step["keep_ratio"] = 1.0
-        return [alone, *(alone.model_copy(update={**own, **step}) for step in steps)]
+    def width(self, number: int = 0) -> Width:
+        """Return how many hidden units of each MLP stay after a step.
+
+        Without a budget that is half of the encoder's parameters in the first step, the largest of the widths of
+        `recover.elastic` where that is given, and all units in later steps and for methods that go by no budget.
+        """
+        step = self.steps[number]
+        if number or find_method(step.method).takes == "nothing":
+            return step.width(default=("keep_ratio", 1.0))
+        elastic = None if self.recover is None else self.recover.elastic
+        return step.width() if elastic is None else step.width(default=("mlp_ratio", elastic[-1]))
 
     def dump(self) -> str:
-        """The recipe as YAML; `load` gives it back."""
+        """Return the recipe as YAML; `load` gives it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def repair_options(self) -> RepairOptions | None:
-        """The repair to run: what was asked for, or the method's own habit."""
-        if isinstance(self.repair, RepairOptions):
-            return self.repair
-        wanted = find_method(self.method).repairs if self.repair is None else self.repair
-        return RepairOptions() if wanted else None
 
-    def width_of(self, site: MlpSite, *, mlp_ratio: float | None = None) -> int:
-        """How many hidden units of a site stay.
-
-        Args:
-            site: the MLP, uncut.
-            mlp_ratio: a ratio to use in place of the recipe's own budget.
-
-        Raises:
-            BudgetError: the request is below 1 or above the units there are.
-        """
-        asked, value = ("mlp_ratio", mlp_ratio) if mlp_ratio is not None else self._budget(site)
-        if asked in ("width", "widths"):
-            wanted = int(value)
-        elif asked == "keep_ratio":
-            wanted = self._rounded(value * site.d_hidden, site.d_hidden)
-        else:
-            exact = value * site.d_model
-            # r = 1 asks for exactly the model width; what is not a whole multiple of round_to is rounded.
-            wanted = int(exact) if exact == site.d_model else self._rounded(exact, site.d_hidden)
-        if not 1 <= wanted <= site.d_hidden:
-            raise BudgetError(
-                f"{site.path}: {asked}={value:g} asks to keep {wanted} of {site.d_hidden} units; "
-                f"use 1..{site.d_hidden}."
-            )
-        return wanted
-
-    def check_widths(self, sites: Sequence[MlpSite]) -> None:
-        """Refuse a width for an MLP that is not there.
-
-        Raises:
-            BudgetError: so it is.
-        """
-        for path in self.widths or ():
-            if not any(_is_end(path, site.path) for site in sites):
-                raise BudgetError(f"widths: no MLP {path!r}; there are {', '.join(site.path for site in sites)}.")
-
-    def _budget(self, site: MlpSite) -> tuple[str, float]:
-        """What says how many units of a site stay: its own width, the budget, the largest elastic width, or ratio 1."""
-        own = [path for path in self.widths or () if _is_end(path, site.path)]
-        if self.widths and own:
-            return "widths", self.widths[max(own, key=len)]
-        given = {"width": self.width, "keep_ratio": self.keep_ratio, "mlp_ratio": self.mlp_ratio}
-        elastic = None if self.recover is None else self.recover.elastic
-        default = 1.0 if elastic is None else elastic[-1]
-        return next(((name, value) for name, value in given.items() if value is not None), ("mlp_ratio", default))
-
-    def _rounded(self, exact: float, full: int) -> int:
-        """To the nearest multiple of `round_to`, at least one; the full width stays as it is."""
-        if round(exact) >= full:
-            return round(exact)
-        return min(full, max(self.round_to, round(exact / self.round_to) * self.round_to))
-
-
-def read_yaml(text: str, *, where: str) -> Any:
-    """A value from YAML that holds plain data alone; what is larger than any recipe is refused before it is unfolded.
-
-    Raises:
-        RecipeError: it is no YAML, or holds too much: names for names for names can stand for any number of values.
-    """
-    try:
-        value = yaml.safe_load(text)
-    except Exception as error:  # its constructors raise ValueError, KeyError, AttributeError, RecursionError and more
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RecipeError(f"{where}: can't be read as YAML ({reason}).") from None
-    left, waiting = MAX_VALUES, [value]
-    while waiting:
-        left -= 1
-        if left < 0:
-            raise RecipeError(f"{where}: holds more than {MAX_VALUES:,} values; a recipe has some dozens.")
-        part = waiting.pop()
-        waiting += [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list | set) else []
-    return value
-
-
-def _is_end(one: str, other: str) -> bool:
-    """Whether one of two paths is the end of the other: inside an encoder paths start later."""
-    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
-
-
-def _check_order(recipe: Recipe) -> None:
-    """Refuse steps of which a later one would need what an earlier one has replaced.
-
-    Raises:
-        RecipeError: so it is.
-    """
-    methods = [find_method(stage.method) for stage in recipe.stages()]
-    for before, after in pairwise(methods):
-        if after.first_stage < before.last_stage:
-            raise RecipeError(
-                f"then: {after.name} ({after.edit}) can't follow {before.name} ({before.edit}), which puts other "
-                f"modules in the place of those that it works on; put {after.name} first."
-            )
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    """One validation error as one line, with the nearest key for an unknown one."""
-    path = ".".join(str(part) for part in error["loc"] if not str(part).endswith("Options"))
-    if error["type"] != "extra_forbidden":
-        return f"{path}: {error['msg']} (got {error['input']!r:.80})" if path else str(error["msg"])
-    close = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.6)
-    return f"unknown key {path!r}; " + (
-        f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known_keys())}."
-    )
-
-
-def known_keys() -> list[str]:
-    """Every key of a recipe, nested ones dotted."""
-    nested = {
-        "calibrate": CalibrateOptions,
-        "allocate": AllocateOptions,
-        "repair": RepairOptions,
-        "blockwise": BlockwiseOptions,
-        "recover": RecoverOptions,
-        "recover.cache_teacher": CacheOptions,
-        "recover.adapter": AdapterOptions,
-    }
-    keys = list(Recipe.model_fields)
-    return keys + [f"{name}.{key}" for name, options in nested.items() for key in options.model_fields]
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay values over others; options that are mappings on both sides are merged key by key."""
+    found = {**base, **given}
+    for key in MERGED:
+        old, new = base.get(key), given.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            kept = {k: v for k, v in old.items() if not (key == "recover" and k in LENGTHS and LENGTHS & new.keys())}
+            found[key] = {**kept, **new}
+    return found

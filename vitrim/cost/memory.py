@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -18,7 +18,7 @@ from vitrim.calibrate.walk import CHUNK_TOKENS, TILE_ROWS
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod
 from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
 from vitrim.storage.tensor_files import CHUNK_BYTES
@@ -77,7 +77,8 @@ class MemoryEstimate:
 
 def estimate_memory(
     sites: Sequence[MlpSite],
-    recipe: Recipe,
+    widths: Collection[int],
+    repair: RepairOptions | None,
     encoder: nn.Module,
     inputs: Tensor,
     *,
@@ -88,14 +89,15 @@ def estimate_memory(
 
     Args:
         sites: what is cut, by paths from the encoder.
-        recipe: widths and repair.
+        widths: hidden units that stay in each of them.
+        repair: the repair that follows, if any.
         encoder: the model; it is not changed. One on the meta device is not run but for its shapes.
         inputs: one image, or one row of token ids; its values play no part.
         num_images: how many there will be.
         batch_size: images a batch.
     """
-    tokens = _tokens_of(encoder, inputs, sites)
-    repair = recipe.repair_options() or RepairOptions()
+    tokens = tokens_per_site(encoder, inputs, sites)
+    repair = repair or RepairOptions()
     widest = max(num * site.d_model for site, num in zip(sites, tokens, strict=True))
     busiest = max(num * _values_of(site) for site, num in zip(sites, tokens, strict=True))
     blocks = {
@@ -111,19 +113,24 @@ def estimate_memory(
         batch=batch_size * busiest * 4,
         chunk=min(CHUNK_TOKENS, batch_size * max(tokens)),
         hidden=max(site.d_hidden for site in sites),
-        kept=max(recipe.width_of(site) for site in sites),
+        kept=max(widths),
         d_model=d_model,
     )
 
 
 def check_memory(
-    encoder: nn.Module, sites: Sequence[MlpSite], recipe: Recipe, batches: Sequence[Tensor] | None, *, quiet: bool
+    encoder: nn.Module,
+    sites: Sequence[MlpSite],
+    widths: Collection[int],
+    recipe: Recipe,
+    batches: Sequence[Tensor] | None,
 ) -> None:
     """Say what a run in memory needs beside its two models, and refuse one that this machine could never hold.
 
     Args:
         encoder: the teacher, on the device of the run.
         sites: what is cut, by paths from the encoder.
+        widths: hidden units that stay in each of them.
         recipe: what will be done.
         batches: calibration images, if there are any.
         quiet: say nothing.
@@ -131,13 +138,16 @@ def check_memory(
     Raises:
         BudgetError: it is more than all memory that there is, in use or not.
     """
-    method, device = find_method(recipe.method), next(encoder.parameters()).device
+    step, device = recipe.steps[0], next(encoder.parameters()).device
+    method, repair = step.make_method(), step.repair_options()
     needed = {"training": 16 * sum(p.numel() for p in encoder.parameters())}  # gradients, two moments, the best state
     if recipe.recover is None and recipe.blockwise is None:
         needed = {}
-    if batches and method.select is not None and (method.needs == "images" or recipe.repair_options() is not None):
+    if batches and isinstance(method, SiteMethod) and (method.needs == "images" or repair is not None):
         num_images, size = sum(map(len, batches)), len(batches[0])
-        needs = estimate_memory(sites, recipe, encoder, batches[0][0], num_images=num_images, batch_size=size)
+        needs = estimate_memory(
+            sites, widths, repair, encoder, batches[0][0], num_images=num_images, batch_size=size
+        )
         needed["calibration"] = replace(needs, resident=0).bytes(offloaded=False, moments=torch.float64)
     if not needed or device.type not in ("cpu", "cuda"):
         return
@@ -237,8 +247,8 @@ def _flops_per_s() -> float:
     return best
 
 
-def _tokens_of(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]) -> list[int]:
-    """Tokens an image at each site, seen by hooks in a forward pass, on meta if parameters are there."""
+def tokens_per_site(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]) -> list[int]:
+    """Return tokens an image at each site, seen by hooks in a forward pass, on meta if parameters are there."""
     if any(parameter.is_meta for parameter in encoder.parameters()):
         encoder, inputs = copy.deepcopy(encoder).to("meta"), inputs.to("meta")
     first, seen = next(encoder.parameters()), [0] * len(sites)

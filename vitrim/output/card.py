@@ -16,17 +16,17 @@ from torch import nn
 
 from vitrim.config.recipe import Recipe
 from vitrim.methods import find_method
+from vitrim.metrics.record import Metrics
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
-from vitrim.report.collect import summarise
-from vitrim.report.figures import format_number
+from vitrim.output.result import table_rows
 
 CARD = "README.md"
 HUB_NAME = re.compile(r"^(?:timm|hf)/(.+)$")
 
 
 def write_card(
-    folder: Path, origin: Origin, recipe: Recipe, metrics: Mapping[str, Any], *, licence: str | None
+    folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *, licence: str | None
 ) -> None:
     """Write the card of a run into its output folder.
 
@@ -39,8 +39,8 @@ def write_card(
     """
     about: dict[str, Any] = {
         "license": licence or "other",
-        "library_name": origin.library if metrics["stock"] else "vitrim",
-        "tags": ["vitrim", "pruning", "vision-transformer", recipe.method],
+        "library_name": origin.library if metrics.stock else "vitrim",
+        "tags": ["vitrim", "pruning", "vision-transformer", *(step.method for step in recipe.steps)],
     }
     named = HUB_NAME.match(origin.name)
     if named and "/" in named.group(1):
@@ -49,9 +49,9 @@ def write_card(
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {origin.name}, made smaller with vitrim",
         _what(recipe, metrics),
-        f"## Loading\n\n```python\n{_loading(metrics['stock'], origin)}\n```",
+        f"## Loading\n\n```python\n{_loading(metrics.stock, origin)}\n```",
         f"## Measured\n\n{_table(metrics)}\n\n{_measured_on(metrics)}",
-        f"## Made with\n\n```\n{metrics['environment']['command']}\n```\n\nThe whole recipe is `recipe.yaml`.",
+        f"## Made with\n\n```\n{metrics.environment['command']}\n```\n\nThe whole recipe is `recipe.yaml`.",
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(recipe, metrics, licence)),
     ]
     (folder / CARD).write_text("\n\n".join(parts) + "\n")
@@ -75,20 +75,20 @@ def licence_of(whole: nn.Module, origin: Origin) -> str | None:
     return str(found) if found and found != "other" else None
 
 
-def _what(recipe: Recipe, metrics: Mapping[str, Any]) -> str:
+def _what(recipe: Recipe, metrics: Metrics) -> str:
     """What was done to the original, in a few sentences."""
-    before, after = metrics["before"]["parameters"], metrics["after"]["parameters"]
-    methods = [find_method(stage.method) for stage in recipe.stages()]
+    before, after = metrics.before.parameters, metrics.after.parameters
+    methods = [find_method(step.method) for step in recipe.steps]
     papers = " and ".join(f"`{m.name}` ([{m.paper}](https://arxiv.org/abs/{m.arxiv}))" for m in methods)
     said = f"{before:,} parameters became {after:,} ({after / before - 1:+.0%}) by {papers}."
-    pairs = sorted({tuple(pair) for pair in metrics["widths"].values()})
+    pairs = sorted({tuple(pair) for pair in metrics.widths.values()})
     if pairs:
         old, new = (sorted({pair[place] for pair in pairs}) for place in (0, 1))
-        said += f" Hidden units of the {len(metrics['widths'])} MLPs: {_span(old)} became {_span(new)}."
-    steps = (metrics["recovery"] or {}).get("num_steps")
+        said += f" Hidden units of the {len(metrics.widths)} MLPs: {_span(old)} became {_span(new)}."
+    steps = (metrics.recovery or {}).get("num_steps")
     if steps:
         said += f" Then {steps} steps of label-free distillation from the original."
-    return said + (f" Only the part `{metrics['encoder']}` was touched." if metrics["encoder"] else "")
+    return said + (f" Only the part `{metrics.encoder}` was touched." if metrics.encoder else "")
 
 
 def _span(values: list[int]) -> str:
@@ -102,17 +102,15 @@ def _loading(stock: bool, origin: Origin) -> str:
     return f"import {line.partition('.')[0]}\n\n{found} = {line}"
 
 
-def _table(metrics: Mapping[str, Any]) -> str:
-    """Before and after, as in the report."""
-    lines = ["| | original | after the cut | after recovery |", "|---|---|---|---|"]
-    for name, row in summarise(metrics).items():
-        cells = [format_number(row[when], name=name) for when in ("before", "after_cut", "after")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def _table(metrics: Metrics) -> str:
+    """Return the before/after table in Markdown."""
+    header, rows = table_rows(metrics)
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
 
-def _measured_on(metrics: Mapping[str, Any]) -> str:
-    images, machine = metrics["images"], metrics["environment"]
+def _measured_on(metrics: Metrics) -> str:
+    images, machine = metrics.images, metrics.environment
     where = f"Latency on {machine['machine']}, {machine['device']}, torch {machine['torch']}."
     if not images:
         return f"No images were given, so how close the features are was not measured. {where}"
@@ -120,7 +118,7 @@ def _measured_on(metrics: Mapping[str, Any]) -> str:
     return f"Fidelity is that of features on held-out images against the original. Images: {counts}. {where}"
 
 
-def _limits(recipe: Recipe, metrics: Mapping[str, Any], licence: str | None) -> list[str]:
+def _limits(recipe: Recipe, metrics: Metrics, licence: str | None) -> list[str]:
     """What a user of this model should know."""
     data = recipe.data or "no images"
     lines = [
@@ -130,4 +128,4 @@ def _limits(recipe: Recipe, metrics: Mapping[str, Any], licence: str | None) -> 
         if licence
         else "The licence of the original was not found beside its weights. It holds for this model, too: look it up.",
     ]
-    return lines + [str(note) for note in metrics["notes"]]
+    return lines + [str(note) for note in metrics.notes]

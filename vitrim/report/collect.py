@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitrim.config.recipe import Recipe
+from vitrim.metrics.record import Metrics
 from vitrim.models.features import device_of, evaluating, features, logits, num_classes
 from vitrim.models.origin import Origin
 from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.report.data import ReportData
+from vitrim.report.summary import summarise
 from vitrim.surgery import KeepUnits, Plan, read_weights
 
 NUM_IMAGES = 8
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
 CURVE_POINTS = 64
 CHANNELS = (1, 3)  # of images that can be shown
-# What `look` sees without images.
-NOTHING: Mapping[str, Any] = {
+Seen = Mapping[str, Any]  # those fields of `ReportData` that `look` fills in
+# What it sees without images.
+NOTHING: Seen = {
     **dict.fromkeys(("images", "teacher_patches", "student_patches", "grid")),
     "neighbours": {},
     "answers": {},
@@ -29,99 +32,51 @@ NOTHING: Mapping[str, Any] = {
 
 
 def collect(
-    teacher: nn.Module,
-    origin: Origin,
-    plan: Plan,
-    recipe: Recipe,
-    metrics: Mapping[str, Any],
-    seen: Mapping[str, Any],
+    teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metrics: Metrics, seen: Seen
 ) -> ReportData:
-    """Everything that the page of one run shows.
+    """Gather everything that the page of one run shows.
 
     Args:
-        teacher: the original model.
+        teacher: the original encoder.
         origin: name of the original.
-        plan: what was cut.
+        plan: what was cut, by paths from the encoder.
         recipe: what was asked for.
-        metrics: what was measured, as in metrics.json.
+        metrics: what was measured.
         seen: what `look` gave back.
     """
-    recovery = metrics["recovery"]
-    stages: list[Any] = [metrics["after_cut"], metrics["after_recovery"] or metrics["after_cut"]]
-    blocks = (
-        []
-        if stages[0] is None
-        else [
-            {"block": cut["block"], "after_cut": cut["relative_error"], "after": end["relative_error"]}
-            for cut, end in zip(stages[0]["blocks"], stages[1]["blocks"], strict=True)
-        ]
-    )
-    latency = {
-        when: {int(size): row["median_ms"] for size, row in metrics[when]["latency"].items()}
-        for when in ("before", "after")
-        if "latency" in metrics[when]
-    }
     cuts = [edit for edit in plan.edits if isinstance(edit, KeepUnits)]
     widths = [
         {"path": e.site.path, "kind": e.site.label, "width_before": e.site.d_hidden, "width_after": e.width}
         for e in cuts
     ]
-    environment = metrics["environment"]
+    costs = {"before": metrics.before, "after": metrics.after}
     return ReportData(
         model=origin.name,
-        method=recipe.method,
-        command=environment["command"],
+        method=metrics.method,
+        command=metrics.environment["command"],
         summary=summarise(metrics),
         sites=widths,
-        block_errors=blocks,
-        edits=[dict(edit) for edit in metrics["edits"]],
+        block_errors=_block_errors(metrics),
+        edits=[dict(edit) for edit in metrics.edits],
         residual_curves={edit.site.path: _residual(teacher, edit) for edit in cuts},
-        recovery=[] if recovery is None else recovery["curve"],
-        latency=latency,
+        recovery=[] if metrics.recovery is None else metrics.recovery["curve"],
+        latency={when: {n: row["median_ms"] for n, row in cost.latency.items()} for when, cost in costs.items()},
         recipe_yaml=recipe.dump(),
-        environment=environment,
-        notes=list(metrics["notes"]),
+        environment=dict(metrics.environment),
+        notes=list(metrics.notes),
         **seen,
     )
 
 
-def summarise(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The before/after table of a run: row name to its values before, after the cut and after recovery."""
-    before, after, cut, end = (metrics[key] for key in ("before", "after", "after_cut", "after_recovery"))
-    rows: dict[str, dict[str, float | None]] = {}
-    for name, key in (
-        ("parameters", "parameters"),
-        ("MACs per image", "macs"),
-        ("peak memory (MiB)", "peak_memory_mib"),
-    ):
-        if key in before:
-            rows[name] = {"before": before[key], "after_cut": after[key], "after": after[key]}
-    for size in before.get("latency", {}):
-        pair = [stage["latency"][size]["median_ms"] for stage in (before, after)]
-        rows[f"latency batch {size} (ms)"] = {"before": pair[0], "after_cut": None, "after": pair[1]}
-    if cut is not None:
-        exact = {"relative_error": 0.0}
-        for name, key in FIDELITY_ROWS.items():
-            if key in cut["fidelity"]:
-                value = None if end is None else end["fidelity"][key]
-                rows[name] = {
-                    "before": exact.get(key, 1.0),
-                    "after_cut": cut["fidelity"][key],
-                    "after": value,
-                }
-    if cut is not None and "top1" in cut:
-        now = None if end is None else end["top1"]
-        rows["top-1 (%)"] = {"before": before["top1"], "after_cut": cut["top1"], "after": now}
-    return rows
-
-
-FIDELITY_ROWS = {
-    "relative error": "relative_error",
-    "cosine CLS": "pooled_cosine",
-    "cosine patches": "patches_cosine",
-    "recall@1 in the original's index": "recall@1",
-    "top-1 agreement": "top1_agreement",
-}
+def _block_errors(metrics: Metrics) -> list[dict[str, Any]]:
+    """Return each block's error after the cut and at the end."""
+    cut, end = metrics.after_cut, metrics.closeness
+    if cut is None or end is None:
+        return []
+    return [
+        {"block": first["block"], "after_cut": first["relative_error"], "after": last["relative_error"]}
+        for first, last in zip(cut.blocks, end.blocks, strict=True)
+    ]
 
 
 def _residual(teacher: nn.Module, edit: KeepUnits) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, CheckpointError, OutputError
-from vitrim.report.collect import summarise
+from vitrim.metrics.record import Metrics
 from vitrim.report.figures import final_value, format_number
 from vitrim.report.page import render, write_page
 from vitrim.report.pareto import Point, draw_pareto
+from vitrim.report.summary import summarise
 
 FILE_SIZE = "file size (MB)"
 ELASTIC_WEIGHTS = "elastic.safetensors"  # more widths than the one that was measured
@@ -114,11 +115,11 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[tuple[st
 def _read(folder: Path, number: int, label: str) -> Run:
     path = folder / "metrics.json"
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = Metrics.from_json(json.loads(path.read_text(encoding="utf-8")))
         summary = summarise(metrics)
-        original = f"{metrics['model']} ({metrics['before']['parameters']:,} parameters)"
-        machine = f"{metrics['environment']['device']}, {metrics['environment']['machine']}"
-        method, images = metrics["method"], metrics["images"].get("held_out", 0)
+        original = f"{metrics.model} ({metrics.before.parameters:,} parameters)"
+        machine = f"{metrics.environment['device']}, {metrics.environment['machine']}"
+        method, images = metrics.method, metrics.images.get("held_out", 0)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise CheckpointError(f"{path}: {reason}; name a folder that vitrim compress wrote.") from None

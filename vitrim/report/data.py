@@ -35,7 +35,7 @@ class ReportData:
         answers: empty, or "labels" of held-out images and what each model takes them for, "before" and "after".
         recipe_yaml: the recipe as text.
         environment: library and machine names to versions.
-        notes: sentences for the backend.
+        notes: sentences for the reader.
     """
 
     model: str

@@ -1,0 +1,132 @@
+"""Turns a budget of the whole model into hidden units of each MLP, and widths into ones that a library can load.
+
+A budget is a ceiling: the largest equal share of all MLPs' units is taken with which the model stays within it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vitrim.config.widths import Width, is_end
+from vitrim.cost.count import count_macs, num_parameters, site_macs, site_parameters
+from vitrim.cost.memory import tokens_per_site
+from vitrim.errors import BudgetError
+from vitrim.models.origin import Origin
+from vitrim.models.stock import nearest_stock_width
+from vitrim.types import MlpSite
+
+HALVINGS = 40  # of the share of units: finer than one unit of the widest MLP there is
+
+
+def solve_widths(
+    width: Width, sites: Sequence[MlpSite], encoder: nn.Module, inputs: Tensor | None, *, original: nn.Module | None = None
+) -> dict[str, int]:
+    """Return how many hidden units of each MLP stay, by path.
+
+    Args:
+        width: the budget and how it is rounded.
+        sites: MLPs to cut, by paths from the encoder.
+        encoder: holds them; it may be on the meta device.
+        inputs: a batch that it takes, for MACs; its values play no part.
+        original: the uncut encoder, of which a budget is a share, where the encoder has been cut before.
+
+    Raises:
+        BudgetError: a width is outside what an MLP has, or the MLPs can't give what was asked for.
+    """
+    width.check(sites)
+    if not width.is_of_the_model:
+        return {site.path: width.of(site) for site in sites}
+    return _largest_within(width, sites, _cost_of(width, sites, encoder, inputs, original or encoder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    """What a budget counts: all of the original, what no cut of MLPs changes, and an MLP at a width."""
+
+    total: int
+    fixed: int
+    of_site: Callable[[MlpSite, int], float]
+    words: str
+
+
+def _cost_of(
+    width: Width, sites: Sequence[MlpSite], encoder: nn.Module, inputs: Tensor | None, original: nn.Module
+) -> _Cost:
+    """Count parameters or MACs, as the budget asks."""
+    if width.kind == "params_ratio":
+        now, total, words, of_site = num_parameters(encoder), num_parameters(original), "parameters", site_parameters
+    else:
+        if inputs is None:
+            raise BudgetError("macs_ratio: the size of the inputs is not known; pass data, or use params_ratio.")
+        tokens = dict(zip((site.path for site in sites), tokens_per_site(encoder, inputs[0], sites), strict=True))
+        now, total, words = count_macs(encoder, inputs[:1]), count_macs(original, inputs[:1]), "MACs"
+
+        def of_site(site: MlpSite, units: int) -> int:
+            return tokens[site.path] * site_macs(site, units)
+
+    fixed = now - sum(of_site(site, site.d_hidden) for site in sites)
+    return _Cost(total=total, fixed=fixed, of_site=of_site, words=words)
+
+
+def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict[str, int]:
+    """Return the widths at the largest equal share of units with which the model stays within the budget."""
+
+    def at(share: float) -> dict[str, int]:
+        return {site.path: _units(width, site, share) for site in sites}
+
+    def left(units: Mapping[str, int]) -> float:
+        return cost.fixed + sum(cost.of_site(site, units[site.path]) for site in sites)
+
+    allowed = width.value * cost.total
+    least = left(at(0.0)) / cost.total
+    if left(at(0.0)) > allowed:
+        share = 1 - cost.fixed / cost.total
+        raise BudgetError(
+            f"{width.kind}={width.value:g}: the MLPs hold {share:.0%} of the {cost.words}, so cutting them alone leaves "
+            f"{least:.3g} at least; use {_ceiling(least):g}..1, or a method that cuts more than MLPs, such as low-rank."
+        )
+    if left(at(1.0)) <= allowed:
+        return at(1.0)
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(at(middle)) <= allowed else (low, middle)
+    return at(low)
+
+
+def _units(width: Width, site: MlpSite, share: float) -> int:
+    """Return a share of an MLP's units, rounded down to the multiple asked for, or its own width."""
+    own = [path for path in width.own if is_end(path, site.path)]
+    if own:
+        return width.of(site)
+    units = share * site.d_hidden
+    multiple = 1 if width.exact or units < width.round_to else width.round_to
+    return max(1, min(site.d_hidden, int(units / multiple) * multiple))
+
+
+def _ceiling(ratio: float) -> float:
+    """Round a ratio up to two digits."""
+    return -(-ratio * 100 // 1) / 100
+
+
+def near_stock(
+    widths: Mapping[str, int], origin: Origin, sites: Sequence[MlpSite]
+) -> tuple[Mapping[str, int], str | None]:
+    """Return the nearest widths that the model's own library can load, and a note where they differ from those asked for.
+
+    Args:
+        widths: hidden units by path, in one proportion to the model width.
+        origin: how the uncut model is built.
+        sites: every MLP that is cut, by paths from the encoder.
+    """
+    first = sites[0]
+    asked = widths[first.path]
+    found = nearest_stock_width(origin, [site.below(origin.encoder) for site in sites], asked)
+    if found is None or found == asked:
+        return widths, None
+    near = {site.path: max(1, min(site.d_hidden, round(found * site.d_model / first.d_model))) for site in sites}
+    note = f"hidden width {asked} became {found}, the nearest that {origin.library} can load; --exact keeps {asked}."
+    return near, note

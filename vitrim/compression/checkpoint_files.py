@@ -1,0 +1,166 @@
+"""Passes every tensor of a checkpoint from the source to the output, cut where it must be, and reads it back."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from vitrim.compression.cut import with_stock_width
+from vitrim.compression.estimate import check_space, estimate_run, output_bytes
+from vitrim.compression.selection import (
+    Journal,
+    looks_at_images,
+    needs_for,
+    pick_and_repair,
+    pick_on_weights,
+    placement_within,
+)
+from vitrim.compression.source import CheckpointJob, check_tensors, open_checkpoint
+from vitrim.config.recipe import Recipe
+from vitrim.cost.memory import parse_bytes
+from vitrim.data import ImageStream, first_images
+from vitrim.data.inputs import check_inputs, open_inputs
+from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
+from vitrim.methods import find_method
+from vitrim.models.load import build_empty
+from vitrim.models.stock import loads_with, stock_origin, why_not_stock
+from vitrim.output.load import read_about
+from vitrim.output.provenance import environment, versions
+from vitrim.output.save import write_configs
+from vitrim.output.stage import PICKS, staged_output
+from vitrim.progress import progress
+from vitrim.storage.documents import write_json
+from vitrim.storage.tensor_files import TensorFiles, open_tensors, tensor_bytes
+from vitrim.storage.tensor_writer import TensorWriter
+from vitrim.surgery import Edit, KeepUnits, Plan, edit_of, reshape_, transform
+
+Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Sizes of source and output, and whether the model's own library loads the output."""
+
+    before: ModelCost
+    after: ModelCost
+    stock: bool
+
+
+def _shard_bytes(job: CheckpointJob, plan: Plan, shard_bytes: int) -> int | None:
+    """Return the size of a shard; None for one file, where the library reads no shards and shall load the result."""
+    return shard_bytes if job.backend.SHARDED or stock_origin(job.origin, plan.edits) is None else None
+
+
+def write_checkpoint(
+    job: CheckpointJob, plan: Plan, folder: Path, work: Path, *, shard_bytes: int, context: RunContext
+) -> Written:
+    """Write config and tensors into the folder of an output, checked as they stand on disk.
+
+    Args:
+        job: the checkpoint.
+        plan: what is cut.
+        folder: the folder of the output.
+        work: folder for tensors until they are whole.
+        shard_bytes: largest size of a file, for libraries that read shards.
+        context: whether the run resumes, and shows progress.
+
+    Raises:
+        CheckpointError: the cut architecture has other shapes.
+        OutputError: the disk is too small, or gives back other bytes.
+    """
+    touched = edit_of(plan.edits)
+    student = build_empty(job.origin)
+    reshape_(student, plan.edits)
+    dtype = job.files.infos[next(name for name in job.names if job.names[name] in touched)].dtype
+    expected = write_configs(folder, student.to(dtype), origin=job.origin, plan=plan)
+    weights, layout = work / "weights", _layout(job, plan)
+    _check_shapes(job, layout, student)
+    weights.mkdir(exist_ok=True)
+    writer = TensorWriter(
+        weights,
+        layout,
+        stem=expected.removesuffix(".safetensors"),
+        shard_bytes=_shard_bytes(job, plan, shard_bytes),
+        journal=work / "written.jsonl",
+        resume=context.resume,
+    )
+    check_space(work, writer.total_bytes - sum(writer.places[name].num_bytes for name in writer.digests))
+    _pass_through(job, plan, writer, quiet=context.quiet)
+    _check_written(weights, layout, writer)
+    for path in weights.iterdir():
+        path.rename(folder / path.name)
+    sizes = [info.num_bytes for info in job.files.infos.values()]
+    before, after = (
+        ModelCost(parameters=num_parameters(model), num_bytes=num_bytes)
+        for model, num_bytes in ((job.model, sum(sizes)), (student, writer.total_bytes))
+    )
+    return Written(before=before, after=after, stock=bool(read_about(folder)["stock"]))
+
+
+def _layout(job: CheckpointJob, plan: Plan) -> Layout:
+    """Names, types and shapes of the output, in the order of the source."""
+    fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
+    shapes = [tuple(tensor.shape) for _, tensor in transform(fakes, _shapes_alone(plan))]
+    return [(name, info.dtype, shape) for (name, info), shape in zip(job.files.infos.items(), shapes, strict=True)]
+
+
+def _check_shapes(job: CheckpointJob, layout: Layout, student: nn.Module) -> None:
+    """Hold the output's shapes to those of the cut architecture.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+    for name, _, shape in layout:
+        if shape != wanted.get(job.names.get(name, ""), shape):
+            raise CheckpointError(f"{name}: would be {shape}, the cut architecture has {wanted[job.names[name]]}.")
+
+
+def _pass_through(job: CheckpointJob, plan: Plan, writer: TensorWriter, *, quiet: bool) -> None:
+    """Pass every tensor that is not there yet from the source to the output; what no edit touches by its bytes."""
+    touched = edit_of(plan.edits)
+    try:
+        with progress("write", len(writer.places), quiet=quiet) as bar:
+            bar.done = len(writer.digests)
+            for name in [name for name in job.files if name not in writer.digests]:
+                edit = touched.get(job.names.get(name, ""))
+                if edit is None:
+                    writer.write(name, job.files.chunks(name))
+                else:
+                    ((_, tensor),) = transform({job.names[name]: job.files[name]}, [edit])
+                    writer.write(name, [tensor_bytes(tensor)])
+                bar.advance(1, name)
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+def _check_written(weights: Path, layout: Layout, writer: TensorWriter) -> None:
+    """Read the output back: names, types, shapes, and the checksum of every tensor as it was read or made.
+
+    Raises:
+        OutputError: something differs.
+    """
+    written = open_tensors(weights)
+    found = {name: (info.dtype, info.shape) for name, info in written.infos.items()}
+    wrong = next(writer.wrong(written), None) if found == {name: (d, s) for name, d, s in layout} else "a header"
+    if wrong is not None:
+        raise OutputError(f"{weights}: {wrong} reads back otherwise than it was written; the disk may be failing.")
+
+
+def _shapes_alone(plan: Plan) -> list[Edit]:
+    """Edits whose repaired tensors are empty ones of the right shape, so that shapes are known without reading."""
+    return [
+        replace(edit, tensors=edit.tensors.fakes()) if isinstance(edit.tensors, TensorFiles) else edit
+        for edit in plan.edits
+    ]

@@ -1,0 +1,79 @@
+"""A job, opened and checked: everything that can be wrong with a request is said here, before anything is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitrim.clip.embedding_space import embedding_space_of
+from vitrim.config.recipe import Recipe
+from vitrim.data import ImageSet, ImageStream
+from vitrim.data.inputs import open_inputs
+from vitrim.errors import RecipeError
+from vitrim.models.origin import Origin
+from vitrim.models.sites import resolve_scope
+from vitrim.output.load import open_model
+from vitrim.recover.losses import EmbeddingSpace
+from vitrim.recover.sampler import check_stream
+from vitrim.recover.trackers import check_trackers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be cut, and with what.
+
+    Attributes:
+        whole: the original model, never changed.
+        origin: how it was built, with the path of its encoder.
+        scope: path of the part to cut, from the root of the whole model.
+        recipe: what the user asked for.
+        images: what selection, repair and recovery look at; None where there is nothing.
+        space: where pooled vectors are compared, for the image tower of a pair.
+    """
+
+    whole: nn.Module
+    origin: Origin
+    scope: str
+    recipe: Recipe
+    images: ImageSet | ImageStream | None
+    space: EmbeddingSpace | None
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part of the original that takes the inputs."""
+        return self.whole.get_submodule(self.origin.encoder)
+
+    @property
+    def scope_in_encoder(self) -> str:
+        """Path of the part to cut, from the encoder."""
+        return self.scope.removeprefix(self.origin.encoder).removeprefix(".")
+
+
+def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | None) -> Job:
+    """Open a model and its images, and check that they and the recipe go together.
+
+    Args:
+        model: a module, a name or a folder.
+        recipe: what to do.
+        data: images; None for none.
+        out: folder that will be written, if any: some trackers need one.
+
+    Raises:
+        VitrimError: the model or the images can't be opened, or something does not fit.
+    """
+    whole, origin = open_model(model)
+    encoder, scope = resolve_scope(whole, recipe.scope, origin.encoder)
+    if encoder != origin.encoder:  # what is known of the inputs was known of another part
+        origin = replace(origin, encoder=encoder, preprocessing={})
+    space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
+    images = None if data is None else open_inputs(data, origin)
+    if images is None and (recipe.recover or recipe.blockwise):
+        raise RecipeError("recover, blockwise: distillation needs images; pass data.")
+    if recipe.recover is not None:
+        check_trackers(recipe.recover.report_to, folder=out)
+        if isinstance(images, ImageStream):
+            check_stream(images, recipe.recover)
+    return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space)

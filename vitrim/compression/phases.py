@@ -1,0 +1,270 @@
+"""The phases of the main job, each a function from values to a value; only the student that they share is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.compression.allocate import allocate, compare_with_uniform
+from vitrim.compression.budget import near_stock, solve_widths
+from vitrim.compression.cut import CutReport, cut_, resume_cut_, save_cut
+from vitrim.compression.job import Job
+from vitrim.compression.share import find_share
+from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
+from vitrim.cost.memory import check_memory
+from vitrim.data import Split, augment_for, split_images
+from vitrim.data.inputs import check_inputs, random_inputs
+from vitrim.distributed.devices import resolve_device
+from vitrim.distributed.processes import from_main, on_main, plan_from_main
+from vitrim.evaluation import compare, measure, own_top1
+from vitrim.methods import SiteMethod
+from vitrim.metrics.fidelity import block_fidelity
+from vitrim.metrics.record import Closeness, ModelCost
+from vitrim.models.features import device_of
+from vitrim.models.origin import Origin
+from vitrim.models.sites import find_mlps
+from vitrim.models.stock import why_not_stock
+from vitrim.recover.distill import OnValidation, Recovery, recover_
+from vitrim.recover.elastic import Fitting, Slice, Widths, serving
+from vitrim.repair.blockwise import BlockwiseReport, follow_cut_
+from vitrim.surgery import Edit
+from vitrim.types import MlpSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Both encoders on the device, in float32, and what they are compared on.
+
+    Attributes:
+        teacher: the original, frozen.
+        student: a copy, which the phases change.
+        sites: MLPs to cut, by paths from the encoder.
+        split: images for calibration, training and judging; None where there are none.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    sites: Sequence[MlpSite]
+    split: Split | None
+
+    @property
+    def batches(self) -> Sequence[Tensor] | None:
+        """Calibration images."""
+        return None if self.split is None else self.split.calibration
+
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        """How many images there are for each purpose."""
+        return {} if self.split is None else self.split.counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenWidths:
+    """Hidden units that stay in each MLP, by path; `about` says how unequal ones were found."""
+
+    units: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    about: Mapping[str, Any] | None = None
+
+
+def prepare(job: Job, context: RunContext) -> Models:
+    """Copy the encoder twice, find what to cut, split the images, and run the model on one of them.
+
+    Raises:
+        VitrimError: there is no MLP, the images don't fit the model, or memory is too small.
+    """
+    device = resolve_device(context.device)
+    student = copy.deepcopy(job.encoder).to(device).float().eval()  # moments and small steps need more than bf16
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    sites = find_mlps(teacher, scope=job.scope_in_encoder)
+    work = context.work
+    seen = work if work is not None and work.is_dir() else None  # another machine may not have it
+    split = None if job.images is None else split_images(job.images, job.recipe, work=seen)
+    check_inputs(teacher, job.origin, split.calibration if split else [])
+    return Models(teacher=teacher, student=student, sites=sites, split=split)
+
+
+def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths:
+    """Turn the recipe's budget into hidden units of each MLP, rounded to what the library can load, or allotted.
+
+    Raises:
+        BudgetError: the MLPs can't give what was asked for.
+    """
+    step, sites, notes = job.recipe.steps[0], models.sites, ()
+    units = on_main(_solve, job, models, context)
+    if _may_round(job.recipe) and len(sites):
+        units, note = near_stock(units, job.origin, sites)
+        notes = () if note is None else (note,)
+    check_memory(models.teacher, sites, units.values(), job.recipe, models.batches)
+    if step.allocate is None:
+        return ChosenWidths(units=units, notes=notes)
+    found = on_main(allocate, job.recipe, units, models.teacher, sites, models.batches, context=context)
+    return ChosenWidths(units=found.units, notes=(*notes, *found.notes), about=found.about)
+
+
+def _solve(job: Job, models: Models, context: RunContext) -> dict[str, int]:
+    """Return the widths that a budget comes to; of a method that is no cut of units, by trying."""
+    width, method = job.recipe.width(), job.recipe.steps[0].make_method()
+    inputs = models.split.sample if models.split is not None else random_inputs(job.origin)
+    if method.takes == "nothing":
+        return {site.path: site.d_hidden for site in models.sites}
+    if method.takes == "share" and width.is_of_the_model:
+        width = replace(width, kind="keep_ratio", value=find_share(job.recipe, models.teacher, models.sites, inputs))
+    return solve_widths(width, models.sites, models.teacher, inputs)
+
+
+def _may_round(recipe: Recipe) -> bool:
+    """Return whether widths may move to what a library can load: equal ones, of a method that cuts units one by one."""
+    step = recipe.steps[0]
+    elastic = recipe.recover is not None and recipe.recover.elastic is not None
+    chosen = step.exact or step.widths is not None or step.allocate is not None or elastic
+    return len(recipe.steps) == 1 and isinstance(step.make_method(), SiteMethod) and not chosen
+
+
+def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunContext) -> CutReport:
+    """Cut the student, or take up the cut of a run that was stopped; one that training follows is kept.
+
+    Every process ends up with the main one's cut, so that all go on from the same bits.
+    """
+    work, recipe = context.work, job.recipe
+    kept: list[CutReport | None] = []
+    if context.resume and work is not None:
+        on_main(lambda: kept.append(resume_cut_(models.student, recipe, work)))
+        models.student.to(device_of(models.teacher))  # what was kept comes from a file
+    cut = _from_main(kept[0] if kept else None, models.student)
+    if cut is not None:
+        return cut
+    cut = cut_(
+        models.student,
+        models.teacher,
+        models.sites,
+        recipe,
+        models.batches,
+        widths=widths.units,
+        quiet=context.quiet,
+    )
+    cut = _from_main(cut, models.student) or cut
+    if work is not None and (recipe.recover or recipe.blockwise):
+        on_main(save_cut, models.student, cut, recipe, work)
+    return cut
+
+
+def _from_main(cut: CutReport | None, student: nn.Module) -> CutReport | None:
+    """Give every process the main one's cut and student; None where it has none."""
+    plan = plan_from_main(None if cut is None else cut.plan, student)
+    errors, notes = from_main(({}, ()) if cut is None else (cut.errors, cut.notes))
+    return None if plan is None else CutReport(plan=plan, errors=errors, notes=notes)
+
+
+def judge(models: Models) -> Closeness | None:
+    """Measure how close the student is on held-out images, as a whole and block by block; None without images."""
+    if models.split is None:
+        return None
+    found, outputs, _ = compare(models.student, models.teacher, models.split.held_out)
+    blocks = list(dict.fromkeys(site.block for site in models.sites))
+    rows = block_fidelity(models.student, models.teacher, models.split.held_out, blocks)
+    return Closeness(fidelity=found, blocks=rows, top1=own_top1(models.student, outputs))
+
+
+def beside_equal_widths(
+    widths: ChosenWidths, judged: Closeness | None, job: Job, models: Models, context: RunContext
+) -> ChosenWidths:
+    """Add what equal widths of the same cost would have given, by a second cut, where widths were allotted."""
+    if widths.about is None or judged is None or models.split is None:
+        return widths
+    uniform = _solve(job, models, context)
+    equal, note = compare_with_uniform(job.recipe, uniform, judged, models.teacher, models.sites, models.split)
+    about = {**widths.about, "relative_error": {"allocated": judged.relative_error, "uniform": equal}}
+    return replace(widths, about=about, notes=(*widths.notes, note))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training did after the cut: block by block, end to end, and at which further widths."""
+
+    blocks: BlockwiseReport | None = None
+    recovery: Recovery | None = None
+    slices: Mapping[float, Slice] = field(default_factory=dict)
+
+    @property
+    def anything(self) -> bool:
+        """Whether anything was trained."""
+        return self.blocks is not None or self.recovery is not None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return tuple(note for step in (self.blocks, self.recovery) if step is not None for note in step.notes)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of `Metrics` that say what was trained."""
+        return {
+            "blockwise": None if self.blocks is None else dict(self.blocks.__dict__),
+            "recovery": None if self.recovery is None else dict(self.recovery.__dict__),
+            "elastic": {f"{ratio:g}": dict(found.errors) for ratio, found in self.slices.items()} or None,
+        }
+
+
+def train_(models: Models, job: Job, context: RunContext, on_validation: OnValidation | None) -> Trained:
+    """Train the student block by block and end to end, as far as the recipe asks for it."""
+    recipe, split = job.recipe, models.split
+    blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
+    if split is None or recipe.recover is None:
+        return Trained(blocks=blocks)
+    widths = Widths.of(recipe, models.sites)
+    fitting = Fitting(
+        teacher=models.teacher,
+        batches=split.calibration,
+        held_out=[batch.images_BCHW for batch in split.held_out],
+        options=recipe.steps[0].repair_options(),
+        at=recipe.recover.features_at,
+    )
+    with serving(models.student, widths, fitting) as slices:
+        recovery = _distil_(models, job, split, widths, context, on_validation)
+    return Trained(blocks=blocks, recovery=recovery, slices=slices)
+
+
+def _distil_(
+    models: Models,
+    job: Job,
+    split: Split,
+    widths: Widths | None,
+    context: RunContext,
+    on_validation: OnValidation | None,
+) -> Recovery:
+    """Distil on the training images, augmented for the model's own preprocessing; tensors are taken as they are."""
+    options, known = job.recipe.recover, job.origin.preprocessing
+    assert options is not None
+    augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
+    return recover_(
+        models.student,
+        models.teacher,
+        split.train.augmented(augment, context.seed),
+        held_out=[batch.images_BCHW for batch in split.held_out],
+        options=options,
+        context=context,
+        widths=widths,
+        space=job.space,
+        on_validation=on_validation,
+    )
+
+
+def measure_costs(models: Models, job: Job) -> tuple[ModelCost, ModelCost]:
+    """Measure what the original and the student cost, and how often each is right on held-out images."""
+    split = models.split
+    sample, held_out = (None, None) if split is None else (split.sample, split.held_out)
+    before, after = (
+        measure(model, job.origin, sample, held_out) for model in (models.teacher, models.student)
+    )
+    return before, after
+
+
+def stock_notes(origin: Origin, edits: Sequence[Edit], stock: Origin | None) -> tuple[str, ...]:
+    """Return why the model's own library can't load the result, if it can't."""
+    return () if stock is not None else (why_not_stock(origin, edits),)

@@ -1,0 +1,117 @@
+"""Finds, by trying, the share at which a method leaves a model at a given size.
+
+What a method that is no cut of hidden units saves can't be computed from its share: ranks are rounded, experts come in
+steps. So cuts are tried on a few images, between shares that are known to be too much and too little.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
+from vitrim.cost.count import count_macs, num_parameters
+from vitrim.errors import BudgetError
+from vitrim.methods import SiteMethod, find_method
+from vitrim.surgery import KeepUnits, apply_
+from vitrim.types import MlpSite
+
+Counted = Literal["params", "macs"]
+SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 6  # of keep_ratio, and of a share of the model
+NUM_IMAGES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a cut left of a model, as shares; `repairable`: it cut hidden units and brought no tensors along."""
+
+    shares: Mapping[Counted, float]
+    repairable: bool
+
+
+@dataclass(kw_only=True)
+class Trials:
+    """Cuts of one model on a few images; `tried` remembers them by method and share."""
+
+    teacher: nn.Module
+    sites: Sequence[MlpSite]
+    images_BCHW: Tensor
+    base: Recipe
+    tried: dict[tuple[str, float], Trial] = field(default_factory=dict)
+
+    def meet(self, name: str, counted: Counted, budget: float) -> float | None:
+        """Return the largest keep_ratio found at which at most the budget stays; None where no share saves that much.
+
+        Args:
+            name: the method.
+            counted: what the budget is a share of.
+            budget: share of the model that may stay.
+        """
+        low, high = (SMALLEST, self.at(name, SMALLEST).shares[counted]), (1.0, 1.0)
+        if low[1] > budget:
+            return None
+        for number in range(MAX_TRIALS):
+            if low[1] >= budget - TOLERANCE:
+                break
+            slope = (high[0] - low[0]) / max(high[1] - low[1], 1e-9)
+            straight = low[0] + slope * (budget - TOLERANCE / 2 - low[1])
+            # Where sizes come in steps, such as experts, a straight line may stand still: every other trial halves.
+            ratio = (low[0] + high[0]) / 2 if number % 2 else straight
+            share = self.at(name, ratio).shares[counted]
+            low, high = (low, (ratio, share)) if share > budget else ((ratio, share), high)
+        return low[0]
+
+    def at(self, name: str, keep_ratio: float) -> Trial:
+        """Try a cut on a few images, or for a method that is asked MLP by MLP, one to its widths alone."""
+        if (name, keep_ratio) not in self.tried:
+            self.tried[name, keep_ratio] = self._try(name, keep_ratio)
+        return self.tried[name, keep_ratio]
+
+    def _try(self, name: str, keep_ratio: float) -> Trial:
+        student = copy.deepcopy(self.teacher)
+        budget = {} if find_method(name).takes == "nothing" else {"keep_ratio": keep_ratio}
+        recipe = self.base.updated({"method": name, "repair": False, **budget})
+        if issubclass(find_method(name), SiteMethod):
+            width = recipe.width()
+            edits = [KeepUnits(site=site, keep=tuple(range(width.of(site)))) for site in self.sites]
+            apply_(student, edits)
+        else:
+            edits = cut_(student, self.teacher, self.sites, recipe, [self.images_BCHW], quiet=True).plan.edits
+        one = self.images_BCHW[:1]
+        shares: dict[Counted, float] = {
+            "params": num_parameters(student) / num_parameters(self.teacher),
+            "macs": count_macs(student, one) / count_macs(self.teacher, one),
+        }
+        return Trial(shares=shares, repairable=any(isinstance(edit, KeepUnits) and not edit.tensors for edit in edits))
+
+
+def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inputs: Tensor | None) -> float:
+    """Return the keep_ratio at which the first step of a recipe leaves what its budget allows.
+
+    Args:
+        recipe: with a budget of the whole model.
+        teacher: the uncut encoder, in eval mode.
+        sites: its MLPs.
+        inputs: a few images.
+
+    Raises:
+        BudgetError: the method can't save that much, or there are no inputs to try it on.
+    """
+    step, width = recipe.steps[0], recipe.width()
+    if inputs is None:
+        raise BudgetError(f"{width.kind}: {step.method} is tried on images to meet it; pass data, or give keep_ratio.")
+    alone = recipe.model_copy(update={"steps": (step,), "recover": None, "blockwise": None})
+    trials = Trials(teacher=teacher, sites=sites, images_BCHW=inputs[:NUM_IMAGES], base=alone)
+    counted: Counted = "params" if width.kind == "params_ratio" else "macs"
+    found = trials.meet(step.method, counted, width.value)
+    if found is None:
+        least = trials.at(step.method, SMALLEST).shares[counted]
+        raise BudgetError(
+            f"{width.kind}={width.value:g}: {step.method} leaves {least:.3g} at least; use {least:.3g}..1, or keep_ratio."
+        )
+    return found

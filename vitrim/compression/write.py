@@ -1,0 +1,147 @@
+"""Puts the small model together and writes all of an output: weights, plan, metrics, recipe, report and card."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vitrim.compression.cut import CutReport
+from vitrim.compression.job import Job
+from vitrim.compression.phases import Models, Trained
+from vitrim.config.run_context import RunContext
+from vitrim.data.inputs import random_inputs
+from vitrim.distributed.processes import on_main
+from vitrim.metrics.record import Metrics
+from vitrim.models.load import backend_of
+from vitrim.models.origin import Origin
+from vitrim.models.stock import loads_with
+from vitrim.output.save import save
+from vitrim.output.verify import verify
+from vitrim.recover.elastic import save_widths
+from vitrim.recover.run import RECOVERY_LOG
+from vitrim.recover.trackers import TRACKER_LOGS
+from vitrim.report.collect import NOTHING, Seen, collect, look
+from vitrim.storage.documents import write_json
+from vitrim.surgery import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an output is written, and where it will stand in the end."""
+
+    folder: Path
+    out: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """All that a finished run knows.
+
+    `whole` is the small model, put together, and `plan` has paths from its root; those of `cut` are from the encoder.
+    """
+
+    job: Job
+    models: Models
+    whole: nn.Module
+    cut: CutReport
+    plan: Plan
+    metrics: Metrics
+    trained: Trained
+    seen: Seen
+
+
+def look_at_both(models: Models, job: Job) -> Seen:
+    """Gather what the report shows of both models, on the main process; the others get nothing, it is too large."""
+    found: list[Seen] = []
+    held_out = None if models.split is None else models.split.held_out
+    on_main(lambda: found.append(look(models.teacher, models.student, job.origin, held_out)))
+    return found[0] if found else NOTHING
+
+
+def put_together(job: Job, models: Models, stock: Origin | None) -> nn.Module:
+    """Return the whole model on the CPU with the student in place of its encoder, in the types of the original.
+
+    A copy of the encoder itself is never made. `stock` describes the new widths where the library can say them.
+    """
+    original = job.encoder
+    student = typed_as(original, models.student.cpu())
+    whole = student if job.whole is original else copy.deepcopy(job.whole, {id(original): student})
+    backend = backend_of(job.origin.library)
+    if stock is not None and backend is not None:
+        backend.describe_(whole, stock)
+    return whole
+
+
+def typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
+    """Give each tensor of a student the type that it has in the original: a bf16 model may keep float32 buffers.
+
+    What an edit has put there takes the type of the original's parameters, if it is of floating point.
+    """
+    types = {name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())}
+    usual = next((p.dtype for p in original.parameters()), torch.float32)
+    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+        if tensor.is_floating_point():  # what an edit has made an integer is one
+            tensor.data = tensor.data.to(types.get(name, usual))
+    return student
+
+
+def write_output(done: Finished, place: Place, context: RunContext) -> Metrics:
+    """Write everything into a folder on the main process, loaded back in a fresh process before this returns.
+
+    Returns:
+        The metrics as they stand in metrics.json.
+    """
+    return on_main(_write, done, place, context)
+
+
+def _write(done: Finished, place: Place, context: RunContext) -> Metrics:
+    """Write weights and plan, check them, then everything that speaks of them."""
+    origin, folder, models = done.job.origin, place.folder, done.models
+    stock = save(folder, done.whole, origin=origin, plan=done.plan)
+    metrics = replace(
+        done.metrics,
+        stock=stock,
+        loads_with=loads_with(origin, place.out, stock=stock),
+        reload_difference=_reload_difference(done, folder, stock=stock),
+    )
+    if done.trained.slices:
+        slices = {ratio: found.below(origin.encoder) for ratio, found in done.trained.slices.items()}
+        save_widths(folder, done.whole, slices)
+    if done.trained.recovery is not None and context.work is not None:
+        _move_logs(context.work, folder)
+    _write_documents(replace(done, metrics=metrics), folder, models.teacher.cpu())
+    return metrics
+
+
+def _reload_difference(done: Finished, folder: Path, *, stock: bool) -> float | None:
+    """Load a folder in a fresh process; None where no library can build the model, or its inputs are not known."""
+    origin, split = done.job.origin, done.models.split
+    probe = split.sample if split is not None else random_inputs(origin)
+    if origin.library is None or probe is None:
+        return None
+    return verify(folder, done.whole, probe[:4], origin=origin, stock=stock)
+
+
+def _move_logs(work: Path, folder: Path) -> None:
+    """Move the log of distillation, and what trackers wrote, to the output."""
+    for name in (RECOVERY_LOG, TRACKER_LOGS):
+        if (work / name).exists():
+            shutil.move(work / name, folder / name)
+
+
+def _write_documents(done: Finished, folder: Path, teacher: nn.Module) -> None:
+    """Write recipe, metrics, the report page, and the card that stands beside the model on a hub."""
+    from vitrim.output.card import licence_of, write_card  # their numbers are written as the page's are
+    from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
+
+    job, metrics, recipe = done.job, done.metrics, done.job.recipe
+    (folder / "recipe.yaml").write_text(recipe.dump())
+    write_json(folder / "metrics.json", metrics.to_json())
+    page = collect(teacher, job.origin, done.cut.plan, recipe, metrics, done.seen)
+    write_report(folder / "report.html", page)
+    write_card(folder, job.origin, recipe, metrics, licence=licence_of(job.whole, job.origin))

@@ -1,0 +1,126 @@
+"""What a run measured, as one frozen value: what is returned, shown and written to metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """What one model costs, and how often it is right where it has a head and the images have labels.
+
+    `macs` are those of one image; `latency` is by batch size, each with `median_ms` and `iqr_ms`; `num_bytes` is the
+    size of the tensors in files. What was not measured is None, or empty.
+    """
+
+    parameters: int
+    macs: int | None = None
+    peak_memory_mib: float | None = None
+    latency: Mapping[int, Row] = field(default_factory=dict)
+    num_bytes: int | None = None
+    top1: float | None = None
+
+    @classmethod
+    def from_json(cls, data: Row) -> ModelCost:
+        """Return the inverse of `Metrics.to_json` for one model."""
+        return cls(**{**data, "latency": {int(size): row for size, row in data["latency"].items()}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """How close a student's features are to its teacher's on held-out images.
+
+    `fidelity` holds `relative_error`, cosines and recall; `blocks` one row a block, with `block` and `relative_error`;
+    `top1` is the student's, in percent.
+    """
+
+    fidelity: Mapping[str, float]
+    blocks: Sequence[Row] = ()
+    top1: float | None = None
+
+    @property
+    def relative_error(self) -> float:
+        """The squared error of all tokens, relative to what predicting their mean would give."""
+        return self.fidelity["relative_error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What a run did to a model and what came of it.
+
+    Attributes:
+        model: name of the original.
+        method: methods, joined by `+`.
+        encoder: path of the part that was cut, "" for the whole model.
+        before: cost of the original.
+        after: cost of the result.
+        after_cut: closeness after cut and repair; None without images.
+        after_recovery: closeness after training; None where nothing was trained.
+        widths: hidden units of each MLP before and after, by path.
+        edits: every other edit in words (`edit`, `where`, `what`).
+        images: how many images stand behind each number (`calibration`, `held_out`, `train`, `skipped`).
+        cut_errors: errors of each MLP during the cut, by path.
+        allocation: how widths were found; None for equal widths.
+        blockwise: what block-by-block training did; None where there was none.
+        recovery: what distillation did; None where there was none.
+        elastic: errors at each width of an elastic result.
+        text_tuning: what tuning the text tower did.
+        sliced_from: the output that was sliced.
+        stock: whether the model's own library loads the result.
+        loads_with: the line of Python that loads it; "" where nothing was written.
+        reload_difference: largest difference of a fresh load, relative to the largest output.
+        seconds: time that the run took.
+        notes: what the user should know.
+        environment: versions, machine, time and command.
+    """
+
+    model: str
+    method: str
+    encoder: str = ""
+    before: ModelCost
+    after: ModelCost
+    after_cut: Closeness | None = None
+    after_recovery: Closeness | None = None
+    widths: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    edits: Sequence[Row] = ()
+    images: Mapping[str, Any] = field(default_factory=dict)
+    cut_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    allocation: Row | None = None
+    blockwise: Row | None = None
+    recovery: Row | None = None
+    elastic: Row | None = None
+    text_tuning: Row | None = None
+    sliced_from: str | None = None
+    stock: bool = False
+    loads_with: str = ""
+    reload_difference: float | None = None
+    seconds: float = 0.0
+    notes: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def closeness(self) -> Closeness | None:
+        """How close the result is: after recovery where there was one, else after the cut."""
+        return self.after_recovery or self.after_cut
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready description."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Row) -> Metrics:
+        """Return the inverse of `to_json`; what a later version may have added is left out.
+
+        Raises:
+            KeyError, TypeError, ValueError: the document is not one of ours.
+        """
+        known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
+        costs = {when: ModelCost.from_json(data[when]) for when in ("before", "after")}
+        judged = {
+            when: None if data[when] is None else Closeness(**data[when]) for when in ("after_cut", "after_recovery")
+        }
+        return cls(**{**known, **costs, **judged})

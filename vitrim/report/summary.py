@@ -1,0 +1,52 @@
+"""The table of a run: what the model cost and how good it was, before, after the cut and after recovery."""
+
+from __future__ import annotations
+
+from vitrim.metrics.record import Metrics
+
+Cells = dict[str, float | None]
+
+# Rows of the table, by the names of what `metrics.fidelity` measures.
+FIDELITY_ROWS = {
+    "relative error": "relative_error",
+    "cosine CLS": "pooled_cosine",
+    "cosine patches": "patches_cosine",
+    "recall@1 in the original's index": "recall@1",
+    "top-1 agreement": "top1_agreement",
+}
+
+
+def summarise(metrics: Metrics) -> dict[str, Cells]:
+    """Return the before/after table of a run: row name to its values before, after the cut and after recovery."""
+    before, after = metrics.before, metrics.after
+    costs = {
+        "parameters": (before.parameters, after.parameters),
+        "MACs per image": (before.macs, after.macs),
+        "peak memory (MiB)": (before.peak_memory_mib, after.peak_memory_mib),
+    }
+    rows: dict[str, Cells] = {
+        name: {"before": old, "after_cut": new, "after": new} for name, (old, new) in costs.items() if old is not None
+    }
+    for size, timed in before.latency.items():
+        name = f"latency batch {size} (ms)"
+        rows[name] = {"before": timed["median_ms"], "after_cut": None, "after": after.latency[size]["median_ms"]}
+    return rows | _closeness_rows(metrics)
+
+
+def _closeness_rows(metrics: Metrics) -> dict[str, Cells]:
+    """Return how close the features are, and top-1."""
+    cut, end = metrics.after_cut, metrics.after_recovery
+    if cut is None:
+        return {}
+    exact, rows = {"relative_error": 0.0}, {}
+    for name, key in FIDELITY_ROWS.items():
+        if key in cut.fidelity:
+            value = None if end is None else end.fidelity[key]
+            rows[name] = {"before": exact.get(key, 1.0), "after_cut": cut.fidelity[key], "after": value}
+    if cut.top1 is not None:
+        rows["top-1 (%)"] = {
+            "before": metrics.before.top1,
+            "after_cut": cut.top1,
+            "after": None if end is None else end.top1,
+        }
+    return rows
