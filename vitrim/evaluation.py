@@ -81,9 +81,7 @@ class Evaluation:
     def __repr__(self) -> str:
         before, after = self.teacher.cost.parameters, self.student.cost.parameters
         error = self.fidelity["relative_error"]
-        return (
-            f"Evaluation({before:,} -> {after:,} parameters, relative error {error:.4g} on {self.num_images} images)"
-        )
+        return f"Evaluation({before:,} -> {after:,} parameters, relative error {error:.4g} on {self.num_images} images)"
 
     def _repr_html_(self) -> str:
         """Return the table for notebooks."""

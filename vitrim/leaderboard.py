@@ -156,9 +156,7 @@ class _Runner:
         batches, _ = first_images(source, NUM_IMAGES, seed=base.seed, batch_size=NUM_IMAGES)
         sites = find_mlps(teacher, scope=scope.removeprefix(encoder).removeprefix("."))
         trials = Trials(teacher=teacher, sites=sites, images_BCHW=batches[0], base=base)
-        return cls(
-            model=model, data=data, base=base, budget=budget, counted=counted, origin=origin, trials=trials
-        )
+        return cls(model=model, data=data, base=base, budget=budget, counted=counted, origin=origin, trials=trials)
 
     def rows(self, name: str, kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the rows of a method: those that are there already, and new ones, each when it is done."""

@@ -37,8 +37,8 @@ from vitrim.data import Split
 from vitrim.errors import DAMAGED, CheckpointError, RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.metrics.fidelity import fidelity
-from vitrim.metrics.record import Closeness
 from vitrim.metrics.judging import features_on_cpu, relative_error
+from vitrim.metrics.record import Closeness
 from vitrim.models.features import device_of, evaluating
 from vitrim.ops.allocation import Values, best_choices, dropped_energy, explained_energy
 from vitrim.ops.least_squares import fit_output, moments
@@ -189,7 +189,8 @@ def _solved(
             _time_(found, teacher, site, grid)
         found.save()
     costs = [
-        np.array([_cost(counted, site, width, found) for width in grid]) for site, grid in zip(sites, grids, strict=True)
+        np.array([_cost(counted, site, width, found) for width in grid])
+        for site, grid in zip(sites, grids, strict=True)
     ]
     errors = [np.array(found.errors[site.path])[np.array(grid) - 1] for site, grid in zip(sites, grids, strict=True)]
     equal = [grid.index(uniform[site.path]) for site, grid in zip(sites, grids, strict=True)]
@@ -273,7 +274,7 @@ def _measure_(
             found.tokens[visit.site.path] = visit.stats.num_tokens / num_images
             if bar.done == 0 and not picks.nested():
                 found.notes.append(
-                    f"allocate: {request.method.name} does not pick units in one order for all widths; the curves are rough."
+                    f"allocate: {request.method.name} picks units in another order for each width; the curves are rough."
                 )
             bar.advance(1, visit.site.path)
     found.save()

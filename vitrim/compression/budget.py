@@ -22,7 +22,12 @@ HALVINGS = 40  # of the share of units: finer than one unit of the widest MLP th
 
 
 def solve_widths(
-    width: Width, sites: Sequence[MlpSite], encoder: nn.Module, inputs: Tensor | None, *, original: nn.Module | None = None
+    width: Width,
+    sites: Sequence[MlpSite],
+    encoder: nn.Module,
+    inputs: Tensor | None,
+    *,
+    original: nn.Module | None = None,
 ) -> dict[str, int]:
     """Return how many hidden units of each MLP stay, by path.
 
@@ -85,8 +90,8 @@ def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict
     if left(at(0.0)) > allowed:
         share = 1 - cost.fixed / cost.total
         raise BudgetError(
-            f"{width.kind}={width.value:g}: the MLPs hold {share:.0%} of the {cost.words}, so cutting them alone leaves "
-            f"{least:.3g} at least; use {_ceiling(least):g}..1, or a method that cuts more than MLPs, such as low-rank."
+            f"{width.kind}={width.value:g}: the MLPs hold {share:.0%} of the {cost.words}, so cutting them alone "
+            f"leaves {least:.3g} at least; use {_ceiling(least):g}..1, or a method that cuts more, such as low-rank."
         )
     if left(at(1.0)) <= allowed:
         return at(1.0)
@@ -115,7 +120,7 @@ def _ceiling(ratio: float) -> float:
 def near_stock(
     widths: Mapping[str, int], origin: Origin, sites: Sequence[MlpSite]
 ) -> tuple[Mapping[str, int], str | None]:
-    """Return the nearest widths that the model's own library can load, and a note where they differ from those asked for.
+    """Return the nearest widths that the model's own library can load, and a note where they are others.
 
     Args:
         widths: hidden units by path, in one proportion to the model width.

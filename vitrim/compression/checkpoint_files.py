@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import sys
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from vitrim.compression.cut import with_stock_width
-from vitrim.compression.estimate import check_space, estimate_run, output_bytes
-from vitrim.compression.selection import (
-    Journal,
-    looks_at_images,
-    needs_for,
-    pick_and_repair,
-    pick_on_weights,
-    placement_within,
-)
-from vitrim.compression.source import CheckpointJob, check_tensors, open_checkpoint
-from vitrim.config.recipe import Recipe
-from vitrim.cost.memory import parse_bytes
-from vitrim.data import ImageStream, first_images
-from vitrim.data.inputs import check_inputs, open_inputs
-from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
-from vitrim.methods import find_method
+from vitrim.compression.estimate import check_space
+from vitrim.compression.source import CheckpointJob
+from vitrim.config.run_context import RunContext
+from vitrim.cost.count import num_parameters
+from vitrim.errors import CheckpointError, OutputError
+from vitrim.metrics.record import ModelCost
 from vitrim.models.load import build_empty
-from vitrim.models.stock import loads_with, stock_origin, why_not_stock
+from vitrim.models.stock import stock_origin
 from vitrim.output.load import read_about
-from vitrim.output.provenance import environment, versions
 from vitrim.output.save import write_configs
-from vitrim.output.stage import PICKS, staged_output
 from vitrim.progress import progress
-from vitrim.storage.documents import write_json
 from vitrim.storage.tensor_files import TensorFiles, open_tensors, tensor_bytes
 from vitrim.storage.tensor_writer import TensorWriter
-from vitrim.surgery import Edit, KeepUnits, Plan, edit_of, reshape_, transform
+from vitrim.surgery import Edit, Plan, edit_of, reshape_, transform
 
 Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 

@@ -122,7 +122,9 @@ def _widths(
     """
     width, kind = recipe.width(number), find_method(recipe.steps[number].method)
     if kind.takes == "share" and width.is_of_the_model:
-        raise BudgetError(f"{width.kind}: what {kind.name} saves is not known before it is tried; give keep_ratio here.")
+        raise BudgetError(
+            f"{width.kind}: what {kind.name} saves is not known before it is tried; give keep_ratio here."
+        )
     return solve_widths(width, sites, student, None if batches is None else batches[0], original=teacher)
 
 

@@ -9,45 +9,45 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitrim.compression.cut import with_stock_width
+from vitrim.checked import NOT_GIVEN, NotGiven
+from vitrim.compression.budget import near_stock, solve_widths
+from vitrim.compression.checkpoint_files import Written, write_checkpoint
 from vitrim.compression.estimate import check_space, estimate_run, output_bytes
 from vitrim.compression.selection import (
     Journal,
+    estimate_calibration,
     looks_at_images,
-    needs_for,
-    pick_and_repair,
-    pick_on_weights,
     placement_within,
+    select_and_repair,
+    select_on_weights,
 )
 from vitrim.compression.source import CheckpointJob, check_tensors, open_checkpoint
+from vitrim.compression.write import Place
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.cost.memory import parse_bytes
 from vitrim.data import ImageStream, first_images
-from vitrim.data.inputs import check_inputs, open_inputs
-from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
-from vitrim.methods import find_method
-from vitrim.models.load import build_empty
-from vitrim.models.stock import loads_with, stock_origin, why_not_stock
-from vitrim.output.load import read_about
+from vitrim.data.inputs import check_inputs, open_inputs, random_inputs
+from vitrim.errors import RecipeError, VitrimError
+from vitrim.methods import Method, SiteMethod, find_method
+from vitrim.metrics.record import Metrics
+from vitrim.models.stock import loads_with, why_not_stock
 from vitrim.output.provenance import environment, versions
-from vitrim.output.save import write_configs
+from vitrim.output.result import Result
 from vitrim.output.stage import PICKS, staged_output
-from vitrim.progress import progress
 from vitrim.storage.documents import write_json
-from vitrim.storage.tensor_files import TensorFiles, open_tensors, tensor_bytes
-from vitrim.storage.tensor_writer import TensorWriter
-from vitrim.surgery import Edit, KeepUnits, Plan, edit_of, reshape_, transform
+from vitrim.storage.tensor_files import tensor_bytes
+from vitrim.surgery import KeepUnits, Plan
 
 SHARD_BYTES = 2 * 10**9
 log = logging.getLogger("vitrim")
@@ -72,8 +72,8 @@ def prune_checkpoint(
 ) -> Result:
     """Prune a checkpoint that need not fit in memory.
 
-    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without, half
-    of the encoder's parameters stay. Every argument that is given wins over the recipe.
+    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without,
+    half of the encoder's parameters stay. Every argument that is given wins over the recipe.
 
     Args:
         source: a folder of timm, transformers or open_clip (one file, or shards with an index), `timm/NAME@FILE`, or
@@ -218,9 +218,7 @@ def _run(task: _Task, context: RunContext, place: Place) -> Result:
     try:
         notes = _decide(task, journal, work, quiet=context.quiet)
         plan = _plan(task, journal.edits)
-        written = write_checkpoint(
-            task.job, plan, place.folder, work, shard_bytes=task.shard_bytes, context=context
-        )
+        written = write_checkpoint(task.job, plan, place.folder, work, shard_bytes=task.shard_bytes, context=context)
         metrics = _metrics(task, plan, journal, written, (*task.notes, *notes), place)
         metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
         (place.folder / "recipe.yaml").write_text(task.recipe.dump())
@@ -254,7 +252,7 @@ def _metrics(
 
 
 def _decide(task: _Task, journal: Journal, work: Path, *, quiet: bool) -> list[str]:
-    """Say what the run will need, then select the units of every MLP, and repair where there are images; return notes."""
+    """Say what the run will need, select the units of every MLP, and repair where there are images; return notes."""
     job, recipe, widths, batches = task.job, task.recipe, task.widths, task.batches
     if not journal.resumed:  # a part of it may be there already
         check_space(work, output_bytes(job, widths))

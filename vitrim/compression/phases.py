@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitrim.compression.allocate import allocate, compare_with_uniform
@@ -259,9 +258,7 @@ def measure_costs(models: Models, job: Job) -> tuple[ModelCost, ModelCost]:
     """Measure what the original and the student cost, and how often each is right on held-out images."""
     split = models.split
     sample, held_out = (None, None) if split is None else (split.sample, split.held_out)
-    before, after = (
-        measure(model, job.origin, sample, held_out) for model in (models.teacher, models.student)
-    )
+    before, after = (measure(model, job.origin, sample, held_out) for model in (models.teacher, models.student))
     return before, after
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,14 @@ def compress(
     keep_ratio: float | None = None,
     hidden_dim: int | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
-    repair: RepairOptions | Mapping[str, Any] | bool | None | NotGiven = NOT_GIVEN,
-    recover: RecoverOptions | Mapping[str, Any] | None | NotGiven = NOT_GIVEN,
+    repair: RepairOptions | Mapping[str, Any] | bool | NotGiven | None = NOT_GIVEN,
+    recover: RecoverOptions | Mapping[str, Any] | NotGiven | None = NOT_GIVEN,
     recover_steps: int | None = None,
     recover_epochs: float | None = None,
     out: str | Path | None = None,
     seed: int | NotGiven = NOT_GIVEN,
     device: str | NotGiven = NOT_GIVEN,
-    scope: str | None | NotGiven = NOT_GIVEN,
+    scope: str | NotGiven | None = NOT_GIVEN,
     round_to: int | NotGiven = NOT_GIVEN,
     exact: bool | NotGiven = NOT_GIVEN,
     options: Mapping[str, Any] | None = None,
@@ -67,8 +67,8 @@ def compress(
 ) -> Result:
     """Make a pretrained vision transformer smaller.
 
-    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without, half
-    of the encoder's parameters stay. Every argument that is given wins over the recipe.
+    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without,
+    half of the encoder's parameters stay. Every argument that is given wins over the recipe.
 
     Args:
         model: a module (left unchanged), `timm/NAME`, `hf/ORG/NAME`, `open_clip/NAME/TAG`, `torchvision/NAME`,

@@ -159,8 +159,8 @@ def placement_within(estimate: MemoryEstimate, memory_budget: str | int | None, 
                 check_space(work, estimate.streams, "activations (fewer with calibrate.num_images, none in memory)")
             return Placement(offload=work / "offload" if offloaded else None, moments=moments)
     raise RecipeError(
-        f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(estimate.least)}; allow more, "
-        "or lower calibrate.batch_size or repair.max_tokens."
+        f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(estimate.least)}; allow "
+        "more, or lower calibrate.batch_size or repair.max_tokens."
     )
 
 
@@ -174,7 +174,7 @@ def select_and_repair(
     *,
     quiet: bool,
 ) -> list[str]:
-    """Cut and repair block after block, teacher's and student's blocks read as they come; return notes for the user."""
+    """Cut and repair block after block, both models' blocks read as they come; return notes for the user."""
     prefix, tensors = job.origin.encoder, job.by_model_name
     sites = job.sites_in_encoder
     start = f"{prefix}." if prefix else ""

@@ -112,6 +112,6 @@ def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inp
     if found is None:
         least = trials.at(step.method, SMALLEST).shares[counted]
         raise BudgetError(
-            f"{width.kind}={width.value:g}: {step.method} leaves {least:.3g} at least; use {least:.3g}..1, or keep_ratio."
+            f"{width.kind}={width.value:g}: {step.method} leaves {least:.3g} at least; use {least:.3g}..1."
         )
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """How a run goes on: where its state is kept, whether it resumes, what it shows, on which device, from which seed."""
+    """How a run goes on: where its state is kept, whether it resumes, what it shows, on which device and seed."""
 
     work: Path | None = None
     """Folder for what a stopped run needs to go on; None keeps nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
 import sys
@@ -35,6 +36,7 @@ PRODUCTS, PICK_S = 4.0, 6e-4
 # What allocators round up and keep: EVA-CLIP-E took 7% more than its arrays add up to (benchmarks/streaming.py).
 MARGIN = 1.08
 PROBE_S = 0.2
+log = logging.getLogger("vitrim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,6 @@ def check_memory(
         widths: hidden units that stay in each of them.
         recipe: what will be done.
         batches: calibration images, if there are any.
-        quiet: say nothing.
 
     Raises:
         BudgetError: it is more than all memory that there is, in use or not.
@@ -145,9 +146,7 @@ def check_memory(
         needed = {}
     if batches and isinstance(method, SiteMethod) and (method.needs == "images" or repair is not None):
         num_images, size = sum(map(len, batches)), len(batches[0])
-        needs = estimate_memory(
-            sites, widths, repair, encoder, batches[0][0], num_images=num_images, batch_size=size
-        )
+        needs = estimate_memory(sites, widths, repair, encoder, batches[0][0], num_images=num_images, batch_size=size)
         needed["calibration"] = replace(needs, resident=0).bytes(offloaded=False, moments=torch.float64)
     if not needed or device.type not in ("cpu", "cuda"):
         return
@@ -159,8 +158,7 @@ def check_memory(
             f"{said}, there are {show_bytes(total)}; lower calibrate.num_images or calibrate.batch_size, or use "
             "prune-checkpoint with --memory-budget."
         )
-    if not quiet:
-        print(f"{said}, {show_bytes(free)} are free", file=sys.stderr)
+    log.info("%s, %s are free", said, show_bytes(free))
 
 
 def _memory_of(device: torch.device) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from vitrim.methods import (
     top_k,
     torch_pruning,
 )
-from vitrim.methods.registry import METHODS, Method, MethodOptions, find_method
+from vitrim.methods.registry import METHODS, Method, MethodOptions, ModelMethod, SiteMethod, find_method, make_method
 
 __all__ = [
     "METHODS",

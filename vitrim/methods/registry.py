@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from vitrim.checked import Checked
 from vitrim.errors import RecipeError
 from vitrim.surgery import Edit, KeepUnits
 from vitrim.types import ModelView, SiteView
@@ -17,71 +18,42 @@ from vitrim.types import ModelView, SiteView
 Needs = Literal["weights", "images"]
 
 
-class MethodOptions(BaseModel):
-    """Base of each method's options: frozen, and an unknown key is an error."""
+class Method(Checked):
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    arxiv: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[Needs]
+    repairs: ClassVar[bool]
+    edits: ClassVar[tuple[type[Edit], ...]] = (KeepUnits,)
+    takes: ClassVar[str] = "widths"
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    @classmethod
+    def edits_in_words(cls) -> str:
+        return ", ".join(kind.KIND.replace("_", " ") for kind in cls.edits)
 
+    @classmethod
+    def first_order(cls) -> int:
+        return min(kind.STAGE for kind in cls.edits)
 
-Select = Callable[[SiteView, Any], Tensor]
-Propose = Callable[[ModelView, Any], Iterator[Edit]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A registered method.
-
-    A method of scope `site` has `select`: which hidden units of one MLP stay, in pick order. One of scope `model` has
-    `propose`: a generator of edits, each carried out before it is asked for the next. `needs` tells whether it looks
-    at calibration images; `repairs` whether the closed-form repair follows by default, which it does not where a
-    paper's own procedure is reproduced. Cuts of hidden units that come without tensors are repaired like those of
-    any other method, after the last edit. `edits` are the kinds it makes.
-    """
-
-    name: str
-    select: Select | None
-    propose: Propose | None
-    options: type[MethodOptions]
-    needs: Needs
-    paper: str
-    arxiv: str
-    summary: str
-    repairs: bool
-    edits: tuple[type[Edit], ...] = (KeepUnits,)
-
-    @property
-    def edit(self) -> str:
-        """The kinds of edit in words."""
-        return ", ".join(kind.KIND.replace("_", " ") for kind in self.edits)
-
-    @property
-    def first_stage(self) -> int:
-        """The lowest stage of its edits: nothing before it may have a higher one."""
-        return min(kind.STAGE for kind in self.edits)
-
-    @property
-    def last_stage(self) -> int:
-        """The highest stage of its edits."""
-        return max(kind.STAGE for kind in self.edits)
-
-    def parse_options(self, values: dict[str, Any] | None) -> MethodOptions:
-        """Check a mapping of options against the method's own class.
-
-        Raises:
-            RecipeError: an option is unknown or has a value that is not allowed.
-        """
-        try:
-            return self.options.model_validate(values or {})
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            allowed = ", ".join(self.options.model_fields) or "none"
-            raise RecipeError(
-                f"options.{key} of method {self.name}: {first['msg']}; its options are {allowed}."
-            ) from None
+    @classmethod
+    def last_order(cls) -> int:
+        return max(kind.STAGE for kind in cls.edits)
 
 
-METHODS: dict[str, Method] = {}
+class SiteMethod(Method):
+    def select(self, view: SiteView) -> Tensor: ...
+
+
+class ModelMethod(Method):
+    def propose(self, view: ModelView) -> Iterator[Edit]: ...
+
+
+class MethodOptions(Checked):
+    pass
+
+
+METHODS: dict[str, type[Method]] = {}
 Decide = TypeVar("Decide", bound=Callable[..., Any])
 
 
@@ -100,21 +72,30 @@ def register(
     """Register a function under a name; one function may serve several names with other defaults."""
 
     def add(decide: Decide) -> Decide:
-        METHODS[name] = Method(
-            name=name,
-            select=decide if scope == "site" else None,
-            propose=decide if scope == "model" else None,
-            edits=edits,
-            options=options,
-            needs=needs,
-            paper=paper,
-            arxiv=arxiv,
-            summary=summary,
-            repairs=repairs,
-        )
+        takes = "widths"
+        if any(k.KIND not in ("keep_units", "keep_head_dims") for k in edits):
+            takes = "nothing" if name in ("relufy", "int8") else "share"
+        own = {"name": name, "paper": paper, "arxiv": arxiv, "summary": summary, "needs": needs, "repairs": repairs,
+               "edits": edits, "takes": takes, "__module__": __name__}
+        if scope == "site":
+            kind = type(name, (options, SiteMethod), {**own, "select": lambda self, view: decide(view, self)})
+        else:
+            kind = type(name, (options, ModelMethod), {**own, "propose": lambda self, view: decide(view, self)})
+        METHODS[name] = kind
         return decide
 
     return add
+
+
+def make_method(name, options=None):
+    kind = find_method(name)
+    try:
+        return kind.model_validate(dict(options or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        allowed = ", ".join(kind.model_fields) or "none"
+        raise RecipeError(f"options.{key} of method {name}: {first['msg']}; its options are {allowed}.") from None
 
 
 def find_method(name: str) -> Method:

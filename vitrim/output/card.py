@@ -7,7 +7,6 @@ carried over from the original and never guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ CARD = "README.md"
 HUB_NAME = re.compile(r"^(?:timm|hf)/(.+)$")
 
 
-def write_card(
-    folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *, licence: str | None
-) -> None:
+def write_card(folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *, licence: str | None) -> None:
     """Write the card of a run into its output folder.
 
     Args:

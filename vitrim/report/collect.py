@@ -31,9 +31,7 @@ NOTHING: Seen = {
 }
 
 
-def collect(
-    teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metrics: Metrics, seen: Seen
-) -> ReportData:
+def collect(teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metrics: Metrics, seen: Seen) -> ReportData:
     """Gather everything that the page of one run shows.
 
     Args:
