@@ -7,8 +7,9 @@ import shutil
 import open_clip
 import pytest
 import torch
-from families import FAMILIES
-from support_table import BEGIN, END, PAGE, TOLERANCE, difference, measured, run, stock_reports, table
+
+from tests.support.families import FAMILIES
+from tests.support.models_table import BEGIN, END, PAGE, TOLERANCE, difference, measured, run, stock_reports, table
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 EXACT = [name for name, family in FAMILIES.items() if "norm" not in family.kind]

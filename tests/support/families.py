@@ -17,13 +17,13 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from conftest import Gated, Residual
 from safetensors.torch import save_file
 from timm.models import get_model_args, save_for_hf
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
+from tests.support.models import Gated, Residual
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 
