@@ -120,7 +120,9 @@ def test_a_state_dict_means_the_same_in_other_names():
 
 def test_the_table_in_the_docs_is_what_was_measured():
     page = PAGE.read_text()
-    assert page.partition(BEGIN)[2].partition(END)[0] == f"\n{table()}\n", "run python tests/support_table.py --write"
+    assert page.partition(BEGIN)[2].partition(END)[0] == f"\n{table()}\n", (
+        "run python -m tests.support.models_table --write"
+    )
 
 
 def test_a_timm_tower_moves_with_its_folder(tmp_path):

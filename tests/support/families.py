@@ -1,7 +1,7 @@
 """The model families that vitrim is held to: each as a tiny model of the library's own class, with random weights.
 
 A family names only how a tiny model is built and what its MLPs should look like. What is measured on it stands in
-`support_table.py`. Every model is written as its library writes one and read back by its source, but for those that
+`models_table.py`. Every model is written as its library writes one and read back by its source, but for those that
 have no such form.
 """
 
