@@ -7,8 +7,6 @@ from importlib.resources import files
 import vitrim
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
-
-
 FEW = {"calibrate": {"num_images": 96, "batch_size": 32}, "repair": {"refit_steps": 10, "max_tokens": 2048}}
 
 

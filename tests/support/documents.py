@@ -10,14 +10,8 @@ from pathlib import Path
 from tests.support.processes import ROOT
 
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-
-
 PAGES = [*DOCS, *(path for path in [ROOT / "README.md"] if path.exists())]
-
-
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$", re.M | re.S)
-
-
 NEEDS = re.compile(r"<!-- needs: [^>]+ -->\s*$")
 
 

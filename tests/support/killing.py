@@ -22,8 +22,6 @@ from vitrim.recover.distill import recover_
 from vitrim.recover.state import has_state, load_state
 
 DIGITS_16 = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-
-
 KILLED = {"steps": 40, "batch_size": 8, "num_validations": 4, "save_every": 2, "ema": 0.9}
 
 

@@ -20,14 +20,8 @@ from vitrim.models.sites import find_mlps
 from vitrim.types import MlpSite
 
 SIZE = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
-
-
 HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
 HF_IMAGE = {**HF, "image_size": 32, "patch_size": 8}
-
-
 HF_TEXT = {**HF, "intermediate_size": 48, "vocab_size": 20, "max_position_embeddings": 16}
 
 
@@ -143,8 +137,6 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "eva-order": lambda: Tower(*(Residual(Gated(("w1", "w2", "w3"), 16, 24), 16) for _ in range(2))),
     "llama-order": lambda: Tower(*(Residual(Gated(("w1", "w3", "w2"), 16, 24), 16) for _ in range(2))),
 }
-
-
 KINDS = ("timm-vit-scaled", "timm-packed", "timm-split", "timm-split-norm", "llama-order")
 
 

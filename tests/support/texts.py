@@ -7,11 +7,7 @@ from functools import cache
 import torch
 
 WORDS = "a big small model cuts units of an encoder and keeps what it says about text while images go elsewhere".split()
-
-
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(WORDS), *"abcdefghijklmnopqrstuvwxyz"]
-
-
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
