@@ -1,7 +1,7 @@
 """Faults and hostile files, many of each kind, and the table of docs/reliability.md. `make faults` runs it.
 
-The files and the failing disk are those of tests/faults.py and tests/disk_faults.py, of which the ordinary tests try a
-few; the coverage-guided searches are those of tests/doors.py. Needs Linux, a C compiler, and atheris for the searches.
+The files, the failing disk and the coverage-guided searches are those of faults.py, disk_faults.py and doors.py in
+tests/support/, of which the ordinary tests try a few. Needs Linux, a C compiler, and atheris for the searches.
 Every case is seeded; a case that is lost is printed, and is a bug.
 
     python benchmarks/faults.py [--files 60] [--runs 2000] [--only NAME ...]
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "reliability.md"
 FILES = ("recipe", "vitrim.json", "edits of a plan", "config.json", "index of shards", "header of safetensors")
 FILES += ("image", "tar shard", "elastic.json", "leaderboard.json")
@@ -51,7 +51,7 @@ def hostile(count: int, *, kind: str, scene: Any) -> list[str]:
 
 def failing(job: str, fault: str, scene: Any) -> tuple[int, list[str]]:
     """How many changes of a job were made to fail, and what went wrong."""
-    from disk_faults import sweep
+    from tests.support.disk_faults import sweep
 
     found = sweep(job, scene, every={fault: EVERY[fault]})
     return len(found), [
@@ -61,8 +61,8 @@ def failing(job: str, fault: str, scene: Any) -> tuple[int, list[str]]:
 
 def measure(names: list[str], count: int, runs: int, keep: Callable[[dict[str, Any]], None]) -> None:
     """Row after row, each kept as soon as it is there."""
-    from doors import search
-    from faults import Scene
+    from tests.support.doors import search
+    from tests.support.faults import Scene
 
     with tempfile.TemporaryDirectory() as scratch:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -3,21 +3,29 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distill import HELD_OUT, assert_equal, make_images, make_student, make_teacher, poison, run, weights
 from torch import nn
 from torch.nn import functional
 
 import vitrim
+from tests.support.distillation import (
+    HELD_OUT,
+    assert_equal,
+    make_images,
+    make_student,
+    make_teacher,
+    poison,
+    run,
+    weights,
+)
+from tests.support.processes import run_python
 from vitrim.config.options import AdapterOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import Interrupted, MissingExtraError, OutputError, RecipeError
@@ -487,31 +495,29 @@ def test_a_compressed_model_bears_no_trace_of_op_lora(tmp_path):
 
 
 def test_two_processes_train_adapters_as_one_does_also_in_shards_and_with_checkpointed_activations(tmp_path):
-    ways = {"ddp": {}, "sharded": {"fsdp": True, "checkpoint_activations": True}}
+    chosen = {"lr": 1e-3, "adapter": options("op-lora").model_dump(mode="json")}
+    ways = {"ddp": chosen, "sharded": {**chosen, "fsdp": True, "checkpoint_activations": True}}
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent(
             f"""
-            import sys, torch
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import os, torch
             torch.set_num_threads(1)
-            from test_adapters import *
+            from tests.support.distillation import make_student, make_teacher, run, weights
             for way, chosen in {ways!r}.items():
                 teacher = make_teacher()
                 student = make_student(teacher)
-                run(student, teacher, options={{"lr": 1e-3, "adapter": options("op-lora"), **chosen}})
+                run(student, teacher, options=chosen)
                 if int(os.environ["RANK"]) == 0:
                     torch.save(weights(student), f"{tmp_path}/{{way}}.pt")
             """
         )
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
+    done = run_python(script, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     teacher = make_teacher()
     alone = make_student(teacher)
-    run(alone, teacher, options={"lr": 1e-3, "adapter": options("op-lora")})
+    run(alone, teacher, options=chosen)
     for way in ways:
         together = torch.load(tmp_path / f"{way}.pt", weights_only=True)
         assert together.keys() == weights(alone).keys()

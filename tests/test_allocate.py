@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitrim
+from tests.support.models import build_case
 from vitrim.cli.options import CutOptions
 from vitrim.compression.allocate import allocate, through
 from vitrim.config.options import AllocateOptions

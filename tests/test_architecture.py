@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,83 @@ def test_import_touches_no_device_no_network_no_flag_and_no_heavy_library():
     seen = json.loads(done.stdout)
     assert seen["changed"] == [] and not seen["device"]
     assert set(seen["modules"]) & set(HEAVY) == set()
+
+
+# What the tests import
+
+
+TESTS = Path(__file__).parent
+TEST_FILES = sorted(TESTS.rglob("*.py"))
+# Also in the strings of tests that are programs for other processes.
+FROM_A_TEST = re.compile(r"^\s*(?:from|import)\s+(?:tests\.|tests\s+import\s+)?(?:test_\w+|conftest)\b", re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_imports_from_another_test(path):
+    """What several tests use lies in tests/support/, and fixtures of several in conftest.py."""
+    assert path == Path(__file__) or FROM_A_TEST.findall(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from test_distill import run", True),
+        ("import conftest", True),
+        ("from tests.test_distill import run", True),
+        ("from tests import conftest", True),
+        ('CODE = """\n    from test_distill import *\n"""', True),
+        ("from tests.support.distillation import run", False),
+        ("import vitrim  # not from test_distill", False),
+    ],
+)
+def test_the_check_of_tests_itself_sees_what_it_should(source, wrong):
+    assert bool(FROM_A_TEST.findall(source)) == wrong
+
+
+# Sizes
+
+LONGEST_FUNCTION, LONGEST_FILE = 40, 400
+# Longer on 2026-11-27. Both lists may only shrink: a name that is short enough now has to go from its list.
+LONG_FUNCTIONS = {"compression/pipeline.py:_run", "demo.py:run_demo"}
+LONG_FILES = {"vitrim/recover/run.py"} | {
+    f"tests/test_{name}.py"
+    for name in (
+        "adapters",
+        "blockwise",
+        "data_streams",
+        "elastic",
+        "fips",
+        "load",
+        "low_rank",
+        "teacher_cache",
+        "towers",
+    )
+}
+
+
+def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement behind the docstring to the last."""
+    body = node.body[ast.get_docstring(node) is not None :]
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def long_functions(source: str) -> set[str]:
+    """Names of the functions and methods of a file that are too long."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {node.name for node in nodes if body_lines(node) > LONGEST_FUNCTION}
+
+
+def test_functions_have_at_most_forty_lines():
+    found = {f"{path.relative_to(ROOT)}:{name}" for path in FILES for name in long_functions(path.read_text())}
+    assert found == LONG_FUNCTIONS
+
+
+def test_files_have_at_most_four_hundred_lines():
+    long = [path for path in (*FILES, *TEST_FILES) if len(path.read_text().splitlines()) > LONGEST_FILE]
+    assert {path.relative_to(ROOT.parent).as_posix() for path in long} == LONG_FILES
+
+
+@pytest.mark.parametrize(("lines", "long"), [(40, set()), (41, {"f"})])
+def test_the_lines_of_a_function_are_those_behind_its_docstring(lines, long):
+    body = "\n".join(["        pass"] * lines)
+    assert long_functions(f'class A:\n    def f(self):\n        """Two\n\n        lines."""\n{body}\n') == long

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import scipy.linalg
 import torch
-from conftest import stored_stats
 from torch import Tensor
 
+from tests.support.activations import stored_stats
 from vitrim.calibrate import LiveModelView
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe

@@ -1,20 +1,17 @@
 """Recovery block by block: it is the plain thing done slowly, whatever is on disk, killed or spread over processes."""
 
 import copy
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import weakref
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 
 import vitrim
+from tests.support.blocks import IMAGES, cut, run
+from tests.support.processes import run_python
 from vitrim.calibrate import streams
 from vitrim.config.options import BlockwiseOptions
 from vitrim.config.recipe import Recipe
@@ -23,28 +20,8 @@ from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from vitrim.metrics.fidelity import fidelity
 from vitrim.repair import block_data, blockwise
 from vitrim.repair.block_data import disk_bytes, read_ahead
-from vitrim.repair.blockwise import recover_blocks_
-from vitrim.surgery import KeepUnits, apply_
 
 CHAINS = ("timm-vit-scaled", "timm-packed", "timm-post-norm", "timm-parallel", "hf-vit", "llama-order")
-IMAGES = open_images([(image, -1) for image in torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(1))])
-
-
-def cut(case, share=0.5):
-    """A student without half of its units."""
-    student = case.copy()
-    keeps = [KeepUnits(site=site, keep=tuple(range(int(share * site.d_hidden)))) for site in case.sites]
-    apply_(student, keeps)
-    return student
-
-
-def run(case, student, *, folder=None, images=IMAGES, **values):
-    """Block by block on small batches."""
-    known = {"seed", "resume", "held_out"}
-    rest = {key: values.pop(key) for key in known & values.keys()}
-    options = BlockwiseOptions(**{"num_images": 30, "batch_size": 3, "steps": 12, **values})
-    rest = {"held_out": [], "options": options, "folder": folder, "quiet": True, **rest}
-    return recover_blocks_(student, case.model, case.sites, images, **rest)
 
 
 def weights(model):
@@ -339,11 +316,10 @@ def test_batches_are_read_one_ahead_in_order():
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from conftest import build_case
-from test_blockwise import cut, run
+from tests.support.blocks import cut, run
+from tests.support.models import build_case
 from vitrim.repair import blockwise
 
 case, folder, how = build_case("timm-vit-scaled"), Path(sys.argv[1]), sys.argv[2:]
@@ -355,33 +331,23 @@ if "kill" in how:
         calls.append(args)
         return real(*args)
     blockwise._train_ = train
-found = {{}}
+found = {}
 for inputs in ("student", "teacher"):
     student = cut(case)
     report = run(
         case, student, folder=folder / inputs, inputs=inputs, resume="resume" in how, batch_size=6, lr=1e-3
     )
     found[inputs] = (student.state_dict(), report.errors)
-torch.save(found, folder / f"result-{{os.environ.get('RANK', '0')}}.pt")
+torch.save(found, folder / f"result-{os.environ.get('RANK', '0')}.pt")
 """
 
 
-def drive(folder, *how, processes=0):
+def drive(folder, *how, processes=None):
     """Run the driver in fresh processes: how it ended, and what each of them ends with."""
     folder.mkdir(exist_ok=True)
     script = folder / "driver.py"
-    script.write_text(textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parent))))
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*start, str(script), str(folder), *how],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    script.write_text(DRIVER)
+    done = run_python(script, folder, *how, processes=processes, timeout=240)
     return done, [torch.load(path, weights_only=True) for path in sorted(folder.glob("result-*.pt"))]
 
 

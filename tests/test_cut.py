@@ -167,7 +167,7 @@ def test_refit_is_never_worse_on_held_out_tokens_at_any_rate(build_once, lr, see
 
 @pytest.fixture(scope="module")
 def build_once():
-    from conftest import build_case
+    from tests.support.models import build_case
 
     return first_visit(build_case("timm-vit-scaled"))
 

@@ -1,21 +1,14 @@
 """Shards and streams: which images are read, by whom, in which order, and that nothing is collected."""
 
-import copy
 import io
 import itertools
 import json
-import os
-import subprocess
 import sys
-import tarfile
 import textwrap
 from collections import Counter
-from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,57 +16,13 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import vitrim
+from tests.support.processes import run_python
+from tests.support.streams import picture, piped, png, train, write_shards, write_tar
 from vitrim.config.options import RecoverOptions
 from vitrim.config.recipe import Recipe
-from vitrim.data import ImageStream, augment_for, is_text, open_images, open_stream, split_images
+from vitrim.data import ImageStream, is_text, open_images, open_stream, split_images
 from vitrim.errors import DataError, MissingExtraError, RecipeError
-from vitrim.models.sites import find_mlps
-from vitrim.recover.distill import recover_
 from vitrim.recover.sampler import StreamSampler, open_sampler
-from vitrim.surgery import KeepUnits, apply_
-
-CFG = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-
-
-def picture(number: int) -> Image.Image:
-    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def write_shards(folder: Path, num_shards: int, per_shard: int) -> list[Path]:
-    """Image n is picture(n), its label n."""
-    folder.mkdir(exist_ok=True)
-    return [
-        write_tar(
-            folder / f"{shard:03d}.tar",
-            {
-                f"{n:05d}.{kind}": data
-                for n in range(shard * per_shard, (shard + 1) * per_shard)
-                for kind, data in (("png", png(n)), ("cls", str(n).encode()))
-            },
-        )
-        for shard in range(num_shards)
-    ]
-
-
-def piped(files: list[Path]) -> list[str]:
-    """The same shards behind a command, so that they can only be read from the first byte on."""
-    return [f"pipe:cat {file}" for file in files]
 
 
 class Numbers:
@@ -189,28 +138,6 @@ def test_webdataset_is_asked_for_where_it_is_needed(monkeypatch, source):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'vitrim\[shards\]'"):
         open_stream(source)
-
-
-def make_teacher():
-    torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0
-    ).eval()
-
-
-def train(images, **options):
-    """Weights after recovery of a student on some images, and what recovery says."""
-    teacher = make_teacher()
-    student = copy.deepcopy(teacher)
-    apply_(student, [KeepUnits(site=site, keep=tuple(range(16))) for site in find_mlps(student)])
-    options = {"steps": 6, "batch_size": 4, "lr": 1e-3, "num_validations": 3, "shuffle_buffer": 8, **options}
-    images = images.augmented(augment_for(CFG, "light"), 0)
-    keep = {name: options.pop(name) for name in ("state", "resume", "on_validation") if name in options}
-    held_out = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))]
-    result = recover_(
-        student, teacher, images, held_out=held_out, options=RecoverOptions(**options), quiet=True, **keep
-    )
-    return student.state_dict(), result
 
 
 def assert_equal(first, second):
@@ -396,11 +323,12 @@ def test_two_processes_take_the_same_steps_as_one_on_a_stream(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent(
-            f"""
-            import sys, torch
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            """
+            import os, sys, torch
+            from pathlib import Path
+            from tests.support.streams import piped, train
+            from vitrim.data import open_stream
             torch.set_num_threads(1)
-            from test_data_streams import *
             files = sorted(Path(sys.argv[1]).glob("*.tar"))
             weights, _ = train(open_stream(piped(files)), lr=1e-4, gradient_accumulation_steps=2)
             if int(os.environ.get("RANK", 0)) == 0:
@@ -408,11 +336,8 @@ def test_two_processes_take_the_same_steps_as_one_on_a_stream(tmp_path):
             """
         )
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command, out in (([sys.executable], "alone"), (launch, "together")):
-        command = [*command, str(script), str(tmp_path / "shards"), str(tmp_path / out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for processes, out in ((None, "alone"), (2, "together")):
+        done = run_python(script, tmp_path / "shards", tmp_path / out, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / out, weights_only=True) for out in ("alone", "together"))
     for name, tensor in first.items():
@@ -497,7 +422,7 @@ def test_sets_by_name(tmp_path):
 
 
 def test_compress_and_evaluate_on_a_stream(tmp_path):
-    from test_pipeline import DIGITS, few
+    from tests.support.digits import DIGITS, few
 
     source = piped(write_shards(tmp_path / "shards", num_shards=3, per_shard=50))
     recover = {"steps": 3, "batch_size": 8, "lr": 1e-4, "report_to": ["tensorboard"]}

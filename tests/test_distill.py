@@ -1,66 +1,30 @@
 """Recovery by distillation: what it must never do, and that a stopped run goes on bit for bit."""
 
-import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-import timm
 import torch
 
-from vitrim.config.options import RecoverOptions
-from vitrim.data import ImageSet, open_images
+from tests.support.distillation import (
+    HELD_OUT,
+    Broken,
+    assert_equal,
+    make_images,
+    make_student,
+    make_teacher,
+    poison,
+    run,
+    weights,
+)
+from tests.support.processes import run_python
+from vitrim.data import open_images
 from vitrim.errors import Interrupted, OutputError
-from vitrim.models.sites import find_mlps
-from vitrim.recover.distill import recover_
 from vitrim.recover.losses import feature_loss
 from vitrim.recover.schedule import rate_shape
-from vitrim.surgery import KeepUnits, apply_
 from vitrim.types import Features
-
-
-def make_teacher() -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3
-    )
-    return model.eval()
-
-
-def make_student(teacher: torch.nn.Module, width: int = 16) -> torch.nn.Module:
-    student = copy.deepcopy(teacher)
-    apply_(student, [KeepUnits(site=site, keep=tuple(range(width))) for site in find_mlps(student)])
-    return student
-
-
-def make_images(num_images: int = 48) -> ImageSet:
-    images = torch.randn(num_images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return open_images([(image, index % 3) for index, image in enumerate(images)])
-
-
-HELD_OUT = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))]
-
-
-def run(student, teacher, **kwargs):
-    options = RecoverOptions(
-        **{"steps": 6, "batch_size": 8, "lr": 1e-3, "num_validations": 3, **kwargs.pop("options", {})}
-    )
-    images = kwargs.pop("images", None) or make_images()
-    return recover_(student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, **kwargs)
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(first, second):
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_loss_is_the_sum_of_two_means_and_zero_for_equal_features():
@@ -169,22 +133,6 @@ def test_the_range_test_asks_more_of_a_rate_where_the_student_is_far_off(monkeyp
     assert f"{found.lr:g}" == wanted
 
 
-class Broken(torch.utils.data.Dataset):
-    """Images of which some can't be read."""
-
-    def __init__(self, num_images: int, bad: set[int]) -> None:
-        self.images, self.bad, self.asked = make_images(num_images), bad, set()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        self.asked.add(index)
-        if index in self.bad:
-            raise OSError("broken")
-        return self.images[index][0]
-
-
 def test_unreadable_images_are_left_out():
     images, teacher = Broken(16, bad={3, 4, 5, 6, 7}), make_teacher()
     student = make_student(teacher)
@@ -212,42 +160,25 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent(
-            f"""
-            import sys, torch
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            """
+            import os, sys, torch
             torch.set_num_threads(1)
-            from test_distill import *
+            from tests.support.distillation import make_student, make_teacher, run, weights
             teacher = make_teacher()
             student = make_student(teacher)
-            result = run(student, teacher, options={{"lr": 1e-4}})
+            result = run(student, teacher, options={"lr": 1e-4})
             if int(os.environ.get("RANK", 0)) == 0:
                 torch.save(weights(student), sys.argv[1])
             """
         )
     )
     alone, together = tmp_path / "alone.pt", tmp_path / "together.pt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
-    for command, out in (([sys.executable], alone), (launch, together)):
-        done = subprocess.run([*command, str(script), str(out)], env=environment, capture_output=True, text=True)
+    for processes, out in ((None, alone), (2, together)):
+        done = run_python(script, out, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(path, weights_only=True) for path in (alone, together))
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=2e-5, rtol=1e-4)
-
-
-def poison(monkeypatch, at, value=float("nan")):
-    """Make the loss of some training steps (counted over the whole process) no number, or huge."""
-    from vitrim.recover import run as module
-
-    seen = {"steps": 0}
-
-    def bad(student, teacher):
-        loss = feature_loss(student, teacher)
-        seen["steps"] += int(torch.is_grad_enabled() and loss.requires_grad)
-        return loss * value if seen["steps"] - 1 in at else loss  # the first is the probe for trainable parameters
-
-    monkeypatch.setattr(module, "feature_loss", bad)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 import yaml
 from cyclopts import CycloptsError
 
+from tests.support.documents import DOCS, PAGES, ROOT, blocks_of, commands_of, name
 from vitrim.cli.app import app
 from vitrim.config.options import (
     AdapterOptions,
@@ -31,70 +30,24 @@ from vitrim.config.options import (
 from vitrim.config.recipe import Recipe, known_keys
 from vitrim.methods import METHODS
 
-ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [*DOCS, *(path for path in [ROOT / "README.md"] if path.exists())]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$", re.M | re.S)
-NEEDS = re.compile(r"<!-- needs: [^>]+ -->\s*$")
 # As `python PAGE`, but nothing is timed for long, images and refit are few where a page leaves them at their defaults,
 # and results are not loaded in fresh processes, which test_checkpoint.py tries.
 RUN = """
 import runpy, sys
-import vitrim.compression.pipeline
 from vitrim.cost.count import measure_latency
 from vitrim.config.options import CalibrateOptions, RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.output.verify import checking_with
 measure_latency.__kwdefaults__["min_run_time_s"] = 0.0
 RepairOptions.model_fields["refit_steps"].default = 10
 Recipe.model_fields["calibrate"].default = CalibrateOptions(num_images=64)
 for options in (RepairOptions, Recipe):
     options.model_rebuild(force=True)
-vitrim.compression.pipeline.verify = lambda *args, **kwargs: 0.0
-runpy.run_path(sys.argv[1], run_name="__main__")
+with checking_with(lambda check: 0.0):
+    runpy.run_path(sys.argv[1], run_name="__main__")
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One fenced block of a page; `line` is where its code starts."""
-
-    language: str
-    code: str
-    line: int
-    runs: bool
-
-
-def blocks_of(page: Path, *languages: str) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    found = []
-    for match in FENCE.finditer(text):
-        indent = len(match["indent"])
-        code = "".join(line[indent:] or "\n" for line in match["code"].splitlines(keepends=True))
-        line = text.count("\n", 0, match.start("code")) + 1
-        found.append(Block(match["language"], code, line, NEEDS.search(text[: match.start()]) is None))
-    return [block for block in found if block.language in languages]
-
-
-def commands_of(page: Path) -> list[tuple[int, list[str]]]:
-    """Line number and words of every command of the shell blocks; in a console, what stands behind a prompt."""
-    commands = []
-    for block in blocks_of(page, "bash", "console", "sh", "shell"):
-        lines = block.code.replace("\\\n", " ").splitlines()
-        if block.language == "console":
-            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-        for text in lines:
-            words = shlex.split(text, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                words.pop(0)
-            if words:
-                commands.append((block.line, [words[0].removeprefix(".venv/bin/"), *words[1:]]))
-    return commands
-
-
-def name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VIT, timm_folder, timm_shards
-from pairs import write_pair
 from PIL import Image
-from test_docs import PAGES, ROOT, blocks_of, commands_of, name
-from test_text import WORDS, bert_tokenizer, build_bert
 
 import vitrim
+from tests.support.checkpoints import VIT, timm_folder, timm_shards
+from tests.support.documents import PAGES, ROOT, blocks_of, commands_of, name
+from tests.support.pairs import write_pair
+from tests.support.texts import WORDS, bert_tokenizer, build_bert
 from vitrim.cli.app import run
 
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}

@@ -7,14 +7,14 @@ children by tests/test_faults.py. `make faults` searches the same doors led by c
 import importlib.util
 import json
 
-import doors
 import pytest
 import yaml
-from doors import DOORS, folder_of, knock, search, valid
-from faults import NAMES, PATHS, Scene, holders
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support import doors
+from tests.support.doors import DOORS, folder_of, knock, search, valid
+from tests.support.faults import NAMES, PATHS, Scene, holders
 from vitrim.errors import CheckpointError
 
 TEXT = st.text(max_size=8) | st.sampled_from((*PATHS, *NAMES))

@@ -2,22 +2,20 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from test_distill import HELD_OUT, assert_equal, make_images, make_student, make_teacher, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
+from tests.support.distillation import HELD_OUT, assert_equal, make_images, make_student, make_teacher, weights
+from tests.support.elastic import OPTIONS, elastic_run, widths_for
+from tests.support.processes import run_python
 from vitrim.compression.cut import cut_
 from vitrim.compression.slicing import slice_output
 from vitrim.config.options import RecoverOptions, RepairOptions
@@ -29,12 +27,11 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
 from vitrim.output.save import save, write_configs
 from vitrim.recover.distill import recover_
-from vitrim.recover.elastic import Fitting, Slice, Widths, fit_widths, read_widths, save_widths, serving
+from vitrim.recover.elastic import Fitting, Slice, Widths, fit_widths, read_widths, save_widths
 from vitrim.recover.run import Run
 from vitrim.surgery import KeepUnits, Plan, TopKActivation, apply_, transform
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
-OPTIONS = {"steps": 6, "batch_size": 8, "lr": 1e-3, "num_validations": 3, "elastic": (0.5, 1.0, 2.0)}
 
 
 def widths_of(sites, ratios):
@@ -129,23 +126,6 @@ def test_every_width_gets_its_turn_in_an_order_that_seed_and_step_alone_decide()
     assert turns != [[widths.at(step, 4) for step in range(start, start + 3)] for start in range(0, 90, 3)]
 
 
-def elastic_run(student, teacher, **kwargs):
-    """Recovery at several widths, with output weights of their own; curve, widths and what each has for itself."""
-    options = RecoverOptions(**{**OPTIONS, **kwargs.pop("options", {})})
-    widths, images = widths_for(options), make_images()
-    batches = [images[i][0][None] for i in range(16)]
-    fitting = Fitting(teacher=teacher, batches=batches, held_out=HELD_OUT, options=RepairOptions(ridge=1e-2))
-    with serving(student, widths, fitting) as slices:
-        result = recover_(
-            student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, widths=widths, **kwargs
-        )
-    return result, widths, slices
-
-
-def widths_for(options):
-    return Widths.of(Recipe(recover=options, round_to=1), find_mlps(make_teacher()))
-
-
 def test_a_step_changes_the_units_of_its_width_alone_and_what_all_widths_share():
     teacher = make_teacher()
     student = make_student(teacher, 64)
@@ -230,27 +210,24 @@ def test_two_processes_train_the_same_widths_as_one_also_in_shards(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent(
-            f"""
+            """
             import os, sys, torch
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
             torch.set_num_threads(1)
-            from test_elastic import *
+            from tests.support.distillation import make_student, make_teacher, weights
+            from tests.support.elastic import elastic_run
             for shard in (False, True):
                 teacher = make_teacher()
                 student = make_student(teacher, 64)
-                options = {{"lr": 1e-4, "gradient_accumulation_steps": 2, "batch_size": 4, "fsdp": shard}}
+                options = {"lr": 1e-4, "gradient_accumulation_steps": 2, "batch_size": 4, "fsdp": shard}
                 *_, slices = elastic_run(student, teacher, options=options)
                 if int(os.environ.get("RANK", 0)) == 0:
-                    own = {{f"own {{name}}": tensor for name, tensor in slices[0.5].tensors.items()}}
-                    torch.save({{**weights(student), **own}}, f"{{sys.argv[1]}}-{{shard}}.pt")
+                    own = {f"own {name}": tensor for name, tensor in slices[0.5].tensors.items()}
+                    torch.save({**weights(student), **own}, f"{sys.argv[1]}-{shard}.pt")
             """
         )
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command, out in (([sys.executable], "alone"), (launch, "together")):
-        command = [*command, str(script), str(tmp_path / out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for processes, out in ((None, "alone"), (2, "together")):
+        done = run_python(script, tmp_path / out, processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
     first, *others = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True)

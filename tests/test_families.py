@@ -7,8 +7,9 @@ import shutil
 import open_clip
 import pytest
 import torch
-from families import FAMILIES
-from support_table import BEGIN, END, PAGE, TOLERANCE, difference, measured, run, stock_reports, table
+
+from tests.support.families import FAMILIES
+from tests.support.models_table import BEGIN, END, PAGE, TOLERANCE, difference, measured, run, stock_reports, table
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 EXACT = [name for name, family in FAMILIES.items() if "norm" not in family.kind]
@@ -119,7 +120,9 @@ def test_a_state_dict_means_the_same_in_other_names():
 
 def test_the_table_in_the_docs_is_what_was_measured():
     page = PAGE.read_text()
-    assert page.partition(BEGIN)[2].partition(END)[0] == f"\n{table()}\n", "run python tests/support_table.py --write"
+    assert page.partition(BEGIN)[2].partition(END)[0] == f"\n{table()}\n", (
+        "run python -m tests.support.models_table --write"
+    )
 
 
 def test_a_timm_tower_moves_with_its_folder(tmp_path):

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from disk_faults import sweep
-from faults import KINDS, PLANNED, SITE, Scene, door, in_child, mutated
 from PIL import Image
 
 import vitrim
+from tests.support.disk_faults import sweep
+from tests.support.faults import KINDS, PLANNED, SITE, Scene, door, in_child, mutated
 from vitrim.cli.app import run
 from vitrim.config.recipe import Recipe
 from vitrim.cost import memory
@@ -238,8 +238,7 @@ def test_a_bomb_is_left_out_and_counted_within_bounded_memory(scene, tmp_path, n
     shutil.copy(scene.root / "images" / "0.png", tmp_path / "fine.png")
 
     def work():
-        from faults import INPUTS
-
+        from tests.support.faults import INPUTS
         from vitrim.data import transform_for
 
         (batch,) = open_images(tmp_path, transform=transform_for(INPUTS)).loader(batch_size=2)

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import Residual, Tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed, nn
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
+from tests.support.models import Residual, Tower
 from vitrim.calibrate import LiveModelView
 from vitrim.compression.cut import cut_, resume_cut_, save_cut
 from vitrim.config.recipe import Recipe

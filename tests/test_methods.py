@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import scipy.linalg
 import torch
-from conftest import stored_stats
 from torch import Tensor
 
 import vitrim
+from tests.support.activations import stored_stats
 from vitrim import methods
 from vitrim.cli.app import run as run_command
 from vitrim.compression.cut import cut_

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import stored_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.activations import stored_stats
 from vitrim.errors import BudgetError, ModelError
 from vitrim.ops.forward_selection import REFRESH, select_on_moments
 from vitrim.ops.gram_schmidt import select_units, select_with_curve

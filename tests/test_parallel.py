@@ -1,32 +1,22 @@
 """Recovery on several processes equals recovery on one, its states fit any number of them, and SIGKILL costs little."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import two_processes
-from test_distill import HELD_OUT, make_student, make_teacher, run, weights
-from two_processes import LONG, SHORT, losses_of, stopped, train, unreadable
 
 import vitrim
-from vitrim.config.options import RecoverOptions
-from vitrim.data import augment_for, open_images
+from tests.support import two_processes
+from tests.support.distillation import make_student, make_teacher, run, weights
+from tests.support.killing import (
+    KILLED,
+    MOMENTS,
+)
+from tests.support.processes import run_python
+from tests.support.two_processes import LONG, SHORT, losses_of, stopped, train, unreadable
 from vitrim.errors import CheckpointError
-from vitrim.recover import state as state_module
-from vitrim.recover.distill import recover_
-from vitrim.recover.state import has_state, load_state, save_state
+from vitrim.recover.state import load_state, save_state
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WAYS = ("ddp", "sharded")
 
 
@@ -37,8 +27,7 @@ def together(tmp_path_factory):
     for way in WAYS:
         stopped({**SHORT, "ema": 0.8}, folder / f"one-{way}.state")
     (folder / "taken").mkdir()
-    command = [*TORCHRUN, two_processes.__file__, str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = run_python("-m", "tests.support.two_processes", folder, processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
@@ -198,111 +187,8 @@ def test_a_new_run_does_not_go_back_to_an_old_ones_state(tmp_path):
     assert load_state(state)["step"] == 0
 
 
-DIGITS_16 = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-KILLED = {"steps": 40, "batch_size": 8, "num_validations": 4, "save_every": 2, "ema": 0.9}
-
-
-def killed_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> None:
-    """A run over digits that goes on where the last one was killed; its weights in the end."""
-    torch.set_num_threads(1)
-    prepare()
-    teacher = make_teacher()
-    student = make_student(teacher)
-    images = open_images("digits", limit=64).augmented(augment_for(DIGITS_16, "light"), seed=0)
-    recover_(
-        student,
-        teacher,
-        images,
-        held_out=HELD_OUT,
-        options=RecoverOptions(**KILLED),
-        state=folder / "run.state",
-        log=folder / "log.jsonl",
-        resume=True,
-        quiet=True,
-    )
-    torch.save(weights(student), folder / "weights.pt")
-
-
-def start(folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """The run in a process of its own, by its id; forked, because importing torch takes longer than the run."""
-    folder.mkdir(exist_ok=True)
-    if process := os.fork():
-        return process
-    try:
-        killed_run(folder, prepare)
-        os._exit(0)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def last_step(log: Path) -> int:
-    """The last step that a log has whole."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("\n") else 0
-
-
-def kill_ten_times(folder: Path) -> None:
-    """Kill the run at seeded moments, go on with it each time, and see that little was lost."""
-    draw = random.Random(0)
-    for goal in sorted(draw.sample(range(1, KILLED["steps"] - 6), 10)):
-        process = start(folder)
-        while last_step(folder / "log.jsonl") < goal and os.waitpid(process, os.WNOHANG) == (0, 0):
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.01))
-        os.kill(process, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
-        reached = last_step(folder / "log.jsonl")
-        kept = load_state(folder / "run.state")["step"]
-        assert goal <= reached and kept >= reached - KILLED["save_every"], (goal, reached, kept)
-
-
-def kill_at(moment: str) -> Callable[[], None]:
-    """Kill the process itself when it has kept some states and is about to keep another."""
-    name, count = moment.split(" ")
-    seen = [0]
-
-    def prepare() -> None:
-        owner: Any = Path if name == "replace" else state_module
-        real = getattr(owner, name)
-
-        def killing(*args, **kwargs):
-            seen[0] += 1
-            if seen[0] == int(count):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        setattr(owner, name, killing)
-
-    return prepare
-
-
-# Among the tensors of the first state and of a later one, before the first is in place, before and between renamings.
-MOMENTS = ("tensor_bytes 60", "tensor_bytes 600", "replace 1", "replace 8", "replace 9")
-
-
-def unkillable(folder: Path) -> None:
-    """What runs in a process of its own: the run as it is, killed ten times, and killed while its state is written."""
-    import sklearn.datasets  # noqa: F401 -- before the forks, not in each
-
-    torch.set_num_threads(1)
-    assert os.waitpid(start(folder / "whole"), 0)[1] == 0
-    (folder / "ten").mkdir()
-    kill_ten_times(folder / "ten")
-    assert os.waitpid(start(folder / "ten"), 0)[1] == 0
-    for moment in MOMENTS:
-        place = folder / moment
-        assert os.WTERMSIG(os.waitpid(start(place, kill_at(moment)), 0)[1]) == signal.SIGKILL
-        assert has_state(place / "run.state") == (moment != MOMENTS[0])
-        assert os.waitpid(start(place), 0)[1] == 0
-
-
 def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path):
-    code = "import sys; from pathlib import Path; from test_parallel import unkillable; unkillable(Path(sys.argv[1]))"
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_python("-m", "tests.support.killing", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     whole = torch.load(tmp_path / "whole" / "weights.pt")
     start_weights = weights(make_student(make_teacher()))

@@ -1,23 +1,16 @@
 """The main job end to end, on small models and scikit-learn's digits."""
 
 import json
-from importlib.resources import files
 
 import pytest
 import timm
 import torch
 
 import vitrim
+from tests.support.digits import DIGITS, few
 from vitrim.data import open_images
 from vitrim.errors import BudgetError, DataError, ModelError, OutputError, RecipeError
 from vitrim.models.load import load_model
-
-DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
-FEW = {"calibrate": {"num_images": 96, "batch_size": 32}, "repair": {"refit_steps": 10, "max_tokens": 2048}}
-
-
-def few(**kwargs):
-    return vitrim.Recipe.parse({"model": DIGITS, **FEW, **kwargs})
 
 
 def tiny():

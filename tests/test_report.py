@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.reports import report_data
 from vitrim.errors import OutputError
 from vitrim.report import figures, page, tiles
 from vitrim.report.data import ReportData
@@ -19,60 +20,7 @@ TABLES = ["summary", "sites", "recipe", "environment", "notes"]
 
 @pytest.fixture(scope="module")
 def data():
-    generator = torch.Generator().manual_seed(0)
-    teacher = torch.randn(8, 64, 32, generator=generator)
-    student = teacher + 0.2 * torch.randn(8, 64, 32, generator=generator)
-    curve = [max(0.0, 1 - k / 96) ** 2 for k in range(97)]
-    return ReportData(
-        model="vit_tiny",
-        method="dgmr",
-        command="vitrim compress vit_tiny --ratio 0.5",
-        summary={
-            "parameters": {"before": 22_056_576, "after_cut": 11_400_000, "after": 11_400_000},
-            "MACs per image": {"before": 4.6e9, "after_cut": 2.4e9, "after": 2.4e9},
-            "relative error": {"before": 0.0, "after_cut": 0.35, "after": 0.118},
-            "cosine CLS": {"before": 1.0, "after_cut": 0.91, "after": 0.9731},
-            "top-1 (%)": {"before": 81.1, "after_cut": None, "after": 79.2},
-        },
-        sites=[
-            {"path": f"blocks.{i}.mlp", "kind": "plain", "width_before": 384, "width_after": 96 + 32 * i}
-            for i in range(6)
-        ],
-        edits=[],
-        block_errors=[{"block": i, "after_cut": 0.1 + 0.04 * i, "after": 0.02 * (i + 1)} for i in range(6)],
-        residual_curves={
-            f"blocks.{i}.mlp": {
-                "residual": curve,
-                "num_units": 384,
-                "cut": 48,
-                "picks": list(range(97)),
-            }
-            for i in range(6)
-        },
-        recovery=[
-            *({"step": step, "relative_error": 0.35 / (1 + step / 50)} for step in range(0, 101, 10)),
-            *({"step": step, "loss": 0.5 / (1 + step / 50)} for step in range(101)),
-        ],
-        latency={"before": {1: 12.0, 8: 80.0, 32: 1300.0}, "after": {1: 8.0, 8: 50.0, 32: 700.0}},
-        images=torch.rand(8, 3, 32, 32, generator=generator),
-        teacher_patches=teacher,
-        student_patches=student,
-        grid=(8, 8),
-        neighbours={
-            "num_images": 6,
-            "overlap": 0.75,
-            "queries": [
-                {"image": 0, "original": [1, 2], "smaller": [3, 1]},
-                {"image": 4, "original": [5, 0], "smaller": [5, 0]},
-            ],
-            "thumbnails": {i: torch.rand(3, 32, 32, generator=generator) for i in range(6)},
-            "labels": {i: -1 if i == 5 else i % 2 for i in range(6)},
-        },
-        answers={"labels": [0, 0, 1, 2, 2, -1], "before": [0, 0, 0, 2, 2, 2], "after": [0, 2, 1, 2, 1, 0]},
-        recipe_yaml="model: vit_tiny\nmethod: dgmr\n",
-        environment={"torch": "2.14.1"},
-        notes=["Measured with one thread."],
-    )
+    return report_data()
 
 
 @pytest.fixture

@@ -1,15 +1,14 @@
 """What both models see in the same images, and output folders of one original side by side."""
 
-import json
 import re
 from html import unescape
 
 import pytest
 import torch
-from conftest import build_case
 
+from tests.support.models import build_case
+from tests.support.reports import write_run
 from vitrim.cli.app import run
-from vitrim.config.recipe import Recipe
 from vitrim.data import Batch
 from vitrim.errors import CheckpointError, OutputError
 from vitrim.models.features import features, logits
@@ -73,32 +72,6 @@ def test_look_leaves_out_what_is_not_there(pair):
     unknown = look(teacher, student, KNOWN, batches_of(images[:1], torch.tensor([-1])))
     assert unknown["answers"] == {} and unknown["neighbours"] == {} and len(unknown["images"]) == 1
     assert look(teacher, student, KNOWN, batches_of(images, labels + 5))["answers"] == {}  # more classes than the head
-
-
-def write_run(folder, *, parameters=600, error=0.1, ms=5.0, data="photos", machine="cpu 1", **changes):
-    """A folder with what the page reads of a run."""
-
-    def cost(count, time):
-        latency = {"8": {"median_ms": time, "iqr_ms": 0.1}}
-        return {"parameters": count, "macs": 10 * count, "peak_memory_mib": 1.0, "latency": latency}
-
-    metrics = {
-        "model": "vit",
-        "method": "dgmr",
-        "images": {"held_out": 10},
-        "before": cost(1000, 10.0),
-        "after": cost(parameters, ms),
-        "after_cut": {"fidelity": {"relative_error": 2 * error, "pooled_cosine": 0.9}, "blocks": []},
-        "after_recovery": {"fidelity": {"relative_error": error, "pooled_cosine": 0.95}, "blocks": []},
-        "environment": {"device": "cpu", "machine": machine},
-        **changes,
-    }
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "recipe.yaml").write_text(Recipe(model="vit", data=data).dump())
-    (folder / "model.safetensors").write_bytes(b"0" * 2_500_000)
-    (folder / "elastic.safetensors").write_bytes(b"0" * 1000)
-    return folder
 
 
 @pytest.fixture

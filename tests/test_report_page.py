@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_report import data  # noqa: F401  (a fixture)
-from test_report_compare import write_run
 
+from tests.support.reports import report_data, write_run
 from vitrim.report.compare import compare_runs
 from vitrim.report.page import write_report
 
@@ -38,6 +37,11 @@ COLOURS = """() => {
 
 
 @pytest.fixture(scope="module")
+def data():
+    return report_data()
+
+
+@pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
         own = playwright.chromium.executable_path
@@ -50,7 +54,7 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def addresses(data, tmp_path_factory):  # noqa: F811
+def addresses(data, tmp_path_factory):
     """A page of all parts, with as many images nearest to each query as real ones have, and one of six runs."""
     folder = tmp_path_factory.mktemp("page")
     queries = [{"image": i, "original": [7, 8, 9, 10, 11], "smaller": [7, 8, 9, 6, i]} for i in range(6)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import WORDS, pictures, write_pair
 from PIL import Image
 
+from tests.support.pairs import WORDS, pictures, write_pair
 from vitrim.clip.tasks import retrieval
 from vitrim.data import open_pairs
 from vitrim.errors import DataError

@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from conftest import CASES, Gated, Packed, Residual, Tower, c_fc, timm_vit
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
+from tests.support.models import CASES, Gated, Packed, Residual, Tower, c_fc, timm_vit
 from vitrim.errors import SiteNotFoundError
 from vitrim.models.sites import find_mlps
 

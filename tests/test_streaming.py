@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import IMAGES, SOURCES, bytes_of, snapshot, stock, tensors_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vitrim
+from tests.support.checkpoints import IMAGES, SOURCES, bytes_of, snapshot, stock, tensors_of
 from vitrim.calibrate import streams
 from vitrim.cli.app import run
 from vitrim.compression import selection

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import IMAGES, SOURCES, bytes_of, snapshot, tensors_of
 from safetensors.torch import save_file
 
+from tests.support.checkpoints import IMAGES, SOURCES, bytes_of, snapshot, tensors_of
 from vitrim.cli.app import run
 from vitrim.compression import file_to_file, selection
 from vitrim.compression.file_to_file import prune_checkpoint

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,10 +12,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_distill import HELD_OUT, assert_equal, make_images, make_student, make_teacher, run, weights
 from torchvision import transforms as tv
 
 import vitrim
+from tests.support.distillation import (
+    EPOCH,
+    HELD_OUT,
+    assert_equal,
+    counted,
+    make_images,
+    make_student,
+    make_teacher,
+    run,
+    weights,
+)
+from tests.support.processes import run_python
 from vitrim.config.options import CacheOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
@@ -28,7 +37,6 @@ from vitrim.recover.teacher_cache import Layout, TeacherCache, cache_bytes, deco
 from vitrim.types import Features
 
 CPU = torch.device("cpu")
-EPOCH = {"steps": 18, "num_validations": 9}  # three epochs of 48 images
 
 
 def made(num_images=12, *, num_patches=7, width=5, seed=0):
@@ -48,15 +56,6 @@ def opened(folder, found, *, num_views=1, seed=0, shard_bytes=300, **options):
 
 def chosen(found, rows):
     return Features(pooled_BD=found.pooled_BD[rows], patches_BND=found.patches_BND[rows])
-
-
-def counted(teacher):
-    """A teacher that counts the images it is shown."""
-    seen = []
-    teacher.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    forward = teacher.forward_features
-    teacher.forward_features = lambda images: (seen.append(len(images)), forward(images))[1]
-    return teacher, seen
 
 
 def shards(folder):
@@ -440,27 +439,19 @@ def test_two_processes_share_what_the_first_epoch_stored(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent(
-            f"""
-            import sys, torch
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            """
+            import os, sys, torch
             torch.set_num_threads(1)
-            from test_teacher_cache import *
+            from tests.support.distillation import EPOCH, counted, make_student, make_teacher, run, weights
             teacher, seen = counted(make_teacher())
             student = make_student(make_teacher())
-            cache = {{"dtype": "float32", "folder": sys.argv[1]}}
-            run(student, teacher, options={{**EPOCH, "lr": 1e-4, "cache_teacher": cache}})
+            cache = {"dtype": "float32", "folder": sys.argv[1]}
+            run(student, teacher, options={**EPOCH, "lr": 1e-4, "cache_teacher": cache})
             torch.save((weights(student), sum(seen)), sys.argv[2] + os.environ["RANK"])
             """
         )
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "cache"), str(tmp_path / "rank")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(script, tmp_path / "cache", tmp_path / "rank", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     alone = make_student(make_teacher())
     run(alone, make_teacher(), options={**EPOCH, "lr": 1e-4})

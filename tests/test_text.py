@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitrim
+from tests.support.texts import SIZES, WORDS, bert_tokenizer, build_bert
 from vitrim.cli.app import run
 from vitrim.data import is_text, open_texts
 from vitrim.data.inputs import open_inputs
@@ -22,15 +23,7 @@ from vitrim.models.load import load_model, origin_of, tokenizer_of
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = "a big small model cuts units of an encoder and keeps what it says about text while images go elsewhere".split()
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(WORDS), *"abcdefghijklmnopqrstuvwxyz"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 FEW = {"repair": {"refit_steps": 10, "max_tokens": 2048}, "calibrate": {"batch_size": 16}}
-
-
-@cache
-def bert_tokenizer():
-    return transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(dict.fromkeys(VOCABULARY))})
 
 
 @cache
@@ -46,17 +39,6 @@ def bare_tokenizer(template):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="?"
     )
-
-
-def build_bert():
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        size = len(bert_tokenizer())
-        config = transformers.BertConfig(**SIZES, vocab_size=size, max_position_embeddings=32)
-        model = transformers.BertModel(config).eval()
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,16 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from pairs import KINDS, NAMES, WORDS, pictures, write_pair
 from torch.nn.functional import normalize
 
 import vitrim
 import vitrim.recover.run as run_module
+from tests.support.pairs import KINDS, NAMES, pictures, write_pair
+from tests.support.processes import run_python
+from tests.support.text_tuning import QUICK, captioned, opened, state_of, tuned
 from vitrim.clip import text_tower
 from vitrim.clip.contrastive import contrastive_loss
 from vitrim.clip.embedding_space import space_of
@@ -23,8 +22,8 @@ from vitrim.config.options import RecoverOptions
 from vitrim.data import open_pairs
 from vitrim.errors import DataError, Interrupted, OutputError, RecipeError
 from vitrim.models.features import features
-from vitrim.models.towers import embed_images, open_pair
-from vitrim.output.load import open_model, read_about
+from vitrim.models.towers import embed_images
+from vitrim.output.load import read_about
 from vitrim.recover.losses import EmbeddingSpace, feature_loss, space_loss
 from vitrim.types import Features
 
@@ -32,41 +31,12 @@ open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
 
 FEW = {"repair": {"refit": False}, "calibrate": {"batch_size": 16}}
-QUICK = {"steps": 12, "batch_size": 8, "lr": 3e-3, "num_validations": 4}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pairs")
     return {kind: write_pair(kind, root / kind) for kind in KINDS}
-
-
-def captioned(num, size=32):
-    """Images of six classes, each with one or two captions that name its class."""
-    texts = [
-        [f"a photo of the {NAMES[i % 6]} {WORDS[i % 17]}", f"the {NAMES[i % 6]} on a {WORDS[i % 13]}"]
-        for i in range(num)
-    ]
-    return [
-        (image, captions[: 1 + i % 2])
-        for i, (image, captions) in enumerate(zip(pictures(num, size), texts, strict=True))
-    ]
-
-
-def opened(folder):
-    return open_pair(*open_model(str(folder)))
-
-
-def tuned(folder, *, options=None, **kwargs):
-    """A pair tuned on 32 captioned images and judged on 8, and what tuning did."""
-    pair = opened(folder)
-    train, held_out = embed_pairs(pair, open_pairs(captioned(40))).split(8, seed=0)
-    chosen = TextOptions(**{**QUICK, **(options or {})})
-    return pair, tune_text_(pair, train, held_out, options=chosen, quiet=True, **kwargs)
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 # The loss
@@ -94,9 +64,9 @@ def test_the_mean_of_the_parts_is_the_loss_of_the_whole(bias):
 
 PROCESS = """
 import sys
-sys.path.insert(0, {tests!r})
-from test_text_tower import *
+import torch
 from accelerate import PartialState
+from tests.support.text_tuning import state_of, tuned
 from vitrim.distributed.processes import is_main, num_processes
 torch.set_num_threads(1)
 PartialState(cpu=True)
@@ -108,7 +78,7 @@ class Watched(torch.optim.AdamW):
 torch.optim.AdamW = Watched
 found = []
 for folder in sys.argv[2:]:
-    pair, result = tuned(folder, options={{"steps": 4, "lr": 1e-5}})
+    pair, result = tuned(folder, options={"steps": 4, "lr": 1e-5})
     found.append([num_processes(), list(gradients), result.curve, state_of(pair.model)])
     gradients.clear()
 torch.save(found, sys.argv[1]) if is_main() else None
@@ -117,14 +87,11 @@ torch.save(found, sys.argv[1]) if is_main() else None
 
 def test_two_processes_have_the_gradient_of_one_with_the_joint_batch(folders, tmp_path):
     script = tmp_path / "train.py"
-    script.write_text(PROCESS.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script.write_text(PROCESS)
     runs = []
-    for number, command in enumerate(([sys.executable], torchrun)):
+    for number, processes in enumerate((None, 2)):
         out = tmp_path / f"{number}.pt"
-        command = [*command, str(script), str(out), *(str(folders[layout]) for layout in ("open_clip", "siglip"))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = run_python(script, out, folders["open_clip"], folders["siglip"], processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
         runs.append(torch.load(out, weights_only=True))
     for (one, alone, curve, state), (two, together, other_curve, other_state) in zip(*runs, strict=True):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pairs import KINDS, NAMES, TEMPLATES, pictures, write_pair
 
 import vitrim
+from tests.support.pairs import KINDS, NAMES, TEMPLATES, pictures, write_pair
 from vitrim.clip.tasks import zero_shot
 from vitrim.errors import CheckpointError, DataError, ModelError, RecipeError
 from vitrim.metrics.zero_shot import build_classifier, prompts_for, zero_shot_top

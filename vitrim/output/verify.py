@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,33 +21,103 @@ from vitrim.models.features import evaluating
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 
-# Run in a fresh interpreter: the stock check in one where importing vitrim fails, so that nothing of it can help.
-STOCK_CHECK = """
+# First of all in an interpreter: from here on importing vitrim fails, so that nothing of it can help a stock library.
+WITHOUT_VITRIM = """
 import sys
 sys.modules["vitrim"] = None
-folder = sys.argv[1]
 """
 
 
-OWN_CHECK = """
-import sys, vitrim
-model = vitrim.load(sys.argv[1])
+# The names that a check's code reads, from the command line of the fresh process.
+GIVEN = """
+import sys
+from safetensors.torch import load_file
+folder, probe, encoder = sys.argv[1], load_file(sys.argv[2]), sys.argv[3]
+"""
+
+
+OWN_LOAD = """
+import vitrim
+model = vitrim.load(folder)
 """
 
 
 COMPARE = """
 import torch
-from safetensors.torch import load_file
-probe = load_file(sys.argv[2])
-encoder = model.to(probe["like"].dtype).float().eval().get_submodule(sys.argv[3])
+module = model.to(probe["like"].dtype).float().eval().get_submodule(encoder)
 with torch.inference_mode():
-    output = encoder(probe["inputs"])
+    output = module(probe["inputs"])
 output = output if isinstance(output, torch.Tensor) else output[0]
 error = float((output - probe["output"]).abs().max())
 scale = float(probe["output"].abs().max())
 assert error <= 1e-4 * max(scale, 1e-6), f"outputs differ by {error:.3g} at scale {scale:.3g}"
-print(error / max(scale, 1e-30))
+difference = error / max(scale, 1e-30)
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What is to be run on a written folder, wherever it is run.
+
+    `code` is Python that reads the names `folder` (a path as text), `probe` and `encoder`, and leaves the largest
+    difference, relative to the largest output, in `difference`; it raises where that is too much. `stock` says that
+    it loads the folder with the stock library, which must not find vitrim. `probe` has `inputs`, the `output` that
+    the `encoder`, a path in the model, has to give, and an empty tensor `like` of the type that the weights have.
+    """
+
+    code: str
+    stock: bool
+    folder: Path
+    probe: dict[str, Tensor]
+    encoder: str
+
+    def failed(self, reason: str) -> OutputError:
+        """The error to raise where the code raised, by its own words."""
+        return OutputError(f"{self.folder}: written, but does not load back to the same outputs ({reason}).")
+
+
+RunCheck = Callable[[Check], float]
+
+
+def in_fresh_process(check: Check) -> float:
+    """Run a check in a new interpreter on the CPU, without network.
+
+    Args:
+        check: the folder, the code that loads it, and what it has to give.
+
+    Returns:
+        The difference that the code found.
+
+    Raises:
+        OutputError: the code raised there; its last line says what.
+    """
+    code = (WITHOUT_VITRIM if check.stock else "") + GIVEN + check.code + "print(difference)\n"
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch) / "probe.safetensors"
+        save_file(check.probe, probe)
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code, str(check.folder), str(probe), check.encoder]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise check.failed((done.stderr.strip().split("\n") or ["no message"])[-1])
+    return float(done.stdout.split()[-1])
+
+
+_run_check: ContextVar[RunCheck] = ContextVar("run_check", default=in_fresh_process)
+
+
+@contextlib.contextmanager
+def checking_with(run_check: RunCheck) -> Iterator[None]:
+    """Let something else than a fresh process run the checks of all that is written meanwhile.
+
+    Args:
+        run_check: takes a check, returns the difference, and raises `check.failed(reason)` where there is too much.
+    """
+    token = _run_check.set(run_check)
+    try:
+        yield
+    finally:
+        _run_check.reset(token)
 
 
 def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, stock: bool) -> float:
@@ -69,15 +143,12 @@ def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, 
         output = reference(inputs.cpu())
     output = output if isinstance(output, Tensor) else output[0]
     backend = backend_of(origin.library)
-    load_it = STOCK_CHECK + backend.RELOAD if stock and backend is not None else OWN_CHECK
-    with tempfile.TemporaryDirectory() as scratch:
-        probe = Path(scratch) / "probe.safetensors"
-        tensors = {"inputs": inputs.cpu().contiguous(), "output": output.clone().contiguous(), "like": like}
-        save_file(tensors, probe)
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", load_it + COMPARE, str(folder), str(probe), origin.encoder]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().split("\n") or ["no message"])[-1]
-        raise OutputError(f"{folder}: written, but does not load back to the same outputs ({reason}).")
-    return float(done.stdout.split()[-1])
+    by_library = backend.RELOAD if stock and backend is not None else None
+    check = Check(
+        code=(OWN_LOAD if by_library is None else by_library) + COMPARE,
+        stock=by_library is not None,
+        folder=folder,
+        probe={"inputs": inputs.cpu().contiguous(), "output": output.clone().contiguous(), "like": like},
+        encoder=origin.encoder,
+    )
+    return _run_check.get()(check)

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from test_distill import HELD_OUT, Broken, make_images, make_student, make_teacher, weights
 
 import vitrim
-from vitrim.recover import run as run_module
+from tests.support.distillation import HELD_OUT, Broken, make_images, make_student, make_teacher, weights
 from vitrim.config.options import RecoverOptions
 from vitrim.data import open_images
 from vitrim.distributed.processes import is_main, join_, on_main, plan_from_main
 from vitrim.errors import OutputError, VitrimError
+from vitrim.recover import run as run_module
 from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
 

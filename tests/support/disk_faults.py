@@ -20,7 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from faults import Outcome, Scene, in_child
+from tests.support.faults import Outcome, Scene, in_child
+from tests.support.processes import environment
+from vitrim.output.load import load
+from vitrim.output.verify import Check, checking_with
 
 KILL = 0
 # errno (0: SIGKILL), and whether every later change fails, too.
@@ -44,10 +47,10 @@ def build_library(folder: Path) -> Path:
 def sweep(job: str, scene: Scene, *, every: dict[str, int]) -> list[dict[str, Any]]:
     """Try faults, each at every n-th change of a job; for each trial what was wrong (None: nothing) and where."""
     with tempfile.TemporaryDirectory() as scratch:
-        environment = {**os.environ, "LD_PRELOAD": str(build_library(Path(scratch))), "OMP_NUM_THREADS": "1"}
+        preloaded = environment(LD_PRELOAD=str(build_library(Path(scratch))))
         faults = [f"{fault}={number}" for fault, number in every.items()]
-        command = [sys.executable, __file__, job, str(scene.root), *faults]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "tests.support.disk_faults", job, str(scene.root), *faults]
+        done = subprocess.run(command, env=preloaded, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -166,25 +169,22 @@ class Bench:
 
 
 def _leave_out_what_takes_time() -> None:
-    """Timing and plots, and the check in a fresh process, which becomes one in this."""
-    import vitrim.output.export
-    import vitrim.compression.slicing
-
-    import vitrim.compression.pipeline
+    """Timing and plots."""
     import vitrim.evaluation
+    import vitrim.output.export
     import vitrim.report.page
-    from vitrim.output.load import load
-
-    def verify(folder: Path, *_: Any, **__: Any) -> float:
-        load(folder)
-        return 0.0
 
     def latency(*_: Any, batch_sizes: Any = (1,), **__: Any) -> dict[int, dict[str, float]]:
         return {size: {"median_ms": 1.0, "iqr_ms": 0.0} for size in batch_sizes}
 
-    vitrim.compression.pipeline.verify = vitrim.compression.slicing.verify = verify
     vitrim.output.export.measure_latency = vitrim.evaluation.measure_latency = latency
     vitrim.report.page.write_report = lambda path, *_: path.write_text("the page")
+
+
+def loads(check: Check) -> float:
+    """The check in a fresh process, but in this one and of nothing more than that the output loads."""
+    load(check.folder)
+    return 0.0
 
 
 def trials(bench: Bench, fault: str, root: Path, *, every: int) -> Iterator[dict[str, Any]]:
@@ -200,7 +200,7 @@ def trials(bench: Bench, fault: str, root: Path, *, every: int) -> Iterator[dict
 def main() -> None:
     """One job and its faults, as the arguments say."""
     job, scene, *faults = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, checking_with(loads):
         bench = Bench(job, Scene(Path(scene)), Path(scratch))
         for fault, every in (given.split("=") for given in faults):
             for found in trials(bench, fault, Path(scratch), every=int(every)):

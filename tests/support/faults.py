@@ -24,17 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import SOURCES, snapshot
 from PIL import Image
 
 import vitrim
+from tests.support.checkpoints import SOURCES, snapshot
+from tests.support.processes import ROOT
 from vitrim.cli.app import run
 from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
 from vitrim.errors import VitrimError
+from vitrim.output.verify import checking_with
 from vitrim.types import MlpSite
 
-ROOT = Path(__file__).resolve().parents[1]
 INPUTS = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
 SECONDS, MEMORY = 60, 2 * 2**30  # what a case may take, on top of the libraries
 PATHS = ("../../escaped", "/etc/hostname", "a/../../b", "~", ".", "", "a\0b", "x" * 5000, "hf-hub:a/b", "local-dir:..")
@@ -340,15 +341,13 @@ def _tar(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
 
 
 def _elastic(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
-    import vitrim.compression.slicing
-
     copy = scene.copy(scene.output, folder)
     (copy / "elastic.json").write_bytes(text_of(rng, json.loads((copy / "elastic.json").read_text())))
     ratio = rng.choice(("0.5", "0.5", "1", "0.25"))
 
     def work() -> int:
-        vitrim.compression.slicing.verify = lambda *_, **__: 0.0
-        return run(["slice", str(copy), "--mlp-ratio", ratio, "--out", str(folder / "out")])
+        with checking_with(lambda _: 0.0):
+            return run(["slice", str(copy), "--mlp-ratio", ratio, "--out", str(folder / "out")])
 
     return work
 

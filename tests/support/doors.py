@@ -1,15 +1,13 @@
 """The doors through which a stranger's bytes come in, each as one file of a folder and what opens it, in this process.
 
-tests/test_doors.py knocks with what hypothesis makes, tests/fuzz.py with what atheris finds. What is written outside a
-folder is watched by tests/faults.py, in children.
+tests/test_doors.py knocks with what hypothesis makes, fuzz.py with what atheris finds. What is written outside a
+folder is watched by faults.py, in children.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +16,10 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from faults import FULL, INPUTS, PLANNED, ROOT, Scene, use_recipe
 
 import vitrim
+from tests.support.faults import FULL, INPUTS, PLANNED, ROOT, Scene, use_recipe
+from tests.support.processes import run_python
 from vitrim.data import open_images, transform_for
 from vitrim.errors import VitrimError
 from vitrim.storage.tensor_files import open_tensors
@@ -82,10 +81,8 @@ def knock(name: str, folder: Path, data: bytes) -> str | None:
 def search(name: str, scene: Scene, *, runs: int) -> tuple[int, list[str]]:
     """Look for bytes that break a door, led by coverage: how many were tried, and what was found, which ends it."""
     with tempfile.TemporaryDirectory() as scratch:
-        script = Path(__file__).with_name("fuzz.py")
         options = [f"-runs={runs}", "-seed=1", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={scratch}/"]
-        command = [sys.executable, str(script), name, str(scene.root), "-print_final_stats=1", *options]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = run_python("-m", "tests.support.fuzz", name, scene.root, "-print_final_stats=1", *options)
         found = "\n".join(f"{path.name}: {path.read_bytes()!r}" for path in sorted(Path(scratch).iterdir()))
     tried = [int(number) for number in re.findall(r"(?:^#|executed_units: )(\d+)", done.stderr, re.MULTILINE)]
     said = f"{name}, exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr[-1000:]}\n{found}"

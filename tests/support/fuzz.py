@@ -1,6 +1,6 @@
-"""Searches one door of tests/doors.py for bytes that break what is behind it, led by coverage (atheris, libFuzzer).
+"""Searches one door of doors.py for bytes that break what is behind it, led by coverage (atheris, libFuzzer).
 
-    python tests/fuzz.py recipe SCENE [options of libFuzzer]
+    python -m tests.support.fuzz recipe SCENE [options of libFuzzer]
 
 `doors.search` starts it, since libFuzzer ends its process, at the latest with the first finding: a traceback, a hang,
 too much memory. Only vitrim is instrumented, not the libraries.
@@ -17,8 +17,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["vitrim"]):
-    from doors import folder_of, knock, valid
-    from faults import Scene, text_of
+    from tests.support.doors import folder_of, knock, valid
+    from tests.support.faults import Scene, text_of
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:

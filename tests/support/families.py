@@ -1,7 +1,7 @@
 """The model families that vitrim is held to: each as a tiny model of the library's own class, with random weights.
 
 A family names only how a tiny model is built and what its MLPs should look like. What is measured on it stands in
-`support_table.py`. Every model is written as its library writes one and read back by its source, but for those that
+`models_table.py`. Every model is written as its library writes one and read back by its source, but for those that
 have no such form.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from conftest import Gated, Residual
 from safetensors.torch import save_file
 from timm.models import get_model_args, save_for_hf
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
+from tests.support.models import Gated, Residual
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 

@@ -1,6 +1,6 @@
 """Measures what vitrim does to each family of models, and writes the table of docs/models.md from it.
 
-`python tests/support_table.py` prints the table, with `--write` it puts it into the page. The tests in
+`python -m tests.support.models_table` prints the table, with `--write` it puts it into the page. The tests in
 `test_families.py` ask for the same measurements and say what they must be. Nothing is downloaded.
 """
 
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES, Family
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.support.families import FAMILIES, Family
+from tests.support.processes import ROOT
 from vitrim import load
 from vitrim.compression.cut import cut_
 from vitrim.config.options import RepairOptions
@@ -35,21 +36,21 @@ from vitrim.models.load import backend_of
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import nearest_stock_width, stock_origin
 from vitrim.output.save import save
-from vitrim.output.verify import STOCK_CHECK
+from vitrim.output.verify import WITHOUT_VITRIM
 from vitrim.surgery import KeepUnits, Plan, apply_, weight_of
 from vitrim.types import Features, MlpSite
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-BEGIN, END = "<!-- table: python tests/support_table.py --write -->\n", "<!-- end of table -->\n"
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- table: python -m tests.support.models_table --write -->\n", "<!-- end of table -->\n"
 HEAD = ("Source", "Family", "MLP", "Where", "Cut = masked", "Loads again with", "Widths", "`torch.export`")
 TOLERANCE = 1e-5
 
 # Loads folders in a process where vitrim can't be imported, each by its library's own code, and compares outputs.
 RELOAD_ALL = """
-import json, torch
+import json, sys, torch
 from safetensors.torch import load_file
 found = {}
-for name, (source, encoder, code) in json.load(open(folder)).items():
+for name, (source, encoder, code) in json.load(open(sys.argv[1])).items():
     try:
         scope = {"folder": source}
         exec(code, scope)
@@ -265,7 +266,7 @@ def stock_reports() -> dict[str, float | str]:
     for source, each in jobs.items():
         path = scratch() / f"{source}.json"
         path.write_text(json.dumps(each))
-        command = [sys.executable, "-c", STOCK_CHECK + RELOAD_ALL, str(path)]
+        command = [sys.executable, "-c", WITHOUT_VITRIM + RELOAD_ALL, str(path)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         reports |= json.loads(done.stdout.splitlines()[-1])

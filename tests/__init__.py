@@ -1,0 +1,1 @@
+"""The tests of vitrim; what several of them use lies in `tests.support`."""

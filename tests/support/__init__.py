@@ -1,0 +1,1 @@
+"""What the tests share: tiny models, files and folders, and what runs in processes of their own."""
