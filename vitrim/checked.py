@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, get_args
@@ -61,11 +62,23 @@ def explain(error: ValidationError, kind: type[Checked]) -> str:
     """
     first = error.errors()[0]
     path = path_of(first)
-    if first["type"] != "extra_forbidden":
-        return f"{path}: {first['msg']} (got {first['input']!r:.80})" if path else str(first["msg"])
-    keys = kind.keys()
-    close = difflib.get_close_matches(path, keys, n=1, cutoff=0.6)
-    return f"unknown key {path!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(keys)}.")
+    if first["type"] == "extra_forbidden":
+        return _unknown(path, kind.keys())
+    said = str(first["msg"]).removeprefix("Value error, ")
+    if isinstance(first["input"], Mapping):  # several keys that don't go together: the message names them
+        return f"{path}: {said}" if path else said
+    return f"{path}: {said} (got {first['input']!r:.80})"
+
+
+def _unknown(path: str, keys: list[str]) -> str:
+    """Say which key was meant, or which there are beside it."""
+    where = re.sub(r"^steps\.\d+\.", "", path)
+    close = difflib.get_close_matches(where, keys, n=1, cutoff=0.6)
+    if close:
+        return f"unknown key {path!r}; did you mean {close[0]!r}?"
+    level = where.rpartition(".")[0]
+    beside = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == level]
+    return f"unknown key {path!r}; known: {', '.join(beside or keys)}."
 
 
 def path_of(error: Mapping[str, Any]) -> str:
@@ -74,7 +87,7 @@ def path_of(error: Mapping[str, Any]) -> str:
     Classes that were tried one after the other are left out, and so is the first step, whose keys may stand outside.
     """
     path = ".".join(str(part) for part in error["loc"] if not str(part)[:1].isupper())
-    return path.removeprefix("steps.0.")
+    return re.sub(r"^steps\.0(\.|$)", "", path)
 
 
 def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:

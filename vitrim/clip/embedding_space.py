@@ -17,7 +17,7 @@ from vitrim.models.towers import image_projection, open_pair, scale_and_bias, un
 from vitrim.recover.losses import EmbeddingSpace
 
 
-def space_of(whole: nn.Module, origin: Origin, options: RecoverOptions) -> EmbeddingSpace | None:
+def embedding_space_of(whole: nn.Module, origin: Origin, options: RecoverOptions) -> EmbeddingSpace | None:
     """Where the pooled vectors of an encoder are compared; None for one whose features are compared as they are.
 
     Args:

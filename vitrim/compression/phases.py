@@ -29,9 +29,11 @@ from vitrim.models.features import device_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import why_not_stock
+from vitrim.output.stage import RECOVERY_LOG, RECOVERY_STATE
 from vitrim.recover.distill import OnValidation, Recovery, recover_
 from vitrim.recover.elastic import Fitting, Slice, Widths, serving
-from vitrim.repair.blockwise import BlockwiseReport, follow_cut_
+from vitrim.recover.trackers import TRACKER_LOGS
+from vitrim.repair.blockwise import Blockwise, follow_cut_
 from vitrim.surgery import Edit
 from vitrim.types import MlpSite
 
@@ -187,7 +189,7 @@ def beside_equal_widths(
 class Trained:
     """What training did after the cut: block by block, end to end, and at which further widths."""
 
-    blocks: BlockwiseReport | None = None
+    blocks: Blockwise | None = None
     recovery: Recovery | None = None
     slices: Mapping[float, Slice] = field(default_factory=dict)
 
@@ -213,7 +215,7 @@ class Trained:
 def train_(models: Models, job: Job, context: RunContext, on_validation: OnValidation | None) -> Trained:
     """Train the student block by block and end to end, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
-    blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
+    blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context.work, resume=context.resume, quiet=context.quiet)
     if split is None or recipe.recover is None:
         return Trained(blocks=blocks)
     widths = Widths.of(recipe, models.sites)
@@ -247,7 +249,12 @@ def _distil_(
         split.train.augmented(augment, context.seed),
         held_out=[batch.images_BCHW for batch in split.held_out],
         options=options,
-        context=context,
+        seed=context.seed,
+        state=None if context.work is None else context.work / RECOVERY_STATE,
+        log=None if context.work is None else context.work / RECOVERY_LOG,
+        logs=None if context.work is None else context.work / TRACKER_LOGS,
+        resume=context.resume,
+        quiet=context.quiet,
         widths=widths,
         space=job.space,
         on_validation=on_validation,

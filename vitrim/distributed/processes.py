@@ -69,22 +69,24 @@ def from_process(source: int, value: T) -> T:
     return box[0]
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """Do something on the main process alone; every process gets what came of it.
+def on_main(work: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Call a function on the main process alone; every process gets what it returned.
 
     Args:
         work: what to do; its value has to be small and plain.
+        args: what it is called with.
+        options: the same, by name.
 
     Raises:
         VitrimError: on every process what the main one raised, in other words where it was no error for users.
     """
     if num_processes() == 1:
-        return work()
+        return work(*args, **options)
     done: list[T] = []
     error: Exception | None = None
     if is_main():
         try:
-            done.append(work())
+            done.append(work(*args, **options))
         except Exception as caught:  # told to the others before it goes on its way, or they would wait for ever
             error = caught
     said = from_main(_words(error))

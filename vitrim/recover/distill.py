@@ -35,6 +35,8 @@ from vitrim.recover.targets import cache_folder
 from vitrim.recover.trackers import Trackers
 from vitrim.storage.tensor_writer import read_journal
 
+OnValidation = Callable[[int, float], None]
+
 
 def recover_(
     student: nn.Module,
@@ -69,7 +71,7 @@ def recover_(
         quiet: show no progress.
         on_validation: called with step and relative error whenever held-out images are judged.
         widths: with `options.elastic`, the widths that the student is to serve.
-        space: for the image tower of a pair, where the pooled vector is compared; see `text_bank.space_of`.
+        space: for the image tower of a pair, where the pooled vector is compared; see `text_bank.embedding_space_of`.
 
     Returns:
         The curve and what was chosen.
