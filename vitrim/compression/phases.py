@@ -215,7 +215,16 @@ class Trained:
 def train_(models: Models, job: Job, context: RunContext, on_validation: OnValidation | None) -> Trained:
     """Train the student block by block and end to end, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
-    blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context.work, resume=context.resume, quiet=context.quiet)
+    blocks = follow_cut_(
+        models.student,
+        models.teacher,
+        models.sites,
+        recipe,
+        split,
+        context.work,
+        resume=context.resume,
+        quiet=context.quiet,
+    )
     if split is None or recipe.recover is None:
         return Trained(blocks=blocks)
     widths = Widths.of(recipe, models.sites)

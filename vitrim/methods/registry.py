@@ -74,8 +74,17 @@ def register(
         takes = "widths"
         if any(k.KIND not in ("keep_units", "keep_head_dims") for k in edits):
             takes = "nothing" if name in ("relufy", "int8") else "share"
-        own = {"name": name, "paper": paper, "arxiv": arxiv, "summary": summary, "needs": needs, "repairs": repairs,
-               "edits": edits, "takes": takes, "__module__": __name__}
+        own = {
+            "name": name,
+            "paper": paper,
+            "arxiv": arxiv,
+            "summary": summary,
+            "needs": needs,
+            "repairs": repairs,
+            "edits": edits,
+            "takes": takes,
+            "__module__": __name__,
+        }
         if scope == "site":
             kind = type(name, (options, SiteMethod), {**own, "select": lambda self, view: decide(view, self)})
         else:
