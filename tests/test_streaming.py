@@ -28,7 +28,7 @@ from vitrim.data import first_images, open_images
 from vitrim.errors import RecipeError
 from vitrim.models.load import load_model
 from vitrim.models.sites import find_mlps
-from vitrim.models.streamed import StreamedModel
+from vitrim.models.file_backed import FileBackedModel
 from vitrim.types import MlpSite
 
 pytest.importorskip("transformers")
@@ -290,14 +290,14 @@ def test_sizes():
 @pytest.mark.parametrize("scope", [None, "blocks.1"])
 def test_one_block_of_each_model_is_in_memory_at_a_time(build, tmp_path, monkeypatch, scope):
     each, most = build("timm"), []
-    enter = StreamedModel.enter
+    enter = FileBackedModel.enter
 
     def counting(self, block):
         enter(self, block)
         here = {name.split(".")[1] for name, p in self.model.named_parameters() if "blocks" in name and not p.is_meta}
         most.append(len(here))
 
-    monkeypatch.setattr(StreamedModel, "enter", counting)
+    monkeypatch.setattr(FileBackedModel, "enter", counting)
     recipe = REPAIR.updated({"scope": scope})
     prune_checkpoint(each.source, tmp_path / "out", recipe=recipe, data=IMAGES, quiet=True)
     assert set(most) == {1} and len(most) > 6

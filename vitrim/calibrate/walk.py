@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.streams import Call, Stream, first_tensor, forward_order
+from vitrim.calibrate.activations import Activations, Call, first_tensor, forward_order
 from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.surgery import mlp_output, submodule, weight_of
@@ -84,15 +84,15 @@ def walk(
         One visit a site.
     """
     blocks = forward_order(teacher, sites, batches[0][:2])
-    streams = [
-        Stream(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher"),
-        Stream(student, blocks, batches, frozen=False, offload=offload and offload / "student"),
+    both = [
+        Activations(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher"),
+        Activations(student, blocks, batches, frozen=False, offload=offload and offload / "student"),
     ]
     for index, block in enumerate(blocks):
-        for stream in streams:
-            stream.enter(index)
+        for activations in both:
+            activations.enter(index)
         for site in [site for site in sites if site.block == block and site.path not in skip]:
-            yield _visit(site, streams[0], streams[1], feedback, num_held_out, max_tokens, moments)
+            yield _visit(site, both[0], both[1], feedback, num_held_out, max_tokens, moments)
 
 
 def layer_scale(model: nn.Module, site: MlpSite, call: Call) -> Tensor | None:
@@ -170,8 +170,8 @@ class _Sums:
 
 def _visit(
     site: MlpSite,
-    teacher: Stream,
-    student: Stream,
+    teacher: Activations,
+    student: Activations,
     feedback: float,
     num_held_out: int,
     max_tokens: int,

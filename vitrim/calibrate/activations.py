@@ -30,7 +30,7 @@ def first_tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-class Stream:
+class Activations:
     """The arguments with which one model's current block is called, batch by batch, kept on the CPU.
 
     A frozen model's block outputs, seen while its MLPs are observed, are the next block's inputs: it never runs twice.
@@ -208,7 +208,7 @@ def forward_order(model: nn.Module, sites: Sequence[MlpSite], images: Tensor) ->
     return list(_record(model, list(dict.fromkeys(site.block for site in sites)), images.to(device)))
 
 
-def stream_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[int, int]:
+def activation_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[int, int]:
     """Bytes an image that the arguments of a block take in a stream, and its output: the most over all blocks.
 
     Args:
