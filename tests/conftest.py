@@ -252,7 +252,7 @@ def run() -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def stored_stats(hidden: Tensor, target: Tensor) -> Stats:
-    """The sums over stored activations: what calibration streams."""
+    """The sums over stored activations: what calibration adds up batch by batch."""
     return Stats(
         num_tokens=len(hidden),
         hidden_H=hidden.sum(0),

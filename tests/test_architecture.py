@@ -181,3 +181,11 @@ def test_import_touches_no_device_no_network_no_flag_and_no_heavy_library():
     seen = json.loads(done.stdout)
     assert seen["changed"] == [] and not seen["device"]
     assert set(seen["modules"]) & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize("name", ["errors", "progress", "types"])
+def test_the_lowest_modules_do_not_import_torch(name):
+    """`vitrim --help` takes names from them, and torch takes seconds."""
+    path = ROOT / f"{name}.py"
+    load = f"import runpy, sys; runpy.run_path({str(path)!r}, run_name={name!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", load], check=True, timeout=120)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vitrim
-from vitrim.calibrate import streams
+from vitrim.calibrate import activations
 from vitrim.cli.app import run
 from vitrim.compression import selection
 from vitrim.compression.cut import CutReport, cut_
@@ -26,9 +26,9 @@ from vitrim.cost import memory
 from vitrim.cost.memory import MARGIN, MemoryEstimate, parse_bytes, selection_bytes
 from vitrim.data import first_images, open_images
 from vitrim.errors import RecipeError
+from vitrim.models.file_backed import FileBackedModel
 from vitrim.models.load import load_model
 from vitrim.models.sites import find_mlps
-from vitrim.models.file_backed import FileBackedModel
 from vitrim.types import MlpSite
 
 pytest.importorskip("transformers")
@@ -231,8 +231,8 @@ def repaired(build, tmp_path_factory):
 
 def test_activations_on_disk_change_nothing(build, repaired, tmp_path, monkeypatch):
     each, seen = build("timm"), []
-    put = streams.Store.put
-    monkeypatch.setattr(streams.Store, "put", lambda self, *given: (seen.append(self.folder), put(self, *given)))
+    put = activations.Store.put
+    monkeypatch.setattr(activations.Store, "put", lambda self, *given: (seen.append(self.folder), put(self, *given)))
     enough = calibration_bytes(each, REPAIR, 1)
     assert enough < calibration_bytes(each, REPAIR, 0)
     found = prune_checkpoint(

@@ -242,7 +242,7 @@ class ModelView(Protocol):
         ...
 
     def layers(self, *, factors: bool = False) -> Sequence[LayerSite]:
-        """Return every linear and convolution layer, replaceable or not; with `factors` also factors of former layers."""
+        """Return every linear and convolution layer, replaceable or not; with `factors` also factors of low rank."""
         ...
 
     def track(self, items: Sequence[T], words: str) -> Iterator[T]:

@@ -91,6 +91,14 @@ def best_choices(errors: Sequence[Values], costs: Sequence[NDArray[np.int64]], b
 
     Raises:
         BudgetError: even the cheapest choices cost more than the budget.
+
+    Example:
+        Two MLPs with two widths each; the second loses more when it is narrow, so it gets the wide one.
+
+        >>> import numpy as np
+        >>> errors = [np.array([1.0, 0.5]), np.array([3.0, 0.5])]
+        >>> best_choices(errors, [np.array([1, 2]), np.array([1, 2])], budget=3)
+        [0, 1]
     """
     least = [int(cost_J.min()) for cost_J in costs]
     if sum(least) > budget:

@@ -32,6 +32,12 @@ def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None
     Raises:
         BudgetError: num_keep is outside 1..H.
 
+    Example:
+        >>> import torch
+        >>> hidden = torch.tensor([[1.0, 0.0, 2.0], [1.0, 1.0, 2.0]])
+        >>> select_on_moments(hidden.T @ hidden, 2)
+        tensor([2, 1])
+
     Paper: orthogonal least squares (Chen, Cowan and Grant, 1991); Gram-Schmidt on activations is also in Subspace
     Node Pruning, arXiv 2405.17506. O(K H (K + D)) time.
     """

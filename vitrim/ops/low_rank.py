@@ -80,6 +80,12 @@ def truncate(weight_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors `up` (M, R) and `down` (R, N) of rank R whose product is nearest to a weight.
 
     The truncated SVD (Eckart and Young).
+
+    Example:
+        >>> import torch
+        >>> up_MR, down_RN = truncate(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+        >>> (up_MR @ down_RN).diagonal().round(decimals=4)
+        tensor([3., 2., 0.], dtype=torch.float64)
     """
     return project(weight_MN, weight_basis(weight_MN)[0][:, :rank])
 
