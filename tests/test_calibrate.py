@@ -168,9 +168,9 @@ def test_a_chain_and_a_forward_for_each_block_give_the_same_sums(build, name, mo
             yield visit
             halve_(student, visit)
 
-    monkeypatch.setattr(streams, "_links", count)
+    monkeypatch.setattr(activations, "_links", count)
     fast = list(visits())
-    monkeypatch.setattr(streams, "_links", lambda model, blocks, images: [False] * len(blocks))
+    monkeypatch.setattr(activations, "_links", lambda model, blocks, images: [False] * len(blocks))
     slow = list(visits())
     # Between Swin's stages the patches are merged; elsewhere the first block alone is reached by a full forward.
     assert chained == [[False, True, False] if name == "timm-swin" else [False] + [True] * (len(chained[0]) - 1)] * 2
