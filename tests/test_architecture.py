@@ -262,3 +262,18 @@ def test_files_have_at_most_four_hundred_lines():
 def test_the_lines_of_a_function_are_those_behind_its_docstring(lines, long):
     body = "\n".join(["        pass"] * lines)
     assert long_functions(f'class A:\n    def f(self):\n        """Two\n\n        lines."""\n{body}\n') == long
+BARE = """
+import sys, types
+package = types.ModuleType("vitrim")  # the real one imports everything that it exports
+package.__path__ = [{root!r}]
+sys.modules["vitrim"] = package
+import vitrim.{name}
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("name", ["errors", "progress", "types"])
+def test_the_lowest_modules_do_not_import_torch(name):
+    """`vitrim --help` takes names from them, and torch takes seconds."""
+    script = BARE.format(root=str(ROOT), name=name)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from vitrim.calibrate.streams import first_tensor
+from vitrim.calibrate.activations import first_tensor
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, frozen
