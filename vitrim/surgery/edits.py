@@ -31,10 +31,8 @@ class Edit(ABC):
 
     `tensors` maps full tensor names, as they are after the edit, to their values; a name that is not in it gets what
     `map_tensor` makes of the original. A field that names a module is a `Site`, or is called `path` or `paths`. A
-    subclass
-    is a frozen dataclass with a KIND. In a plan STAGE never falls from one edit to the next, so that nothing is cut
-    that
-    has been replaced.
+    subclass is a frozen dataclass with a KIND. In a plan STAGE never falls from one edit to the next, so that nothing
+    is cut that has been replaced.
     """
 
     KIND: ClassVar[str]
@@ -186,7 +184,7 @@ def _check_first(model: nn.Module, edits: Iterable[Edit]) -> list[bool]:
         checked.append(seen.isdisjoint(paths | above))
         if checked[-1]:
             edit.check(model)
-        seen |= paths
+        seen |= paths | {edit.where}  # what stands there may hold the modules of later edits
     return checked
 
 
