@@ -187,6 +187,20 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerSums:
+    """Sums over calibration images at one layer: T vectors, each in G groups of K values, in float64.
+
+    `of_inputs` tells whether they are of the layer's inputs, or of its outputs, where those are narrower.
+    """
+
+    layer: LayerSite
+    of_inputs: bool
+    num_tokens: int
+    total_GK: Tensor
+    square_GKK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteView:
     """Everything that a method may see to decide about one MLP: plain matrices and sums, no module.
 
@@ -255,6 +269,17 @@ class ModelView(Protocol):
 
     def attentions(self) -> Sequence[AttentionSite]:
         """Return the plain self-attentions, each verified against vitrim's own on calibration images."""
+        ...
+
+    def stats(self, site: MlpSite) -> Stats:
+        """Run the calibration images, and return the sums of an MLP's hidden units and of what it puts out."""
+        ...
+
+    def layer_sums(self, layers: Sequence[LayerSite]) -> Iterator[tuple[Sequence[LayerSite], Mapping[str, LayerSums]]]:
+        """Yield groups of layers with their sums by path, in as few passes over the calibration images as memory allows.
+
+        A layer that no image reaches has none. Edits made between two groups are seen by the later one.
+        """
         ...
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:

@@ -169,7 +169,7 @@ class Recipe(Checked):
         `recover.elastic` where that is given, and all units in later steps and for methods that go by no budget.
         """
         step = self.steps[number]
-        if number or find_method(step.method).takes == "nothing":
+        if number or step.make_method().goes_by() == "nothing":
             return step.width(default=("keep_ratio", 1.0))
         elastic = None if self.recover is None else self.recover.elastic
         return step.width() if elastic is None else step.width(default=("mlp_ratio", elastic[-1]))
