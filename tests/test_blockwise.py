@@ -18,6 +18,7 @@ import vitrim
 from vitrim.calibrate import streams
 from vitrim.config.options import BlockwiseOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.data import open_images
 from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from vitrim.metrics.fidelity import fidelity
@@ -38,13 +39,12 @@ def cut(case, share=0.5):
     return student
 
 
-def run(case, student, *, folder=None, images=IMAGES, **values):
+def run(case, student, *, folder=None, images=IMAGES, held_out=(), resume=False, seed=0, **values):
     """Block by block on small batches."""
-    known = {"seed", "resume", "held_out"}
-    rest = {key: values.pop(key) for key in known & values.keys()}
     options = BlockwiseOptions(**{"num_images": 30, "batch_size": 3, "steps": 12, **values})
-    rest = {"held_out": [], "options": options, "folder": folder, "quiet": True, **rest}
-    return recover_blocks_(student, case.model, case.sites, images, **rest)
+    context = RunContext(work=folder, resume=resume, quiet=True, seed=seed)
+    given = {"held_out": held_out, "options": options, "context": context}
+    return recover_blocks_(student, case.model, case.sites, images, **given)
 
 
 def weights(model):

@@ -25,6 +25,7 @@ from torchvision.transforms.functional import to_tensor
 import vitrim
 from vitrim.config.options import RecoverOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.data import ImageStream, augment_for, is_text, open_images, open_stream, split_images
 from vitrim.errors import DataError, MissingExtraError, RecipeError
 from vitrim.models.sites import find_mlps
@@ -198,17 +199,22 @@ def make_teacher():
     ).eval()
 
 
-def train(images, **options):
+def train(images, *, work=None, resume=False, on_validation=None, **options):
     """Weights after recovery of a student on some images, and what recovery says."""
     teacher = make_teacher()
     student = copy.deepcopy(teacher)
     apply_(student, [KeepUnits(site=site, keep=tuple(range(16))) for site in find_mlps(student)])
     options = {"steps": 6, "batch_size": 4, "lr": 1e-3, "num_validations": 3, "shuffle_buffer": 8, **options}
     images = images.augmented(augment_for(CFG, "light"), 0)
-    keep = {name: options.pop(name) for name in ("state", "resume", "on_validation") if name in options}
     held_out = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))]
     result = recover_(
-        student, teacher, images, held_out=held_out, options=RecoverOptions(**options), quiet=True, **keep
+        student,
+        teacher,
+        images,
+        held_out=held_out,
+        options=RecoverOptions(**options),
+        context=RunContext(work=work, resume=resume, quiet=True),
+        on_validation=on_validation,
     )
     return student.state_dict(), result
 
@@ -381,13 +387,13 @@ def test_a_stopped_run_on_a_stream_goes_on_bit_for_bit_with_workers_or_without(t
     source = piped(write_shards(tmp_path / "shards", num_shards=4, per_shard=5))
     whole, _ = train(open_stream(source))
 
-    def stop(step, error):
-        if step == 4:
+    def stop(found):
+        if found.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(open_stream(source), state=tmp_path / "state.pt", on_validation=stop)
-    again, _ = train(open_stream(source), state=tmp_path / "state.pt", resume=True, num_workers=1)
+        train(open_stream(source), work=tmp_path / "work", on_validation=stop)
+    again, _ = train(open_stream(source), work=tmp_path / "work", resume=True, num_workers=1)
     assert_equal(whole, again)
 
 

@@ -14,6 +14,7 @@ import timm
 import torch
 
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, open_images
 from vitrim.errors import Interrupted, OutputError
 from vitrim.models.sites import find_mlps
@@ -46,12 +47,13 @@ def make_images(num_images: int = 48) -> ImageSet:
 HELD_OUT = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))]
 
 
-def run(student, teacher, **kwargs):
+def run(student, teacher, *, work=None, resume=False, **kwargs):
     options = RecoverOptions(
         **{"steps": 6, "batch_size": 8, "lr": 1e-3, "num_validations": 3, **kwargs.pop("options", {})}
     )
     images = kwargs.pop("images", None) or make_images()
-    return recover_(student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, **kwargs)
+    context = RunContext(work=work, resume=resume, quiet=True)
+    return recover_(student, teacher, images, held_out=HELD_OUT, options=options, context=context, **kwargs)
 
 
 def weights(model):
@@ -129,15 +131,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, ema):
     options = {"steps": 9, "num_validations": 9, "ema": ema}
     expected = run(whole, teacher, options=options)
 
-    def interrupt(step, error):
-        if step == 4:
+    def interrupt(found):
+        if found.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    state = tmp_path / "recover.pt"
     with pytest.raises(Interrupted, match=r"step [45] of 9"):
-        run(stopped, teacher, options=options, state=state, on_validation=interrupt)
+        run(stopped, teacher, options=options, work=tmp_path, on_validation=interrupt)
     again = make_student(teacher)
-    result = run(again, teacher, options=options, state=state, resume=True)
+    result = run(again, teacher, options=options, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
     assert result.curve == expected.curve
 
@@ -163,7 +164,7 @@ def test_the_rate_is_found_by_a_range_test_that_leaves_no_trace():
 )
 def test_the_range_test_asks_more_of_a_rate_where_the_student_is_far_off(monkeypatch, errors, wanted):
     left = iter(errors)
-    monkeypatch.setattr("vitrim.recover.run.relative_error", lambda *_: next(left, errors[-1]))
+    monkeypatch.setattr("vitrim.recover.judge.relative_error", lambda *_: next(left, errors[-1]))
     teacher = make_teacher()
     found = run(make_student(teacher), teacher, options={"lr": None, "steps": 8, "num_validations": 1})
     assert f"{found.lr:g}" == wanted
@@ -238,7 +239,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
 
 def poison(monkeypatch, at, value=float("nan")):
     """Make the loss of some training steps (counted over the whole process) no number, or huge."""
-    from vitrim.cli.app import run as module
+    from vitrim.recover import run as module
 
     seen = {"steps": 0}
 
@@ -256,7 +257,7 @@ def test_a_loss_that_is_no_number_or_explodes_goes_back_and_lowers_the_rate(tmp_
     teacher = make_teacher()
     student = make_student(teacher)
     poison(monkeypatch, at={4}, value=value)
-    result = run(student, teacher, state=tmp_path / "state.pt" if on_disk else None)
+    result = run(student, teacher, work=tmp_path if on_disk else None)
     (note,) = result.notes
     assert "at step 4: went back to step 2 with the rate lowered to 0.0005" in note
     assert result.lr == 5e-4
@@ -277,28 +278,27 @@ def test_a_run_that_diverges_again_and_again_ends_with_its_best_state(monkeypatc
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, monkeypatch, damage):
-    state = tmp_path / "state.pt"
+    state = tmp_path / "recover.state"
     teacher = make_teacher()
     whole, student = make_student(teacher), make_student(teacher)
     run(whole, teacher)
 
-    def stop(step, error):
-        if step == 4:
+    def stop(found):
+        if found.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):  # between the validation of step 4 and its state: the last one is step 2's
-        run(student, teacher, state=state, on_validation=stop)
+        run(student, teacher, work=tmp_path, on_validation=stop)
     if damage == "cut short":
         state.write_bytes(state.read_bytes()[:1000])
     else:
         state.unlink()
     again = make_student(teacher)
-    run(again, teacher, state=state, resume=True)
+    run(again, teacher, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
 
 
 def test_a_full_disk_stops_cleanly_and_keeps_the_state_before(tmp_path, monkeypatch):
-    state = tmp_path / "state.pt"
     teacher = make_teacher()
     whole, student = make_student(teacher), make_student(teacher)
     run(whole, teacher)
@@ -312,26 +312,26 @@ def test_a_full_disk_stops_cleanly_and_keeps_the_state_before(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"No space left on device.*make room and go on with resume"):
-        run(student, teacher, state=state)
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "state.pt.before"}
+        run(student, teacher, work=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"recover.state", "recover.state.before", "recovery.jsonl"}
     again = make_student(teacher)
-    run(again, teacher, state=state, resume=True)
+    run(again, teacher, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
 
 
 def test_every_step_is_logged_once_also_by_a_run_that_was_stopped(tmp_path):
     teacher = make_teacher()
-    log, state = tmp_path / "log.jsonl", tmp_path / "state.pt"
+    log = tmp_path / "recovery.jsonl"
 
-    def stop(step, error):
-        if step == 4:
+    def stop(found):
+        if found.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(make_student(teacher), teacher, state=state, log=log, on_validation=stop)
+        run(make_student(teacher), teacher, work=tmp_path, on_validation=stop)
     with log.open("a") as file:
         file.write('{"step": 99, "lo')  # killed in the middle of a line
-    run(make_student(teacher), teacher, state=state, log=log, resume=True)
+    run(make_student(teacher), teacher, work=tmp_path, resume=True)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert ["relative_error" in line for line in lines] == [False, True, False, True, False, True]

@@ -19,10 +19,12 @@ from two_processes import LONG, SHORT, losses_of, stopped, train, unreadable
 
 import vitrim
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for, open_images
 from vitrim.errors import CheckpointError
 from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
+from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE
 from vitrim.recover.state import has_state, load_state, save_state
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -35,7 +37,7 @@ def together(tmp_path_factory):
     """What two processes did, each in its own words, and the folder in which they did it."""
     folder = tmp_path_factory.mktemp("two")
     for way in WAYS:
-        stopped({**SHORT, "ema": 0.8}, folder / f"one-{way}.state")
+        stopped({**SHORT, "ema": 0.8}, folder / f"one-{way}")
     (folder / "taken").mkdir()
     command = [*TORCHRUN, two_processes.__file__, str(folder)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -52,10 +54,10 @@ def furthest(first, second) -> float:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_loss_curve_is_that_of_one_process_over_fifty_steps(together, tmp_path, way):
     _, (main, other) = together
-    alone = train(LONG, log=tmp_path / "log.jsonl")
+    alone = train(LONG, work=tmp_path)
     found = main["same_curve"][way]
     assert len(found["losses"]) == 50
-    assert found["losses"] == pytest.approx(losses_of(tmp_path / "log.jsonl"), rel=1e-3)
+    assert found["losses"] == pytest.approx(losses_of(tmp_path / "recovery.jsonl"), rel=1e-3)
     errors, expected = ([p["relative_error"] for p in result["curve"]] for result in (found, alone))
     assert errors == pytest.approx(expected, rel=1e-3) and errors[-1] < 0.2 * errors[0]
     assert furthest(found, alone) < 2e-5
@@ -97,9 +99,9 @@ def test_a_state_goes_on_on_another_number_of_processes(together, way):
     whole = train({**SHORT, "ema": 0.8})
     assert furthest(whole, main["resumed"][way]) < 1e-5  # two, then two
     assert furthest(whole, main["resumed"][f"one to {way}"]) < 1e-5
-    left = folder / f"left-{way}.state"
-    assert load_state(left)["step"] == 3
-    found = train({**SHORT, "ema": 0.8}, state=left, resume=True)  # two, then one
+    left = folder / f"left-{way}"
+    assert load_state(left / RECOVERY_STATE)["step"] == 3
+    found = train({**SHORT, "ema": 0.8}, work=left, resume=True)  # two, then one
     assert furthest(whole, found) < 1e-5
     assert [point["step"] for point in found["curve"]] == [0, 3, 6, 9]
 
@@ -190,10 +192,10 @@ def test_a_changed_byte_is_noticed_and_the_state_before_taken(tmp_path, at):
 
 
 def test_a_new_run_does_not_go_back_to_an_old_ones_state(tmp_path):
-    teacher, state = make_teacher(), tmp_path / "a.state"
+    teacher, state = make_teacher(), tmp_path / RECOVERY_STATE
     save_state(state, {"step": 1})
     save_state(state, {"step": 2})
-    run(make_student(teacher), teacher, state=state, options={"steps": 1, "num_validations": 1})
+    run(make_student(teacher), teacher, work=tmp_path, options={"steps": 1, "num_validations": 1})
     state.unlink()
     assert load_state(state)["step"] == 0
 
@@ -215,10 +217,7 @@ def killed_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> None
         images,
         held_out=HELD_OUT,
         options=RecoverOptions(**KILLED),
-        state=folder / "run.state",
-        log=folder / "log.jsonl",
-        resume=True,
-        quiet=True,
+        context=RunContext(work=folder, resume=True, quiet=True),
     )
     torch.save(weights(student), folder / "weights.pt")
 
@@ -247,13 +246,13 @@ def kill_ten_times(folder: Path) -> None:
     draw = random.Random(0)
     for goal in sorted(draw.sample(range(1, KILLED["steps"] - 6), 10)):
         process = start(folder)
-        while last_step(folder / "log.jsonl") < goal and os.waitpid(process, os.WNOHANG) == (0, 0):
+        while last_step(folder / RECOVERY_LOG) < goal and os.waitpid(process, os.WNOHANG) == (0, 0):
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.01))
         os.kill(process, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
-        reached = last_step(folder / "log.jsonl")
-        kept = load_state(folder / "run.state")["step"]
+        reached = last_step(folder / RECOVERY_LOG)
+        kept = load_state(folder / RECOVERY_STATE)["step"]
         assert goal <= reached and kept >= reached - KILLED["save_every"], (goal, reached, kept)
 
 
@@ -293,7 +292,7 @@ def unkillable(folder: Path) -> None:
     for moment in MOMENTS:
         place = folder / moment
         assert os.WTERMSIG(os.waitpid(start(place, kill_at(moment)), 0)[1]) == signal.SIGKILL
-        assert has_state(place / "run.state") == (moment != MOMENTS[0])
+        assert has_state(place / RECOVERY_STATE) == (moment != MOMENTS[0])
         assert os.waitpid(start(place), 0)[1] == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitrim.errors import OutputError
-from vitrim.report import figures, page, tiles
+from vitrim.report import figures, page, picture, tiles
 from vitrim.report.data import ReportData
 from vitrim.report.page import write_report
 
@@ -326,4 +326,4 @@ def test_patch_colours_share_the_projection_of_the_teacher(data):
     ],
 )
 def test_numbers_are_written_for_people(value, name, text):
-    assert figures.format_number(value, name=name) == text
+    assert picture.format_number(value, name=name) == text

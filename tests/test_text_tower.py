@@ -16,10 +16,12 @@ import vitrim
 import vitrim.recover.run as run_module
 from vitrim.clip import text_tower
 from vitrim.clip.contrastive import contrastive_loss
+from vitrim.clip.embedded_pairs import embed_pairs
 from vitrim.clip.embedding_space import space_of
 from vitrim.clip.tasks import retrieval, tune_text, zero_shot
-from vitrim.clip.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.clip.text_tower import TextOptions, tune_text_
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import open_pairs
 from vitrim.errors import DataError, Interrupted, OutputError, RecipeError
 from vitrim.models.features import features
@@ -57,12 +59,13 @@ def opened(folder):
     return open_pair(*open_model(str(folder)))
 
 
-def tuned(folder, *, options=None, **kwargs):
+def tuned(folder, *, options=None, work=None, resume=False):
     """A pair tuned on 32 captioned images and judged on 8, and what tuning did."""
     pair = opened(folder)
     train, held_out = embed_pairs(pair, open_pairs(captioned(40))).split(8, seed=0)
     chosen = TextOptions(**{**QUICK, **(options or {})})
-    return pair, tune_text_(pair, train, held_out, options=chosen, quiet=True, **kwargs)
+    context = RunContext(work=work, resume=resume, quiet=True)
+    return pair, tune_text_(pair, train, held_out=held_out, options=chosen, context=context)
 
 
 def state_of(model):
@@ -171,12 +174,12 @@ def test_tuning_never_returns_worse_than_the_start(folders, monkeypatch):
     """From a state that fits its pairs, steps that go up their loss instead of down."""
     pair, real = opened(folders["open_clip"]), text_tower.contrastive_loss
     pairs, options = embed_pairs(pair, open_pairs(captioned(16))), TextOptions(**{**QUICK, "steps": 40})
-    before = tune_text_(pair, pairs, pairs, options=options, quiet=True)
+    before = tune_text_(pair, pairs, held_out=pairs, options=options, context=RunContext(quiet=True))
     start = state_of(pair.model)
     monkeypatch.setattr(
         text_tower, "contrastive_loss", lambda *args, own=None: real(*args) * (1.0 if own is None else -1.0)
     )
-    result = tune_text_(pair, pairs, pairs, options=options, quiet=True)
+    result = tune_text_(pair, pairs, held_out=pairs, options=options, context=RunContext(quiet=True))
     assert result.best_step == 0 and result.best_loss == pytest.approx(before.best_loss)
     assert result.curve[-1]["held_out_loss"] > 1.5 * result.best_loss
     assert all(torch.equal(start[name], tensor) for name, tensor in pair.model.state_dict().items())
@@ -207,9 +210,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(text_tower._Run, "validate", interrupt)
     with pytest.raises(Interrupted, match=r"text tuning stopped at step [67] of 12; continue with --resume"):
-        tuned(folders["open_clip"], state=tmp_path / "text.state")
+        tuned(folders["open_clip"], work=tmp_path)
     monkeypatch.undo()
-    again, result = tuned(folders["open_clip"], state=tmp_path / "text.state", resume=True)
+    again, result = tuned(folders["open_clip"], work=tmp_path, resume=True)
     assert result.curve == expected.curve and result.best_step == expected.best_step
     assert all(torch.equal(tensor, again.model.state_dict()[name]) for name, tensor in whole.model.state_dict().items())
 

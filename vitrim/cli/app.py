@@ -70,7 +70,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def print_summary(rows: Mapping[str, Mapping[str, float | None]]) -> None:
     """The closing table of a run."""
-    from vitrim.report.figures import format_number
+    from vitrim.report.picture import format_number
 
     cells = [
         (

@@ -18,7 +18,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vitrim.clip.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.clip.embedded_pairs import embed_pairs
+from vitrim.clip.text_tower import TextOptions, tune_text_
+from vitrim.config.run_context import RunContext
 from vitrim.data import PairSet, open_pairs, transform_for
 from vitrim.data.inputs import open_set, random_inputs
 from vitrim.distributed.devices import resolve_device
@@ -32,7 +34,7 @@ from vitrim.models.towers import Pair, Tokenize, open_pair
 from vitrim.output.load import Model, is_output, load, open_model, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.save import save
-from vitrim.output.stage import TEXT_STATE, staged_output
+from vitrim.output.stage import staged_output
 from vitrim.output.verify import verify
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
@@ -206,8 +208,8 @@ def tune_text(
             train, judged = train.split(min(MAX_HELD_OUT, max(1, len(train) // 10)), seed)
         else:
             judged = embed(open_source(held_out, limit=None))
-        state = None if work is None else work / TEXT_STATE
-        tuned = tune_text_(pair, train, judged, options=chosen, seed=seed, state=state, resume=resume, quiet=quiet)
+        context = RunContext(work=work, resume=resume, quiet=quiet, device=device, seed=seed)
+        tuned = tune_text_(pair, train, held_out=judged, options=chosen, context=context)
         whole.cpu()
         for name, tensor in _tensors(whole):
             tensor.data = tensor.data.to(types[name])

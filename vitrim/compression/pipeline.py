@@ -18,6 +18,7 @@ from vitrim.compression.allocate import allocate, beside_uniform
 from vitrim.compression.cut import CutReport, cut_, resume_cut_, save_cut, with_stock_width
 from vitrim.config.options import RecoverOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.cost.memory import check_memory
 from vitrim.data import ImageSet, ImageStream, Split, augment_for, split_images
 from vitrim.data.inputs import check_inputs, open_inputs, random_inputs
@@ -34,14 +35,17 @@ from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.output.load import open_model
 from vitrim.output.provenance import environment
 from vitrim.output.save import save
-from vitrim.output.stage import RECOVERY_LOG, RECOVERY_STATE, staged_output
+from vitrim.output.stage import staged_output
 from vitrim.output.verify import verify
 from vitrim.recover.distill import recover_
-from vitrim.recover.elastic import Fitting, Widths, save_widths, serving
+from vitrim.recover.elastic import Widths
+from vitrim.recover.elastic_files import save_widths
+from vitrim.recover.elastic_fit import Fitting, serving
+from vitrim.recover.files import RECOVERY_LOG, TRACKER_LOGS
 from vitrim.recover.losses import EmbeddingSpace
-from vitrim.recover.run import Recovery
+from vitrim.recover.result import Recovery
 from vitrim.recover.sampler import check_stream
-from vitrim.recover.trackers import TRACKER_LOGS, check_trackers
+from vitrim.recover.trackers import check_trackers
 from vitrim.repair.blockwise import follow_cut_
 from vitrim.report.collect import collect, look
 from vitrim.storage.documents import write_json
@@ -170,6 +174,7 @@ def _run(
     sites = find_mlps(teacher, scope=job.scope.removeprefix(origin.encoder).removeprefix("."))
     recipe = with_stock_width(recipe, origin, [site.below(origin.encoder) for site in sites])
     widths = Widths.of(recipe, sites)
+    context = RunContext(work=work, resume=resume, quiet=job.quiet, device=recipe.device, seed=recipe.seed)
     seen = work if work is not None and work.is_dir() else None  # another machine may not have it
     split = None if images is None else split_images(images, recipe, work=seen)
     check_inputs(teacher, origin, split.calibration if split else [])
@@ -180,11 +185,11 @@ def _run(
     cut = _cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
     stages = [on_main(lambda: _judge(student, teacher, split, sites))]
     allocation = on_main(lambda: beside_uniform(allocation, asked, stages[0], teacher, sites, split))
-    blocks = follow_cut_(student, teacher, sites, recipe, split, work, resume=resume, quiet=job.quiet)
+    blocks = follow_cut_(student, teacher, sites, recipe, split, context=context)
     recovery, slices = None, {}
     if split is not None and recipe.recover is not None:
         with serving(student, widths, _fitting(teacher, recipe, recipe.recover, split)) as slices:
-            recovery = _recover_(student, teacher, job, split, recipe.recover, widths, work, resume=resume)
+            recovery = _recover_(student, teacher, job, split, recipe.recover, widths, context)
     if blocks or recovery:
         stages.append(on_main(lambda: _judge(student, teacher, split, sites)))
     plan = cut.plan.below(origin.encoder)
@@ -308,9 +313,7 @@ def _recover_(
     split: Split,
     options: RecoverOptions,
     widths: Widths | None,
-    work: Path | None,
-    *,
-    resume: bool,
+    context: RunContext,
 ) -> Recovery:
     """Distil on the training images, augmented for the model's own preprocessing; tensors are taken as they are."""
     known = job.origin.preprocessing
@@ -321,12 +324,7 @@ def _recover_(
         split.train.augmented(augment, job.recipe.seed),
         held_out=[batch.images_BCHW for batch in split.held_out],
         options=options,
-        seed=job.recipe.seed,
-        state=None if work is None else work / RECOVERY_STATE,
-        log=None if work is None else work / RECOVERY_LOG,
-        logs=None if work is None else work / TRACKER_LOGS,
-        resume=resume,
-        quiet=job.quiet,
+        context=context,
         widths=widths,
         space=job.space,
     )

@@ -19,7 +19,7 @@ from vitrim.methods import find_method
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
 from vitrim.report.collect import summarise
-from vitrim.report.figures import format_number
+from vitrim.report.picture import format_number
 
 CARD = "README.md"
 HUB_NAME = re.compile(r"^(?:timm|hf)/(.+)$")

@@ -15,13 +15,14 @@ from vitrim.data import ImageSet
 from vitrim.distributed.precision import autocast, is_bf16
 from vitrim.errors import RecipeError
 from vitrim.metrics.judging import read
+from vitrim.recover.cache_layout import Layout
+from vitrim.recover.files import TEACHER_CACHE
 from vitrim.recover.sampler import MicroBatch
-from vitrim.recover.teacher_cache import Layout, TeacherCache
+from vitrim.recover.teacher_cache import TeacherCache
 from vitrim.types import Features, tensor_sha256
 
 # Images that stand for all of them when a cache is opened again: their pixels under augmentation must be the same.
 NUM_WITNESSES = 16
-CACHE_FOLDER = "teacher-cache"
 
 
 class Target(NamedTuple):
@@ -105,17 +106,20 @@ class CachedTargets:
         return self.cache.notes
 
 
-def cache_folder(options: RecoverOptions, state: Path | None) -> Path | None:
-    """Where the teacher's targets are kept: where the options say, else beside the run's state.
+def cache_folder(options: RecoverOptions, work: Path | None) -> Path | None:
+    """Return the folder for the teacher's targets: the one that the options name, else one in the work folder.
+
+    Returns:
+        The folder; None where no cache is asked for.
 
     Raises:
-        RecipeError: a cache is asked for, and there is neither.
+        RecipeError: a cache is asked for, and neither the options nor the run have a folder for it.
     """
     if options.cache_teacher is None:
         return None
-    if options.cache_teacher.folder is None and state is None:
+    if options.cache_teacher.folder is None and work is None:
         raise RecipeError("recover.cache_teacher: this run writes nothing; name a folder for the cache.")
-    return options.cache_teacher.folder or (state and state.with_name(CACHE_FOLDER))
+    return options.cache_teacher.folder or (work and work / TEACHER_CACHE)
 
 
 def open_cached(live: LiveTargets, images: ImageSet, like: Features, *, seed: int, folder: Path) -> CachedTargets:

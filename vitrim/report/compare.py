@@ -17,9 +17,9 @@ from pathlib import Path
 from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, CheckpointError, OutputError
 from vitrim.report.collect import summarise
-from vitrim.report.figures import final_value, format_number
 from vitrim.report.page import render, write_page
 from vitrim.report.pareto import Point, draw_pareto
+from vitrim.report.picture import final_value, format_number
 
 FILE_SIZE = "file size (MB)"
 ELASTIC_WEIGHTS = "elastic.safetensors"  # more widths than the one that was measured

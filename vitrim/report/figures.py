@@ -11,7 +11,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -19,6 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from vitrim.report.picture import Picture, final_value, format_change, format_number
 
 # Stand-ins that no default of matplotlib uses; `finish` swaps them for the page's CSS variables.
 INK, MUTED, RULE, BEFORE, CUT, AFTER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
@@ -41,71 +42,6 @@ styled = matplotlib.rc_context(STYLE)  # what draws wears it
 WIDTH_IN = 8.6
 MAX_CURVE_POINTS = 120  # of a residual curve; keeps the page of a 64-block model under 3 MB
 MAX_CLASSES = 16  # in the picture of answers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strip:
-    """One row of the patch picture: a PNG as a data URI."""
-
-    label: str
-    alt: str
-    uri: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """One image as a data URI; `agreed` where both models found it."""
-
-    alt: str
-    uri: str
-    agreed: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """A query, and its nearest images in each model, nearest first."""
-
-    query: Tile
-    original: tuple[Tile, ...]
-    smaller: tuple[Tile, ...]
-    agreed: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One section of the page: `svg` (the inside of an svg element), `strips` or `searches`; or words alone."""
-
-    key: str
-    title: str
-    caption: str
-    alt: str
-    legend: tuple[tuple[str, str], ...] = ()
-    view_box: str = ""
-    svg: str = ""
-    strips: tuple[Strip, ...] = ()
-    searches: tuple[Search, ...] = ()
-
-
-def format_number(value: float | None, *, name: str = "") -> str:
-    """Write a number for people: 22.1M, 1.24B parameters or 4.61G MACs, 0.1234, and a dash for None."""
-    if value is None or not math.isfinite(value):
-        return "\N{EN DASH}"
-    if value < 9999.5:
-        return f"{value:.2f}" if "%" in name else f"{value:.4g}"
-    units = ((1e12, "T"), (1e9, "B" if name.lower().startswith("param") else "G"), (1e6, "M"), (1e3, "k"))
-    scale, suffix = next(unit for unit in units if value >= 0.9995 * unit[0])
-    return f"{value / scale:.3g}{suffix}"
-
-
-def format_change(change: float, unit: str) -> str:
-    """A signed number with a typographic minus, such as +48.3%."""
-    return f"{change:+.1f}{unit}".replace("-", "\N{MINUS SIGN}")
-
-
-def final_value(row: Mapping[str, float | None]) -> float | None:
-    """The value at the end: after recovery, or after the cut where there was none."""
-    after = row.get("after")
-    return row.get("after_cut") if after is None else after
 
 
 @styled

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from vitrim.errors import OutputError
 from vitrim.report import figures, tiles
 from vitrim.report.data import ReportData
+from vitrim.report.picture import final_value, format_change, format_number
 
 HEADLINE_BATCH = 8  # or the nearest that was timed
 
@@ -90,13 +91,13 @@ def _headline(data: ReportData) -> Markup:
     size, close = [], []
     for name, noun in (("parameters", "parameters"), ("MACs per image", "MACs")):
         row = data.summary.get(name, {})
-        before, after = row.get("before"), figures.final_value(row)
+        before, after = row.get("before"), final_value(row)
         if before and after is not None:
             word = "fewer" if after <= before else "more"
             percent = f"{100 * abs(before - after) / before:.0f}%"
             size.append(Markup("<b>{} {}</b> {}").format(percent, word, noun))
-    cosine = figures.final_value(data.summary.get("cosine CLS", {}))
-    error = figures.final_value(data.summary.get("relative error", {}))
+    cosine = final_value(data.summary.get("cosine CLS", {}))
+    error = final_value(data.summary.get("relative error", {}))
     if cosine is not None:
         close.append(Markup("CLS cosine <b>{}</b>").format(_cosine(cosine)))
     if error is not None:
@@ -122,12 +123,12 @@ def _cosine(value: float) -> str:
 
 def _summary_row(name: str, row: Mapping[str, float | None]) -> dict[str, str]:
     """The cells of one row: the values, and the change where one makes sense."""
-    before, after = row.get("before"), figures.final_value(row)
+    before, after = row.get("before"), final_value(row)
     change = ""
     if before is not None and after is not None:
         if "%" in name:
-            change = figures.format_change(after - before, " points")
+            change = format_change(after - before, " points")
         elif before > 0 and "error" not in name and "cosine" not in name:
-            change = figures.format_change(100 * (after / before - 1), "%")
-    cells = {key: figures.format_number(row.get(key), name=name) for key in ("before", "after_cut", "after")}
+            change = format_change(100 * (after / before - 1), "%")
+    cells = {key: format_number(row.get(key), name=name) for key in ("before", "after_cut", "after")}
     return {"name": name, "change": change, **cells}

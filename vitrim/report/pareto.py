@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitrim.report.figures import AFTER, INK, MUTED, Picture, finish, format_number, new_figure, styled
+from vitrim.report.figures import AFTER, INK, MUTED, finish, new_figure, styled
+from vitrim.report.picture import Picture, format_number
 
 MARKERS = "os^DvPX"
 SIDES = (

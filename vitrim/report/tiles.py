@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrim.errors import OutputError
-from vitrim.report.figures import Picture, Search, Strip, Tile
+from vitrim.report.picture import Picture, Search, Strip, Tile
 
 TILE_PX = 144
 GAP_PX = 10
