@@ -28,7 +28,14 @@ STORED: dict[CacheType, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.in
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What is kept of an image: a pooled vector, and `num_kept` of its patch tokens (N, D), in a type."""
+    """Layout of a cached image: its pooled vector, and some of its patch tokens.
+
+    Attributes:
+        dtype: type in which values are kept.
+        pooled: width of the pooled vector.
+        patches: number and width (N, D) of the model's patch tokens; None for a model without any.
+        num_kept: P, how many patch tokens are kept.
+    """
 
     dtype: CacheType
     pooled: int
@@ -37,10 +44,10 @@ class Layout:
 
     @classmethod
     def of(cls, found: Features, options: CacheOptions) -> Layout:
-        """The layout for features like these.
+        """Build the layout for features of these sizes.
 
         Raises:
-            RecipeError: more patches are asked for than there are.
+            RecipeError: more patches are asked for than the model has.
         """
         pooled = found.pooled_BD.shape[-1]
         if found.patches_BND is None:
@@ -52,7 +59,7 @@ class Layout:
         return cls(dtype=options.dtype, pooled=pooled, patches=(num_patches, width), num_kept=num_kept)
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The tensors of a shard: type, and shape without the first dimension, which counts images."""
+        """Return the tensors of a shard: type, and shape without the first dimension, which counts images."""
         values = {"pooled": (self.pooled,)} | ({"patches": (self.num_kept, self.patches[1])} if self.patches else {})
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"row": (torch.int64, ()), "view": (torch.int64, ())}
         for name, shape in values.items():
@@ -63,20 +70,23 @@ class Layout:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes that one view of one image takes."""
+        """Bytes of one view of one image."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors().values())
 
 
 def cache_bytes(layout: Layout, num_images: int, num_views: int = 1) -> int:
-    """Bytes that a full cache takes on disk, but for a header of under 1 kB a shard."""
+    """Return the bytes of a full cache on disk, without the header of under 1 kB in each shard."""
     return layout.image_bytes * num_images * num_views
 
 
 def encode(values: Tensor, dtype: CacheType) -> tuple[Tensor, Tensor | None]:
-    """Values (..., D) in the type in which they are kept; for int8 with a scale for each vector (...).
+    """Round values (..., D) to the type in which they are kept.
 
     The error of a value is at most 2^-8 of it in bf16, and 1/254 of the largest value of its vector in int8. A value
     that is no number makes its whole vector so.
+
+    Returns:
+        The rounded values, and for int8 a scale (...) for each vector; else None.
     """
     if dtype != "int8":
         return values.to(STORED[dtype]), None
@@ -86,12 +96,12 @@ def encode(values: Tensor, dtype: CacheType) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """The inverse of `encode`, float32."""
+    """Turn stored values and their scales back into float32: the inverse of `encode`."""
     return stored.float() if scale is None else stored.float() * scale[..., None]
 
 
 def draw_positions(seed: int, row: int, view: int, *, num_kept: int, num_patches: int) -> Tensor:
-    """Which patches of a view of an image are kept: a sorted random set (P,) that follows from the arguments alone."""
+    """Draw which patches of a view of an image are kept: sorted positions (P,) that follow from the arguments alone."""
     digest = hashlib.blake2b(f"{seed},{row},{view}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     return torch.randperm(num_patches, generator=generator)[:num_kept].sort().values

@@ -16,7 +16,7 @@ from vitrim.storage.tensor_files import TensorFiles, tensor_bytes
 
 
 class Shard:
-    """Targets of some images, in memory until they are written."""
+    """Cached targets of some images: in memory until they are written, then read from their file."""
 
     def __init__(self, layout: Layout, files: TensorFiles | None = None) -> None:
         self.names, self.files = tuple(layout.tensors()), files
@@ -26,20 +26,24 @@ class Shard:
         return len(self._rows["row"]) if self.files is None else self.files.infos["row"].shape[0]
 
     def extend(self, parts: Mapping[str, Tensor]) -> None:
-        """Add images, in memory."""
+        """Add the targets of more images, in memory."""
         for name, part in parts.items():
             self._rows[name].extend(part)
 
     def stacked(self) -> dict[str, Tensor]:
-        """Everything in memory, to be written."""
+        """Return the targets in memory as the tensors of a file."""
         return {name: torch.stack(rows) for name, rows in self._rows.items()}
 
     def written(self, files: TensorFiles) -> None:
-        """Read from these files from now on."""
+        """Drop the targets in memory, and read from these files from now on."""
         self.files, self._rows = files, {}
 
     def read_into(self, parts: Mapping[str, Tensor], slots: Sequence[int], positions: Sequence[int]) -> None:
-        """Copy the targets at some positions to slots of larger tensors."""
+        """Copy the targets at some positions of this shard into slots of larger tensors.
+
+        Raises:
+            CheckpointError: the file has become unreadable.
+        """
         if self.files is None:
             for name, part in parts.items():
                 for slot, position in zip(slots, positions, strict=True):
@@ -59,7 +63,11 @@ class Shard:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename: it is there as a whole or not at all."""
+    """Write a file under another name and rename it, so that it is there as a whole or not at all.
+
+    Raises:
+        OutputError: it can't be written, as on a full disk.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with beside.open("wb") as file:

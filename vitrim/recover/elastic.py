@@ -28,14 +28,19 @@ SUFFIX = "_of_width_"
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """The widths of one student: its MLPs as they are, and for each ratio, the smallest first, units by site path."""
+    """Widths that one student serves.
+
+    Attributes:
+        sites: the student's MLPs as they are, at the largest width.
+        units: for each MLP ratio, the smallest first, the hidden units by site path.
+    """
 
     sites: tuple[MlpSite, ...]
     units: Mapping[float, Mapping[str, int]]
 
     @classmethod
     def of(cls, recipe: Recipe, sites: Sequence[MlpSite]) -> Widths | None:
-        """The widths that a recipe asks for, None where it asks for one alone.
+        """Return the widths that a recipe asks for; None where it asks for a single one.
 
         Args:
             recipe: with `recover.elastic`.
@@ -63,17 +68,17 @@ class Widths:
 
     @property
     def largest(self) -> float:
-        """The ratio of the student itself."""
+        """MLP ratio of the student itself."""
         return max(self.units)
 
     def at(self, step: int, seed: int) -> float:
-        """The ratio that a step trains: each once in as many steps as there are, in an order drawn anew each time."""
+        """Return the ratio that a step trains: each once in a round of steps, in an order drawn anew for each round."""
         turn, place = divmod(step, len(self.units))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
         return list(self.units)[int(torch.randperm(len(self.units), generator=generator)[place])]
 
     def edits(self, ratio: float) -> list[KeepUnits]:
-        """The cut of the student to a ratio."""
+        """Return the edits that cut the student to a ratio."""
         return [first_units(site, self.units[ratio][site.path]) for site in self.sites]
 
     @contextmanager
@@ -93,7 +98,7 @@ class Widths:
 
     @contextmanager
     def with_own_outputs(self, model: nn.Module, own: Mapping[float, Mapping[str, Tensor]]) -> Iterator[None]:
-        """Let output projections hold further parameters, which `held` reads at their ratio.
+        """Add output weights for each width as parameters, which `held` reads at their ratio; removed at the end.
 
         Args:
             model: the student; afterwards it is as it was, and `own_outputs` has to be asked before.
@@ -112,7 +117,7 @@ class Widths:
                     delattr(module, name)
 
     def own_outputs(self, model: nn.Module) -> dict[float, dict[str, Tensor]]:
-        """What the output projections hold for each ratio but the largest."""
+        """Return copies of the output weights that belong to each ratio but the largest, by their full names."""
         state, found = model.state_dict(), {}
         for ratio in [ratio for ratio in self.units if ratio != self.largest]:
             ours = [name for name in state if name.endswith(self._suffix(ratio))]
@@ -120,7 +125,7 @@ class Widths:
         return found
 
     def _suffix(self, ratio: float) -> str:
-        """What tells the parameters of a ratio apart from those of the largest."""
+        """Return what a ratio's own parameters have behind the name of the largest width's."""
         return f"{SUFFIX}{list(self.units).index(ratio)}"
 
 
@@ -130,16 +135,19 @@ def at_width(model: nn.Module, widths: Widths | None, ratio: float | None) -> Ab
 
 
 def first_units(site: MlpSite, width: int) -> KeepUnits:
-    """The edit that leaves an MLP its first units."""
+    """Return the edit that keeps the first `width` units of an MLP."""
     return KeepUnits(site=site, keep=tuple(range(width)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """One width of a student: units by site path, the output tensors that are its own, and what they are worth.
+    """One width of a student.
 
-    Errors are relative, on held-out images: `sliced` of the student's first units and nothing else, `trained` with the
-    output weights as they were trained, `repaired` with those that are kept.
+    Attributes:
+        units: hidden units by site path.
+        tensors: output tensors that belong to this width, by full name.
+        errors: relative errors on held-out images: `sliced` of the student's first units and nothing else, `trained`
+            with the output weights as they were trained, `repaired` with those that are kept.
     """
 
     units: Mapping[str, int]
@@ -147,16 +155,23 @@ class Slice:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def below(self, prefix: str) -> Slice:
-        """The same as seen from a module that holds the student at `prefix`."""
+        """Return the same slice as seen from a module that holds the student at `prefix`."""
         units, tensors = ({f"{prefix}.{k}".strip("."): v for k, v in d.items()} for d in (self.units, self.tensors))
         return replace(self, units=units, tensors=tensors)
 
 
 @dataclass(kw_only=True)
 class _Layer:
-    """A layer whose parameters have hidden units along `dim`, in `num_groups` groups; `attribute` says how many.
+    """A layer with hidden units along one dimension of its parameters, which can run with the first of them alone.
 
-    Where it holds a parameter of the same name and this suffix, that one is read instead.
+    Attributes:
+        module: the layer.
+        dim: the dimension of its parameters that counts hidden units.
+        width: how many units it runs with.
+        attribute: the name under which the module keeps the number of units.
+        num_groups: how often each unit stands in `dim`, one group after the other.
+        suffix: a parameter with this behind its name is read in place of the one without.
+        own: the module's parameters while a call replaces them.
     """
 
     module: nn.Module
@@ -169,7 +184,7 @@ class _Layer:
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
-        """Let the layer see its first units alone whenever it is called."""
+        """Let the layer run with its first units alone in this context."""
         size: Any = self.width * self.num_groups
         before = getattr(self.module, self.attribute, None)
         handles = [
@@ -202,7 +217,7 @@ class _Layer:
 
 
 def _layers(model: nn.Module, site: MlpSite, width: int, *, suffix: str) -> Iterator[_Layer]:
-    """The layers of an MLP that know how many hidden units it has."""
+    """Yield the layers of an MLP whose shapes depend on the number of hidden units."""
     rows = {"dim": 0, "width": width, "attribute": "out_features"}
     yield _Layer(module=submodule(model, site.value), num_groups=site.num_groups, **rows)
     if site.gate is not None:

@@ -18,12 +18,12 @@ WIDTHS, WIDTH_TENSORS, FORMAT = "elastic.json", "elastic.safetensors", "vitrim-e
 
 
 def save_widths(folder: Path, model: nn.Module, slices: Mapping[float, Slice]) -> None:
-    """Write the widths beside a model's weights.
+    """Write the widths of an elastic student beside the model's weights.
 
     Args:
         folder: the output folder.
-        model: what stands in it, whole; tensors are stored in its types.
-        slices: by ratio, with paths from the root of the whole model.
+        model: the whole model in that folder; tensors are stored in its types.
+        slices: by MLP ratio, with paths from the root of the whole model.
     """
     own = model.state_dict()
     tensors = {
@@ -40,10 +40,13 @@ def save_widths(folder: Path, model: nn.Module, slices: Mapping[float, Slice]) -
 
 
 def read_widths(folder: Path) -> dict[float, Slice]:
-    """What `save_widths` wrote, the smallest first; empty where a folder holds one width alone.
+    """Read what `save_widths` wrote.
+
+    Returns:
+        By MLP ratio, the smallest first; empty where the folder holds a single width.
 
     Raises:
-        CheckpointError: it is damaged or of another version.
+        CheckpointError: a file is damaged or of another version.
     """
     if not (folder / WIDTHS).exists():
         return {}

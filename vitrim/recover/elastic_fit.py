@@ -28,10 +28,14 @@ from vitrim.types import MlpSite
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """What output weights are fitted and judged with.
+    """Data and options with which output weights are fitted and judged.
 
-    `batches` are calibration images, all of which enter the sums; `held_out` images judge, by features read at `at`.
-    `options` None fits nothing.
+    Attributes:
+        teacher: the original model.
+        batches: calibration images; all of them enter the sums.
+        held_out: images that judge.
+        options: ridge and feedback of the least squares; None fits nothing.
+        at: where features are read.
     """
 
     teacher: nn.Module
@@ -42,21 +46,21 @@ class Fitting:
 
     @cached_property
     def judged(self) -> Judged:
-        """The held-out images with the teacher's features."""
+        """Held-out images with the teacher's features."""
         return [(batch, features_on_cpu(self.teacher, batch, self.at)) for batch in self.held_out]
 
 
 @contextmanager
 def serving(student: nn.Module, widths: Widths | None, fitting: Fitting) -> Iterator[dict[float, Slice]]:
-    """Have a student serve its widths while it is trained in this context.
+    """Let a student serve its widths while it is trained in this context.
 
     Args:
-        student: at its largest width; it ends with its own parameters alone.
-        widths: what it serves; None leaves it as it is.
+        student: at its largest width; afterwards it has its own parameters alone.
+        widths: the widths it serves; None leaves it as it is.
         fitting: how output weights are fitted.
 
     Yields:
-        What each width has for itself, by ratio; filled when training has ended.
+        A slice for each width, by ratio; filled when the context ends.
     """
     found: dict[float, Slice] = {}
     if widths is None:
@@ -82,13 +86,13 @@ def fit_widths(
     first units alone, or than it starts.
 
     Args:
-        student: at its largest width; it is not changed.
-        widths: what it serves.
+        student: at its largest width; not changed.
+        widths: the widths it serves.
         fitting: the teacher, the images and the options.
         start: by ratio, output tensors to start from where they are better than the student's own columns.
 
     Returns:
-        By ratio, the smallest first. The largest has no tensors: the student itself is that width.
+        A slice for each ratio, the smallest first. The largest has no tensors: the student itself is that width.
     """
     found: dict[float, Slice] = {}
     for ratio, units in widths.units.items():
@@ -109,7 +113,7 @@ def fit_widths(
 def _trained_(
     sliced: nn.Module, sites: Sequence[MlpSite], own: Mapping[str, Tensor], fitting: Fitting, errors: dict[str, float]
 ) -> float:
-    """Give a slice output weights that were trained for it, unless it is better without; its error."""
+    """Give a slice the output weights that were trained for it, unless it is better without; returns its error."""
     if not own:
         return errors["sliced"]
     before = {site.path: _output_tensors(sliced, site) for site in sites}
@@ -123,7 +127,7 @@ def _trained_(
 
 
 def _fit_(sliced: nn.Module, sites: Sequence[MlpSite], fitting: Fitting, best: float) -> float:
-    """Fit the output weights of one MLP after the other by least squares; the error that is left."""
+    """Fit the output weights of one MLP after the other by least squares; returns the error that is left."""
     if fitting.options is None:
         return best
     feedback, ridge = fitting.options.feedback, fitting.options.ridge
@@ -139,13 +143,13 @@ def _fit_(sliced: nn.Module, sites: Sequence[MlpSite], fitting: Fitting, best: f
 
 
 def _output_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
-    """Copies of the output projection's tensors, by full name."""
+    """Return copies of the output projection's tensors, by full name."""
     layer = submodule(model, site.output)
     return {f"{site.output}.{name}": p.detach().clone() for name, p in layer.named_parameters(recurse=False)}
 
 
 def _fitted(model: nn.Module, visit: SiteVisit, ridge: float) -> dict[str, Tensor]:
-    """The same by least squares on what calibration saw."""
+    """Fit the output projection's tensors by least squares on the sums of a calibration visit, by full name."""
     weights, site = read_weights(model, visit.site), visit.site
     all_units = torch.arange(site.d_hidden)
     weight_DK, bias_D = fit_output(visit.stats, all_units, weights.output_DH, weights.output_bias_D, ridge=ridge)
@@ -154,5 +158,5 @@ def _fitted(model: nn.Module, visit: SiteVisit, ridge: float) -> dict[str, Tenso
 
 
 def _put_(model: nn.Module, site: MlpSite, tensors: Mapping[str, Tensor]) -> None:
-    """Give a site other tensors."""
+    """Put tensors into a site's layers, by full name."""
     apply_(model, [replace(first_units(site, site.d_hidden), tensors=tensors)])

@@ -1,8 +1,8 @@
-"""Keeps a teacher's targets on disk, so that it runs once on each view of each image.
+"""Keeps a teacher's features on disk, so that the teacher runs once on each view of each image.
 
-A cache is a folder: `index.json` says of what, and safetensors shards hold the targets. A shard is written beside its
-place, synced and renamed, and names its own images, so every shard that is there counts, whoever wrote it, and a kill
-costs only what was not yet written. Neither images nor positions of patches are stored: both follow from seeds.
+A cache is a folder: `index.json` says whose features it holds, and safetensors shards hold them. A shard is written
+under another name, synced and renamed, and lists its own images, so every shard counts, whichever process wrote it, and
+a kill costs only what was not yet written. Neither images nor positions of patches are stored: both follow from seeds.
 
 Nothing here runs a model. Sizes of shards are checked, their values are not.
 
@@ -43,11 +43,11 @@ STRIDE = 2**32
 
 
 class TeacherCache:
-    """Targets by row of the training set and view, in a folder that several processes and runs may share.
+    """Teacher's features by row of the training set and view, in a folder that several processes and runs may share.
 
     Args:
         folder: where shards go; made where it does not exist.
-        about: JSON values that tell whose targets these are; another cache's differ.
+        about: JSON values that tell one cache from another, such as the teacher's hash.
         layout: what is kept of an image.
         num_images: R.
         num_views: V.
@@ -56,7 +56,7 @@ class TeacherCache:
 
     Raises:
         CheckpointError: the folder holds the cache of something else, or a damaged index.
-        OutputError: it can't be written, is no cache, or has no room for what is still to come.
+        OutputError: the folder can't be written, is no cache, or has no room for the features still missing.
     """
 
     def __init__(
@@ -83,14 +83,19 @@ class TeacherCache:
         self._check_room()
 
     def has(self, rows_B: Tensor, view: int) -> Tensor:
-        """Which of these images have targets (B,)."""
+        """Return which of these images have cached features, (B,)."""
         return self._places_VR[view, rows_B] >= 0
 
     def add(self, rows_B: Tensor, view: int, found: Features) -> None:
-        """Keep the features of images that have none yet, all patches given.
+        """Add the features of images that have none yet.
+
+        Args:
+            rows_B: the images' rows in the training set.
+            view: which draw of augmentation was seen.
+            found: their features, with all patches.
 
         Raises:
-            OutputError: a shard was full and could not be written.
+            OutputError: a full shard could not be written.
         """
         if self._open is not None and len(self._open) >= self.shard_images:
             self.flush()
@@ -108,7 +113,10 @@ class TeacherCache:
         self._places_VR[view, rows_B] = torch.arange(first, first + len(rows_B))
 
     def read(self, rows_B: Tensor, view: int, device: torch.device) -> tuple[Features, Tensor | None]:
-        """Targets of images that have them, float32, and which patches these are, (B, P); None for all.
+        """Read the features of images that have them.
+
+        Returns:
+            Features in float32 on a device, and which patches these are, (B, P); None for all.
 
         Raises:
             CheckpointError: a shard has become unreadable.
@@ -128,17 +136,17 @@ class TeacherCache:
         return Features(pooled_BD=pooled_BD, patches_BND=patches_BPD), positions
 
     def positions(self, rows_B: Tensor, view: int) -> Tensor | None:
-        """Which patches of these images are kept (B, P); None for all."""
+        """Return which patches of these images are kept, (B, P); None for all."""
         if self.layout.patches is None or self.layout.num_kept == self.layout.patches[0]:
             return None
         sizes = {"num_kept": self.layout.num_kept, "num_patches": self.layout.patches[0]}
         return torch.stack([draw_positions(self.seed, row, view, **sizes) for row in rows_B.tolist()])
 
     def flush(self) -> None:
-        """Write what is in memory only, as a shard of its own.
+        """Write the features that are in memory only, as a shard of their own.
 
         Raises:
-            OutputError: it could not be written, as on a full disk; the shards before it are whole.
+            OutputError: the shard could not be written, as on a full disk; those before it are whole.
         """
         if self._open is None:
             return
@@ -149,7 +157,7 @@ class TeacherCache:
         self._open = None
 
     def refresh(self) -> None:
-        """Take up shards that others have written since; a damaged one is noted, and counts as not there."""
+        """Take up shards that other processes have written since; a damaged one is noted and ignored."""
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             if path.name in self._seen:
                 continue
@@ -165,7 +173,7 @@ class TeacherCache:
             self._places_VR[files["view"], rows] = number * STRIDE + torch.arange(len(rows))
 
     def _check(self, path: Path, files: TensorFiles) -> None:
-        """Refuse a shard that does not have the tensors of the layout, or speaks of images that are not there."""
+        """Refuse a shard without the tensors of the layout, or with rows or views out of range."""
         num_images = files.infos["row"].shape[0] if "row" in files else 0
         found = {name: (info.dtype, info.shape) for name, info in files.infos.items()}
         wanted = {name: (dtype, (num_images, *shape)) for name, (dtype, shape) in self.layout.tensors().items()}
@@ -176,7 +184,7 @@ class TeacherCache:
                 raise CheckpointError(f"{path}: names a {name} outside 0..{limit - 1}.")
 
     def _check_room(self) -> None:
-        """Say what the whole will take, and refuse what the disk can't hold."""
+        """Note the size of the full cache, and refuse one that the disk has no room for."""
         num_views, num_images = self._places_VR.shape
         total = cache_bytes(self.layout, num_images, num_views)
         missing = self.layout.image_bytes * int((self._places_VR < 0).sum())
@@ -192,7 +200,7 @@ class TeacherCache:
 
 
 def _claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make a folder the cache of something, or see that it is."""
+    """Write the index of a new cache, or check that the folder's index is that of this one."""
     index = folder / INDEX
     about = json.loads(json.dumps(about))  # tuples are lists there
     try:
@@ -219,5 +227,5 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def _show(num_bytes: int) -> str:
-    """A size for people."""
+    """Format bytes for people, in GB or MB."""
     return f"{num_bytes / 10**9:,.1f} GB" if num_bytes >= 10**9 else f"{num_bytes / 10**6:,.1f} MB"

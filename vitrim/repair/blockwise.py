@@ -194,14 +194,14 @@ def _train_(
             judge=task.judge,
             num_steps=options.steps,
             lr=options.lr or RATES[options.train],
-            share=_average_ if task.share.num > 1 else None,
+            average_=_average_ if task.share.num > 1 else None,
         )
     bar.done = end  # also where there was nothing to do
     return {"before": before, "after": after}
 
 
 def _average_(parameters: Sequence[nn.Parameter]) -> None:
-    """Make each gradient the mean over all processes."""
+    """Replace each gradient by its mean over all processes."""
     for p in parameters:
         if p.grad is not None:
             torch.distributed.all_reduce(p.grad)
