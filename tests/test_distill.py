@@ -319,6 +319,32 @@ def test_a_full_disk_stops_cleanly_and_keeps_the_state_before(tmp_path, monkeypa
     assert_equal(weights(whole), weights(again))
 
 
+def test_each_validation_is_told_as_it_happens(tmp_path):
+    teacher, seen = make_teacher(), []
+    result = run(make_student(teacher), teacher, work=tmp_path, on_validation=seen.append)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "recovery.jsonl").read_text().splitlines()]
+    errors = [point["relative_error"] for point in result.curve]
+    assert [found.step for found in seen] == [0, 2, 4, 6] and {found.num_steps for found in seen} == {6}
+    assert [found.held_out_error for found in seen] == errors
+    assert [found.best_error for found in seen] == [min(errors[: index + 1]) for index in range(4)]
+    assert [found.lr for found in seen] == [0.0, rates[1], rates[3], rates[5]]
+
+
+def test_an_error_in_a_callback_ends_the_run_and_its_state_can_be_taken_up(tmp_path):
+    teacher = make_teacher()
+    whole, student = make_student(teacher), make_student(teacher)
+    run(whole, teacher)
+
+    def fail(found):
+        if found.step == 4:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(make_student(teacher), teacher, work=tmp_path, on_validation=fail)
+    run(student, teacher, work=tmp_path, resume=True)
+    assert_equal(weights(whole), weights(student))
+
+
 def test_every_step_is_logged_once_also_by_a_run_that_was_stopped(tmp_path):
     teacher = make_teacher()
     log = tmp_path / "recovery.jsonl"

@@ -309,5 +309,5 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path):
     for name in ("ten", *MOMENTS):
         found = torch.load(tmp_path / name / "weights.pt")
         assert all(torch.equal(whole[key], tensor) for key, tensor in found.items()), name
-        steps = [json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / RECOVERY_LOG).read_text().splitlines()]
         assert steps == list(range(1, KILLED["steps"] + 1)), name

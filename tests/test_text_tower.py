@@ -17,7 +17,7 @@ import vitrim.recover.run as run_module
 from vitrim.clip import text_tower
 from vitrim.clip.contrastive import contrastive_loss
 from vitrim.clip.embedded_pairs import embed_pairs
-from vitrim.clip.embedding_space import space_of
+from vitrim.clip.embedding_space import embedding_space_of
 from vitrim.clip.tasks import retrieval, tune_text, zero_shot
 from vitrim.clip.text_tower import TextOptions, tune_text_
 from vitrim.config.options import RecoverOptions
@@ -336,7 +336,7 @@ def test_what_recovery_matches_is_what_the_paper_says(folders):
     for layout in ("clip", "siglip"):
         pair = opened(folders[layout])
         whole, origin = pair.model, pair.origin
-        space = space_of(whole, origin, RecoverOptions(steps=1)) or EmbeddingSpace()
+        space = embedding_space_of(whole, origin, RecoverOptions(steps=1)) or EmbeddingSpace()
         with torch.no_grad():
             found = features(whole.vision_model, images)
             placed = space.to(torch.device("cpu")).placed(found)

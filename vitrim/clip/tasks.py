@@ -1,7 +1,7 @@
-"""What a CLIP-like pair is used for, from names and folders: zero-shot classification, retrieval, text tuning.
+"""Runs the tasks of a CLIP-like pair from names and folders: zero-shot classification, retrieval, text tuning.
 
 The image tower may be of one model and the text tower of another: a pruned image tower with the original text tower,
-for example. Figures are in percent.
+for example. Scores are in percent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,13 @@ PROBES = ("a photo of a cat.", "two dogs on a beach", "")
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What `tune_text` gives back; `out` is None where nothing was written."""
+    """Result of `tune_text`.
+
+    Attributes:
+        model: the tuned pair, on the CPU.
+        metrics: plain values, as in `metrics.json`.
+        out: the folder that was written; None where nothing was.
+    """
 
     model: nn.Module
     metrics: Mapping[str, Any]
@@ -179,7 +185,7 @@ def tune_text(
         limit: at most this many images, the first ones.
         split: which part of a source that has parts.
         image_folder: where the images that a `.json` names are.
-        batch_size: images a forward pass; how many captions a step compares stands in the options.
+        batch_size: images a forward pass; `options` say how many captions a step compares.
         num_workers: processes that decode images.
         seed: makes two runs equal.
         device: `auto`, or a torch device.
@@ -228,7 +234,7 @@ def tune_text(
 def _open(
     model: Model, text_from: Model | None, tokenizer: Tokenize | None, device: str
 ) -> tuple[nn.Module, Origin, Pair]:
-    """What embeds images, how it was built, and the pair that embeds texts, on a device."""
+    """Open the model that embeds images, its origin, and the pair that embeds texts, on a device."""
     whole, origin = open_model(model)
     pair = open_pair(*(open_model(text_from) if text_from is not None else (whole, origin)), tokenizer=tokenizer)
     for each in (whole, pair.model):
@@ -239,13 +245,13 @@ def _open(
 def _open_pairs(
     source: Any, origin: Origin, *, split: str, limit: int | None, image_folder: str | Path | None
 ) -> PairSet:
-    """Images with captions behind a model's own preprocessing."""
+    """Open images with captions, with a model's own preprocessing."""
     transform = transform_for(origin.preprocessing) if "mean" in origin.preprocessing else None
     return open_pairs(source, transform=transform, split=split, limit=limit, image_folder=image_folder)
 
 
 def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:
-    """A model that may be changed, how its uncut form is built, and what was cut of it."""
+    """Open a model that may be changed: the model, the origin of its uncut form, and the plan of its cuts."""
     if isinstance(model, str) and is_output(path := model.removeprefix("local-dir:")):
         about = read_about(Path(path))
         return open_model(model)[0], Origin.from_json(about["origin"]).placed_at(path), Plan.from_json(about["plan"])
@@ -256,13 +262,13 @@ def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name."""
+    """Yield parameters and buffers by name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def _options(given: TextOptions | Mapping[str, Any] | None) -> TextOptions:
-    """Checked options; one epoch where none are given."""
+    """Check options; without any, tune for one epoch."""
     if isinstance(given, TextOptions):
         return given
     try:
@@ -274,10 +280,10 @@ def _options(given: TextOptions | Mapping[str, Any] | None) -> TextOptions:
 
 
 def _write(folder: Path, pair: Pair, plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a pair, and load it back: the image tower in a fresh process, the text tower with what loads a folder.
+    """Write a pair and load it back: the image tower in a fresh process, the text tower with whatever loads the folder.
 
     Raises:
-        OutputError: it loads to something else.
+        OutputError: what is loaded differs from what was written.
     """
     origin, whole = pair.origin, pair.model
     stock = save(folder, whole, origin=origin, plan=plan)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrim.clip.embedding_space import space_of
+from vitrim.clip.embedding_space import embedding_space_of
 from vitrim.compression.allocate import allocate, beside_uniform
 from vitrim.compression.cut import CutReport, cut_, resume_cut_, save_cut, with_stock_width
 from vitrim.config.options import RecoverOptions
@@ -132,7 +132,7 @@ def compress(
     encoder, scope = resolve_scope(whole, chosen.scope, origin.encoder)
     if encoder != origin.encoder:  # what is known of the inputs was known of another part
         origin = replace(origin, encoder=encoder, preprocessing={})
-    space = None if chosen.recover is None else space_of(whole, origin, chosen.recover)
+    space = None if chosen.recover is None else embedding_space_of(whole, origin, chosen.recover)
     job = _Job(whole=whole, origin=origin, scope=scope, recipe=chosen, quiet=quiet or not is_main(), space=space)
     source = data if data is not None else chosen.data
     images = None if source is None else open_inputs(source, origin)

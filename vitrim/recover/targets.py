@@ -14,7 +14,7 @@ from vitrim.config.options import RecoverOptions
 from vitrim.data import ImageSet
 from vitrim.distributed.precision import autocast, is_bf16
 from vitrim.errors import RecipeError
-from vitrim.metrics.judging import read
+from vitrim.metrics.judging import read_features
 from vitrim.recover.cache_layout import Layout
 from vitrim.recover.files import TEACHER_CACHE
 from vitrim.recover.sampler import MicroBatch
@@ -69,7 +69,7 @@ class LiveTargets:
     def __call__(self, batch: MicroBatch) -> Target:
         """Run the teacher on a micro-batch; its features are on the device."""
         with torch.no_grad(), in_precision(self.options, self.device):
-            return Target(read(self.teacher, batch.images_BCHW.to(self.device), self.options.features_at))
+            return Target(read_features(self.teacher, batch.images_BCHW.to(self.device), self.options.features_at))
 
     def flush(self) -> None:
         """Do nothing: nothing is kept."""

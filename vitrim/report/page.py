@@ -1,4 +1,4 @@
-"""The report of one compression: a single self-contained HTML page, pictures first.
+"""Writes the report of one compression: a single self-contained HTML page, pictures first.
 
 It takes plain values, so it can be made (and tested) without a model. It measures nothing and knows no model.
 """
@@ -35,7 +35,7 @@ def write_report(path: Path, data: ReportData) -> None:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page whole or not at all.
+    """Write the text of a page as a whole or not at all.
 
     Raises:
         OutputError: the file can't be written.
@@ -53,7 +53,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def _render(data: ReportData) -> str:
-    """The page as text."""
+    """Render the page as text."""
     candidates = [
         figures.draw_size(data.summary),
         figures.draw_latency(data.latency),
@@ -75,7 +75,7 @@ def _render(data: ReportData) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of this package's templates; foreign text is escaped."""
+    """Render one of this package's templates; foreign text is escaped."""
     environment = Environment(
         loader=PackageLoader("vitrim", "report"),
         autoescape=True,
@@ -87,7 +87,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def _headline(data: ReportData) -> Markup:
-    """One sentence: how much smaller, how much faster here, how close. Says only what was measured."""
+    """Write one sentence of what was measured: how much smaller, how much faster on this machine, how close."""
     size, close = [], []
     for name, noun in (("parameters", "parameters"), ("MACs per image", "MACs")):
         row = data.summary.get(name, {})
@@ -117,12 +117,12 @@ def _headline(data: ReportData) -> Markup:
 
 
 def _cosine(value: float) -> str:
-    """Three digits, or as many more as it takes not to be rounded to 1."""
+    """Format a cosine with three digits, or with as many more as it takes not to be rounded to 1."""
     return next((text for digits in (3, 4, 5, 6) if float(text := f"{value:.{digits}f}") < 1), "1")
 
 
 def _summary_row(name: str, row: Mapping[str, float | None]) -> dict[str, str]:
-    """The cells of one row: the values, and the change where one makes sense."""
+    """Format one row of the table: the values, and the change where one makes sense."""
     before, after = row.get("before"), final_value(row)
     change = ""
     if before is not None and after is not None:

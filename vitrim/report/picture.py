@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """One row of the patch picture: a PNG as a data URI."""
+    """Row of the patch picture: a PNG as a data URI."""
 
     label: str
     alt: str
@@ -18,7 +18,7 @@ class Strip:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One image as a data URI; `agreed` where both models found it."""
+    """Image as a data URI; `agreed` where both models found it."""
 
     alt: str
     uri: str
@@ -27,7 +27,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A query, and its nearest images in each model, nearest first."""
+    """Query of the neighbour picture, and its nearest images in each model, nearest first."""
 
     query: Tile
     original: tuple[Tile, ...]
@@ -37,7 +37,19 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One section of the page: `svg` (the inside of an svg element), `strips` or `searches`; or words alone."""
+    """Section of the page: a drawing, strips or searches under a title and a caption; or words alone.
+
+    Attributes:
+        key: id of the section, and the start of all ids in `svg`.
+        title: heading.
+        caption: what is shown, in a sentence or two.
+        alt: the picture in words.
+        legend: pairs of a CSS variable and a label.
+        view_box: of the svg element.
+        svg: the inside of the svg element.
+        strips: rows of pixels.
+        searches: queries with the images found.
+    """
 
     key: str
     title: str
@@ -51,7 +63,7 @@ class Picture:
 
 
 def format_number(value: float | None, *, name: str = "") -> str:
-    """Write a number for people: 22.1M, 1.24B parameters or 4.61G MACs, 0.1234, and a dash for None."""
+    """Format a number for people: 22.1M, 1.24B parameters or 4.61G MACs, 0.1234, and a dash for None."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     if value < 9999.5:
@@ -62,11 +74,11 @@ def format_number(value: float | None, *, name: str = "") -> str:
 
 
 def format_change(change: float, unit: str) -> str:
-    """A signed number with a typographic minus, such as +48.3%."""
+    """Format a signed number with a typographic minus, such as +48.3%."""
     return f"{change:+.1f}{unit}".replace("-", "\N{MINUS SIGN}")
 
 
 def final_value(row: Mapping[str, float | None]) -> float | None:
-    """The value at the end: after recovery, or after the cut where there was none."""
+    """Return the value at the end: after recovery, or after the cut where there was none."""
     after = row.get("after")
     return row.get("after_cut") if after is None else after
