@@ -76,7 +76,7 @@ def on_main(work: Callable[[], T]) -> T:
         work: what to do; its result has to be small and plain.
 
     Raises:
-        VitrimError: on every process, whatever the main one raised; an error that is not ours is told in its words.
+        VitrimError: on every process, whatever the main one raised; the others get an error that is not ours as a VitrimError with its text.
     """
     if num_processes() == 1:
         return work()
@@ -85,7 +85,7 @@ def on_main(work: Callable[[], T]) -> T:
     if is_main():
         try:
             done.append(work())
-        except Exception as caught:  # told to the others before it goes on its way, or they would wait for ever
+        except Exception as caught:  # the others hear of it before it is raised, or they would wait for ever
             error = caught
     said = from_main(_words(error))
     if error is not None:

@@ -169,7 +169,7 @@ class _Layer:
         dim: the dimension of its parameters that counts hidden units.
         width: how many units it runs with.
         attribute: the name under which the module keeps the number of units.
-        num_groups: how often each unit stands in `dim`, one group after the other.
+        num_groups: how many entries of `dim` belong to each unit, one group of units after the other.
         suffix: a parameter with this behind its name is read in place of the one without.
         own: the module's parameters while a call replaces them.
     """

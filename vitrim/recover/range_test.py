@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
-# LoRA's factors stand about 25 times the rate that the weights themselves do; OP-LoRA's generators do not.
+# LoRA's factors tolerate about 25 times the rate that the weights themselves do; OP-LoRA's generators do not.
 LORA_RATES = (2e-2, 1e-2, 5e-3, *RATES)
 # A short run may end at this multiple of the error at the start, if that error is below NEAR.
 SHOCK, NEAR = 1.5, 0.1

@@ -184,7 +184,7 @@ class Run:
 
     @property
     def ratio(self) -> float:
-        """MLP ratio that the next step trains; 1 stands for the only one there is."""
+        """MLP ratio that the next step trains; 1 where the student has a single width."""
         return 1.0 if self.widths is None else self.widths.at(self.step, self.context.seed)
 
     @property

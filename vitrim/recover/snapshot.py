@@ -1,6 +1,6 @@
 """The state of a run as nested tensors and plain values: taken, put back, and placed in shards.
 
-Tensors stand by the names of their parameters, so any number of processes can take them up.
+Tensors are stored under the names of their parameters, so any number of processes can restore them.
 """
 
 from __future__ import annotations

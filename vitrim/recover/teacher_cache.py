@@ -34,7 +34,7 @@ from vitrim.types import Features
 FORMAT, INDEX, SUFFIX = "vitrim-teacher-cache/1", "index.json", ".safetensors"
 # Targets of a shard stay in memory until it is written.
 SHARD_BYTES = 128 * 2**20
-# What is written beside its place for longer is the rest of a run that was killed.
+# A file still unrenamed after this long was left by a run that was killed.
 STALE_S = 3600
 # Said of the cache for people, so not compared.
 LABEL = "data"

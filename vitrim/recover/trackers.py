@@ -88,7 +88,7 @@ class Trackers:
             self.accelerator.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Let the trackers write what they hold; accelerate's own `end_training` would also part the processes."""
+        """Let the trackers write what they hold; accelerate's own `end_training` would also end the process group."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

@@ -38,7 +38,7 @@ from vitrim.repair.refit import improve_
 from vitrim.surgery import submodule
 from vitrim.types import MlpSite
 
-# Peak rates of Adam where none is given: an MLP alone stands a higher one than attention does.
+# Peak rates of Adam where none is given: an MLP alone tolerates a higher one than attention does.
 RATES = {"mlp": 1e-3, "block": 5e-4}
 
 # Repair with feedback makes each block correct those before it; with the teacher's inputs it unlearns that.
