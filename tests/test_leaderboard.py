@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 from vitrim.cli.app import run
+from vitrim.compression.leaderboard import leaderboard
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.errors import OutputError, RecipeError
-from vitrim.compression.leaderboard import leaderboard
 from vitrim.methods import METHODS
 from vitrim.methods.registry import register
 from vitrim.report.leaderboard import markdown, table, verdict

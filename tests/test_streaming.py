@@ -20,7 +20,7 @@ from vitrim.cli.app import run
 from vitrim.compression import selection
 from vitrim.compression.cut import CutReport, cut_
 from vitrim.compression.file_to_file import prune_checkpoint
-from vitrim.compression.source import open_job
+from vitrim.compression.job import open_job
 from vitrim.config.recipe import Recipe
 from vitrim.cost import memory
 from vitrim.cost.memory import MARGIN, MemoryEstimate, parse_bytes, selection_bytes
