@@ -53,7 +53,8 @@ class Widths:
         ratios = None if recipe.recover is None else recipe.recover.elastic
         if ratios is None:
             return None
-        if len(recipe.steps) > 1 or not issubclass(find_method(recipe.steps[0].method), SiteMethod):
+        step, *later = recipe.steps
+        if later or not issubclass(find_method(step.method), SiteMethod):
             raise RecipeError("recover.elastic: needs one method that picks each MLP's units in order, such as dgmr.")
         units = {}
         for ratio in ratios:
