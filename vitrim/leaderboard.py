@@ -26,7 +26,7 @@ from vitrim.data import ImageStream, first_images
 from vitrim.data.inputs import open_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DAMAGED, Interrupted, OutputError, RecipeError
-from vitrim.methods import METHODS, find_method
+from vitrim.methods import METHODS, SiteMethod, find_method
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import open_model
@@ -232,7 +232,7 @@ class _Runner:
         if (name, keep_ratio) not in self.tried:
             student, method = copy.deepcopy(self.teacher), find_method(name)
             recipe = self.base.updated({"method": name, "keep_ratio": keep_ratio, "repair": False})
-            if method.select is None:
+            if not issubclass(method, SiteMethod):
                 cut = cut_(student, self.teacher, self.sites, recipe, [self.images_BCHW], quiet=True)
                 edits = cut.plan.edits
             else:

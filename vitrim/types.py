@@ -19,6 +19,7 @@ from typing_extensions import Self
 T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
+LayerSide = Literal["inputs", "outputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,18 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerStats:
+    """Sums over calibration tokens at one layer, of its inputs or of its outputs, in float64: G groups of K numbers.
+
+    Plain sums (not means), on the device of the layer. For a convolution every position of an image is a token.
+    """
+
+    num_tokens: int
+    total_GK: Tensor
+    square_GKK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteView:
     """All that a method may look at to decide about one MLP: plain matrices and sums, no module.
 
@@ -253,6 +266,17 @@ class ModelView(Protocol):
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
         """Run the calibration images, and call `see(path, input, output)` for each batch at each of these modules."""
+        ...
+
+    def stats(self, site: MlpSite) -> Stats:
+        """Run the calibration images and sum up an MLP's hidden units; the target is what its own projection makes."""
+        ...
+
+    def layer_stats(self, sides: Mapping[LayerSite, LayerSide]) -> dict[str, LayerStats]:
+        """Run the calibration images once and sum up the inputs or outputs of layers, by path.
+
+        Outputs alone can be asked of a convolution, whose inputs overlap. A layer that is never called has no sums.
+        """
         ...
 
     def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

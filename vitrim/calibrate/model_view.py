@@ -1,4 +1,4 @@
-"""What a method of scope `model` sees of a model, and can ask of it: `types.ModelView` on a live model and images.
+"""What a `ModelMethod` sees of a model, and can ask of it: `types.ModelView` on a live model and images.
 
 Plain tensors go out, nothing comes in: the model is changed by whoever carries the method's edits out.
 """
@@ -15,13 +15,24 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from vitrim.calibrate.streams import first_tensor
+from vitrim.calibrate.sums import HiddenSums, LayerSums
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, frozen
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
 from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule
-from vitrim.types import AttentionSite, Features, LayerSite, MlpSite, MlpWeights, T
+from vitrim.types import (
+    AttentionSite,
+    Features,
+    LayerSide,
+    LayerSite,
+    LayerStats,
+    MlpSite,
+    MlpWeights,
+    Stats,
+    T,
+)
 
 
 class LiveModelView:
@@ -114,6 +125,39 @@ class LiveModelView:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def stats(self, site: MlpSite) -> Stats:
+        """Sums over one MLP's hidden units; the target is what its own output projection makes of them.
+
+        Args:
+            site: an MLP of the model as it is now.
+
+        Returns:
+            Plain float64 sums on the CPU (float32 where the model runs on a device without float64).
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        sums = HiddenSums()
+        self.observe([site.output], sums.see)
+        return sums.done(self.weights(site))
+
+    def layer_stats(self, sides: Mapping[LayerSite, LayerSide]) -> dict[str, LayerStats]:
+        """Sums over the inputs or outputs of layers, all in one pass.
+
+        Args:
+            sides: the layers, and which of the two is summed; inputs can't be asked of a convolution.
+
+        Returns:
+            The sums by path, without the layers that were never called.
+
+        Raises:
+            RecipeError: there are no images.
+        """
+        sums = {layer.path: LayerSums(layer, side) for layer, side in sides.items()}
+        self.observe(list(sums), lambda path, inputs, outputs: sums[path].see(inputs, outputs))
+        found = {path: own.done() for path, own in sums.items()}
+        return {path: stats for path, stats in found.items() if stats is not None}
 
     def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
         """The pooled features of each batch, with some inputs of some modules set to zero.

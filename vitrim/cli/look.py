@@ -192,7 +192,7 @@ def methods(*, as_json: Json = False) -> None:
     from vitrim.methods import METHODS
 
     fields = ("name", "arxiv", "needs", "edit", "summary", "paper")
-    rows = [tuple(str(getattr(method, field)) for field in fields) for method in METHODS.values()]
+    rows = [(m.name, m.arxiv, m.needs, m.edits_in_words(), m.summary, m.paper) for m in METHODS.values()]
     if as_json:
         return print_json([dict(zip(fields, row, strict=True)) for row in rows])
     print_table(fields[:-1], [row[:-1] for row in rows])

@@ -34,7 +34,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.data import Split
 from vitrim.errors import DAMAGED, CheckpointError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod, find_method, make_method
 from vitrim.metrics.fidelity import fidelity
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.features import device_of, evaluating
@@ -121,7 +121,7 @@ def allocate(
     """
     if recipe.allocate is None:
         return Allocation(recipe=recipe)
-    if find_method(recipe.method).select is None:
+    if not issubclass(find_method(recipe.method), SiteMethod):
         raise RecipeError(f"allocate: {recipe.method} decides about the whole model by itself; use allocate=uniform.")
     if batches is None:
         raise RecipeError("allocate: error curves need calibration images; pass data, or use allocate=uniform.")
@@ -217,7 +217,7 @@ def _key(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], batches: 
     digest, repair = hashlib.sha256(), recipe.repair_options()
     about = {
         "method": recipe.method,
-        "options": find_method(recipe.method).parse_options(recipe.options).model_dump(mode="json"),
+        "options": make_method(recipe.method, recipe.options).model_dump(mode="json"),
         "ridge": None if repair is None else repair.ridge,
         "seed": recipe.seed,
         "sites": [site.path for site in sites],
@@ -282,9 +282,8 @@ class _Picks:
 
     def first(self, width: int) -> tuple[int, ...]:
         """What the method picks for a width, as `cut_` asks it."""
-        method = find_method(self.recipe.method)
-        options, seed = method.parse_options(self.recipe.options), self.recipe.seed + self.number
-        return select(self.weights, self.visit.site, self.visit, width, method, options, seed).keep
+        method, seed = make_method(self.recipe.method, self.recipe.options), self.recipe.seed + self.number
+        return select(self.weights, self.visit.site, self.visit, width, method, seed).keep
 
     def nested(self) -> bool:
         """Whether fewer units are the first of more."""

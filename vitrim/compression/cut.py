@@ -20,7 +20,7 @@ from vitrim.calibrate import LiveModelView, SiteVisit, walk
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import Method, MethodOptions, find_method
+from vitrim.methods import Method, ModelMethod, SiteMethod, find_method, make_method
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import nearest_stock_width
@@ -117,14 +117,13 @@ class _Stage:
     moments: torch.dtype
 
     def __post_init__(self) -> None:
-        self.method = find_method(self.recipe.method)
-        self.options = self.method.parse_options(self.recipe.options)
+        self.method = make_method(self.recipe.method, self.recipe.options)
         self.repair = self.recipe.repair_options() if self.batches is not None else None
         self.widths = {site.path: self.recipe.width_of(site) for site in self.sites}
 
     def run_(self, quiet: bool) -> list[str]:
         """Ask the method and do what it says; notes for the user."""
-        if self.method.propose is None:
+        if not isinstance(self.method, ModelMethod):
             return self._cut_sites_({}, quiet)
         if self.method.needs == "images" and self.batches is None:
             raise RecipeError(f"method: {self.method.name} needs calibration images; pass data.")
@@ -132,7 +131,7 @@ class _Stage:
         num_before = len(self.edits)
         with progress(self.method.name, 0, quiet=quiet) as bar:
             view = LiveModelView(self.student, self.sites, self.widths, self.batches, seed=self.recipe.seed, bar=bar)
-            for edit in self.method.propose(view, self.options):
+            for edit in self.method.propose(view):
                 if isinstance(edit, KeepUnits) and not edit.tensors:
                     chosen[edit.site.path] = edit
                 else:
@@ -152,9 +151,7 @@ class _Stage:
             bar.done = len(self.behind)
             for site, visit in self._visits(chosen):
                 weights, seed = read_weights(self.student, site), self.recipe.seed + len(self.edits)
-                edit = chosen.get(site.path) or select(
-                    weights, site, visit, self.widths[site.path], self.method, self.options, seed
-                )
+                edit = chosen.get(site.path) or select(weights, site, visit, self.widths[site.path], self.method, seed)
                 if self.repair is not None and visit is not None:
                     edit, self.errors[site.path] = _repair_(self.student, edit, visit, self.repair, self.recipe.seed)
                     notes += _visit_notes(visit, self.repair)
@@ -198,12 +195,12 @@ def _sites_left(student: nn.Module, sites: Sequence[MlpSite], stage: Recipe) -> 
         left = [site for site in find_mlps(student) if site.path in asked]
     except SiteNotFoundError:
         left = []
-    if not left and find_method(stage.method).propose is None:
+    if not left and issubclass(find_method(stage.method), SiteMethod):
         raise _nothing_left(find_method(stage.method))
     return left
 
 
-def _nothing_left(method: Method) -> SiteNotFoundError:
+def _nothing_left(method: Method | type[Method]) -> SiteNotFoundError:
     """A step that would do nothing."""
     return SiteNotFoundError(
         f"then: {method.name} finds no MLP as it needs one, since the steps before it replaced them all; put it first, "
@@ -214,7 +211,7 @@ def _nothing_left(method: Method) -> SiteNotFoundError:
 def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
     """The plan of a recipe; the options of several methods stand under their names."""
     stages = recipe.stages()
-    options = [find_method(s.method).parse_options(s.options).model_dump(mode="json") for s in stages]
+    options = [make_method(s.method, s.options).model_dump(mode="json") for s in stages]
     return Plan(
         edits=tuple(edits),
         method="+".join(stage.method for stage in stages),
@@ -302,7 +299,6 @@ def select(
     visit: SiteVisit | None,
     width: int,
     method: Method,
-    options: MethodOptions,
     seed: int,
 ) -> KeepUnits:
     """Ask the method which units stay."""
@@ -314,8 +310,8 @@ def select(
         stats=None if visit is None else visit.stats,
         scale_D=None if visit is None else visit.scale_D,
     )
-    assert method.select is not None
-    return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view, options)))
+    assert isinstance(method, SiteMethod)
+    return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view)))
 
 
 def _repair_(

@@ -36,7 +36,7 @@ from vitrim.cost.memory import parse_bytes
 from vitrim.data import ImageStream, first_images
 from vitrim.data.inputs import check_inputs, open_inputs
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod, find_method, make_method
 from vitrim.models.load import build_empty
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.output.load import read_about
@@ -95,7 +95,7 @@ def prune_checkpoint(
     started, recipe, out = time.monotonic(), recipe or Recipe(), Path(out)
     if recipe.recover is not None:
         raise RecipeError("recover: a checkpoint pruned file to file is not distilled; drop it, or use compress.")
-    if recipe.then or find_method(recipe.method).propose is not None:
+    if recipe.then or not issubclass(find_method(recipe.method), SiteMethod):
         raise RecipeError(
             "method: file to file only single methods that cut hidden units MLP by MLP run; use compress."
         )
@@ -210,7 +210,7 @@ def _announce(job: Job, line: str) -> None:
 
 def _plan(job: Job, recipe: Recipe, edits: Sequence[KeepUnits]) -> Plan:
     """The plan, its edits in the order of the sites."""
-    options = find_method(recipe.method).parse_options(recipe.options).model_dump(mode="json")
+    options = make_method(recipe.method, recipe.options).model_dump(mode="json")
     order = {site.path: index for index, site in enumerate(job.sites)}
     ordered = tuple(sorted(edits, key=lambda edit: order[edit.site.path]))
     return Plan(edits=ordered, method=recipe.method, options=options, seed=recipe.seed, versions=versions())

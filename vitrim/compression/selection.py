@@ -25,7 +25,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.cost.memory import MemoryEstimate, estimate_memory, parse_bytes, show_bytes
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import CheckpointError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import find_method, make_method
 from vitrim.models.load import build_empty
 from vitrim.models.sites import find_mlps
 from vitrim.models.streamed import StreamedModel
@@ -105,8 +105,8 @@ class Journal:
 
 def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) -> None:
     """Ask the method about one MLP after the other, with nothing else in memory."""
-    method, tensors = find_method(recipe.method), job.by_model_name
-    options, behind = method.parse_options(recipe.options), {edit.site.path for edit in journal.edits}
+    method, tensors = make_method(recipe.method, recipe.options), job.by_model_name
+    behind = {edit.site.path for edit in journal.edits}
     with progress("select", len(job.sites), quiet=quiet) as bar:
         bar.done = len(behind)
         for site in [site for site in job.sites if site.path not in behind]:
@@ -115,7 +115,7 @@ def pick_on_weights(job: Job, recipe: Recipe, journal: Journal, *, quiet: bool) 
             for name, tensor in own.items():
                 check_finite(name, tensor)
             seed = recipe.seed + len(journal.edits)
-            journal.add(select(site_weights(own, site), site, None, recipe.width_of(site), method, options, seed), {})
+            journal.add(select(site_weights(own, site), site, None, recipe.width_of(site), method, seed), {})
             bar.advance(1, site.path)
 
 

@@ -25,7 +25,7 @@ from vitrim.config.options import (
     RepairOptions,
 )
 from vitrim.errors import BudgetError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import find_method, make_method
 from vitrim.types import MlpSite
 
 LENGTHS = {"steps", "epochs"}
@@ -139,7 +139,7 @@ class Recipe(Options):
         except ValidationError as error:
             raise RecipeError(f"{where}: {_explain(error.errors()[0])}") from None
         for stage in recipe.stages():
-            find_method(stage.method).parse_options(stage.options)
+            make_method(stage.method, stage.options)
         _check_order(recipe)
         return recipe
 
@@ -269,10 +269,11 @@ def _check_order(recipe: Recipe) -> None:
     """
     methods = [find_method(stage.method) for stage in recipe.stages()]
     for before, after in pairwise(methods):
-        if after.first_stage < before.last_stage:
+        if after.lowest_order() < before.highest_order():
             raise RecipeError(
-                f"then: {after.name} ({after.edit}) can't follow {before.name} ({before.edit}), which puts other "
-                f"modules in the place of those that it works on; put {after.name} first."
+                f"then: {after.name} ({after.edits_in_words()}) can't follow {before.name} "
+                f"({before.edits_in_words()}), which puts other modules in the place of those that it works on; "
+                f"put {after.name} first."
             )
 
 

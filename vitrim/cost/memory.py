@@ -18,7 +18,7 @@ from vitrim.calibrate.walk import CHUNK_TOKENS, TILE_ROWS
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod, find_method
 from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
 from vitrim.storage.tensor_files import CHUNK_BYTES
@@ -135,7 +135,7 @@ def check_memory(
     needed = {"training": 16 * sum(p.numel() for p in encoder.parameters())}  # gradients, two moments, the best state
     if recipe.recover is None and recipe.blockwise is None:
         needed = {}
-    if batches and method.select is not None and (method.needs == "images" or recipe.repair_options() is not None):
+    if batches and issubclass(method, SiteMethod) and (method.needs == "images" or recipe.repair_options() is not None):
         num_images, size = sum(map(len, batches)), len(batches[0])
         needs = estimate_memory(sites, recipe, encoder, batches[0][0], num_images=num_images, batch_size=size)
         needed["calibration"] = replace(needs, resident=0).bytes(offloaded=False, moments=torch.float64)

@@ -1,12 +1,14 @@
 """AMP, adaptive MLP pruning (arXiv 2603.08100): a label-free score of units, and widths by an entropy budget a layer.
 
-How similar the images of a batch are, as a softmax over the batch, has an entropy E. A unit's score is what its removal
-changes of E to first order. From the last layer to the first, a binary search finds the fewest units with which E rises
-by at most delta. Widths differ from layer to layer. Only units are chosen here; the paper recovers by distillation.
+A softmax over an image's similarities to all images of its batch is a distribution; E is its entropy, averaged over
+images. A unit's score is how much its removal changes E, to first order. From the last layer to the first, a binary
+search finds the fewest units with which E rises by at most delta, so widths differ from layer to layer. Only units are
+chosen here; the paper recovers by distillation, which `recover` does.
 
-Two things are ours. E measures concentration, not fidelity, and one that falls passes any budget, so a guard also
-bounds how far features drift from the dense model's. And delta is found by bisection where only a width was asked
-for. The search reads calibration images, in their fixed batches, never validation images.
+Two things are ours. E measures how concentrated similarities are, not whether features stay the same, and a fall of E
+passes any budget; so a guard also bounds how far features drift from the uncut ("dense") model's. And delta is found by
+bisection where only a budget was given. The search reads calibration images, in their fixed batches, never validation
+images.
 
 Shapes: B images, D feature width, H hidden units.
 """
@@ -22,46 +24,52 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import RecipeError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.surgery import KeepUnits
 from vitrim.types import Features, ModelView
 
 DELTAS = (1e-5, 1.0)  # in nats; the paper's lie between 2e-4 and 1e-1
 
 
-class AmpOptions(MethodOptions):
-    """`delta`: by how many nats a layer may raise the entropy; None finds what meets the recipe's total of units.
+@register
+class Amp(ModelMethod):
+    """Keep the units that matter most to how similar images look; an entropy budget says how many of each layer."""
 
-    With `delta` widths are what it gives, and the recipe's budget plays no part. `tau` sharpens the similarities.
-    `trials` halve a layer's width, to 1/64 of it by default. `guard` times delta is how much a layer may add to the
-    mean cosine distance from the dense features; None is the paper, which does not look. `rounds` is how often delta is
-    tried, on `num_images` images.
-    """
+    name = "amp"
+    paper = "Adaptive MLP Pruning for Large Vision Transformers"
+    arxiv = "2603.08100"
+    summary = "units by what they change of the entropy of a batch's similarities; widths by an entropy budget a layer"
+    needs = "images"
+    takes = "widths"
 
     delta: float | None = None
+    """By how many nats a layer may raise the entropy. With it the recipe's budget plays no part: widths are what it
+    gives. None finds the delta that meets the budget's total of units."""
     tau: float = Field(default=15.0, gt=0)
+    """Factor on the cosine similarities before the softmax: the larger, the more an image's nearest ones count."""
     trials: int = Field(default=6, ge=1)
+    """Steps of the binary search for a layer's width; n of them reach down to a width of 1/2^n."""
     guard: float | None = Field(default=1.0, gt=0)
+    """A layer may add this times delta to the features' mean cosine distance from the uncut model's; None does not
+    look, as the paper."""
     rounds: int = Field(default=4, ge=1)
+    """How many deltas are tried where the budget says how many units stay."""
     num_images: int = Field(default=256, ge=2)
+    """How many calibration images the search looks at."""
 
+    def propose(self, view: ModelView) -> Iterator[KeepUnits]:
+        """The best units of each MLP, as many as the search says.
 
-@register(
-    "amp",
-    scope="model",
-    options=AmpOptions,
-    needs="images",
-    paper="Adaptive MLP Pruning for Large Vision Transformers",
-    arxiv="2603.08100",
-    summary="units by what they change of the entropy of a batch's similarities; widths by an entropy budget a layer",
-    repairs=False,
-)
-def propose(view: ModelView, options: AmpOptions) -> Iterator[KeepUnits]:
-    """The best units of each MLP, as many as the search says."""
-    search = _Search(view, options)
-    kept = search.widths(options.delta) if options.delta is not None else search.widths_at_budget()
-    for site in view.sites:
-        yield KeepUnits(site=site, keep=tuple(search.orders[site.path][: kept[site.path]].tolist()))
+        Args:
+            view: the model and its images.
+
+        Yields:
+            One edit an MLP.
+        """
+        search = _Search(view, self)
+        kept = search.widths(self.delta) if self.delta is not None else search.widths_at_budget()
+        for site in view.sites:
+            yield KeepUnits(site=site, keep=tuple(search.orders[site.path][: kept[site.path]].tolist()))
 
 
 def entropies(features_BD: Tensor, tau: float) -> Tensor:
@@ -74,7 +82,7 @@ def entropies(features_BD: Tensor, tau: float) -> Tensor:
 class _Search:
     """Orders of units by score, and how many of each MLP an entropy budget leaves."""
 
-    def __init__(self, view: ModelView, options: AmpOptions) -> None:
+    def __init__(self, view: ModelView, options: Amp) -> None:
         self.view, self.options = view, options
         self.dense = self._pooled({})
         if max(len(features_BD) for features_BD in self.dense) < 2:

@@ -1,10 +1,13 @@
 """CORP (arXiv 2602.05243): drop MLP units and head dimensions, and fold what can be predicted of them into the rest.
 
-One shot, no labels, no gradients. Units rank by their energy times how often they are active; dimensions of queries and
-keys by the energy of what they put into the logits. Statistics are taken anew after each layer has changed. Folding
-units is the ridge regression that this package's repair is, so its code is shared; the ridge is relative, its size by
-oracle approximating shrinkage unless it is given. What the paper's code leaves alone, values and outputs, can be folded
-exactly, because attention rows sum to one; it is an option.
+One shot: no labels, no gradients. Units rank by their energy (mean square) times how often they are active; dimensions
+of queries and keys by the energy of what they put into the attention logits. Statistics are taken anew after each layer
+has changed.
+
+Folding predicts each dropped unit from the kept ones by ridge regression and adds the prediction to the output weights.
+That is what this package's repair does, so the code is shared. The ridge is relative, and its size comes from oracle
+approximating shrinkage unless it is given. The paper's code leaves value dimensions alone; they can be folded exactly,
+because attention weights of a token sum to one, and `values` does so.
 
 Shapes: N tokens, H hidden units, F dimensions of a head, K kept.
 """
@@ -20,54 +23,63 @@ from pydantic import Field
 from torch import Tensor
 
 from vitrim.errors import RecipeError, SiteNotFoundError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
 from vitrim.ops.least_squares import fit_output, moments, of_units
 from vitrim.surgery import Edit, KeepHeadDims, KeepUnits
-from vitrim.types import AttentionSite, MlpSite, MlpWeights, ModelView, Stats
+from vitrim.types import AttentionSite, MlpSite, ModelView
 
 ACTIVE = 0.01  # share of its own root mean square above which a unit counts as active
 MIN_RIDGE = 1e-6
 
 
-class CorpOptions(MethodOptions):
-    """`parts` of each block that are cut; MLPs to the budget's width, head dimensions to `keep_dims` (None: its share).
+@register
+class Corp(ModelMethod):
+    """Drop MLP units and dimensions of attention heads, and fold what can be predicted of them into those kept."""
 
-    `values` drops value dimensions, too, as many as of queries and keys. `ridge` None takes what shrinkage says.
-    `compensate` False drops without folding, to see what folding is worth.
-    """
+    name = "corp"
+    paper = "CORP: Closed-form One-shot Representation-preserving Pruning"
+    arxiv = "2602.05243"
+    summary = "MLP units by active energy and head dims by logit energy, the dropped ones folded into the rest"
+    needs = "images"
+    takes = "widths"
+    edits = (KeepUnits, KeepHeadDims)
 
     parts: Literal["mlp", "attention", "both"] = "mlp"
+    """What is cut of each block; MLPs are cut to the budget's width."""
     keep_dims: float | None = Field(default=None, gt=0, le=1)
+    """Share of each head's dimensions that stays; None takes the budget's share."""
     values: bool = False
+    """Drop value dimensions, too, as many as of queries and keys."""
     ridge: float | None = Field(default=None, gt=0)
+    """Ridge of the regressions, relative to the mean square of what they predict from; None takes what oracle
+    approximating shrinkage says."""
     compensate: bool = True
+    """Fold what is dropped into what stays; False only drops, to see what folding is worth."""
 
+    def propose(self, view: ModelView) -> Iterator[Edit]:
+        """Attention, then MLP, of one block after the other.
 
-@register(
-    "corp",
-    scope="model",
-    edits=(KeepUnits, KeepHeadDims),
-    options=CorpOptions,
-    needs="images",
-    paper="CORP: Closed-form One-shot Representation-preserving Pruning",
-    arxiv="2602.05243",
-    summary="MLP units by active energy and head dims by logit energy, the dropped ones folded into the rest",
-    repairs=False,
-)
-def propose(view: ModelView, options: CorpOptions) -> Iterator[Edit]:
-    """Attention, then MLP, of one block after the other."""
-    attentions = [] if options.parts == "mlp" else list(view.attentions())
-    if options.parts != "mlp" and not attentions:
-        raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
-    sites = [] if options.parts == "attention" else list(view.sites)
-    order = sorted([*attentions, *sites], key=lambda site: _depth(view, site))
-    for site in order:
-        if isinstance(site, AttentionSite):
-            yield _cut_attention(view, site, options)
-        else:
-            yield _cut_mlp(view, site, options)
+        Args:
+            view: the model and its images.
+
+        Yields:
+            One edit a part of a block.
+
+        Raises:
+            RecipeError: attention is to be cut, and none is plain.
+        """
+        attentions = [] if self.parts == "mlp" else list(view.attentions())
+        if self.parts != "mlp" and not attentions:
+            raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
+        sites = [] if self.parts == "attention" else list(view.sites)
+        order = sorted([*attentions, *sites], key=lambda site: _depth(view, site))
+        for site in order:
+            if isinstance(site, AttentionSite):
+                yield _cut_attention(view, site, self)
+            else:
+                yield _cut_mlp(view, site, self)
 
 
 def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
@@ -78,10 +90,10 @@ def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
     return next((number for number, block in enumerate(blocks) if site.path.startswith(f"{block}.")), len(blocks)), 0
 
 
-def _cut_mlp(view: ModelView, site: MlpSite, options: CorpOptions) -> KeepUnits:
+def _cut_mlp(view: ModelView, site: MlpSite, options: Corp) -> KeepUnits:
     """Units by active energy; the others folded into output weight and bias."""
     weights = view.weights(site)
-    stats = _mlp_stats(view, site, weights)
+    stats = view.stats(site)
     energy_H = stats.hidden_HH.diagonal() / stats.num_tokens
     keep = (
         (energy_H * _active_rates(view, site, energy_H.sqrt()))
@@ -94,34 +106,6 @@ def _cut_mlp(view: ModelView, site: MlpSite, options: CorpOptions) -> KeepUnits:
         ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_KK / stats.num_tokens, stats.num_tokens))
         weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge)
     return KeepUnits(site=site, keep=tuple(keep.tolist())).with_output(weight_DK, bias_D)
-
-
-def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> Stats:
-    """Sums of the hidden activations and of what the output projection makes of them."""
-    total, count = torch.zeros(()), 0
-    square = torch.zeros(())
-
-    def see(_: str, hidden: Tensor, __: Tensor) -> None:
-        nonlocal total, square, count
-        hidden_NH = hidden.flatten(0, -2).to(working_dtype(hidden.device))
-        total, square = total + hidden_NH.sum(0).cpu(), square + (hidden_NH.T @ hidden_NH).cpu()
-        count += len(hidden_NH)
-
-    view.observe([site.output], see)
-    output_DH = weights.output_DH.to(square)
-    bias_D = (
-        torch.zeros(len(output_DH)).to(square) if weights.output_bias_D is None else weights.output_bias_D.to(square)
-    )
-    target_D = output_DH @ total + count * bias_D
-    energy = float(torch.einsum("dh,hg,dg->", output_DH, square, output_DH) + 2 * bias_D @ (output_DH @ total))
-    return Stats(
-        num_tokens=count,
-        hidden_H=total,
-        hidden_HH=square,
-        target_D=target_D,
-        cross_HD=square @ output_DH.T + torch.outer(total, bias_D),
-        target_square=energy + count * float(bias_D @ bias_D),
-    )
 
 
 def _active_rates(view: ModelView, site: MlpSite, rms_H: Tensor) -> Tensor:
@@ -163,7 +147,7 @@ class _HeadSums:
             self.energy = self.energy + (self.last.pop("q") * self.last.pop("k")).square().sum(1)
 
 
-def _cut_attention(view: ModelView, site: AttentionSite, options: CorpOptions) -> KeepHeadDims:
+def _cut_attention(view: ModelView, site: AttentionSite, options: Corp) -> KeepHeadDims:
     """Dimensions by the energy of q times k; logits and values of the dropped ones folded."""
     sums = _HeadSums(site)
     view.observe(list(dict.fromkeys((site.query, site.key, site.value))), sums.see)
@@ -184,7 +168,7 @@ def _best(scores_F: Tensor, num_keep: int) -> Tensor:
     return scores_F.sort(descending=True, stable=True).indices[:num_keep].sort().values
 
 
-def _folded(view: ModelView, edit: KeepHeadDims, sums: _HeadSums, options: CorpOptions) -> KeepHeadDims:
+def _folded(view: ModelView, edit: KeepHeadDims, sums: _HeadSums, options: Corp) -> KeepHeadDims:
     """The edit with projections that stand in for the dropped dimensions."""
     site, tensors = edit.site, {}
     rows = {role: _projection(view, site, role) for role in "qkv"}

@@ -1,8 +1,9 @@
-"""DGMR, diversity-guided MLP reduction (arXiv 2506.08591), as published and as we carry it further.
+"""DGMR, diversity-guided MLP reduction (arXiv 2506.08591): as published, `DgmrPaper`, and carried further, `Dgmr`.
 
 As published, the units kept are those whose input weights span the most (greedy Gram-Schmidt); biases and output
-weights play no part. Ours asks what the units do: forward selection by orthogonal least squares on what the block
-should put out. Repair of the kept weights is not done here; it is the same for every method.
+weights play no part. Carried further, a unit is judged by what it does: forward selection by orthogonal least squares
+picks, one after the other, the unit with which the kept ones can put out the most of what the MLP should. Repair of the
+kept weights is not done here; it is the same for every method.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from vitrim.errors import RecipeError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import SiteMethod, register
 from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import select_units
 from vitrim.ops.least_squares import moments
@@ -21,57 +22,53 @@ from vitrim.types import MlpWeights, SiteView, Stats
 SelectOn = Literal["weights", "activations", "outputs"]
 
 
-class DgmrOptions(MethodOptions):
-    """`select_on`: what the units are told apart by; None takes outputs where there are images, else weights."""
+@register
+class Dgmr(SiteMethod):
+    """Keep a diverse set of units: each adds the most to what those picked before it can do."""
+
+    name = "dgmr"
+    paper = "Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
+    arxiv = "2506.08591"
+    summary = "forward selection on the block's output, closed-form repair with feedback, local refit"
+    needs = "images"
+    repairs = True
 
     select_on: SelectOn | None = None
+    """What the units are told apart by; None takes outputs where there are images, else weights."""
+
+    def select(self, view: SiteView) -> Tensor:
+        """Units in the order in which they are picked.
+
+        Args:
+            view: the MLP's weights and, for `activations` and `outputs`, its calibration sums.
+
+        Returns:
+            Their indices.
+
+        Raises:
+            RecipeError: `activations` or `outputs` was asked for without images.
+        """
+        select_on = self.select_on or ("weights" if view.stats is None else "outputs")
+        if select_on == "weights":
+            return select_units(view.weights.input_rows, view.num_keep)
+        if view.stats is None:
+            raise RecipeError(f"options.select_on={select_on!r} needs images; pass data, or use select_on='weights'.")
+        if select_on == "activations":
+            return _by_activations(view.stats, view.weights, view.num_keep)
+        return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
 
 
-class DgmrPaperOptions(MethodOptions):
-    """The published criterion; it looks at input weights alone."""
+@register
+class DgmrPaper(Dgmr):
+    """DGMR as published: units by input weights alone, and no repair."""
+
+    name = "dgmr-paper"
+    summary = "Gram-Schmidt on input weights, kept weights unchanged"
+    needs = "weights"
+    repairs = False
 
     select_on: Literal["weights"] = "weights"
-
-
-PAPER = "Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
-
-
-@register(
-    "dgmr-paper",
-    options=DgmrPaperOptions,
-    needs="weights",
-    paper=PAPER,
-    arxiv="2506.08591",
-    summary="Gram-Schmidt on input weights, kept weights unchanged",
-    repairs=False,
-)
-@register(
-    "dgmr",
-    options=DgmrOptions,
-    needs="images",
-    paper=PAPER,
-    arxiv="2506.08591",
-    summary="forward selection on the block's output, closed-form repair with feedback, local refit",
-    repairs=True,
-)
-def select(view: SiteView, options: DgmrOptions | DgmrPaperOptions) -> Tensor:
-    """Indices of the units to keep, in pick order.
-
-    Args:
-        view: the site's weights and, for `activations` and `outputs`, its calibration sums.
-        options: what to select on.
-
-    Raises:
-        RecipeError: `activations` or `outputs` was asked for without images.
-    """
-    select_on = options.select_on or ("weights" if view.stats is None else "outputs")
-    if select_on == "weights":
-        return select_units(view.weights.input_rows, view.num_keep)
-    if view.stats is None:
-        raise RecipeError(f"options.select_on={select_on!r} needs images; pass data, or use select_on='weights'.")
-    if select_on == "activations":
-        return _by_activations(view.stats, view.weights, view.num_keep)
-    return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
+    """The published criterion, the only one that there is here."""
 
 
 def _by_activations(stats: Stats, weights: MlpWeights, num_keep: int) -> Tensor:

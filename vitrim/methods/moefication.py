@@ -1,10 +1,12 @@
 """MoEfication (arXiv 2110.01786): an MLP split into experts of equal size, of which each token runs a few.
 
-Units go together whose input weights point the same way (balanced k-means), or that fire together. The router learns
-which experts put out the most. The paper scores an expert by the sum of its ReLU activations; for other activations,
-and for gated MLPs, we take the norm of what the expert puts out, as D2DMoE (arXiv 2310.04361) does. Parameters stay;
-what falls is the work for a token. Targets are computed from the tokens as they are, since the biases of ViTs make
-an MLP no homogeneous function; only what the router reads is normalised.
+Units whose input weights point the same way become an expert (balanced k-means), or units that fire together. The
+router learns which experts put out the most. The paper scores an expert by the sum of its ReLU activations; for other
+activations, and for gated MLPs, the score is the norm of what the expert puts out, as in D2DMoE (arXiv 2310.04361). No
+parameter goes; what falls is the work for a token.
+
+The router reads normalised tokens, but the scores that it learns are of tokens as they are: an MLP with biases, as ViTs
+have them, does not scale with its input.
 
 Shapes: N tokens, D model width, H hidden units, E experts.
 """
@@ -22,7 +24,7 @@ from torch.nn import functional
 
 from vitrim.errors import BudgetError
 from vitrim.layers.moefication import Router, RouterKind
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.ops.balanced_kmeans import balanced_kmeans, means_of
 from vitrim.surgery import ToMoefication
 from vitrim.types import MlpSite, MlpWeights, ModelView
@@ -31,57 +33,69 @@ UNITS_PER_EXPERT = 32  # the paper's
 VALIDATION_SHARE = 0.1
 
 
-class MoeficationOptions(MethodOptions):
-    """`num_experts` None gives each 32 units; `num_active` None takes the budget's share of the experts.
+@register
+class Moefication(ModelMethod):
+    """Split each MLP into experts of equal size, of which a small router gives each token a few."""
 
-    `split`: by `weights` (k-means of the input weights) or `activity` (units that fire together). The router is trained
-    on `num_tokens` tokens for `epochs`; `similarity` takes the experts' centroids untrained, `oracle` runs all experts
-    and shows what no router can beat.
-    """
+    name = "moefication"
+    paper = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts"
+    arxiv = "2110.01786"
+    summary = "MLPs split into experts, a small router sends each token to a few of them"
+    needs = "images"
+    takes = "share"
+    edits = (ToMoefication,)
 
     num_experts: int | None = Field(default=None, ge=1)
+    """Experts of each MLP; None gives each about 32 units."""
     num_active: int | None = Field(default=None, ge=1)
+    """Experts that run for a token; None takes the budget's share of them."""
     split: Literal["weights", "activity"] = "weights"
+    """Which units become an expert: those with like input weights (k-means), or those that fire together."""
     router: RouterKind = "mlp"
+    """What chooses the experts: `mlp` is trained; `similarity` compares a token with the experts' mean input weights;
+    `oracle` runs all experts and shows what no router can beat."""
     num_tokens: int = Field(default=20_000, ge=64)
+    """How many calibration tokens the router is trained on."""
     epochs: int = Field(default=30, ge=1)
+    """Passes over those tokens."""
     batch_size: int = Field(default=512, ge=1)
+    """Tokens of a training step."""
     lr: float = Field(default=0.01, gt=0)
+    """Learning rate of the router, by Adam."""
 
+    def propose(self, view: ModelView) -> Iterator[ToMoefication]:
+        """The edits, each MLP seen with those before it already split.
 
-@register(
-    "moefication",
-    scope="model",
-    edits=(ToMoefication,),
-    options=MoeficationOptions,
-    needs="images",
-    paper="MoEfication: Transformer Feed-forward Layers are Mixtures of Experts",
-    arxiv="2110.01786",
-    summary="MLPs split into experts, a small router sends each token to a few of them",
-    repairs=False,
-)
-def propose(view: ModelView, options: MoeficationOptions) -> Iterator[ToMoefication]:
-    """One edit an MLP, each seen with the MLPs before it already split."""
-    for site in view.sites:
-        num_experts = options.num_experts or _divisor(site.d_hidden, site.d_hidden / UNITS_PER_EXPERT)
-        if site.d_hidden % num_experts:
-            raise BudgetError(
-                f"{site.path}: {num_experts} experts can't share {site.d_hidden} units equally; use a divisor of it."
+        Args:
+            view: the model and its images.
+
+        Yields:
+            One edit an MLP.
+
+        Raises:
+            BudgetError: the experts can't share the units equally.
+        """
+        for site in view.sites:
+            num_experts = self.num_experts or _divisor(site.d_hidden, site.d_hidden / UNITS_PER_EXPERT)
+            if site.d_hidden % num_experts:
+                raise BudgetError(
+                    f"{site.path}: {num_experts} experts can't share {site.d_hidden} units equally; use a divisor of "
+                    "it."
+                )
+            active = self.num_active or max(1, round(num_experts * view.widths[site.path] / site.d_hidden))
+            seen, weights = _observe(view, site, self.num_tokens), view.weights(site)
+            labels = _split(weights, seen, num_experts, self, seed=int(view.generator.initial_seed()))
+            order = labels.argsort(stable=True)
+            router = _router(weights, seen, order, num_experts, min(active, num_experts), self, view.generator)
+            tensors = {} if router is None else router.state_dict()
+            yield ToMoefication(
+                site=site,
+                order=tuple(order.tolist()),
+                num_experts=num_experts,
+                num_active=min(active, num_experts),
+                router=self.router,
+                tensors={f"{site.path}.router.{name}": tensor.detach().clone() for name, tensor in tensors.items()},
             )
-        active = options.num_active or max(1, round(num_experts * view.widths[site.path] / site.d_hidden))
-        seen, weights = _observe(view, site, options.num_tokens), view.weights(site)
-        labels = _split(weights, seen, num_experts, options, seed=int(view.generator.initial_seed()))
-        order = labels.argsort(stable=True)
-        router = _router(weights, seen, order, num_experts, min(active, num_experts), options, view.generator)
-        tensors = {} if router is None else router.state_dict()
-        yield ToMoefication(
-            site=site,
-            order=tuple(order.tolist()),
-            num_experts=num_experts,
-            num_active=min(active, num_experts),
-            router=options.router,
-            tensors={f"{site.path}.router.{name}": tensor.detach().clone() for name, tensor in tensors.items()},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +126,7 @@ def _observe(view: ModelView, site: MlpSite, num_tokens: int) -> _Seen:
     return _Seen(inputs_ND=inputs, hidden_NH=hidden)
 
 
-def _split(weights: MlpWeights, seen: _Seen, num_experts: int, options: MoeficationOptions, *, seed: int) -> Tensor:
+def _split(weights: MlpWeights, seen: _Seen, num_experts: int, options: Moefication, *, seed: int) -> Tensor:
     """The expert of each unit."""
     if options.split == "weights":
         rows_HD = weights.value_HD if weights.gate_HD is None else weights.gate_HD
@@ -137,7 +151,7 @@ def _router(
     order: Tensor,
     num_experts: int,
     num_active: int,
-    options: MoeficationOptions,
+    options: Moefication,
     generator: torch.Generator,
 ) -> Router | None:
     """The trained router, or one of centroids; None for an oracle."""
@@ -161,7 +175,7 @@ def _train_(
     inputs_ND: Tensor,
     scores_NE: Tensor,
     num_active: int,
-    options: MoeficationOptions,
+    options: Moefication,
     generator: torch.Generator,
 ) -> None:
     """Learn the scores; the state that captures the most of them on held-out tokens stays, the start included."""

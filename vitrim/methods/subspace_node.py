@@ -1,12 +1,14 @@
 """The ordering of Subspace Node Pruning (arXiv 2405.17506): units by the variance that no other unit explains.
 
-The ordering implemented: C is the Gram matrix of the hidden activations, over all calibration tokens and not centred;
-ZCA orthogonalises all units at once by C^(-1/2), the symmetric way, so no unit goes first. Not normalised, each row is
-divided by its diagonal element, so that a unit enters its own orthogonal component with weight one; the variance of
-that component is 1 / (C^(-1/2))_jj squared, and units are kept from the largest down. We have this from the paper's
-abstract and from what others wrote about it ("unnormalised ZCA", "non-redundant variance after orthogonalisation"), not
-from its code. Its least squares is this package's repair, and its widths by cumulative variance are not here: widths
-are the recipe's. What a unit does to the output plays no part.
+How the ordering is computed: C is the Gram matrix of the hidden activations, over all calibration tokens and not
+centred. ZCA (whitening by C^(-1/2)) makes all units orthogonal at once, and since C^(-1/2) is symmetric no unit goes
+first. Each of its rows is divided by its diagonal element, so that a unit enters its own orthogonal component with
+weight one. The variance of that component is 1 / (C^(-1/2))_jj squared, and units are kept from the largest down.
+
+This follows the paper's abstract and what others wrote about it ("unnormalised ZCA", "non-redundant variance after
+orthogonalisation"); its code we have not seen. The paper's least squares is this package's repair. Its rule for the
+width of each layer, by cumulative variance, is not here: widths are the recipe's. What a unit does to the output plays
+no part.
 
 Shapes: H hidden units, D model width.
 """
@@ -16,27 +18,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import SiteMethod, register
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.types import SiteView
 
 
-@register(
-    "subspace-node",
-    needs="images",
-    paper="Subspace Node Pruning",
-    arxiv="2405.17506",
-    summary="units with the most activation variance that no other unit explains",
-    repairs=False,
-)
-def select(view: SiteView, options: MethodOptions) -> Tensor:
-    """Units by unexplained variance, largest first; without images, as if the MLP's inputs were white."""
-    if view.stats is None:
-        rows_HD = view.weights.input_rows.to(working_dtype(view.weights.input_rows.device))
-        gram_HH = rows_HD @ rows_HD.T
-    else:
-        gram_HH = view.stats.hidden_HH
-    return unexplained_variance(gram_HH).sort(descending=True, stable=True).indices[: view.num_keep].cpu()
+@register
+class SubspaceNode(SiteMethod):
+    """Keep the units with the most activation variance that no other unit explains."""
+
+    name = "subspace-node"
+    paper = "Subspace Node Pruning"
+    arxiv = "2405.17506"
+    summary = "units with the most activation variance that no other unit explains"
+    needs = "images"
+
+    def select(self, view: SiteView) -> Tensor:
+        """Units by unexplained variance, largest first.
+
+        Args:
+            view: the MLP's calibration sums; without them its weights are looked at, as if its inputs were white.
+
+        Returns:
+            Their indices.
+        """
+        if view.stats is None:
+            rows_HD = view.weights.input_rows.to(working_dtype(view.weights.input_rows.device))
+            gram_HH = rows_HD @ rows_HD.T
+        else:
+            gram_HH = view.stats.hidden_HH
+        return unexplained_variance(gram_HH).sort(descending=True, stable=True).indices[: view.num_keep].cpu()
 
 
 def unexplained_variance(gram_HH: Tensor) -> Tensor:

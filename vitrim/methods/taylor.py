@@ -1,9 +1,11 @@
 """Taylor: units by how far the features would move, to first order, if each was removed alone.
 
-The published criterion expands a loss against labels, of which there are none here; and the distance to the dense
-features, the natural loss, has no gradient at the dense model. So the features themselves are expanded. Removing a unit
-moves them by the Jacobian times its activations, and the squared length of that is the mean square over random signs v
-of sum over tokens of a times g, where g is the gradient of v times the features (Hutchinson's estimate).
+The published criterion expands a loss against labels, which there are none of here. The distance to the uncut model's
+features would be the natural loss, but it has no gradient at the uncut model. So the features themselves are expanded.
+
+Removing a unit moves the features by their Jacobian times the unit's activations. The squared length of that move is
+estimated with random signs (Hutchinson): draw a sign v for each feature, let g be the gradient of v times the features,
+sum activation times g over the tokens of an image, and take the mean square over images and draws.
 
 Shapes: B images, D feature width, H hidden units.
 """
@@ -16,44 +18,49 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.surgery import KeepUnits
 from vitrim.types import Features, ModelView
 
 
-class TaylorOptions(MethodOptions):
-    """`draws`: random signs drawn for each image; more make the estimate steadier, each costs a pass with gradients."""
+@register
+class Taylor(ModelMethod):
+    """Keep the units whose removal would move the features the most, to first order."""
+
+    name = "taylor"
+    paper = "Importance Estimation for Neural Network Pruning (its squared gates, on features in place of a loss)"
+    arxiv = "1906.10771"
+    summary = "units by the squared first-order change of the features"
+    needs = "images"
+    takes = "widths"
 
     draws: int = Field(default=1, ge=1)
+    """Random signs drawn for each image; more make the estimate steadier, each costs a pass with gradients."""
 
+    def propose(self, view: ModelView) -> Iterator[KeepUnits]:
+        """The units of each MLP with the largest scores; a tie goes to the lowest index.
 
-@register(
-    "taylor",
-    scope="model",
-    options=TaylorOptions,
-    needs="images",
-    paper="Importance Estimation for Neural Network Pruning (its squared gates, on features in place of a loss)",
-    arxiv="1906.10771",
-    summary="units by the squared first-order change of the features",
-    repairs=False,
-)
-def propose(view: ModelView, options: TaylorOptions) -> Iterator[KeepUnits]:
-    """The units of each MLP with the largest scores, to the recipe's width; a tie goes to the lowest index."""
-    scores = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in view.sites}
+        Args:
+            view: the model and its images.
 
-    def random_sum(found: Features) -> Tensor:
-        parts = [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
-        return torch.stack([(part * _signs_like(part, view.generator)).sum() for part in parts]).sum()
+        Yields:
+            One edit an MLP, to the recipe's width.
+        """
+        scores = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in view.sites}
 
-    def see(path: str, hidden: Tensor, gradient: Tensor) -> None:
-        effects_BH = (hidden * gradient).reshape(len(hidden), -1, hidden.shape[-1]).sum(1)
-        scores[path] += effects_BH.double().square().sum(0).cpu()
+        def random_sum(found: Features) -> Tensor:
+            parts = [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
+            return torch.stack([(part * _signs_like(part, view.generator)).sum() for part in parts]).sum()
 
-    for _ in range(options.draws):
-        view.differentiate(random_sum, list(scores), see)
-    for site in view.sites:
-        order_H = scores[site.output].sort(descending=True, stable=True).indices
-        yield KeepUnits(site=site, keep=tuple(order_H[: view.widths[site.path]].tolist()))
+        def see(path: str, hidden: Tensor, gradient: Tensor) -> None:
+            effects_BH = (hidden * gradient).reshape(len(hidden), -1, hidden.shape[-1]).sum(1)
+            scores[path] += effects_BH.double().square().sum(0).cpu()
+
+        for _ in range(self.draws):
+            view.differentiate(random_sum, list(scores), see)
+        for site in view.sites:
+            order_H = scores[site.output].sort(descending=True, stable=True).indices
+            yield KeepUnits(site=site, keep=tuple(order_H[: view.widths[site.path]].tolist()))
 
 
 def _signs_like(values: Tensor, generator: torch.Generator) -> Tensor:

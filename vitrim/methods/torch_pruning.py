@@ -1,9 +1,9 @@
 """What the library torch-pruning would keep: its own importance, on its own dependency group, as a baseline.
 
-The library traces a module and scores the layers that must be cut together. It is given the site's linear layers, wired
-as in the MLP. The activation is left out, and a norm over hidden units with it, because neither changes which layers
-form the group nor what their weights weigh. Its importances that need a loss with labels are not offered; `taylor` is
-what can be had without.
+The library traces a module and scores together the layers that must be cut together, a group. It is given the linear
+layers of one MLP, wired as in the MLP. The activation and a norm over hidden units are left out, because neither
+changes which layers form the group, nor their weights. Importances of the library that need a loss with labels are not
+offered; `taylor` is what can be had without labels.
 
 Shapes: H hidden units, D model width.
 """
@@ -17,41 +17,44 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vitrim.errors import MissingExtraError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import SiteMethod, register
 from vitrim.types import MlpWeights, SiteView
 
 
-class TorchPruningOptions(MethodOptions):
-    """`importance`: the library's group magnitude, or distance to the geometric median; `p` is the power of a weight.
+@register
+class TorchPruning(SiteMethod):
+    """Keep the units that the library torch-pruning finds important."""
 
-    `reduction`: how it joins the scores of a group's layers.
-    """
+    name = "torch-pruning"
+    paper = "DepGraph: Towards Any Structural Pruning (its library's importances)"
+    arxiv = "2301.12900"
+    summary = "units by the importance that the library torch-pruning gives them"
+    needs = "weights"
 
     importance: Literal["magnitude", "fpgm"] = "magnitude"
+    """The library's group magnitude, or `fpgm`: the distance to the geometric median of all units."""
     p: int = Field(default=2, ge=1)
+    """The power that each weight is raised to."""
     reduction: Literal["mean", "max", "prod", "first"] = "mean"
+    """How the library joins the scores of the layers of a group."""
+
+    def select(self, view: SiteView) -> Tensor:
+        """Units by the library's score, largest first; a tie goes to the lowest index.
+
+        Args:
+            view: the MLP's weights, and how many units stay.
+
+        Returns:
+            Their indices.
+
+        Raises:
+            MissingExtraError: torch-pruning is not installed.
+        """
+        scores_H = library_scores(view.weights, self)
+        return scores_H.sort(descending=True, stable=True).indices[: view.num_keep].cpu()
 
 
-@register(
-    "torch-pruning",
-    options=TorchPruningOptions,
-    needs="weights",
-    paper="DepGraph: Towards Any Structural Pruning (its library's importances)",
-    arxiv="2301.12900",
-    summary="units by the importance that the library torch-pruning gives them",
-    repairs=False,
-)
-def select(view: SiteView, options: TorchPruningOptions) -> Tensor:
-    """Units by the library's score, largest first; a tie goes to the lowest index.
-
-    Raises:
-        MissingExtraError: torch-pruning is not installed.
-    """
-    scores_H = library_scores(view.weights, options)
-    return scores_H.sort(descending=True, stable=True).indices[: view.num_keep].cpu()
-
-
-def library_scores(weights: MlpWeights, options: TorchPruningOptions) -> Tensor:
+def library_scores(weights: MlpWeights, options: TorchPruning) -> Tensor:
     """The library's importance of each hidden unit, (H,)."""
     try:
         import torch_pruning

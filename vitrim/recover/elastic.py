@@ -28,7 +28,7 @@ from vitrim.calibrate import SiteVisit, walk
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, BudgetError, CheckpointError, RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod, find_method
 from vitrim.metrics.judging import Judged, features_on_cpu, relative_error
 from vitrim.models.features import FeaturesAt
 from vitrim.ops.least_squares import fit_output
@@ -62,7 +62,7 @@ class Widths:
         ratios = None if recipe.recover is None else recipe.recover.elastic
         if ratios is None:
             return None
-        if recipe.then or find_method(recipe.method).select is None:
+        if recipe.then or not issubclass(find_method(recipe.method), SiteMethod):
             raise RecipeError("recover.elastic: needs one method that picks each MLP's units in order, such as dgmr.")
         units = {ratio: {site.path: recipe.width_of(site, mlp_ratio=ratio) for site in sites} for ratio in ratios}
         seen: dict[tuple[int, ...], float] = {}

@@ -30,12 +30,12 @@ class Edit:
 
     `tensors` maps full tensor names, as they are after the edit, to the values that stand there then; a name that is
     not in it gets what `map_tensor` makes of the original. A field that names a module is a `Site`, or is called `path`
-    or `paths`. A subclass is a frozen dataclass with a KIND; a later edit of a plan may not have a lower STAGE than an
+    or `paths`. A subclass is a frozen dataclass with a KIND; a later edit of a plan may not have a lower ORDER than an
     earlier one, so that nothing is cut that has been replaced.
     """
 
     KIND: ClassVar[str]
-    STAGE: ClassVar[int] = 0
+    ORDER: ClassVar[int] = 0
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)

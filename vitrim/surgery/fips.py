@@ -24,7 +24,7 @@ class ToFips(Edit):
     """
 
     KIND: ClassVar[str] = "fips"
-    STAGE: ClassVar[int] = 1
+    ORDER: ClassVar[int] = 1
 
     paths: tuple[str, ...]
     roles: tuple[Role, ...]

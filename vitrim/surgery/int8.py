@@ -19,7 +19,7 @@ class ToInt8(Edit):
     """A linear layer's weight becomes int8, with a scale for each output; with `activations` its inputs, too."""
 
     KIND: ClassVar[str] = "int8"
-    STAGE: ClassVar[int] = 3
+    ORDER: ClassVar[int] = 3
 
     layer: LayerSite
     activations: bool = False

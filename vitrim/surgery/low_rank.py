@@ -27,7 +27,7 @@ class ToLowRank(Edit):
     """
 
     KIND: ClassVar[str] = "low_rank"
-    STAGE: ClassVar[int] = 1
+    ORDER: ClassVar[int] = 1
 
     layer: LayerSite
     rank: int

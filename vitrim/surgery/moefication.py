@@ -24,7 +24,7 @@ class ToMoefication(Edit):
     """
 
     KIND: ClassVar[str] = "moefication"
-    STAGE: ClassVar[int] = 2
+    ORDER: ClassVar[int] = 2
 
     site: MlpSite
     order: tuple[int, ...]

@@ -20,7 +20,7 @@ class TopKActivation(Edit):
     """An MLP's output projection reads the `num_active` largest of a token's hidden activations. No tensor changes."""
 
     KIND: ClassVar[str] = "top_k"
-    STAGE: ClassVar[int] = 2
+    ORDER: ClassVar[int] = 2
 
     site: MlpSite
     num_active: int
