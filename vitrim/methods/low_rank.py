@@ -47,7 +47,7 @@ class LowRank(ModelMethod):
     energy: float | None = Field(default=None, gt=0, le=1)
     """Take the rank that holds this share of the weight's square; with `whiten`, of the outputs' square."""
     solver: Solver = "svd"
-    """How the factors are found; `nmf` needs weights of 0 or more, `random` is a baseline."""
+    """How the factors are found; `nmf` needs weights of 0 or more, `random` is for training anew."""
     whiten: bool | None = None
     """Fit what the layers put out on calibration images; None does so with `svd` where there are images."""
     num_iter: int = Field(default=100, ge=1)
