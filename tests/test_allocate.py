@@ -20,8 +20,7 @@ from vitrim.config.options import AllocateOptions
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.errors import BudgetError, CheckpointError, RecipeError
-from vitrim.methods import METHODS
-from vitrim.methods.registry import register
+from vitrim.methods import METHODS, SiteMethod, register
 from vitrim.ops.allocation import best_choices, dropped_energy, explained_energy
 
 
@@ -207,9 +206,12 @@ def test_a_method_without_one_order_is_told_of(build, monkeypatch):
     case = build("timm-vit")
     monkeypatch.setattr("vitrim.methods.registry.METHODS", dict(METHODS))
 
-    @register("fickle", needs="weights", paper="none", arxiv="0.0", summary="", repairs=True)
-    def fickle(view, options):
-        return torch.arange(96 - view.num_keep, 96)
+    @register
+    class Fickle(SiteMethod):
+        name, needs, paper, arxiv, summary, repairs = "fickle", "weights", "none", "0.0", "", True
+
+        def select(self, view):
+            return torch.arange(96 - view.num_keep, 96)
 
     half = recipe_of(method="fickle", repair={"refit": False})
     found = allocate(half, case.model, case.sites, case.batches, quiet=True)

@@ -8,8 +8,7 @@ import torch
 from vitrim.compression.cut import cut_, resume_cut_, save_cut
 from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import METHODS
-from vitrim.methods.registry import register
+from vitrim.methods import METHODS, ModelMethod, register
 from vitrim.models.sites import find_mlps
 from vitrim.surgery import Edit, KeepUnits, Plan, read_weights
 from vitrim.surgery.edits import KINDS
@@ -19,18 +18,20 @@ from vitrim.surgery.edits import KINDS
 def hungriest():
     """A throw-away method: over the whole model, the units whose inputs have the most energy, seen block by block."""
 
-    @register(
-        "hungriest", scope="model", needs="images", paper="none", arxiv="0000.00000", summary="a test", repairs=False
-    )
-    def propose(view, options):
-        for site in view.sites:
-            energy = torch.zeros(site.d_hidden)
+    @register
+    class Hungriest(ModelMethod):
+        name, needs, takes = "hungriest", "images", "widths"
+        paper, arxiv, summary = "none", "0000.00000", "a test"
 
-            def see(path, inputs, output, energy=energy):
-                energy += inputs.flatten(0, -2).square().sum(0)
+        def propose(self, view):
+            for site in view.sites:
+                energy = torch.zeros(site.d_hidden)
 
-            view.observe([site.output], see)
-            yield KeepUnits(site=site, keep=tuple(energy.topk(view.widths[site.path]).indices.tolist()))
+                def see(path, inputs, output, energy=energy):
+                    energy += inputs.flatten(0, -2).square().sum(0)
+
+                view.observe([site.output], see)
+                yield KeepUnits(site=site, keep=tuple(energy.topk(view.widths[site.path]).indices.tolist()))
 
     yield
     del METHODS["hungriest"]
@@ -127,24 +128,19 @@ def test_a_step_for_mlps_after_one_that_replaced_them_all_is_no_silent_nothing(b
 
 @pytest.fixture
 def replacing():
-    """An edit of a later stage, which changes nothing, and a method that makes it."""
+    """An edit of a later order, which changes nothing, and a method that makes it."""
 
     class Replace(Edit):
         KIND = "replace_for_a_test"
         ORDER = 2
 
-    @register(
-        "replacing",
-        scope="model",
-        edits=(Replace,),
-        needs="weights",
-        paper="none",
-        arxiv="0000.00000",
-        summary="a test",
-        repairs=False,
-    )
-    def propose(view, options):
-        yield from ()
+    @register
+    class Replacing(ModelMethod):
+        name, needs, takes, edits = "replacing", "weights", "nothing", (Replace,)
+        paper, arxiv, summary = "none", "0000.00000", "a test"
+
+        def propose(self, view):
+            yield from ()
 
     yield
     del METHODS["replacing"], KINDS["replace_for_a_test"]
