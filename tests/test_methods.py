@@ -391,11 +391,11 @@ def test_the_catalog_is_the_registry_in_the_same_order():
     ]
 
 
-@pytest.mark.parametrize("kind", [Step, RecoverOptions, RepairOptions, Dgmr, LowRank], ids=lambda kind: kind.__name__)
-def test_the_documentation_of_fields_is_read_as_pydantic_reads_it(kind):
-    module = kind.__module__.removeprefix("vitrim.")
-    wanted = {name: " ".join(str(field.description).split()) for name, field in kind.model_fields.items()}
-    assert field_docs(module, kind.__name__) == wanted
+@pytest.mark.parametrize("entry", [Step, RecoverOptions, RepairOptions, Dgmr, LowRank], ids=lambda e: e.__name__)
+def test_the_documentation_of_fields_is_read_as_pydantic_reads_it(entry):
+    module = entry.__module__.removeprefix("vitrim.")
+    wanted = {name: " ".join(str(field.description).split()) for name, field in entry.model_fields.items()}
+    assert field_docs(module, entry.__name__) == wanted
 
 
 def method_files(folder):
