@@ -490,7 +490,7 @@ def test_a_compressed_model_bears_no_trace_of_op_lora(tmp_path):
     result = vitrim.compress(teacher, data=images, width=8, recover=recover, out=tmp_path / "small", quiet=True)
     tensors = load_file(tmp_path / "small" / "model.safetensors")
     assert tensors.keys() == teacher.state_dict().keys()
-    assert result.metrics["recovery"]["adapter"]["kind"] == "op-lora"
+    assert result.metrics.recovery["adapter"]["kind"] == "op-lora"
     assert_equal(tensors, weights(result.model))
 
 

@@ -304,7 +304,7 @@ def test_amp_widths_that_differ_are_saved_and_load_again(tmp_path):
     calibrate = {"num_images": 32, "batch_size": 16}
     recipe = Recipe.parse({"method": "amp", "keep_ratio": 0.5, "options": options, "calibrate": calibrate})
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert len({width for _, width in found.metrics["widths"].values()}) > 1
-    assert found.metrics["reload_difference"] <= 1e-6
+    assert len({width for _, width in found.metrics.widths.values()}) > 1
+    assert found.metrics.reload_difference <= 1e-6
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))

@@ -322,7 +322,7 @@ def test_corp_output_with_slim_attention_loads_in_a_fresh_process(tmp_path):
         {"method": "corp", "keep_ratio": 0.5, "options": {"parts": "both"}, "calibrate": {"num_images": 64}}
     )
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6
-    assert "query and key" in found.metrics["edits"][0]["what"] and found.metrics["widths"]
+    assert found.metrics.reload_difference <= 1e-6
+    assert "query and key" in found.metrics.edits[0]["what"] and found.metrics.widths
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))

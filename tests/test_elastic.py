@@ -372,8 +372,8 @@ def test_the_output_is_the_largest_width_with_the_others_beside_it(output):
     errors = json.loads((output.out / "metrics.json").read_text())["elastic"]
     assert errors["0.5"]["repaired"] < errors["0.5"]["sliced"]
     assert errors["2"]["repaired"] == errors["2"]["sliced"] < errors["1"]["repaired"] < errors["0.5"]["repaired"]
-    assert {"mlp_ratio=0.5", "mlp_ratio=1", "mlp_ratio=2"} <= output.metrics["recovery"]["curve"][-1].keys()
-    assert output.metrics["after_recovery"]["fidelity"]["relative_error"] < 0.01
+    assert {"mlp_ratio=0.5", "mlp_ratio=1", "mlp_ratio=2"} <= output.metrics.recovery["curve"][-1].keys()
+    assert output.metrics.after_recovery.fidelity["relative_error"] < 0.01
 
 
 def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_stock_timm(tmp_path, output):
@@ -396,18 +396,18 @@ def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_sto
     assert torch.equal(kept["blocks.0.mlp.fc1.weight"], whole["blocks.0.mlp.fc1.weight"][:48])
     for narrow, wide in zip(sliced.plan.edits, output.plan.edits, strict=True):
         assert narrow.site == wide.site and narrow.keep == wide.keep[:48]
-    assert sliced.metrics["stock"] and sliced.metrics["notes"] == [] and sliced.metrics["reload_difference"] <= 1e-5
-    assert sliced.metrics["errors"] == output.metrics["elastic"]["0.5"]
+    assert sliced.metrics.stock and sliced.metrics.notes == [] and sliced.metrics.reload_difference <= 1e-5
+    assert sliced.metrics["errors"] == output.metrics.elastic["0.5"]
 
 
 def test_the_largest_width_is_the_output_itself(tmp_path, output):
     sliced = slice_output(output.out, tmp_path / "largest", mlp_ratio=2)
-    assert torch.equal(sliced.model(IMAGES), output.model(IMAGES)) and sliced.metrics["notes"] == []
+    assert torch.equal(sliced.model(IMAGES), output.model(IMAGES)) and sliced.metrics.notes == []
 
 
 def test_a_width_that_was_not_trained_is_a_plain_prefix_and_says_so(tmp_path, output):
     sliced = slice_output(output.out, tmp_path / "between", mlp_ratio=1.5)
-    (note,) = sliced.metrics["notes"]
+    (note,) = sliced.metrics.notes
     assert "1.5 was not trained or repaired for" in note
     expected = vitrim.load(output.out)
     widths = widths_of([*find_mlps(expected)], (0.75, 1.0))
@@ -421,7 +421,7 @@ def test_an_output_that_is_not_elastic_can_be_sliced_and_a_slice_sliced_again(tm
     direct, _, plan = cut_digits(mlp_ratio=0.25)
     assert [edit.keep for edit in twice.plan.edits] == [edit.keep for edit in plan.edits]
     assert all(torch.equal(tensor, twice.model.state_dict()[name]) for name, tensor in direct.state_dict().items())
-    assert "not trained or repaired" in twice.metrics["notes"][0]
+    assert "not trained or repaired" in twice.metrics.notes[0]
 
 
 def test_an_output_of_an_output_is_sliced_by_its_last_cut(tmp_path):

@@ -517,9 +517,9 @@ def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
         }
     )
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6 and not found.metrics["stock"]
-    assert "matrices share a basis of rank" in found.metrics["edits"][0]["what"]
-    assert found.metrics["after"]["parameters"] < 0.75 * found.metrics["before"]["parameters"]
+    assert found.metrics.reload_difference <= 1e-6 and not found.metrics.stock
+    assert "matrices share a basis of rank" in found.metrics.edits[0]["what"]
+    assert found.metrics.after.parameters < 0.75 * found.metrics.before.parameters
     images = torch.randn(2, 3, 32, 32)
     loaded = vitrim.load(tmp_path / "out")
     assert torch.equal(loaded(images), found.model(images))

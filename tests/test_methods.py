@@ -390,7 +390,7 @@ def test_a_thirteenth_method_needs_no_edit_of_the_package(tmp_path, monkeypatch,
         Recipe.parse({"method": "first-units", "options": {"offst": 3}})
     digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
     found = vitrim.compress(digits, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.plan.method == "first-units+one-active" and found.metrics["reload_difference"] <= 1e-6
+    assert found.plan.method == "first-units+one-active" and found.metrics.reload_difference <= 1e-6
     cuts = [edit for edit in found.plan.edits if isinstance(edit, KeepUnits)]
     assert cuts and all(edit.keep == tuple(range(3, 3 + edit.width)) for edit in cuts)
     images = torch.randn(2, 3, 32, 32)

@@ -30,9 +30,9 @@ def result(tmp_path_factory):
 def test_half_of_the_parameters_go_and_the_features_stay(result):
     before, after = (result.metrics[when]["parameters"] for when in ("before", "after"))
     assert after == sum(p.numel() for p in result.model.parameters()) < 0.52 * before
-    assert result.metrics["after_recovery"]["fidelity"]["relative_error"] < 0.05
-    assert result.metrics["after_recovery"]["fidelity"]["relative_error"] <= (
-        result.metrics["after_cut"]["fidelity"]["relative_error"] + 1e-9
+    assert result.metrics.after_recovery.fidelity["relative_error"] < 0.05
+    assert result.metrics.after_recovery.fidelity["relative_error"] <= (
+        result.metrics.after_cut.fidelity["relative_error"] + 1e-9
     )
 
 
@@ -44,7 +44,7 @@ def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(stock(images), result.model(images))
     assert torch.equal(vitrim.load(result.out)(images), result.model(images))
-    assert result.metrics["stock"] and result.metrics["reload_difference"] <= 1e-5
+    assert result.metrics.stock and result.metrics.reload_difference <= 1e-5
     assert vitrim.Recipe.load(result.out / "recipe.yaml").recover.steps == 4
     assert json.loads((result.out / "metrics.json").read_text())["images"]["held_out"] == 143
 
@@ -109,7 +109,7 @@ def test_without_images_dgmr_falls_back_to_weights_and_says_so(tmp_path):
     result = vitrim.compress(tiny(), mlp_ratio=0.5, out=tmp_path / "out", quiet=True)
     paper = vitrim.compress(tiny(), method="dgmr-paper", mlp_ratio=0.5, quiet=True)
     assert [edit.keep for edit in result.plan.edits] == [edit.keep for edit in paper.plan.edits]
-    assert any("selected on weights" in note for note in result.metrics["notes"])
+    assert any("selected on weights" in note for note in result.metrics.notes)
 
 
 def test_a_module_no_library_can_build_is_saved_and_loaded_by_its_owner(tmp_path):
@@ -131,14 +131,14 @@ def test_corrupt_images_are_counted(tmp_path):
     for index in (3, 30, 50):
         (tmp_path / f"{index:02}.png").write_bytes(b"not an image")
     result = vitrim.compress(DIGITS, data=tmp_path, recipe=few(), quiet=True)
-    assert result.metrics["images"]["skipped"] == 3
+    assert result.metrics.images["skipped"] == 3
 
 
 def test_inspection_predicts_the_parameters_that_a_cut_leaves():
     for model, ratio in ((tiny(), 1.0), (DIGITS, 0.5)):
         predicted = vitrim.inspect(model).predicted[ratio]
         result = vitrim.compress(model, method="magnitude", mlp_ratio=ratio, quiet=True)
-        assert predicted == result.metrics["after"]["parameters"]
+        assert predicted == result.metrics.after.parameters
 
 
 @pytest.mark.parametrize(
