@@ -12,7 +12,7 @@ import torch
 import vitrim
 from tests.support.blocks import IMAGES, cut, run
 from tests.support.processes import run_python
-from vitrim.calibrate import streams
+from vitrim.calibrate import activations
 from vitrim.config.options import BlockwiseOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
@@ -299,7 +299,7 @@ def test_memory_holds_three_batches_however_many_there_are(build, tmp_path, monk
         most.append(len(alive) / len(tensors))
         return tensors
 
-    monkeypatch.setattr(streams.torch, "load", load)
+    monkeypatch.setattr(activations.torch, "load", load)
     run(case, cut(case), folder=tmp_path, train=train, steps=20)
     # Of a whole block a batch is two files: what goes in, and what should come out.
     assert len(most) > 60 and max(most) <= (3 if train == "mlp" else 6)

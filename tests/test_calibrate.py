@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitrim.calibrate import layer_scale, streams, walk
+from vitrim.calibrate import activations, layer_scale, walk
 from vitrim.surgery import KeepUnits, apply_
 
 CHAINS = ("timm-vit-scaled", "timm-packed", "timm-post-norm", "timm-parallel", "timm-hiera", "torchvision", "hf-vit")
@@ -156,7 +156,7 @@ def test_layer_scale_is_none_where_no_fixed_diagonal_follows_the_mlp(build, betw
 def test_a_chain_and_a_forward_for_each_block_give_the_same_sums(build, name, monkeypatch):
     case = build(name)
     chained = []
-    links = streams._links
+    links = activations._links
 
     def count(model, blocks, images):
         chained.append(links(model, blocks, images))
@@ -168,9 +168,9 @@ def test_a_chain_and_a_forward_for_each_block_give_the_same_sums(build, name, mo
             yield visit
             halve_(student, visit)
 
-    monkeypatch.setattr(streams, "_links", count)
+    monkeypatch.setattr(activations, "_links", count)
     fast = list(visits())
-    monkeypatch.setattr(streams, "_links", lambda model, blocks, images: [False] * len(blocks))
+    monkeypatch.setattr(activations, "_links", lambda model, blocks, images: [False] * len(blocks))
     slow = list(visits())
     # Between Swin's stages the patches are merged; elsewhere the first block alone is reached by a full forward.
     assert chained == [[False, True, False] if name == "timm-swin" else [False] + [True] * (len(chained[0]) - 1)] * 2
@@ -185,9 +185,9 @@ def test_a_change_between_blocks_breaks_the_chain(build):
     case = build("timm-vit")
     model = case.copy()
     model.blocks[0].register_forward_hook(lambda _, args, out: out + 1)  # inside the block's call: still a chain
-    assert streams._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, True]
+    assert activations._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, True]
     model.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
-    assert streams._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, False]
+    assert activations._links(model, ["blocks.0", "blocks.1"], case.batches[0]) == [False, False]
 
 
 @pytest.mark.parametrize("num_held_out", [1, 2])

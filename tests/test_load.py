@@ -21,6 +21,7 @@ from vitrim.errors import MissingExtraError, ModelError
 from vitrim.models.features import encoder_path, features, final_norm
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import crop_pct
+from vitrim.models.stock import stock_origin, why_not_stock
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")
@@ -467,6 +468,13 @@ def test_images_are_prepared_as_torchvision_does(name):
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     ours = transform_for(load_model(f"torchvision/{name}", weights=False)[1].preprocessing)
     assert all(torch.equal(ours(image), preset(image)) for image in PICTURES)
+
+
+def test_a_library_without_folders_never_has_a_stock_one():
+    """Also for an uncut model: nothing could write a config for it."""
+    _, origin = load_model("torchvision/vit_b_16", weights=False)
+    assert stock_origin(origin, ()) is None
+    assert why_not_stock(origin, ()) == "torchvision reads no folders; the result loads with vitrim.load(path)."
 
 
 def test_every_crop_survives_the_rounding_of_timm():

@@ -131,7 +131,7 @@ def replacing():
 
     class Replace(Edit):
         KIND = "replace_for_a_test"
-        STAGE = 2
+        ORDER = 2
 
     @register(
         "replacing",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vitrim
 from tests.support.checkpoints import IMAGES, SOURCES, bytes_of, snapshot, stock, tensors_of
-from vitrim.calibrate import streams
+from vitrim.calibrate import activations
 from vitrim.cli.app import run
 from vitrim.compression import selection
 from vitrim.compression.cut import CutReport, cut_
@@ -26,9 +26,9 @@ from vitrim.cost import memory
 from vitrim.cost.memory import MARGIN, MemoryEstimate, parse_bytes, selection_bytes
 from vitrim.data import first_images, open_images
 from vitrim.errors import RecipeError
+from vitrim.models.file_backed import FileBackedModel
 from vitrim.models.load import load_model
 from vitrim.models.sites import find_mlps
-from vitrim.models.streamed import StreamedModel
 from vitrim.types import MlpSite
 
 pytest.importorskip("transformers")
@@ -231,8 +231,8 @@ def repaired(build, tmp_path_factory):
 
 def test_activations_on_disk_change_nothing(build, repaired, tmp_path, monkeypatch):
     each, seen = build("timm"), []
-    put = streams.Store.put
-    monkeypatch.setattr(streams.Store, "put", lambda self, *given: (seen.append(self.folder), put(self, *given)))
+    put = activations.Store.put
+    monkeypatch.setattr(activations.Store, "put", lambda self, *given: (seen.append(self.folder), put(self, *given)))
     enough = calibration_bytes(each, REPAIR, 1)
     assert enough < calibration_bytes(each, REPAIR, 0)
     found = prune_checkpoint(
@@ -290,14 +290,14 @@ def test_sizes():
 @pytest.mark.parametrize("scope", [None, "blocks.1"])
 def test_one_block_of_each_model_is_in_memory_at_a_time(build, tmp_path, monkeypatch, scope):
     each, most = build("timm"), []
-    enter = StreamedModel.enter
+    enter = FileBackedModel.enter
 
     def counting(self, block):
         enter(self, block)
         here = {name.split(".")[1] for name, p in self.model.named_parameters() if "blocks" in name and not p.is_meta}
         most.append(len(here))
 
-    monkeypatch.setattr(StreamedModel, "enter", counting)
+    monkeypatch.setattr(FileBackedModel, "enter", counting)
     recipe = REPAIR.updated({"scope": scope})
     prune_checkpoint(each.source, tmp_path / "out", recipe=recipe, data=IMAGES, quiet=True)
     assert set(most) == {1} and len(most) > 6

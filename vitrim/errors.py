@@ -1,4 +1,4 @@
-"""The errors that users meet, as one tree. Each message says where, what was got, what is allowed, what next."""
+"""The errors that users meet, as one tree. Each message says where, what was found, what is allowed and what to do."""
 
 # What reading JSON from a file and looking into it raises, where the file is missing, damaged or hostile.
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -8,21 +8,21 @@ class VitrimError(Exception):
     """Base of every error that vitrim raises for its users; the command line prints it in one line, exit code 2."""
 
     def __str__(self) -> str:
-        """One printable line: names in a hostile file hold line breaks, and codes that a terminal obeys."""
+        """Return one printable line: names in a hostile file may hold line breaks and terminal control codes."""
         line = " ".join(super().__str__().splitlines())
         return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 class ModelError(VitrimError):
-    """A model could not be found, read or rebuilt."""
+    """A model can't be found, read or rebuilt."""
 
 
 class SiteNotFoundError(ModelError):
-    """A model has no MLP that vitrim recognises, or a named one is not there."""
+    """A model has no MLP that vitrim recognises, or a named module is missing."""
 
 
 class BudgetError(VitrimError):
-    """A width or a ratio is outside what the model allows."""
+    """A width or a ratio is outside the range that the model allows."""
 
 
 class RecipeError(VitrimError):
@@ -34,16 +34,16 @@ class DataError(VitrimError):
 
 
 class OutputError(VitrimError):
-    """An output can't be written where it was asked for, or did not survive the check after writing."""
+    """An output can't be written to its place, or failed the check after writing."""
 
 
 class CheckpointError(VitrimError):
-    """A checkpoint or a plan on disk is damaged or does not fit."""
+    """A checkpoint or a plan on disk is damaged or does not fit the model."""
 
 
 class Interrupted(VitrimError):
-    """The user stopped a run; what it needs to go on was kept where the message says."""
+    """The user stopped a run; the message says where everything needed to continue was saved."""
 
 
 class MissingExtraError(VitrimError):
-    """An optional library is needed and not installed."""
+    """A required optional library is not installed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,20 +16,20 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Progress:
-    """A running count with a few words beside it; `advance` it as work is done."""
+    """A count of finished work with a few words beside it. This base class shows nothing."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total, self.done, self.words = title, total, 0, ""
         self.started = time.monotonic()
 
     def advance(self, num_done: int = 1, words: str = "") -> None:
-        """Count work as done and change the words."""
+        """Count work as done, and change the words if given."""
         self.done += num_done
         self.words = words or self.words
         self.show()
 
     def track(self, items: Sequence[T], words: str) -> Iterator[T]:
-        """Go through a part of the work with a count, and a time left, of its own; inside another part, without."""
+        """Yield items as a part of the work with its own count and time left; inside another part only yield them."""
         if self.total:
             yield from items
             return
@@ -42,11 +43,11 @@ class Progress:
             self.total, (self.done, self.started, self.words) = 0, outer
 
     def show(self) -> None:
-        """Bring what is seen up to date; the base class shows nothing."""
+        """Update the display; the base class has none."""
 
 
 class _Plain(Progress):
-    """One line every now and then."""
+    """Prints a line every PLAIN_INTERVAL_S seconds, and one at the end."""
 
     last = 0.0
 
@@ -62,7 +63,7 @@ class _Plain(Progress):
 
 
 class _Bar(Progress):
-    """A rich bar with the time left."""
+    """Shows a rich bar with the time left."""
 
     def __init__(self, title: str, total: int) -> None:
         from rich.console import Console
@@ -80,16 +81,16 @@ class _Bar(Progress):
 
 @contextmanager
 def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Progress]:
-    """Show progress while a block runs.
+    """Show progress while a block runs, and yield the `Progress` to advance.
 
     Args:
         title: what is being done, in a word or two.
-        total: units of work; 0 where nobody knows yet.
+        total: units of work; 0 if unknown.
         quiet: show nothing.
     """
     if quiet:
         yield Progress(title, total)
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         bar = _Bar(title, total)
         with bar.bars:
             yield bar

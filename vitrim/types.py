@@ -1,7 +1,7 @@
-"""The frozen values that the parts of vitrim hand to each other.
+"""The frozen values that the parts of vitrim pass to each other.
 
-A method looks at `MlpWeights` and `Stats` and decides. What it decides, an edit, is in `surgery`, which carries it out.
-Nothing here changes a module or reads a file.
+A method looks at `MlpWeights` and `Stats` and decides; its decision is an edit, which is defined and applied in
+`surgery`. Nothing here changes a module or reads a file, and importing it does not import torch.
 """
 
 from __future__ import annotations
@@ -10,35 +10,37 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
-import torch
-from torch import Generator, Tensor
 from typing_extensions import Self
+
+if TYPE_CHECKING:  # `vitrim --help` takes names from here, and torch takes seconds to import
+    from torch import Generator, Tensor
 
 T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
+FeaturesAt = Literal["final", "pre_norm"]  # where features are read: behind the final norm, or in front of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Modules of a model by their dotted paths; PATHS names the fields that hold one."""
+    """Modules of a model by their dotted paths; PATHS names the fields that hold a path."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str
 
     def below(self, prefix: str) -> Self:
-        """The same site as seen from a module that holds this one's root at `prefix`."""
+        """Return the site with paths from a larger model, which holds this one at `prefix`."""
         return self.renamed(lambda path: f"{prefix}.{path}".strip("."))
 
     def within(self, prefix: str) -> Self:
-        """The same site as seen from the module at `prefix`: the inverse of `below`."""
+        """Return the site with paths relative to the module at `prefix`: the inverse of `below`."""
         return self.renamed(lambda path: "" if path == prefix else path.removeprefix(f"{prefix}."))
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
-        """The same site with every path passed through a function."""
+        """Return the site with every path passed through a function."""
         return replace(
             self, **{key: rename(getattr(self, key)) for key in self.PATHS if getattr(self, key) is not None}
         )
@@ -46,11 +48,11 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class MlpSite(Site):
-    """One MLP of a model: where it is and what its tensors are called.
+    """One MLP of a model: where it is, what its layers are called, and its sizes.
 
     `value`, `gate`, `output` and `norm` are dotted module paths from the root of the model. A packed gated MLP
     has no `gate` of its own: its `value` projection holds the gate rows first, then the value rows. `has_bias`
-    speaks of the input projections; `block` is the transformer block around the MLP.
+    is about the input projections; `block` is the transformer block around the MLP.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path", "value", "output", "gate", "norm", "block")
@@ -67,7 +69,7 @@ class MlpSite(Site):
 
     @property
     def num_groups(self) -> int:
-        """Rows of the value projection per hidden unit: 2 when gate and value are packed in one matrix."""
+        """Rows of the value projection per hidden unit: 2 if gate and value are packed in one matrix, else 1."""
         return 2 if self.kind == "packed_gated" else 1
 
     @property
@@ -78,9 +80,11 @@ class MlpSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite(Site):
-    """One self-attention: paths of its projections, one and the same where `fused` (rows of q, then k, then v).
+    """One self-attention: paths of its projections and its sizes.
 
-    `as_tuple`: its output is the first of a tuple.
+    With `fused` the paths of query, key and value are the same layer (rows of q, then k, then v). `as_tuple`: the
+    module
+    returns a tuple whose first item is the output.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path", "query", "key", "value", "output")
@@ -99,10 +103,10 @@ class AttentionSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSite(Site):
-    """One linear or convolution layer, seen as G matrices, one a group: M outputs by N inputs times kernel positions.
+    """One linear or convolution layer, as G matrices (one per group) of M outputs by N inputs times kernel positions.
 
     A `transposed_linear` holds its weight as (in, out), as transformers' `Conv1D` does. `fixed` says why no other
-    module can stand in the layer's place; "" where one can.
+    module can replace the layer; it is "" if one can.
     """
 
     kind: LayerKind
@@ -120,30 +124,30 @@ class LayerSite(Site):
 
     @property
     def num_cols(self) -> int:
-        """N: what an output of a group is a weighted sum of."""
+        """N: inputs of a group times kernel positions."""
         return self.num_in // self.groups * math.prod(self.kernel)
 
     @property
     def break_even(self) -> int:
-        """The rank of a group, rounded down, at which two factors have as many values as the matrix."""
+        """The rank of a group, rounded down, at which two factors have as many numbers as the matrix."""
         return self.num_rows * self.num_cols // (self.num_rows + self.num_cols)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the weight as the layer holds it."""
+        """Shape of the weight in the layer."""
         if self.kind == "transposed_linear":
             return self.num_in, self.num_out
         return self.num_out, self.num_in // self.groups, *self.kernel
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """The weight as (G, M, N)."""
+        """Return the weight as (G, M, N)."""
         rows = weight.T if self.kind == "transposed_linear" else weight
         return rows.reshape(self.groups, self.num_rows, self.num_cols)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MlpWeights:
-    """The canonical view of a site's weights: H hidden units, D model width."""
+    """The weights of one MLP in one layout for all kinds: H hidden units, D model width."""
 
     value_HD: Tensor
     output_DH: Tensor
@@ -154,23 +158,25 @@ class MlpWeights:
 
     @property
     def num_units(self) -> int:
-        """How many hidden units the site has."""
+        """Number of hidden units H."""
         return self.value_HD.shape[0]
 
     @property
     def input_rows(self) -> Tensor:
-        """Each unit's input weights as one row: its value row, behind its gate row where it has one."""
+        """Each unit's input weights as one row: (H, D), or (H, 2 D) with the gate row in front if there is one."""
         if self.gate_HD is None:
             return self.value_HD
+        import torch
+
         return torch.cat([self.gate_HD, self.value_HD], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Sums over calibration tokens at one site, in float64: H hidden units, D model width.
+    """Sums over calibration tokens at one MLP, in float64: H hidden units, D model width.
 
-    `hidden` is the input of the output projection, `target` what the projection should put out. All are plain sums
-    (not means), so that batches can be added up; `num_tokens` turns them into means.
+    `hidden` is the input of the output projection, `target` the output that the projection should have. All are plain
+    sums (not means), so that batches can be added up; divide by `num_tokens` for means.
     """
 
     num_tokens: int
@@ -182,10 +188,25 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteView:
-    """All that a method may look at to decide about one MLP: plain matrices and sums, no module.
+class LayerSums:
+    """Sums over calibration images at one layer: T vectors, each in G groups of K values, in float64.
 
-    `stats` and `scale_D` (the layer scale that follows the MLP) are None where nothing was measured.
+    `of_inputs` tells whether they are of the layer's inputs, or of its outputs, where those are narrower.
+    """
+
+    layer: LayerSite
+    of_inputs: bool
+    num_tokens: int
+    total_GK: Tensor
+    square_GKK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteView:
+    """Everything that a method may see to decide about one MLP: plain matrices and sums, no module.
+
+    `num_keep` is how many hidden units it must keep. `stats` and `scale_D` (the layer scale behind the MLP) are None if
+    nothing was measured.
     """
 
     site: MlpSite
@@ -197,89 +218,101 @@ class SiteView:
 
 
 class ModelView(Protocol):
-    """What a method that decides about a whole model may look at and ask for.
+    """What a method that decides about a whole model can see and ask for.
 
-    Every answer is of the model as the edits that the method has handed out so far have left it.
+    Every answer is about the model after all edits that the method has returned so far.
     """
 
     @property
     def sites(self) -> Sequence[MlpSite]:
-        """Its MLPs, in the order in which the data meets them."""
+        """The model's MLPs in forward order."""
         ...
 
     @property
     def widths(self) -> Mapping[str, int]:
-        """Hidden units that each MLP is asked to keep, by path."""
+        """How many hidden units each MLP is asked to keep, by path."""
         ...
 
     @property
     def keep_ratio(self) -> float:
-        """Share of all hidden units that stay by the budget asked for; what a method of another kind goes by."""
+        """Share of all hidden units that the budget keeps; a method that cuts something else uses it as its budget."""
         ...
 
     @property
     def generator(self) -> Generator:
-        """The one source of chance, seeded."""
+        """The seeded generator for all random choices."""
         ...
 
     @property
     def has_images(self) -> bool:
-        """Whether there are calibration images; without, `observe` can't be asked."""
+        """Whether there are calibration images; without them `observe` raises."""
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter by its full name; never to be written to."""
+        """Return a parameter by its full name; never write to it."""
         ...
 
     def weights(self, site: MlpSite) -> MlpWeights:
-        """The canonical view of an MLP's weights."""
+        """Return the weights of an MLP."""
         ...
 
     def layers(self, *, factors: bool = False) -> Sequence[LayerSite]:
-        """Every linear and convolution layer, also those that can't be replaced; `factors`: also the two of a layer."""
+        """Return every linear and convolution layer, replaceable or not; with `factors` also factors of low rank."""
         ...
 
     def track(self, items: Sequence[T], words: str) -> Iterator[T]:
-        """Go through items; how far is shown to the user."""
+        """Yield the items one by one and show the user the progress, described by `words`."""
         ...
 
     def note(self, text: str) -> None:
-        """Tell the user something about what was, or was not, done."""
+        """Tell the user something about what was done or left out."""
         ...
 
     def attentions(self) -> Sequence[AttentionSite]:
-        """Its plain self-attentions, each confirmed by running one of ours beside it; this takes images."""
+        """Return the plain self-attentions, each verified against vitrim's own on calibration images."""
+        ...
+
+    def stats(self, site: MlpSite) -> Stats:
+        """Run the calibration images, and return the sums of an MLP's hidden units and of what it puts out."""
+        ...
+
+    def layer_sums(self, layers: Sequence[LayerSite]) -> Iterator[tuple[Sequence[LayerSite], Mapping[str, LayerSums]]]:
+        """Yield groups of layers with their sums by path, in as few passes over the images as memory allows.
+
+        A layer that no image reaches has none. Edits made between two groups are seen by the later one.
+        """
         ...
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
-        """Run the calibration images, and call `see(path, input, output)` for each batch at each of these modules."""
+        """Run the calibration images, and call `see(path, input, output)` for each batch and each of these modules."""
         ...
 
     def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What an MLP puts out for tokens, with other tensors, by full name, in its layers; gradients go to them."""
+        """Return an MLP's output for tokens, with other tensors (by full name) in its layers; gradients reach them."""
         ...
 
     def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
-        """The pooled features (B, D) of each batch of calibration images, always the same batches.
+        """Return the pooled features (B, D) of each batch of calibration images, always in the same batches.
 
-        `silenced` gives, by path of a module, positions along the last dimension of its input that are set to zero.
-        With `num_images` only as many batches are run as it takes to see so many.
+        Args:
+            silenced: by path of a module, positions along the last dimension of its input to set to zero.
+            num_images: stop after the batch that reaches this many images; None runs all.
         """
         ...
 
     def differentiate(
         self, loss: Callable[[Features], Tensor], paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
     ) -> None:
-        """For each batch, take a loss of its features; `see(path, input, its gradient)` is called for each module."""
+        """Differentiate a loss of each batch's features: `see(path, input, gradient of input)` is called per module."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a vision encoder puts out: B images, N patch tokens, D width.
+    """Output of a vision encoder: B images, N patch tokens, D width.
 
-    `pooled_BD` is the CLS token, or the mean of the patch tokens where a model has none. `patches_BND` is None for a
-    model that puts out one vector an image.
+    `pooled_BD` is the CLS token, or the mean of the patch tokens if a model has none. `patches_BND` is None for a model
+    that returns one vector per image.
     """
 
     pooled_BD: Tensor
@@ -287,7 +320,9 @@ class Features:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's raw bytes, dtype and shape."""
+    """Return the SHA-256 of a tensor's raw bytes, dtype and shape."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{flat.dtype}{tuple(flat.shape)}".encode())
     digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""One pass over calibration images, block by block: what each MLP sees and should put out."""
+"""Run calibration images through a model block by block, and sum up each MLP's activations and wanted outputs."""
 
 from vitrim.calibrate.model_view import LiveModelView
 from vitrim.calibrate.walk import SiteVisit, Tokens, layer_scale, walk

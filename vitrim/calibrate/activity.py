@@ -1,8 +1,9 @@
-"""How many hidden units of each MLP are active: what The Lazy Neuron Phenomenon (arXiv 2210.06313) counts.
+"""Count how many hidden units of each MLP are active, as The Lazy Neuron Phenomenon (arXiv 2210.06313) does.
 
-A unit is active for a token where its activation is not zero; that says something of a ReLU. A GELU is hardly ever
-exactly zero, so units above shares of the layer's own root mean square are counted beside it, and never called zero.
-Counts are plain sums: how the images are split into batches plays no part.
+A unit is active for a token if its activation is not zero, which is meaningful for a ReLU. A GELU is hardly ever
+exactly
+zero, so units above shares of the layer's root mean square are counted as well, and reported separately. Counts are
+plain sums: how the images are split into batches does not matter.
 
 Shapes: N tokens, H hidden units.
 """
@@ -25,10 +26,11 @@ NUM_BINS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """One MLP: shares of (token, unit) pairs that are active, and how often its units fire.
+    """One MLP: shares of (token, unit) pairs that are active, and how often its units are.
 
-    `nonzero` counts activations that are not zero, `above` those above each share of the root mean square. `firing`
-    counts units by how often they are nonzero, in tenths of all tokens; `silent` are those that never are.
+    `nonzero` is the share of activations that are not zero, `above` the share above each multiple of the root mean
+    square.
+    `firing` counts units by how often they are nonzero, in tenths of all tokens; `silent` is the number that never are.
     """
 
     path: str
@@ -45,18 +47,18 @@ def measure_activity(
     *,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> list[Activity]:
-    """Run images through a model and count, in two passes: the root mean square comes first.
+    """Run images through a model twice and count active units: the first pass finds the root mean squares.
 
     Args:
-        model: run in eval mode; not changed.
-        sites: the MLPs to look at.
+        model: the model; it runs in eval mode and is not changed.
+        sites: the MLPs to count in.
         batches: preprocessed images (B, C, H, W).
-        thresholds: shares of each layer's root mean square.
+        thresholds: multiples of each layer's root mean square above which an activation counts.
 
     Returns:
-        One row a site, in their order.
+        One entry per site, in the order of `sites`.
     """
-    bench = LiveModelView(model, sites, {}, batches, seed=0)
+    view = LiveModelView(model, sites, {}, batches, seed=0)
     outputs = [site.output for site in sites]
     squares = dict.fromkeys(outputs, 0.0)
     num_tokens = dict.fromkeys(outputs, 0)
@@ -65,7 +67,7 @@ def measure_activity(
         squares[path] += float(hidden.double().square().sum())
         num_tokens[path] += hidden.flatten(0, -2).shape[0]
 
-    bench.observe(outputs, add_squares)
+    view.observe(outputs, add_squares)
     counts: dict[str, list[Tensor]] = {}
 
     def count(path: str, hidden: Tensor, _: Tensor) -> None:
@@ -74,12 +76,12 @@ def measure_activity(
         found = [(sizes_NH > share * rms).sum(0).cpu() for share in (0.0, *thresholds)]
         counts[path] = [a + b for a, b in zip(counts[path], found, strict=True)] if path in counts else found
 
-    bench.observe(outputs, count)
+    view.observe(outputs, count)
     return [_row(site, counts[site.output], num_tokens[site.output], thresholds) for site in sites]
 
 
 def _row(site: MlpSite, counts: Sequence[Tensor], num_tokens: int, thresholds: Sequence[float]) -> Activity:
-    """Counts of one site as shares."""
+    """Turn the counts of one site into shares."""
     nonzero, *above = [float(count.sum()) / num_tokens / len(count) for count in counts]
     rates_H = counts[0].double() / num_tokens
     bins = (rates_H * NUM_BINS).long().clamp(max=NUM_BINS - 1)

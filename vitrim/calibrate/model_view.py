@@ -14,14 +14,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from vitrim.calibrate.streams import first_tensor
+from vitrim.calibrate.activations import first_tensor
+from vitrim.calibrate.sums import HiddenAdder, LayerAdder, passes
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, frozen
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
 from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule
-from vitrim.types import AttentionSite, Features, LayerSite, MlpSite, MlpWeights, T
+from vitrim.types import AttentionSite, Features, LayerSite, LayerSums, MlpSite, MlpWeights, Stats, T
 
 
 class LiveModelView:
@@ -114,6 +115,20 @@ class LiveModelView:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def stats(self, site: MlpSite) -> Stats:
+        """Return the sums of an MLP's hidden units and of what it puts out."""
+        adder = HiddenAdder()
+        self.observe([site.output], lambda path, hidden, output: adder.add(hidden))
+        return adder.stats(self.weights(site))
+
+    def layer_sums(self, layers: Sequence[LayerSite]) -> Iterator[tuple[Sequence[LayerSite], Mapping[str, LayerSums]]]:
+        """Yield groups of layers with their sums by path, a pass over the images each."""
+        for group in passes(layers):
+            adders = {layer.path: LayerAdder(layer=layer) for layer in group}
+            self.observe(list(adders), lambda path, inputs, outputs, adders=adders: adders[path].add(inputs, outputs))
+            found = {path: adder.finished() for path, adder in adders.items()}
+            yield group, {path: sums for path, sums in found.items() if sums is not None}
 
     def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
         """The pooled features of each batch, with some inputs of some modules set to zero.

@@ -1,9 +1,8 @@
-"""Walks a model block by block over calibration images and sums up what each MLP sees and should put out.
+"""Walk through a model block by block over calibration images, and sum up each MLP's activations and wanted outputs.
 
-The teacher runs on its own stream of tokens, the student on its own, so a block is seen exactly when the blocks before
-it are already cut. Foreign forwards are never copied: the first block's inputs are caught by a hook and each block
-module is then called on them. Where blocks are no chain (between Swin's stages) the model is run up to the block.
-Activations are not stored; only the current block's streams and a bounded sample of tokens for the refit are.
+Teacher and student each run on their own activations, so a block is visited with all blocks before it already cut in
+the student. Foreign forwards are never copied (see `activations.py`). Only the current block's activations and a
+bounded sample of tokens for the refit are stored.
 
 Shapes: N tokens, H hidden units, D model width.
 """
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.streams import Call, Stream, first_tensor, forward_order
+from vitrim.calibrate.activations import Activations, Call, first_tensor, forward_order
 from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.surgery import mlp_output, submodule, weight_of
@@ -30,7 +29,7 @@ TILE_ROWS = 1024  # rows of second moments that are held in float64 where they a
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A sample of MLP inputs of the student and of the outputs that the MLP should have there."""
+    """A sample of MLP inputs of the student, and the outputs that the MLP should have for them."""
 
     inputs_ND: Tensor
     targets_ND: Tensor
@@ -38,10 +37,11 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteVisit:
-    """What calibration has seen of one MLP.
+    """The calibration results of one MLP.
 
-    `scale_D` is the layer scale that follows it, None where there is no fixed one. `stands_alone`: the MLP can be run
-    on tokens by itself, outside its block. `again` measures once more, with the student as it is by then.
+    `scale_D` is the layer scale behind it, None if there is no fixed one. `stands_alone`: the MLP can be run on tokens
+    by
+    itself, outside its block. `again` measures once more, with the student as it is at that time.
     """
 
     site: MlpSite
@@ -66,40 +66,42 @@ def walk(
     offload: Path | None = None,
     moments: torch.dtype = torch.float64,
 ) -> Iterator[SiteVisit]:
-    """Visit each MLP in forward order; the caller cuts the student's site before asking for the next.
+    """Visit each MLP in forward order; the caller cuts the student's MLP before asking for the next visit.
 
     Args:
         teacher: the original model, unchanged throughout.
-        student: the model being cut, block after block, between visits.
+        student: the model that is cut between visits.
         sites: the MLPs to visit.
         batches: calibration images (B, C, H, W), preprocessed; the last `num_held_out` batches are not in the sums.
         feedback: share of the accumulated error of the residual stream that a target corrects, 0..1.
-        num_held_out: batches kept for judging.
-        max_tokens: tokens sampled for `fit` (and a quarter of it for `held_out`), spread over all images.
-        skip: paths of sites that the student has behind it; the streams run through them.
-        offload: folder to keep the streams in, one file a batch; None keeps them in memory.
-        moments: type of the hidden second moments, summed in float64 tile by tile; float32 halves their memory.
+        num_held_out: number of batches kept for judging.
+        max_tokens: number of tokens sampled for `fit` (and a quarter of it for `held_out`), spread over all images.
+        skip: paths of sites that are finished; their blocks run, but they are not visited.
+        offload: folder for the activations, one file per batch; None keeps them in memory.
+        moments: dtype of the hidden second moments, summed in float64 tile by tile; float32 halves their memory.
 
     Yields:
-        One visit a site.
+        One visit per site.
     """
     blocks = forward_order(teacher, sites, batches[0][:2])
-    streams = [
-        Stream(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher"),
-        Stream(student, blocks, batches, frozen=False, offload=offload and offload / "student"),
+    both = [
+        Activations(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher"),
+        Activations(student, blocks, batches, frozen=False, offload=offload and offload / "student"),
     ]
     for index, block in enumerate(blocks):
-        for stream in streams:
-            stream.enter(index)
+        for activations in both:
+            activations.enter(index)
         for site in [site for site in sites if site.block == block and site.path not in skip]:
-            yield _visit(site, streams[0], streams[1], feedback, num_held_out, max_tokens, moments)
+            yield _visit(site, both[0], both[1], feedback, num_held_out, max_tokens, moments)
 
 
 def layer_scale(model: nn.Module, site: MlpSite, call: Call) -> Tensor | None:
-    """The fixed diagonal between an MLP's output and its block's output, found by probing.
+    """Find the fixed diagonal (D,) between an MLP's output and its block's output, by probing.
 
     A known offset is added to the output projection's output: behind a residual sum with a layer scale the block's
-    output moves by that scale, everywhere and in proportion. Any other answer (a norm in between) gives None.
+    output
+    moves by that scale, everywhere and in proportion. If it moves in another way (a norm in between), the result is
+    None.
     """
     block, output = submodule(model, site.block), submodule(model, site.output)
     width = weight_of(model, site.output).shape[0]
@@ -137,7 +139,7 @@ class _Sums:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, hidden_NH: Tensor, target_ND: Tensor) -> None:
-        """Add a batch of tokens, some at a time, so that no copy of the second moments is ever made."""
+        """Add a batch of tokens, CHUNK_TOKENS at a time, so that the second moments are never copied."""
         for hidden, target in zip(hidden_NH.split(CHUNK_TOKENS), target_ND.split(CHUNK_TOKENS), strict=True):
             dtype = working_dtype(hidden.device)
             self._add_some(hidden.to(dtype), target.to(dtype))
@@ -162,7 +164,7 @@ class _Sums:
             tile.copy_(torch.addmm(tile.to(hidden_NH.dtype), columns.T, hidden_NH))
 
     def done(self) -> Stats:
-        """The sums as a frozen value."""
+        """Return the sums as a frozen value."""
         parts = dict(self.parts)
         square = float(parts.pop("square"))
         return Stats(num_tokens=self.num_tokens, target_square=square, **parts)
@@ -170,14 +172,14 @@ class _Sums:
 
 def _visit(
     site: MlpSite,
-    teacher: Stream,
-    student: Stream,
+    teacher: Activations,
+    student: Activations,
     feedback: float,
     num_held_out: int,
     max_tokens: int,
     moments: torch.dtype,
 ) -> SiteVisit:
-    """Sum up one site over all batches."""
+    """Sum up one MLP over all batches."""
     sums, samples = _Sums(moments), {"fit": [], "held_out": []}
     scale_D = layer_scale(student.model, site, student.call(0))
     num_fit = max(1, len(student.batches) - num_held_out)
@@ -207,24 +209,26 @@ def _visit(
 def corrected(
     theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], scale_D: Tensor | None, feedback: float
 ) -> Tensor:
-    """What the student's MLP should put out: the teacher's output, and a share of what its stream is behind.
+    """Return the outputs (N, D) that the student's MLP should have.
+
+    They are the teacher's outputs plus a share of the student's accumulated error in the residual stream.
 
     Args:
-        theirs: what the teacher's block was observed to do, tokens (N, D).
-        ours: the same of the student's.
-        scale_D: layer scale behind the MLP; None where there is no fixed one, and then no feedback.
-        feedback: the share, 0..1.
+        theirs: what `observe` saw in the teacher's block, tokens (N, D).
+        ours: the same for the student's block.
+        scale_D: layer scale behind the MLP; None if there is no fixed one, and then nothing is corrected.
+        feedback: the share of the error to correct, 0..1.
     """
     if scale_D is None or feedback == 0:
         return theirs["mlp"]
-    # Where the scale is next to nothing, no output of the MLP could correct the stream.
+    # Where the scale is next to nothing, no output of the MLP could correct the residual stream.
     inverse_D = torch.where(scale_D.abs() > 1e-3 * scale_D.abs().max(), 1 / scale_D, 0.0)
     behind = (theirs["block"] - scale_D * theirs["mlp"]) - (ours["block"] - scale_D * ours["mlp"])
     return theirs["mlp"] + feedback * inverse_D * behind
 
 
 def stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:
-    """Whether running the MLP on its caught inputs gives the outputs it gave inside its block."""
+    """Whether running the MLP on its own, with inputs seen inside its block, gives the outputs seen there."""
     with evaluating(model):
         again_ND = mlp_output(model, site, seen["input"][:64].to(weight_of(model, site.output).dtype))
     expected_ND = seen["mlp"][:64]
@@ -232,6 +236,6 @@ def stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bo
 
 
 def _join(pairs: list[tuple[Tensor, Tensor]]) -> Tokens:
-    """Samples of several batches as one."""
+    """Concatenate the samples of several batches."""
     inputs, targets = zip(*pairs, strict=True)
     return Tokens(inputs_ND=torch.cat(inputs), targets_ND=torch.cat(targets))

@@ -1,20 +1,22 @@
-"""The app itself: running a command line, exit codes, and how results are shown.
+"""The app itself: running a command line, exit codes, and what the library logs. It does not import torch.
 
 Wrong input ends in one line on standard error and exit code 2; a run stopped by Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
 
-import json
+import io
+import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
-from rich.table import Table
+from cyclopts.help import PlainFormatter
 
+from vitrim.cli.console import on_terminal, print_help
 from vitrim.errors import Interrupted, VitrimError
 
 app = App(
@@ -23,20 +25,37 @@ app = App(
     help_epilogue="Exit codes: 0 done, 2 wrong input (one line on standard error), 130 stopped by Ctrl-C.",
 )
 app.register_install_completion_command()
-console = Console()
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSON document and nothing else")]
 
 
 def main() -> None:
-    """Entry point of the `vitrim` command."""
-    sys.exit(run(sys.argv[1:]))
+    """Run the `vitrim` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path with letters that the locale's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; its exit code."""
+    """Run a command line and return its exit code."""
+    app.help_formatter = None if on_terminal() else PlainFormatter()
     try:
-        app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+        with _log_shown():
+            print_help(
+                lambda console: app(
+                    list(arguments),
+                    console=console,
+                    exit_on_error=False,
+                    print_error=False,
+                    result_action="return_value",
+                )
+            )
     except Interrupted as error:
         return fail(error, 130)
     except KeyboardInterrupt:
@@ -48,49 +67,38 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+class _ToStandardError(logging.Handler):
+    """Prints messages alone, to standard error as it is at that moment: a progress bar puts something in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message; of several processes, those of the first alone."""
+        if os.environ.get("RANK", "0") == "0":
+            print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Show what the library logs while a command runs; `hush` keeps all but warnings back."""
+    log, handler = logging.getLogger("vitrim"), _ToStandardError()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def hush(quiet: bool) -> bool:
+    """Let the library log warnings alone from here on, if so asked; return whether it was."""
+    if quiet:
+        logging.getLogger("vitrim").setLevel(logging.WARNING)
+    return quiet
+
+
 def fail(message: Any, code: int) -> int:
-    """One line on standard error; of several processes each says which one it is."""
+    """Print one line on standard error and return the code; of several processes each says which one it is."""
     who = f"vitrim [{os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "vitrim"
     print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
     return code
-
-
-def print_json(value: Any) -> None:
-    """One JSON document."""
-    print(json.dumps(value, indent=1))
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table for people."""
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console.print(table)
-
-
-def print_summary(rows: Mapping[str, Mapping[str, float | None]]) -> None:
-    """The closing table of a run."""
-    from vitrim.report.figures import format_number
-
-    cells = [
-        (
-            name,
-            *(
-                "-" if row[when] is None else format_number(row[when], name=name)
-                for when in ("before", "after_cut", "after")
-            ),
-        )
-        for name, row in rows.items()
-    ]
-    print_table(("", "original", "after the cut", "after recovery"), cells)
-
-
-def print_notes(notes: Sequence[str]) -> None:
-    """What the user should know."""
-    for note in notes:
-        console.print(f"note: {note}")
-
-
-def number(value: float) -> str:
-    """A number for a table."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

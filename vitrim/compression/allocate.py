@@ -274,7 +274,7 @@ def _measure_(
             found.tokens[visit.site.path] = visit.stats.num_tokens / num_images
             if bar.done == 0 and not picks.nested():
                 found.notes.append(
-                    f"allocate: {request.method.name} picks units in another order for each width; the curves are rough."
+                    f"allocate: {request.method.name} picks units in another order at each width; the curves are rough."
                 )
             bar.advance(1, visit.site.path)
     found.save()

@@ -120,10 +120,10 @@ def _widths(
     Raises:
         BudgetError: the MLPs can't give it, or it has to be found by trying.
     """
-    width, kind = recipe.width(number), find_method(recipe.steps[number].method)
-    if kind.takes == "share" and width.is_of_the_model:
+    width, method = recipe.width(number), recipe.steps[number].make_method()
+    if method.goes_by() == "share" and width.is_of_the_model:
         raise BudgetError(
-            f"{width.kind}: what {kind.name} saves is not known before it is tried; give keep_ratio here."
+            f"{width.kind}: what {method.name} saves is not known before it is tried; give keep_ratio here."
         )
     return solve_widths(width, sites, student, None if batches is None else batches[0], original=teacher)
 

@@ -113,9 +113,9 @@ def _solve(job: Job, models: Models, context: RunContext) -> dict[str, int]:
     """Return the widths that a budget comes to; of a method that is no cut of units, by trying."""
     width, method = job.recipe.width(), job.recipe.steps[0].make_method()
     inputs = models.split.sample if models.split is not None else random_inputs(job.origin)
-    if method.takes == "nothing":
+    if method.goes_by() == "nothing":
         return {site.path: site.d_hidden for site in models.sites}
-    if method.takes == "share" and width.is_of_the_model:
+    if method.goes_by() == "share" and width.is_of_the_model:
         width = replace(width, kind="keep_ratio", value=find_share(job.recipe, models.teacher, models.sites, inputs))
     return solve_widths(width, models.sites, models.teacher, inputs)
 
@@ -215,7 +215,16 @@ class Trained:
 def train_(models: Models, job: Job, context: RunContext, on_validation: OnValidation | None) -> Trained:
     """Train the student block by block and end to end, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
-    blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context.work, resume=context.resume, quiet=context.quiet)
+    blocks = follow_cut_(
+        models.student,
+        models.teacher,
+        models.sites,
+        recipe,
+        split,
+        context.work,
+        resume=context.resume,
+        quiet=context.quiet,
+    )
     if split is None or recipe.recover is None:
         return Trained(blocks=blocks)
     widths = Widths.of(recipe, models.sites)

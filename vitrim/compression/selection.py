@@ -26,9 +26,9 @@ from vitrim.cost.memory import MemoryEstimate, estimate_memory, parse_bytes, sho
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import SiteMethod
+from vitrim.models.file_backed import FileBackedModel
 from vitrim.models.load import build_empty
 from vitrim.models.sites import find_mlps
-from vitrim.models.streamed import StreamedModel
 from vitrim.output.stage import PICKS
 from vitrim.progress import progress
 from vitrim.storage.tensor_files import TensorFiles, check_finite, open_tensors
@@ -184,7 +184,7 @@ def select_and_repair(
     teacher, student = (build_empty(job.origin).get_submodule(prefix).requires_grad_(False) for _ in range(2))
     blocks = list(dict.fromkeys(site.block for site in find_mlps(teacher)))  # those that are not cut run, too
     reshape_(student, behind)
-    held = StreamedModel(teacher, blocks, own, device=device), StreamedModel(student, blocks, own, device=device)
+    held = FileBackedModel(teacher, blocks, own, device=device), FileBackedModel(student, blocks, own, device=device)
     held[1].edits += behind
 
     def keep(edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:

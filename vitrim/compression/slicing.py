@@ -92,7 +92,7 @@ def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
     names = {name for edit in cuts.values() for name in edit.affected_tensors()}
     others = [edit for edit in plan.edits if not isinstance(edit, KeepUnits)]
     bad = next(
-        (edit for edit in others if edit.STAGE > KeepUnits.STAGE or not names.isdisjoint(edit.affected_tensors())), None
+        (edit for edit in others if edit.ORDER > KeepUnits.ORDER or not names.isdisjoint(edit.affected_tensors())), None
     )
     if bad is not None or not cuts:
         what = "no cut of hidden units" if bad is None else f"{bad.describe()} at {bad.where}"

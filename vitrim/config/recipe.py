@@ -35,7 +35,7 @@ class Recipe(Checked):
     """Name or folder of the model."""
     data: str | None = None
     """Images to learn from; no labels."""
-    steps: tuple[Step, ...] = Field(default=(Step(),), min_length=1)
+    steps: tuple[Step, ...] = Field(default_factory=lambda: (Step(),), min_length=1)
     """Methods, each at work on what the ones before it have left."""
     scope: str | None = None
     """Dotted path of the part to cut, or the end of one; without, the image tower or the whole model."""
@@ -169,7 +169,7 @@ class Recipe(Checked):
         `recover.elastic` where that is given, and all units in later steps and for methods that go by no budget.
         """
         step = self.steps[number]
-        if number or find_method(step.method).takes == "nothing":
+        if number or step.make_method().goes_by() == "nothing":
             return step.width(default=("keep_ratio", 1.0))
         elastic = None if self.recover is None else self.recover.elastic
         return step.width() if elastic is None else step.width(default=("mlp_ratio", elastic[-1]))

@@ -65,9 +65,7 @@ class Step(Checked):
             raise ValueError(f"give exactly one of {', '.join(BUDGETS)}, not {' and '.join(given)}")
         if self.widths is not None and self.allocate is not None:
             raise ValueError("allocate finds widths and widths gives them; drop one of the two")
-        kind = find_method(self.method)
-        make_method(self.method, self.options)
-        if given and kind.takes == "nothing":
+        if self.make_method().takes == "nothing" and given:
             raise ValueError(f"{given[0]}: {self.method} goes by no budget; drop it")
         return self
 

@@ -1,7 +1,7 @@
-"""Images with their captions, one or several each, read in order: webdataset's shards, parquet, COCO's JSON, datasets.
+"""Images with one or several captions each, read in order: webdataset's shards, parquet, COCO's JSON, datasets.
 
 A pass reads every row once; nothing is shuffled and no image is kept. Images that can't be decoded are counted and left
-out, images without a caption are passed over.
+out; images without a caption are skipped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PairBatch(NamedTuple):
 
 
 class PairSet(IterableDataset):
-    """Images with captions, in the order of their source."""
+    """An iterable dataset of images with captions, in the order of their source."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class PairSet(IterableDataset):
         self._rows, self._transform, self._limit, self._share = rows, transform, limit, share
 
     def shared(self, rank: int, num_processes: int) -> PairSet:
-        """The part of one of several processes: every so manieth image; numbers stay those of the source."""
+        """Return every `num_processes`-th image, starting at `rank`; the images keep their numbers in the source."""
         known = {"name": self.name, "transform": self._transform, "limit": self._limit}
         return PairSet(self._rows, share=(rank, num_processes), **known)
 
@@ -72,10 +72,10 @@ class PairSet(IterableDataset):
                 yield number, captions, self._image(read, number)
 
     def batches(self, batch_size: int, *, num_workers: int = 0) -> Iterator[PairBatch]:
-        """Images in batches of a size, fewer in one where some could not be read, and in the last.
+        """Yield batches of up to `batch_size` images; fewer if some could not be read, or at the end.
 
         Raises:
-            DataError: there is no image with a caption, or none that can be read.
+            DataError: the source has no image with a caption, or none can be read.
         """
         generator = torch.Generator().manual_seed(0)  # else every pass would draw from the global one
         loader = iter(DataLoader(self, batch_size=None, num_workers=num_workers, generator=generator))
@@ -110,13 +110,13 @@ def open_pairs(
             `caption` or `captions`), a parquet file with a column of captions (text, or lists of text), COCO's captions
             as `.json`, a folder of shards or parquet files, a `datasets.Dataset`, or any iterable of (image, caption or
             captions), or of dicts that name them.
-        transform: from a PIL image to a tensor (C, H, W).
-        split: which part of a source that has parts.
-        limit: at most this many images, the first ones.
-        image_folder: where the images that a `.json` names are; without, beside it.
+        transform: function from a PIL image to a tensor (C, H, W).
+        split: part to read, for a source that has parts.
+        limit: read only this many images, the first ones.
+        image_folder: folder of the images that a `.json` names; None for the folder of the `.json`.
 
     Raises:
-        DataError: the source is missing or of another kind.
+        DataError: the source is missing, or not one of these kinds.
         MissingExtraError: webdataset is needed and not installed.
     """
     if limit is not None and limit < 1:
@@ -128,7 +128,7 @@ def open_pairs(
 
 
 def _open(source: Any, split: str, image_folder: str | Path | None) -> tuple[Callable[[], Iterator[Row]], str]:
-    """Find out what a source is."""
+    """Detect the kind of a source; return a function that yields its rows, and a name to show."""
     urls = shard_urls(source)
     if urls is not None:
         require("webdataset", "shards")
@@ -162,7 +162,7 @@ def _open_path(path: Path, split: str, image_folder: str | Path | None) -> Calla
 
 
 def _of_shards(urls: Sequence[str]) -> Iterator[Row]:
-    """Samples of tar files, each opened once and read to its end."""
+    """Yield samples of tar files, each opened once and read to its end."""
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -178,7 +178,7 @@ def _of_shards(urls: Sequence[str]) -> Iterator[Row]:
 
 
 def _captions_of_sample(sample: Mapping[str, Any]) -> list[str]:
-    """A caption for each line of `.txt`, or what `.json` says."""
+    """Return the lines of `.txt`, or the captions in `.json`."""
     if "txt" in sample:
         return _texts(sample["txt"].decode("utf-8", errors="replace").splitlines())
     said = json.loads(sample["json"]) if "json" in sample else {}
@@ -201,7 +201,7 @@ def _of_parquet(files: Sequence[Path]) -> Iterator[Row]:
 
 
 def _of_dataset(dataset: Any, name: str) -> Iterator[Row]:
-    """A `datasets.Dataset`; its images are decoded when they are asked for."""
+    """Yield rows of a `datasets.Dataset`; an image is decoded only when it is read."""
     rows, _ = open_rows(dataset, split="", limit=None)
     column = _caption_column(dataset.features.arrow_schema, name)
     for row, text in enumerate(dataset.select_columns([column])):
@@ -209,7 +209,7 @@ def _of_dataset(dataset: Any, name: str) -> Iterator[Row]:
 
 
 def _of_coco(path: Path, folder: Path) -> Iterator[Row]:
-    """COCO's captions: images by id, annotations that name an image's id."""
+    """Yield rows of COCO's captions file: images by id, and annotations that refer to an image's id."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         captions: dict[Any, list[str]] = {image["id"]: [] for image in said["images"]}
@@ -226,7 +226,7 @@ def _of_coco(path: Path, folder: Path) -> Iterator[Row]:
 
 
 def _of_items(items: Any, name: str) -> Iterator[Row]:
-    """Items of a torch Dataset or an iterable: (image, captions), or dicts."""
+    """Yield rows of a torch Dataset or an iterable: (image, captions), or dicts."""
     numbered = not hasattr(items, "__iter__") and hasattr(items, "__len__")
     for item in (items[i] for i in range(len(items))) if numbered else items:
         image, second = unpack(item)
@@ -237,7 +237,7 @@ def _of_items(items: Any, name: str) -> Iterator[Row]:
 
 
 def _caption_column(schema: Any, where: str) -> str:
-    """Name of the column of captions: text, or lists of text."""
+    """Return the name of the column of captions, which holds text or lists of text."""
     from pyarrow import types
 
     def holds_text(kind: Any) -> bool:
@@ -253,7 +253,7 @@ def _caption_column(schema: Any, where: str) -> str:
 
 
 def _texts(found: Any) -> list[str]:
-    """Captions without the empty ones."""
+    """Return captions stripped of white space, without empty ones."""
     return [text.strip() for text in ([found] if isinstance(found, str) else found or []) if text and text.strip()]
 
 

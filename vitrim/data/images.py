@@ -1,4 +1,4 @@
-"""Every source of images becomes one map-style dataset of preprocessed tensors.
+"""Open any source of images as one map-style dataset of preprocessed tensors.
 
 Folders of images, parquet files, Hugging Face datasets, torch datasets and loaders, plain iterables and the
 word "digits" all open as an `ImageSet`. Images are decoded when they are asked for, one at a time; one that
@@ -26,10 +26,11 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class Batch(NamedTuple):
-    """Images, their labels (int64, -1 where unknown) and how many were left out as unreadable.
+    """Images, their labels (int64, -1 if unknown) and how many were left out as unreadable.
 
-    `num_skipped` is a plain int: `Tensor.to` helpers such as accelerate's pass it through unchanged. `places_B` are
-    the positions of the images that could be read, among those asked for.
+    `num_skipped` is a plain int: `Tensor.to` helpers such as accelerate's leave it unchanged. `places_B` are the
+    positions
+    of the readable images among those that were requested.
     """
 
     images_BCHW: Tensor
@@ -63,7 +64,7 @@ class ImageSet(Dataset):
 
     @property
     def has_labels(self) -> bool:
-        """Whether the source gives a class for its images."""
+        """Whether the source has class labels for its images."""
         return self._rows.has_labels
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class ImageSet(Dataset):
             return None
 
     def problem(self, index: int) -> str | None:
-        """Why item `index` can't be read, in words; None if it can."""
+        """Return in words why item `index` can't be read, or None if it can."""
         try:
             self._load(index)
         except READ_ERRORS as error:
@@ -84,35 +85,36 @@ class ImageSet(Dataset):
         return None
 
     def with_transform(self, transform: Transform | None) -> ImageSet:
-        """The same images behind another transform, without augmentation."""
+        """Return the same images with another transform and no augmentation."""
         return ImageSet(self._rows, name=self.name, transform=transform, indices=self._indices)
 
     def augmented(self, augment: Transform | None, seed: int) -> ImageSet:
-        """The same images behind a random transform.
+        """Return the same images with a random transform.
 
-        Item i of epoch e is drawn under a seed made of (seed, e, i): the same for any order and number of
-        workers.
+        Item i of epoch e is drawn under a seed made of (seed, e, i), so it does not depend on the order of reading or
+        the
+        number of workers.
         """
         return ImageSet(self._rows, name=self.name, transform=augment, indices=self._indices, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that augmentation draws for; call it before iterating over a loader."""
+        """Set the epoch that augmentation draws for; call it before iterating over a loader."""
         self._epoch = epoch
 
     def spaced(self, num_images: int) -> ImageSet:
-        """At most `num_images`, evenly spaced, so that a source sorted by class keeps all its classes."""
+        """Return at most `num_images` images, evenly spaced, so that a source sorted by class keeps all its classes."""
         size = min(num_images, len(self))
         return self.subset([i * len(self) // size for i in range(size)])
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """The images at these places, in this order."""
+        """Return the images at these positions, in this order."""
         chosen = [self._indices[i] for i in indices]
         return ImageSet(self._rows, name=self.name, transform=self._transform, indices=chosen, seed=self._seed)
 
     def loader(
         self, *, batch_size: int, indices: Sequence[int] | Sampler[int] | None = None, num_workers: int = 0
     ) -> DataLoader:
-        """A loader of `Batch`, in the order of `indices` (default: all, in order).
+        """Return a loader of `Batch`, in the order of `indices` (default: all, in order).
 
         Corrupt images are left out and counted in `num_skipped`, so a batch may be smaller than `batch_size`.
         A batch without any readable image is not yielded: its count moves to the batch after it (or before,
@@ -136,10 +138,10 @@ class ImageSet(Dataset):
 def prepare(
     image: Any, transform: Transform | None, *, name: str, seed: int | None = None, epoch: int = 0, index: int = 0
 ) -> Tensor:
-    """An image through a transform, drawn under (seed, epoch, index); tensors are taken as they are.
+    """Apply a transform to an image, drawn under (seed, epoch, index); tensors are returned as they are.
 
     Raises:
-        DataError: it is neither a PIL image nor a tensor of the right kind.
+        DataError: the image is neither a PIL image nor a tensor of the right kind.
     """
     if isinstance(image, Image.Image):
         with _seeded(seed, epoch, index):
@@ -155,7 +157,7 @@ def prepare(
 
 
 def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
-    """Stack what could be read and count the rest; without any readable image the shape is (0, 3, 0, 0)."""
+    """Stack the readable images and count the others; without any readable one the shape is (0, 3, 0, 0)."""
     readable = [item for item in items if item is not None]
     labels_B = torch.tensor([label for _, label in readable], dtype=torch.int64)
     images_BCHW = _stack([image for image, _ in readable]) if readable else torch.empty(0, 3, 0, 0)
@@ -174,16 +176,16 @@ def open_images(
             one, a folder, a list, or `{000..127}` in a name), a folder written by `save_to_disk`, a
             `datasets.Dataset` or `DatasetDict`, a torch `Dataset` or `DataLoader`, "digits" (scikit-learn's 8x8
             digits), or any other iterable of tensors, PIL images or pairs with a label. A 4-d tensor is a batch.
-        transform: from a PIL image to a tensor (C, H, W); see `transform_for`.
-        split: which part of a source that has parts: "digits", `DatasetDict`, parquet files named after
+        transform: function from a PIL image to a tensor (C, H, W); see `transform_for`.
+        split: part to read, for a source that has parts: "digits", `DatasetDict`, parquet files named after
             splits.
-        limit: at most this many images: the first of an iterable, evenly spaced ones of anything else.
+        limit: read only this many images: the first of an iterable, evenly spaced ones of anything else.
 
     Returns:
-        The images. Other iterables than the above are collected in memory; the rest is read when asked for.
+        The images. Plain iterables are collected in memory; everything else is read on access.
 
     Raises:
-        DataError: the source is missing, empty or of another kind, or the limit is below 1.
+        DataError: the source is missing, empty or none of these kinds, or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; use 1 or more, or None for all images.")
@@ -201,16 +203,16 @@ def first_images(image_set: ImageSet, num_images: int, *, seed: int, batch_size:
     """Read images in a seeded random order, leaving out what can't be decoded.
 
     Args:
-        image_set: where to draw from, without replacement.
+        image_set: set to draw from, without replacement.
         num_images: how many readable images to return; fewer if the set has fewer.
-        seed: of the order.
+        seed: seed of the order.
         batch_size: images per returned batch (the last may be smaller).
 
     Returns:
-        Batches (B, C, H, W), and how many images were met and left out.
+        Batches (B, C, H, W), and how many unreadable images were left out.
 
     Raises:
-        DataError: not one image could be read.
+        DataError: no image could be read.
     """
     order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed)).tolist()
     images, num_skipped = [], 0
@@ -241,7 +243,7 @@ def split_indices(num_images: int, *, num_held_out: int, seed: int) -> tuple[lis
 
 
 class _Loader(DataLoader):
-    """Leaves out batches without images and moves their count of corrupt images to a neighbour."""
+    """A loader that leaves out batches without images and adds their count of corrupt images to a neighbour's."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         ready: Batch | None = None
@@ -260,7 +262,7 @@ class _Loader(DataLoader):
 
 @contextmanager
 def _seeded(seed: int | None, epoch: int, index: int) -> Iterator[None]:
-    """Draw from generators of this item alone, and put the global ones back; None leaves them as they are."""
+    """Seed the global generators for one item, and restore them afterwards; with seed None leave them alone."""
     if seed is None:
         yield
         return

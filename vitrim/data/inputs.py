@@ -1,4 +1,4 @@
-"""Opens what a model takes, behind its own preprocessing, and checks that the model can run on it."""
+"""Open images or text with a model's own preprocessing, and check that the model can run on it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,18 @@ from vitrim.models.origin import Origin
 
 
 def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int | None = None) -> ImageSet | ImageStream:
-    """Images behind a model's own preprocessing, or text in rows of its tokenizer's ids.
+    """Open images with a model's own preprocessing, or text as rows of its tokenizer's ids.
 
-    A model without known preprocessing takes tensors, or images of the right size. What can only be read in order
-    opens as a stream; the limit is not for it.
+    A model without known preprocessing takes tensors, or images of the right size.
+
+    Args:
+        data: a source that `open_images`, `open_stream` or `open_texts` can open.
+        origin: how the model was built; holds its preprocessing.
+        split: part to read, for a source that has parts.
+        limit: read only this many images; has no effect on a stream.
+
+    Returns:
+        A set, or a stream if the source can only be read in order.
 
     Raises:
         DataError: the source can't be read, or is text and the model takes none.
@@ -43,7 +51,11 @@ def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int |
 
 
 def open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | None) -> ImageSet:
-    """Images to judge on, of a stream the first."""
+    """Open images or text to judge on, as `open_inputs` does; of a stream the first `limit` images.
+
+    Raises:
+        DataError: the source can't be read, or is a stream and there is no limit.
+    """
     images = open_inputs(data, origin, split=split, limit=limit)
     if isinstance(images, ImageSet):
         return images
@@ -53,10 +65,10 @@ def open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | No
 
 
 def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Tensor]) -> None:
-    """Run a model on one input: what it can't take shall be one clear line, before anything is cut.
+    """Run a model on one input, so that unsuitable data is reported in one line before anything is cut.
 
     Raises:
-        DataError: the inputs are of another kind or size than the model takes.
+        DataError: the model can't run on inputs of this kind or size.
     """
     for batch in batches[:1]:
         first = (batch if isinstance(batch, Tensor) else batch.images_BCHW)[:1]
@@ -75,7 +87,7 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
 
 
 def random_inputs(origin: Origin, count: int = 8) -> Tensor | None:
-    """Noise of the size that a model takes, or random token ids; None where neither is known."""
+    """Return noise of the model's input size, or random token ids; None if neither is known."""
     known, generator = origin.preprocessing, torch.Generator().manual_seed(0)
     if "input_size" in known:
         return torch.randn(count, *known["input_size"], generator=generator)

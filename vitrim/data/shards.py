@@ -1,4 +1,4 @@
-"""Shards, the tar files of webdataset: which a source names, and an index of those that lie on a disk.
+"""Shards, the tar files of webdataset: which ones a source names, and an index of those on a local disk.
 
 In a shard, members with the same name up to the first dot are one sample: `000.jpg` is an image, `000.cls` its label.
 The index holds where each image begins, so that any image is one seek away and nothing is unpacked. Compressed shards
@@ -26,10 +26,10 @@ TAR_ERRORS = (OSError, tarfile.TarError, EOFError, ValueError)
 
 
 def shard_urls(source: Any) -> list[str] | None:
-    """The shards that a source names, braces expanded; None for a source of another kind.
+    """Return the shards that a source names, braces expanded; None for a source of another kind.
 
     Raises:
-        MissingExtraError: there are braces, and webdataset, whose they are, is not installed.
+        MissingExtraError: the name holds braces, and webdataset, which expands them, is not installed.
     """
     given = [source] if isinstance(source, str | Path) else source
     if not (isinstance(given, Sequence) and len(given) and all(isinstance(name, str | Path) for name in given)):
@@ -41,14 +41,14 @@ def shard_urls(source: Any) -> list[str] | None:
 
 
 def can_seek(url: str) -> bool:
-    """Whether a shard is a plain tar file on a disk."""
+    """Whether a shard is an uncompressed tar file on a local disk."""
     return url.endswith(".tar") and not url.startswith("pipe:") and "://" not in url
 
 
 def sample_of(member: str) -> tuple[str, str]:
-    """The sample that a member of a shard belongs to and what of it, as webdataset divides names: at the first dot.
+    """Split the name of a member at the first dot, as webdataset does: the sample, and which part of it the member is.
 
-    The second is empty for what belongs to no sample: hidden files, `__names__`, and files without an ending.
+    The part is "" for members of no sample: hidden files, `__names__`, and files without an ending.
     """
     folder, slash, name = member.rpartition("/")
     stem, _, kind = name.partition(".")
@@ -56,7 +56,7 @@ def sample_of(member: str) -> tuple[str, str]:
 
 
 class TarIndex:
-    """Where each image of some tar files lies, and its label. Files are opened anew for each read."""
+    """Position and label of each image in some tar files. Files are opened anew for each read."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
@@ -77,13 +77,13 @@ class TarIndex:
         return len(self.labels)
 
     def read(self, row: int) -> bytes:
-        """The encoded image of a row."""
+        """Return the encoded image of a row."""
         with self.files[bisect_right(self._starts, row) - 1].open("rb") as file:
             file.seek(self._offsets[row])
             return file.read(self._sizes[row])
 
     def _add(self, tar: tarfile.TarFile) -> None:
-        """The samples of one file: an image each, the first where there are more, and a label where there is one."""
+        """Index the samples of one file: the first image of each, and its label if it has one."""
         parts = (member for member in tar if member.isreg() and sample_of(member.name)[1])
         for _, members in groupby(parts, key=lambda member: sample_of(member.name)[0]):
             sample = {sample_of(member.name)[1]: member for member in members}
@@ -100,13 +100,13 @@ class TarIndex:
 
 
 def label_of(written: bytes) -> int:
-    """The class number that a `.cls` member holds, or -1 for whatever is none, or none that 64 bits hold."""
+    """Return the class number in a `.cls` member, or -1 if it is not a number that fits 64 bits."""
     digits = written.strip()
     return int(digits) if digits.isdigit() and len(digits) < 19 else -1
 
 
 def _expand(name: str) -> list[str]:
-    """One name for each number in braces."""
+    """Return one name for each number in braces."""
     if "{" not in name:
         return [name]
     require("webdataset", "shards")

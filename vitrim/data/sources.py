@@ -1,7 +1,7 @@
-"""Where images come from: each source as rows that are read one at a time, not yet transformed.
+"""Open each kind of image source as rows that are read one at a time, not yet transformed.
 
-Rows hand out PIL images or tensors with a label (-1 where unknown) and raise one of READ_ERRORS for an image
-that can't be decoded. Preprocessing, counting and batching are in `images.py`.
+Rows return PIL images or tensors with a label (-1 if unknown) and raise one of READ_ERRORS for an image that can't be
+decoded. Preprocessing, counting and batching are in `images.py`.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ DECODE_ERRORS = (*READ_ERRORS, Image.DecompressionBombWarning, ValueError, EOFEr
 
 
 class Rows(Protocol):
-    """Images by number."""
+    """Images and labels by row number."""
 
     has_labels: bool
 
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> tuple[Any, int]:
-        """The image (PIL or tensor) and the label of one row; raises one of READ_ERRORS."""
+        """Return the image (PIL or tensor) and the label of one row, or raise one of READ_ERRORS."""
         ...
 
 
 def open_rows(source: Any, *, split: str, limit: int | None) -> tuple[Rows, str]:
-    """Find out what a source is and return its rows and a name to show.
+    """Detect the kind of a source; return its rows and a name to show.
 
     Raises:
         DataError: the source is missing, has no such split or is of no known kind.
@@ -83,17 +83,17 @@ def open_rows(source: Any, *, split: str, limit: int | None) -> tuple[Rows, str]
 
 
 def items_of(items: Sequence[Any], name: str) -> Rows:
-    """Tensors in memory as rows."""
+    """Make rows of items in memory."""
     return _Items(items, name)
 
 
 def name_of(source: Any) -> str:
-    """A name to show for shards: the source itself, or the first of a list."""
+    """Return a name to show for shards: the source itself, or the first of a list."""
     return str(source) if isinstance(source, str | Path) else f"{source[0]} and {len(source) - 1} more"
 
 
 def _on_disk(urls: Sequence[str]) -> list[Path]:
-    """Shards as files."""
+    """Return shards as paths, or raise DataError if one can't be read by position."""
     others = [url for url in urls if not can_seek(url)]
     if others:
         raise DataError(f"{others[0]}: can only be read as a stream, and images by number are needed here; {ALLOWED}.")
@@ -123,7 +123,7 @@ def _open_path(path: Path, split: str) -> Rows:
 
 
 class _Files:
-    """Image files of a folder; sub-folders are classes if each image lies in one of two or more."""
+    """Image files of a folder; sub-folders are classes if there are two or more and every image is in one of them."""
 
     def __init__(self, files: Sequence[Path], root: Path):
         classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -154,7 +154,7 @@ class _Shards:
 
 
 class _Parquet:
-    """Rows of parquet files: opening reads footers, reading keeps whole row groups while they fit the cache.
+    """Rows of parquet files: opening reads footers, reading caches whole row groups while they fit.
 
     Files are opened anew for each row group, so that forked workers never share a file position.
     """
@@ -243,7 +243,7 @@ class _Items:
 
 
 def _digits(split: str) -> _Items:
-    """scikit-learn's handwritten digits as RGB images of 8x8 pixels."""
+    """Return scikit-learn's handwritten digits as RGB images of 8x8 pixels."""
     import numpy as np
     from sklearn.datasets import load_digits
 
@@ -257,7 +257,7 @@ def _digits(split: str) -> _Items:
 
 
 def _collect(source: Iterable[Any], limit: int | None) -> list[tuple[Any, Any]]:
-    """The first `limit` images of an iterable, batches taken apart."""
+    """Collect the first `limit` images of an iterable, with batches split into images."""
     return list(islice((pair for item in source for pair in _unbatch(item)), limit))
 
 
@@ -270,7 +270,7 @@ def _unbatch(item: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def unpack(item: Any) -> tuple[Any, Any]:
-    """Image and label of an item: an image, a sequence that starts with both, or a dict that names them."""
+    """Return image and label of an item: an image, a sequence that starts with both, or a dict that names them."""
     if isinstance(item, Mapping):
         image = next((item[key] for key in IMAGE_COLUMNS if key in item), None)
         return image, next((item[key] for key in LABEL_COLUMNS if key in item), -1)
@@ -280,7 +280,7 @@ def unpack(item: Any) -> tuple[Any, Any]:
 
 
 def as_label(value: Any) -> int:
-    """A class number, or -1 for whatever is none (captions, one-hot rows, None)."""
+    """Return a class number, or -1 for anything else (captions, one-hot rows, None)."""
     try:
         return operator.index(value)
     except TypeError:
@@ -288,7 +288,7 @@ def as_label(value: Any) -> int:
 
 
 def choose_split(dataset: Any, split: str, name: str) -> Any:
-    """The part of a Hugging Face set that a split names; the set itself where it has no parts."""
+    """Return the split of a Hugging Face set with this name; the set itself if it has no splits."""
     if not isinstance(dataset, Mapping):
         return dataset
     if split not in dataset:
@@ -297,7 +297,7 @@ def choose_split(dataset: Any, split: str, name: str) -> Any:
 
 
 def files_of_split(files: Sequence[Path], root: Path, split: str) -> Sequence[Path]:
-    """The files with the split's name as a word of their path; all of them if no path names any split."""
+    """Return the files with the split's name as a word of their path; all of them if no path names any split."""
     words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower())) for file in files}
     chosen = [file for file in files if split in words[file]]
     others = sorted(set().union(*words.values()) & SPLIT_WORDS)
@@ -308,7 +308,7 @@ def files_of_split(files: Sequence[Path], root: Path, split: str) -> Sequence[Pa
 
 
 def find_columns(schema: Any, where: str) -> list[str]:
-    """Names of the image column and, where there is one, of the label column of an arrow schema."""
+    """Return the name of the image column, and of the label column if there is one, of an arrow schema."""
     from pyarrow import types
 
     def holds_bytes(kind: Any) -> bool:
@@ -330,7 +330,7 @@ def find_columns(schema: Any, where: str) -> list[str]:
 
 
 def _read_cells(table: Any, columns: Sequence[str], root: Path) -> tuple[Image.Image, int]:
-    """Image and label of a table of one row."""
+    """Return image and label of a table of one row."""
     cell, label = [table.column(name)[0].as_py() for name in columns] + [None] * (2 - len(columns))
     if isinstance(cell, Mapping):
         cell = root / (cell.get("path") or "") if cell["bytes"] is None else cell["bytes"]
@@ -340,7 +340,7 @@ def _read_cells(table: Any, columns: Sequence[str], root: Path) -> tuple[Image.I
 
 
 def decode(encoded: bytes | Path) -> Image.Image:
-    """Decode an image file or its bytes; whatever PIL raises for a broken or oversized one, raise OSError."""
+    """Decode an image file or its bytes; any error of PIL for a broken or oversized image becomes OSError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata; the pixels are what counts

@@ -1,7 +1,7 @@
-"""Images by what they are for: to train on, to learn selection and repair from, and to judge on.
+"""Divide images by purpose: for training, for calibration (selection and repair), and held out for judging.
 
-Of a stream these are its first images, held in memory while they are read; those to judge on are passed over whenever
-the stream comes to them again.
+From a stream, the calibration and held-out images are its first ones, kept in memory; the held-out ones are skipped
+whenever the stream reaches them again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_HELD_OUT = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images by what they are for; `counts` says how many, None for those of a stream."""
+    """Images by purpose; `counts` says how many of each, None for the training images of a stream."""
 
     train: ImageSet | ImageStream
     calibration: list[Tensor]
@@ -33,7 +33,7 @@ class Split:
 
     @property
     def sample(self) -> Tensor:
-        """A few images to run, time and show."""
+        """A batch of held-out images, to run, time and show."""
         return self.held_out[0].images_BCHW
 
 
@@ -42,11 +42,11 @@ def split_images(source: ImageSet | ImageStream, recipe: Recipe, *, work: Path |
 
     Args:
         source: all images.
-        recipe: how many to calibrate on, and the seed.
-        work: folder of a run that can be resumed; what it learns about a stream's shards is kept there.
+        recipe: holds the number of calibration images, the batch size and the seed.
+        work: folder of a run that can be resumed, for the sizes of a stream's shards.
 
     Raises:
-        DataError: there are no images, or none of those held out could be read.
+        DataError: there are no images, or no held-out image could be read.
     """
     if isinstance(source, ImageSet):
         return _split(source, source, recipe)

@@ -1,12 +1,13 @@
-"""Images of a set larger than a disk, read in order as they arrive: shards behind urls, and streamed Hugging Face sets.
+"""Images without a known number, read in order as they arrive: shards behind urls, and streamed Hugging Face sets.
 
-A stream has no length and no image has a number that would find it again, so what is asked for is "the next ones". They
-are read in lanes, each a share of the shards, drawn anew for every pass over the set. Within a lane, windows of images
-are shuffled, one after the other: like a shuffle buffer, but where a window begins, everything before is forgotten, so
-that a run goes on from the middle without what it has seen. Which processes read which lanes is decided by `recover`.
+A stream has no length and can't return an image by its number, so it is asked for "the next ones". They are read in
+lanes, each a share of the shards, dealt out anew for every pass over the set. Within a lane, windows of images are
+shuffled, one after the other: like a shuffle buffer, but no image crosses the edge of a window, so a run can continue
+from the middle without the images before. Which processes read which lanes is decided in `recover`.
 
-Nothing is collected but one window for each lane. Images are decoded last, by whom they belong to. A shard that can't
-be read to its end is an error; an image that can't be decoded is left out.
+Only one window per lane is held in memory. Images are decoded last, by the process that uses them. A shard that can't
+be
+read to its end is an error; an image that can't be decoded is left out.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Place = tuple[int, int]
 
 
 class Record(NamedTuple):
-    """An image as it was read (encoded, most often), its label or -1, and its place: the shard and the number in it."""
+    """An image as it was read (usually encoded), its label or -1, and its place: the shard and the number in it."""
 
     image: Any
     label: int
@@ -51,15 +52,15 @@ Draw = tuple[int, Record]
 
 
 class Shards(Protocol):
-    """What a stream reads: parts that can be begun at their first image only."""
+    """The parts of a stream; each can only be read from its first image on."""
 
     @property
     def names(self) -> Sequence[str]:
-        """What the shards are called; each name stands for the same images in every run."""
+        """Names of the shards; a name stands for the same images in every run."""
         ...
 
     def read(self, shard: int) -> Iterator[tuple[Any, int]]:
-        """The images of a shard, not decoded, with their labels; the same ones each time."""
+        """Yield the images of a shard, not decoded, with their labels; the same ones each time."""
         ...
 
 
@@ -68,13 +69,13 @@ class ImageStream:
     """Shards as a stream of images.
 
     Args:
-        shards: what is read.
+        shards: the parts to read.
         name: shown in messages.
-        transform: from a PIL image to a tensor (C, H, W).
-        seed: of a random transform; None for one that draws nothing.
-        held_out: images that are passed over.
-        sizes: how many images the shards have that were read to their end, by name. A run that goes on skips these.
-        journal: a file that keeps `sizes`.
+        transform: function from a PIL image to a tensor (C, H, W).
+        seed: seed of a random transform; None for a transform without randomness.
+        held_out: places of images to skip.
+        sizes: number of images, by name, of shards that were read to their end; a resumed run skips these unread.
+        journal: file that stores `sizes`; None stores nothing.
     """
 
     shards: Shards
@@ -87,19 +88,19 @@ class ImageStream:
 
     @property
     def num_shards(self) -> int:
-        """How many parts can be read independently."""
+        """Number of parts that can be read independently."""
         return len(self.shards.names)
 
     def augmented(self, augment: Transform | None, seed: int) -> ImageStream:
-        """The same images behind a random transform; the draw at a position depends on seed and position alone."""
+        """Return the same images with a random transform; the draw at a position depends on seed and position alone."""
         return replace(self, transform=augment, seed=seed)
 
     def without(self, places: Collection[Place]) -> ImageStream:
-        """The same stream without some images, in every pass."""
+        """Return the same stream without the images at these places, in every pass."""
         return replace(self, held_out=self.held_out | frozenset(places))
 
     def remembering(self, journal: Path) -> ImageStream:
-        """The same stream, which knows the sizes of shards from a file, and writes there what it learns."""
+        """Return the same stream with the sizes of shards read from a file, to which new sizes are added."""
         known = {line["shard"]: line["images"] for line in read_journal(journal)}
         new = {name: size for name, size in self.sizes.items() if name not in known}
         stream = replace(self, journal=journal, sizes=dict(known))
@@ -108,7 +109,7 @@ class ImageStream:
         return stream
 
     def take(self, num_images: int, *, seed: int) -> tuple[ImageSet, list[Place]]:
-        """The first images of a seeded order, encoded in memory, and their places; fewer where the stream has fewer.
+        """Return the first images of a seeded order, encoded in memory, and their places; fewer at the stream's end.
 
         Raises:
             DataError: the stream has no images.
@@ -123,9 +124,19 @@ class ImageStream:
         return ImageSet(_Taken(records), name=self.name, transform=self.transform), [r.place for r in records]
 
     def lane(self, lane: int, *, num_lanes: int, window: int, seed: int, first: int = 0) -> Iterator[Record]:
-        """Images of one of `num_lanes` lanes from number `first` on, pass after pass, without end.
+        """Yield images of one of `num_lanes` lanes from number `first` on, pass after pass, without end.
 
         Shards are dealt out to lanes anew in each pass, in a seeded order; images are shuffled within windows.
+
+        Args:
+            lane: which lane, 0..num_lanes-1.
+            num_lanes: number of lanes.
+            window: number of images that are shuffled together.
+            seed: seed of all orders.
+            first: number of images of the lane, over all passes, to skip.
+
+        Raises:
+            DataError: the stream has no images, or a shard can't be read to its end.
         """
         for epoch in count():
             yield from self._pass(epoch, lane, num_lanes, window, seed, first)
@@ -135,7 +146,10 @@ class ImageStream:
             first = max(0, first - num_images)
 
     def load(self, draws: Iterable[Sequence[Draw]], *, num_workers: int = 0) -> Iterator[tuple[list[Draw], Batch]]:
-        """Decode lists of images, each given with its position; workers decode, the reading stays in this process."""
+        """Decode lists of images, each with its position, and yield each list (without images) with its batch.
+
+        Workers decode; reading stays in this process.
+        """
         waiting: deque[list[Draw]] = deque()
         loader = DataLoader(
             _Decoder(self.name, self.transform, self.seed),
@@ -148,7 +162,7 @@ class ImageStream:
             yield waiting.popleft(), batch
 
     def _pass(self, epoch: int, lane: int, num_lanes: int, window: int, seed: int, first: int = 0) -> Iterator[Record]:
-        """One pass over a lane, from image `first` on."""
+        """Yield the images of one pass over a lane, from number `first` on."""
         number, inside = divmod(first, window)
         records = self._kept(self._dealt(epoch, lane, num_lanes, seed), skip=number * window)
         while shuffled := list(islice(records, window)):
@@ -157,11 +171,14 @@ class ImageStream:
             number, inside = number + 1, 0
 
     def _dealt(self, epoch: int, lane: int, num_lanes: int, seed: int) -> list[int]:
-        """The shards of a lane in a pass, in order."""
+        """Return the shards of a lane in a pass, in order."""
         return _permutation(self.num_shards, seed, epoch)[lane::num_lanes]
 
     def _kept(self, shards: Sequence[int], skip: int) -> Iterator[Record]:
-        """Images of shards without those held out, after `skip` of them; shards of known size are skipped unread."""
+        """Yield the images of shards that are not held out, after `skip` of them.
+
+        Shards of known size that are skipped as a whole are not read.
+        """
         for shard in shards:
             size = self._size([shard])
             if size is not None and size <= skip:
@@ -174,7 +191,7 @@ class ImageStream:
                     yield record
 
     def _read(self, shard: int) -> Iterator[Record]:
-        """The images of a shard that are not held out."""
+        """Yield the images of a shard that are not held out."""
         name, number = self.shards.names[shard], -1
         try:
             for number, (image, label) in enumerate(self.shards.read(shard)):
@@ -192,14 +209,14 @@ class ImageStream:
             self._learn(name, number + 1)
 
     def _learn(self, name: str, size: int) -> None:
-        """Keep the size of a shard."""
+        """Store the size of a shard."""
         self.sizes[name] = size
         if self.journal is not None:
             with self.journal.open("a") as file:
                 file.write(json.dumps({"shard": name, "images": size}) + "\n")
 
     def _size(self, shards: Sequence[int]) -> int | None:
-        """How many images shards have without those held out; None where it is not known yet."""
+        """Return how many images shards have that are not held out; None if not known yet."""
         sizes = [self.sizes.get(self.shards.names[shard]) for shard in shards]
         if None in sizes:
             return None
@@ -207,17 +224,17 @@ class ImageStream:
 
 
 def open_stream(source: Any, *, transform: Transform | None = None, split: str = "train") -> ImageStream | None:
-    """Open a source that can only be read in order; None for one of another kind.
+    """Open a source that can only be read in order; return None for any other source.
 
     Args:
         source: urls of webdataset's shards (`https://...`, `pipe:COMMAND`, whatever webdataset opens), braces and
             lists included; local shards that are compressed; `hf-stream:ORG/NAME` or `hf-stream:ORG/NAME/CONFIG`; a
             `datasets.IterableDataset`, or one for each split.
-        transform: from a PIL image to a tensor (C, H, W).
-        split: of a Hugging Face set.
+        transform: function from a PIL image to a tensor (C, H, W).
+        split: part to read of a Hugging Face set.
 
     Raises:
-        DataError: a set can't be opened or has no such split.
+        DataError: a Hugging Face set can't be opened or has no such split.
         MissingExtraError: webdataset is needed and not installed.
     """
     if isinstance(source, ImageStream):
@@ -254,7 +271,7 @@ class _Urls:
 
 
 class _HuggingFace:
-    """Shards of a `datasets.IterableDataset`; images are left encoded where the set says which column holds them."""
+    """Shards of a `datasets.IterableDataset`; images stay encoded if the set says which column holds them."""
 
     def __init__(self, dataset: Any, name: str):
         import datasets
@@ -275,7 +292,7 @@ class _HuggingFace:
 
 
 class _Taken:
-    """Images of a stream in memory, by number."""
+    """Images of a stream that are held in memory, by number."""
 
     def __init__(self, records: Sequence[Record]):
         self._records = records
@@ -289,7 +306,7 @@ class _Taken:
 
 
 class _Decoder(Dataset):
-    """Decodes images that are handed to it: what a loader takes for a number is the position and the image itself."""
+    """Decodes images that are passed to it: its "index" is a position together with the image itself."""
 
     def __init__(self, name: str, transform: Transform | None, seed: int | None):
         self._name, self._transform, self._seed = name, transform, seed
@@ -304,7 +321,7 @@ class _Decoder(Dataset):
 
 
 def _decoded(image: Any) -> Any:
-    """A PIL image of bytes, or of a mapping with bytes or a path or url; PIL images and tensors as they are."""
+    """Decode bytes, or a mapping with bytes or a path or url; return PIL images and tensors as they are."""
     if isinstance(image, Mapping) and image.get("bytes") is None:
         import fsspec
 
@@ -318,20 +335,20 @@ def _decoded(image: Any) -> Any:
 
 
 def _noted(draws: Iterable[Sequence[Draw]], waiting: deque[list[Draw]]) -> Iterator[Sequence[Draw]]:
-    """The draws, noted as they go to the loader, without the images."""
+    """Yield the draws, and append each one without its images to `waiting` as it goes to the loader."""
     for drawn in draws:
         waiting.append([(position, record._replace(image=None)) for position, record in drawn])
         yield drawn
 
 
 def _permutation(size: int, *key: int) -> list[int]:
-    """A random order of 0..size-1, the same for the same key."""
+    """Return a random order of 0..size-1, the same for the same key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.randperm(size, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big"))).tolist()
 
 
 def _load_dataset(name: str, split: str) -> Any:
-    """A Hugging Face set by name or folder, streamed."""
+    """Open a Hugging Face set by name or folder, streamed."""
     import datasets
 
     parts = [name] if Path(name).exists() else ["/".join(name.split("/")[:2]), *name.split("/")[2:]]

@@ -1,7 +1,7 @@
-"""Text as rows of token ids of one length, for text encoders: the same `ImageSet`, without pixels.
+"""Text as rows of token ids of one length, for text encoders: an `ImageSet` of ids instead of pixels.
 
-Running text is cut into rows that are full: each stands between the special tokens that the tokenizer puts around a
-text, and holds no padding, so no attention mask is needed anywhere. Sentences shorter than a row share it.
+Running text is cut into full rows. Each stands between the special tokens that the tokenizer puts around a text and
+holds no padding, so no attention mask is needed anywhere. Sentences shorter than a row share it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def open_texts(source: Any, *, tokenizer: Any, num_tokens: int, limit: int | Non
     Args:
         source: a text file, a folder of `.txt` files, or strings.
         tokenizer: a transformers tokenizer.
-        num_tokens: length of a row, special tokens included; shorter only where the whole text is.
-        limit: at most this many rows, evenly spaced.
+        num_tokens: length of a row, special tokens included; shorter only if the whole text is.
+        limit: return only this many rows, evenly spaced.
 
     Returns:
         Rows of int64 ids (num_tokens,), without labels.
 
     Raises:
-        DataError: the source is missing, holds no text, or is of another kind.
+        DataError: the source is missing, holds no text, or is none of these kinds.
     """
     texts, name = _texts(source)
     found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -59,7 +59,7 @@ def is_text(source: Any) -> bool:
 
 
 def _texts(source: Any) -> tuple[list[str], str]:
-    """Pieces of text and a name to show."""
+    """Return pieces of text and a name to show."""
     if not isinstance(source, str | Path):
         return list(source), "texts"
     path = Path(source)
@@ -72,7 +72,7 @@ def _texts(source: Any) -> tuple[list[str], str]:
 
 
 def _around(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts in front of a text and behind it."""
+    """Return the special tokens that a tokenizer puts before and after a text."""
     whole, ids = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
     start = next(i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids)
     return whole[:start], whole[start + len(ids) :]

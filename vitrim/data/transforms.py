@@ -1,7 +1,7 @@
 """Preprocessing and augmentation of PIL images, as a timm `pretrained_cfg` describes them.
 
-Evaluation preprocessing is timm's own; the augmentations are label-free and torchvision's, so all their
-randomness comes from torch's generator, which `ImageSet.augmented` seeds.
+Preprocessing for evaluation is timm's own. The augmentations are label-free and torchvision's, so all their randomness
+comes from torch's generator, which `ImageSet.augmented` seeds.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Strength = Literal["none", "light", "strong"]
 
 
 def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
-    """The evaluation preprocessing of a model: resize, centre crop, normalise.
+    """Return a model's preprocessing for evaluation: resize, centre crop, normalise.
 
     Args:
         model_or_cfg: a timm model, or a timm `pretrained_cfg` with at least `input_size`; timm's defaults
             (ImageNet statistics, bicubic, crop_pct 0.875) fill in what is missing.
 
     Raises:
-        DataError: the model says nothing about its preprocessing.
+        DataError: nothing is known about the model's preprocessing.
     """
     from timm.data.transforms_factory import create_transform
 
@@ -38,19 +38,19 @@ def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
 
 
 def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength, *, flip: bool = True) -> Transform:
-    """A label-free training augmentation of PIL images that ends in tensors of the model's size, normalised.
+    """Return a label-free training augmentation from PIL images to normalised tensors of the model's input size.
 
     Args:
-        model_or_cfg: as for `transform_for`.
-        strength: "none" is the evaluation preprocessing; "light" resizes as evaluation does, pads by 1/8 with
+        model_or_cfg: a timm model or `pretrained_cfg`, as for `transform_for`.
+        strength: "none" is the preprocessing for evaluation; "light" resizes as evaluation does, pads by 1/8 with
             a reflection and crops at random; "strong" crops 30% to 100% of the area and jitters colour
             mildly.
         flip: mirror half of the images ("light" and "strong"); off for digits, text or anything with a
             handedness.
 
     Raises:
-        DataError: the model says nothing about its preprocessing.
-        RecipeError: unknown strength.
+        DataError: nothing is known about the model's preprocessing.
+        RecipeError: the strength is none of these.
     """
     from torchvision import transforms as tv
 
@@ -75,14 +75,14 @@ def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength,
 
 
 def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
-    """Input size, statistics and crop in timm's words."""
+    """Return input size, statistics and crop as timm's data config."""
     from timm.data.config import resolve_data_config
 
     return resolve_data_config(pretrained_cfg=dict(_said(model_or_cfg)))
 
 
 def _said(model_or_cfg: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a model or a config says about preprocessing."""
+    """Return the description of preprocessing in a model or a config."""
     cfg = origin_of(model_or_cfg).preprocessing if isinstance(model_or_cfg, nn.Module) else model_or_cfg
     if not isinstance(cfg, Mapping) or "input_size" not in cfg:
         got = type(model_or_cfg).__name__

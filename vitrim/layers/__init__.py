@@ -1,1 +1,1 @@
-"""Modules that stand in place of a layer or of its weight. They know no model, file or image."""
+"""Modules that take the place of a layer or of its weight. They know no model, file or image."""

@@ -1,9 +1,9 @@
-"""Low-rank adapters of a weight: W0 + alpha / rank * B A, with B A trained and W0 not.
+"""Low-rank adapters of a weight: W0 + alpha / rank * B A, where B A is trained and W0 is not.
 
-An adapter is a parametrization of the weight itself: whoever reads `layer.weight`, a linear layer, an attention that
-hands packed weights to a function, a fused kernel, reads the sum. So no layer is replaced and no foreign `forward` is
-touched. The price is that the sum stands beside W0 while a step runs, which layers that keep the two apart avoid.
-Which weights get an adapter is decided in `recover/adapters.py`.
+An adapter is a parametrization of the weight itself: whatever reads `layer.weight` (a linear layer, an attention that
+passes packed weights to a function, a fused kernel) reads the sum. So no layer is replaced and no foreign `forward` is
+touched. The price is memory for the sum beside W0 during a step, which layers that keep the two apart avoid. Which
+weights get an adapter is decided in `recover/adapters.py`.
 
 Shapes: weight (M, N), rank R, latent vector Z, hidden units H of a generator.
 """
@@ -11,6 +11,7 @@ Shapes: weight (M, N), rank R, latent vector Z, hidden units H of a generator.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,29 +23,32 @@ from torch.nn.utils import parametrize
 SMALL = 0.1
 
 
-class Adapter(nn.Module):
-    """A weight plus alpha / rank times B A; how A and B come about is the subclass's."""
+class Adapter(nn.Module, ABC):
+    """A parametrization that adds alpha / rank * B A to a weight; a subclass says how A and B are made."""
 
     def __init__(self, rank: int, alpha: float) -> None:
         super().__init__()
         self.rank, self.alpha = rank, alpha
         self.order: tuple[str, ...] = ()  # of the parameters of the module that the weight is one of
 
+    @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, N) and B (M, R)."""
-        raise NotImplementedError
+        """Return A (R, N) and B (M, R)."""
 
     def forward(self, weight_MN: Tensor) -> Tensor:
-        """The adapted weight, in the weight's own type; summed in float32 also under autocast, as merging does."""
+        """Return the adapted weight in the weight's own dtype.
+
+        The sum is in float32 also under autocast, as it is when adapters are merged.
+        """
         with torch.autocast(weight_MN.device.type, enabled=False):
             a_RN, b_MR = self.factors()
             return (weight_MN + (self.alpha / self.rank) * (b_MR @ a_RN)).to(weight_MN.dtype)
 
 
 class Lora(Adapter):
-    """A and B are trained themselves; B starts at zero.
+    """LoRA: A and B are parameters; B starts at zero, A as torch starts a linear layer.
 
-    Paper: LoRA, arXiv 2106.09685, section 4.1; A starts as torch starts a linear layer.
+    Paper: LoRA, arXiv 2106.09685, section 4.1.
     """
 
     def __init__(self, weight_MN: Tensor, *, rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -54,19 +58,19 @@ class Lora(Adapter):
         self.B = nn.Parameter(torch.zeros(num_out, rank, device=weight_MN.device))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, N) and B (M, R)."""
+        """Return A (R, N) and B (M, R)."""
         return self.A, self.B
 
 
 class OpLora(Adapter):
-    """A and B are put out by a small network of the adapter's own from a learned vector: W2 relu(W1 z + b1) + b2.
+    """OP-LoRA: a small network makes A and B from a learned vector z, as W2 relu(W1 z + b1) + b2.
 
-    B starts at zero because what emits it does: those rows of W2 and entries of b2. If z or W1 started at zero too, no
-    gradient would ever reach W2. A hidden unit that starts dead gets no gradient either, and what it feeds would stay
-    at b2; the network has one input only, z, so rows of W1 are turned to the side of z, and all units start alive.
+    B starts at zero because the rows of W2 and entries of b2 that produce it do. If z or W1 started at zero too, no
+    gradient would ever reach W2. A hidden unit that starts dead gets no gradient either; since the network's only input
+    is z, the sign of each row of W1 is chosen so that all units start active.
 
-    Paper: OP-LoRA, arXiv 2412.10362; the start is ours, the paper doesn't give it. R (M + N) (H + 1) + H Z + H + Z
-    values train, about H + 1 times LoRA's.
+    Paper: OP-LoRA, arXiv 2412.10362; it does not say how to start, so the start is ours. It trains
+    R (M + N) (H + 1) + H Z + H + Z values, about H + 1 times as many as LoRA.
     """
 
     def __init__(
@@ -86,19 +90,19 @@ class OpLora(Adapter):
         self.to(weight_MN.device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, N) and B (M, R), emitted anew."""
+        """Compute A (R, N) and B (M, R)."""
         emitted = self.W2 @ torch.relu(self.W1 @ self.z + self.b1) + self.b2
         a_RN, b_MR = emitted.split([self.rank * self.num_in, self.rank * self.num_out])
         return a_RN.view(self.rank, self.num_in), b_MR.view(self.num_out, self.rank)
 
     def num_dead(self) -> int:
-        """Hidden units that are off, and so get no gradient."""
+        """Return how many hidden units are off, and so get no gradient."""
         with torch.no_grad():
             return int((self.W1 @ self.z + self.b1 <= 0).sum())
 
 
 class Place(NamedTuple):
-    """Where a weight is: its layer's path, the module that holds it, and its name there."""
+    """Where a weight is: the path of its layer, the module that holds it, and its name there."""
 
     path: str
     module: nn.Module
@@ -106,12 +110,12 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How users name it: `blocks.0.attn.qkv`, and for torch's own attention `attn.in_proj`."""
+        """The name that users give it: `blocks.0.attn.qkv`, and for torch's own attention `attn.in_proj`."""
         return f"{self.path}.{self.tensor}".removesuffix("weight").rstrip("._")
 
 
 def find_adapters(model: nn.Module) -> Iterator[tuple[Place, Adapter]]:
-    """The adapters on a model and where they are."""
+    """Yield each adapter on a model and where it is."""
     for path, module in model.named_modules():
         for tensor, chain in getattr(module, "parametrizations", {}).items():
             if isinstance(chain[0], Adapter):
@@ -119,13 +123,13 @@ def find_adapters(model: nn.Module) -> Iterator[tuple[Place, Adapter]]:
 
 
 def attach_adapter_(place: Place, adapter: Adapter) -> None:
-    """Put an adapter on a weight; the weight itself stays the parameter that it is."""
+    """Put an adapter on a weight; the weight stays the same parameter."""
     adapter.order = tuple(place.module._parameters)
     parametrize.register_parametrization(place.module, place.tensor, adapter)
 
 
 def merge_adapters_(model: nn.Module) -> None:
-    """Write each adapted weight in place of the weight, and take the adapters away; without any, do nothing."""
+    """Write each adapted weight into its layer and remove the adapters; does nothing on a model without any."""
     for place, adapter in reversed(list(find_adapters(model))):
         parametrize.remove_parametrizations(place.module, place.tensor, leave_parametrized=True)
         own = place.module._parameters  # torch puts the weight behind the bias
@@ -134,5 +138,5 @@ def merge_adapters_(model: nn.Module) -> None:
 
 
 def _uniform(shape: tuple[int, ...], num_in: int, generator: torch.Generator) -> Tensor:
-    """How torch starts a linear layer with so many inputs, and LoRA its A."""
+    """Draw initial values as torch does for a linear layer with `num_in` inputs, and LoRA for A."""
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(num_in)

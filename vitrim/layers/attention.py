@@ -1,7 +1,7 @@
-"""Self-attention whose heads have fewer query and key dimensions than value dimensions, or fewer of both.
+"""Self-attention whose heads have fewer dimensions for queries and keys, for values, or for both.
 
-The softmax keeps the scale of the heads that were: dropping dimensions must not change the temperature. There is no
-mask and no position inside it; who passes one is refused, so that nothing is silently left out.
+The softmax keeps the scale of the original heads: dropping dimensions must not change the temperature. Masks and
+positions are not supported, and are refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from vitrim.errors import ModelError
 
 
 class SlimAttention(nn.Module):
-    """Projections q, k, v, attention, projection `proj`; `as_tuple` for libraries that expect (output, weights)."""
+    """Self-attention with projections `q`, `k`, `v` and `proj`.
+
+    With `as_tuple` it returns (output, None), for libraries that expect attention weights beside the output.
+    """
 
     def __init__(
         self,
@@ -40,10 +43,10 @@ class SlimAttention(nn.Module):
         self.proj = nn.Linear(num_heads * num_v, d_model, bias=proj_bias, **place)
 
     def forward(self, hidden_states: Tensor, *args: Any, is_causal: bool = False, **kwargs: Any) -> Any:
-        """Attention of the tokens (B, N, D) to each other.
+        """Attend the tokens (B, N, D) to each other.
 
         Raises:
-            ModelError: a mask, positions or anything else was passed along.
+            ModelError: a mask, positions or another tensor was passed.
         """
         if is_causal or any(isinstance(value, Tensor | tuple) for value in (*args, *kwargs.values())):
             raise ModelError("attention with fewer head dimensions takes no mask and no rotary positions.")
@@ -53,5 +56,5 @@ class SlimAttention(nn.Module):
         return (output, None) if self.as_tuple else output
 
     def _heads(self, projected: Tensor) -> Tensor:
-        """(B, N, heads x F) as (B, heads, N, F)."""
+        """Reshape (B, N, heads * F) to (B, heads, N, F)."""
         return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -1,9 +1,10 @@
-"""A linear layer whose matrix is a dense basis, one for several layers, times sparse coefficients of its own.
+"""A linear layer whose matrix is a dense basis, shared with other layers, times its own sparse coefficients.
 
-The basis is a parameter of one of them, its owner; the others reach it there, so that it stands once among parameters
-and in a file, and every user adds to its gradient. Of the coefficients those that are not zero are stored, and one bit
-each that says where they stand: what is not stored can't come back in training. Dense kernels multiply: with 75%
-zeros torch's sparse ones are slower (docs/methods/fips.md). How the values come about is not decided here.
+The basis is a parameter of one of the layers, its owner, and the others refer to it: so it appears once among the
+parameters and in a file, and every user adds to its gradient. Only nonzero coefficients are stored, with one bit for
+every coefficient that says whether it is; a coefficient that is not stored can't come back in training. The product
+uses dense kernels: at 75% zeros torch's sparse ones are slower (docs/methods/fips.md). How the values are found is not
+decided here.
 
 Shapes: D rows of the basis, R rank, C columns of the layer.
 """
@@ -23,9 +24,9 @@ Role = Literal["input", "output"]  # what of the layer is in the space of the ba
 
 
 class SharedBasisLinear(nn.Module):
-    """Linear by the matrix U V (its transpose where `role` is input), U (D, R) shared; tensors are uninitialised.
+    """Linear layer with the matrix U V, U (D, R) shared, or its transpose if `role` is "input"; uninitialised.
 
-    `owner` None makes the layer the owner of a basis.
+    With `owner` None the layer owns a basis; otherwise it uses the owner's.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class SharedBasisLinear(nn.Module):
 
     @property
     def basis_DR(self) -> Tensor:
-        """The shared basis, wherever it stands.
+        """The shared basis (D, R), the layer's own or its owner's.
 
         Raises:
-            RecipeError: its owner's block is in shards, and gathered only while that block runs.
+            RecipeError: the owner's block is sharded (FSDP), so its basis is complete only while that block runs.
         """
         basis_DR = (self.others or (self,))[0].basis
         if isinstance(basis_DR, DTensor):
@@ -66,18 +67,18 @@ class SharedBasisLinear(nn.Module):
 
     @property
     def coeff_RC(self) -> Tensor:
-        """The coefficients with their zeros."""
+        """The coefficients as a dense matrix (R, C), zeros included."""
         mask_RC = unpack(self.places, (self.rank, self.num_cols))
         return self.values.new_zeros(mask_RC.shape).masked_scatter(mask_RC, self.values)
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that basis and coefficients stand for, (out, in)."""
+        """The matrix as a plain linear layer would hold it, (out, in)."""
         weight_DC = self.basis_DR @ self.coeff_RC
         return weight_DC.T if self.role == "input" else weight_DC
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The product, in the order that takes fewer multiplications for this number of tokens."""
+        """Multiply inputs (..., in) by the matrix, in the order that needs fewer products for this many tokens."""
         num_tokens, size = inputs.numel() // self.in_features, self.num_rows * self.num_cols
         in_turn = num_tokens * self.rank * (self.num_rows + self.num_cols)
         if in_turn > size * (self.rank + num_tokens):
@@ -87,7 +88,7 @@ class SharedBasisLinear(nn.Module):
         return functional.linear(functional.linear(inputs, self.coeff_RC), self.basis_DR, self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes, as torch's own layers show theirs."""
+        """Return the sizes in the form of torch's own layers."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"num_values={len(self.values)}, {'shares a basis' if self.others else 'owns its basis'}"
@@ -95,12 +96,12 @@ class SharedBasisLinear(nn.Module):
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A mask as bytes (uint8), eight entries each, row after row, the first in the lowest bit."""
+    """Pack a mask into bytes (uint8), eight entries each, row after row, the first entry in the lowest bit."""
     flat = functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
     return (flat << torch.arange(8, device=mask.device)).sum(1).to(torch.uint8)
 
 
 def unpack(places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask that `pack` has packed."""
+    """Return the bool mask of this shape that `pack` packed."""
     bits = places[:, None] >> torch.arange(8, device=places.device, dtype=torch.uint8)
     return (bits & 1).bool().flatten()[: shape[0] * shape[1]].view(shape)

@@ -1,8 +1,8 @@
-"""A linear layer with its weight in int8: one scale for each output, kernels and rounding by torchao.
+"""A linear layer with its weight in int8 and one scale per output; kernels and rounding are torchao's.
 
-The weight stands as plain int8 values and scales, in a file too; torchao's tensor is put around them when the layer
-runs. With `activations` each token is rounded to int8 as well and the product is one of integers; without, the weight
-alone is, which saves memory, not time.
+The weight is kept as plain int8 values and scales, in files too; torchao's tensor type wraps them when the layer runs.
+With `activations` each token is rounded to int8 as well and the product is one of integers. Without it only the weight
+is int8, which saves memory, not time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vitrim.errors import MissingExtraError
 
 
 class Int8Linear(nn.Module):
-    """Linear by an int8 weight (out, in) and a scale for each output; parameters are uninitialised."""
+    """Linear layer with an int8 weight (out, in) and a scale per output (out, 1); parameters are uninitialised."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, **make)) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs (..., in) to outputs (..., out); the gradient passes the rounding of activations straight through."""
+        """Map inputs (..., in) to outputs (..., out); gradients ignore the rounding of activations."""
         if not self.activations:
             return self._product(inputs, None)
         if not (torch.is_grad_enabled() and inputs.requires_grad):
@@ -53,18 +53,18 @@ class Int8Linear(nn.Module):
         return functional.linear(inputs, weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes, as torch's own layers show theirs."""
+        """Return the sizes in the form of torch's own layers."""
         return f"in_features={self.in_features}, out_features={self.out_features}, activations={self.activations}"
 
 
 def rounded(weight_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as int8 values (M, N) and scales (M, 1), symmetric, by torchao."""
+    """Round a weight symmetrically to int8 values (M, N) and scales (M, 1), by torchao."""
     found = _torchao().Int8Tensor.from_hp(weight_MN.detach(), _per_row())
     return found.qdata, found.scale.reshape(-1, 1).to(weight_MN.dtype)
 
 
 def _rounding_of_tokens() -> Any:
-    """How torchao is to round activations: each token by itself."""
+    """Return torchao's options for rounding activations, each token by itself."""
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     return QuantizeTensorToInt8Kwargs(_per_row())

@@ -1,7 +1,7 @@
-"""A linear or a convolution layer as two smaller ones: `down` to a few channels, then `up` to all, with the bias.
+"""A linear or convolution layer as two smaller ones: `down` to a few channels, then `up` to all, with the bias.
 
-Outside code that looks at the layer in whose place they stand (its sizes, its weight, its bias) finds what it expects;
-`weight` is multiplied out each time it is asked for. How the factors come about is not decided here.
+Code that inspects the original layer (sizes, weight, bias) finds the same attributes here; `weight` is multiplied out
+on each access. How the factors are computed is not decided here.
 
 Shapes: G groups, M outputs and N inputs (times kernel positions) of a group, R rank of a group.
 """
@@ -18,25 +18,25 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class _Factors(nn.Module):
-    """What the two kinds share: `down`, then `up`, which has the bias."""
+    """Common part of both kinds: run `down`, then `up`, which has the bias."""
 
     down: nn.Linear | Conv
     up: nn.Linear | Conv
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, which is `up`'s."""
+        """The bias, which belongs to `up`."""
         return self.up.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Through few channels to all of them."""
+        """Map inputs to a few channels, and those to all outputs."""
         return self.up(self.down(inputs))
 
 
 class LowRankLinear(_Factors):
-    """Linear to `rank` channels without bias, then linear to all of them; parameters are uninitialised.
+    """A linear layer to `rank` channels without bias, then one to all outputs; parameters are uninitialised.
 
-    `weight` is (out, in), as a linear layer has it, also in the place of a transformers `Conv1D`.
+    `weight` is (out, in), as in a linear layer, also when it replaces a transformers `Conv1D`.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class LowRankLinear(_Factors):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that the factors stand for."""
+        """The product of both factors (out, in)."""
         return self.up.weight @ self.down.weight
 
     def extra_repr(self) -> str:
-        """Sizes, as torch's own layers show theirs."""
+        """Return the sizes in the form of torch's own layers."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 class LowRankConv(_Factors):
-    """A convolution to `rank` channels a group without bias, then a 1x1 one with as many groups; uninitialised.
+    """A convolution to `rank` channels per group without bias, then a 1x1 one with as many groups; uninitialised.
 
-    `down` has the kernel, stride, padding and dilation of the layer in whose place they stand.
+    `down` has the kernel, stride, padding and dilation of the layer that is replaced.
     """
 
     def __init__(self, conv: Conv, rank: int) -> None:
@@ -95,11 +95,11 @@ class LowRankConv(_Factors):
 
     @property
     def weight(self) -> Tensor:
-        """The kernels that the factors stand for."""
+        """The product of both factors, in the shape of the original kernels."""
         up_GMR = self.up.weight.reshape(self.groups, -1, self.rank)
         down_GRN = self.down.weight.reshape(self.groups, self.rank, -1)
         return (up_GMR @ down_GRN).reshape(self.out_channels, -1, *self.kernel_size)
 
     def extra_repr(self) -> str:
-        """Sizes, as torch's own layers show theirs."""
+        """Return the sizes in the form of torch's own layers."""
         return f"{self.in_channels}, {self.out_channels}, groups={self.groups}, rank={self.rank}"

@@ -1,8 +1,8 @@
-"""An MLP split into experts, of which each token runs only a few: tokens are gathered for each expert, none are masked.
+"""An MLP split into experts, of which each token runs only a few: each expert gets the tokens that chose it.
 
 The MLP stays whole as a submodule, with its hidden units in the order of the experts; an expert is the MLP's own
-`forward` on a slice of its weights, so activation and gating are what they were. One product for each expert that has
-tokens: on a GPU, where many small products are slow, gains need a grouped kernel, which is not here.
+`forward` on a slice of its weights, so activation and gating are unchanged. There is one product for each expert that
+has tokens. On a GPU, where many small products are slow, a speed-up needs a grouped kernel, which is not here.
 
 Shapes: T tokens, D model width, E experts, S hidden units of an expert, A experts active a token.
 """
@@ -20,9 +20,9 @@ RouterKind = Literal["mlp", "similarity", "oracle"]
 
 
 class Router(nn.Module):
-    """Scores of the experts from a token's direction: two linear layers with tanh between, no biases.
+    """Scores experts for a token from the token's direction: two linear layers without bias, tanh between them.
 
-    A similarity router has the first alone: its rows are the experts' centroids.
+    A similarity router has only the first layer, whose rows are the experts' centroids.
     """
 
     def __init__(self, d_model: int, num_experts: int, *, kind: RouterKind) -> None:
@@ -31,13 +31,13 @@ class Router(nn.Module):
         self.second = nn.Linear(num_experts, num_experts, bias=False) if kind == "mlp" else None
 
     def forward(self, tokens_TD: Tensor) -> Tensor:
-        """Scores (T, E)."""
+        """Return scores (T, E) for tokens (T, D)."""
         scores_TE = self.first(functional.normalize(tokens_TD, dim=-1))
         return scores_TE if self.second is None else self.second(scores_TE.tanh())
 
 
 class ExpertMlp(nn.Module):
-    """An MLP whose hidden units are in `num_experts` equal slices; a token runs the `num_active` that score highest.
+    """An MLP whose hidden units form `num_experts` equal slices; a token runs the `num_active` that score highest.
 
     `value`, `gate` and `output` are the paths of its layers inside `mlp`; `packed` says that the value layer holds the
     gate rows first. An oracle has no router: it runs every expert and keeps those that contribute the most.
@@ -63,7 +63,7 @@ class ExpertMlp(nn.Module):
         self.router = None if kind == "oracle" else Router(d_model, num_experts, kind=kind)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The experts' sum for each token, plus the output bias, once."""
+        """Return, for each token (..., D), the sum of its experts' outputs plus the output bias."""
         if self.num_active >= self.num_experts:
             return self.mlp(tokens)
         tokens_TD = tokens.reshape(-1, tokens.shape[-1])
@@ -74,7 +74,7 @@ class ExpertMlp(nn.Module):
         return output_TD.reshape(*tokens.shape[:-1], -1)
 
     def expert(self, number: int, tokens_TD: Tensor) -> Tensor:
-        """What one expert puts out, without the output bias."""
+        """Return one expert's outputs (T, D), without the output bias."""
         size = self.d_hidden // self.num_experts
         start, stop = number * size, (number + 1) * size
         swapped: dict[str, Tensor] = {}
@@ -89,13 +89,13 @@ class ExpertMlp(nn.Module):
         return functional_call(self.mlp, swapped, (tokens_TD[None],))[0]
 
     def _rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """An expert's rows; of a packed layer, those of gate and value."""
+        """Return an expert's rows of a tensor; in a packed layer, those of gate and value."""
         if not self.packed:
             return tensor[start:stop]
         return torch.cat([tensor[start:stop], tensor[self.d_hidden + start : self.d_hidden + stop]])
 
     def _run_some(self, tokens_TD: Tensor) -> Tensor:
-        """Each expert on the tokens that chose it."""
+        """Run each expert on the tokens that chose it, and sum up."""
         assert self.router is not None
         chosen_TA = self.router(tokens_TD).topk(self.num_active, dim=-1).indices
         order = chosen_TA.flatten().argsort(stable=True)
@@ -111,13 +111,16 @@ class ExpertMlp(nn.Module):
         return output_TD
 
     def _run_all(self, tokens_TD: Tensor) -> Tensor:
-        """The sum of the experts that contribute the most, known because all of them were run."""
+        """Run all experts, and sum those that contribute the most to each token."""
         outputs_TED, scores_TE = self.contributions(tokens_TD)
         chosen_TE = torch.zeros_like(scores_TE).scatter(-1, scores_TE.topk(self.num_active, dim=-1).indices, 1.0)
         return torch.einsum("ted,te->td", outputs_TED, chosen_TE)
 
     def contributions(self, tokens_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """What every expert puts out (T, E, D), and its score (T, E): a ReLU's sum of activations, else the norm."""
+        """Return every expert's output (T, E, D) and score (T, E).
+
+        The score is the sum of an expert's activations if none is negative (ReLU), else the norm of its output.
+        """
         caught: list[Tensor] = []
         output = self.mlp.get_submodule(self.output)
         handle = output.register_forward_pre_hook(lambda _, args: caught.append(args[0]))

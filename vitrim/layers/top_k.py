@@ -1,7 +1,7 @@
 """A linear layer that reads only the largest of its inputs, token by token.
 
-Nothing else changes: same weight, same names. The selection is the same in training; no straight-through estimator, so
-what was dropped gets no gradient.
+Weight and names are unchanged. The selection is the same in training: there is no straight-through estimator, so
+inputs that were dropped get no gradient.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Rank = Literal["magnitude", "value"]
 
 
 class TopKLinear(nn.Linear):
-    """`linear(x)` with all but the `num_active` largest entries of each token of x set to zero.
+    """A linear layer that sets all but the `num_active` largest entries of each token to zero before it multiplies.
 
     After `gather_()` it sums the picked columns of the weight instead of multiplying by a matrix that is mostly zeros.
-    When that pays depends on how many tokens come at once (measured by benchmarks/lazy_neuron.py, told in
-    docs/methods/top-k.md), so it is off unless asked for.
+    Whether that is faster depends on how many tokens come at once (measured by benchmarks/lazy_neuron.py, discussed in
+    docs/methods/top-k.md), so it is off by default.
     """
 
     num_active: int
@@ -29,7 +29,7 @@ class TopKLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, num_active: int, *, by: Rank) -> TopKLinear:
-        """The layer around another one's own parameters."""
+        """Make the layer from a linear layer, with the same parameters."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.in_features, new.out_features = linear.in_features, linear.out_features
@@ -38,13 +38,13 @@ class TopKLinear(nn.Linear):
         return new
 
     def gather_(self) -> TopKLinear:
-        """Gather from now on, the weight's memory laid out column by column; its shape and values stay."""
+        """Sum picked columns from now on; stores the weight column by column, with the same shape and values."""
         self.weight.data = self.weight.data.t().contiguous().t()
         self.gather = True
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product with what is left of the input."""
+        """Multiply the largest entries of each token by the weight."""
         if self.num_active >= self.in_features:
             return super().forward(input)
         if not self.gather:
@@ -60,19 +60,22 @@ class TopKLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:
-        """What nn.Linear says, and how many entries are read."""
+        """Return the sizes as nn.Linear does, and how many entries are read."""
         return f"{super().extra_repr()}, num_active={self.num_active}, by={self.by}"
 
 
 def top_entries(input: Tensor, num_active: int, *, by: Rank) -> tuple[Tensor, Tensor]:
-    """The largest entries along the last dimension and their places: exactly `num_active` of them, ties included."""
+    """Return the `num_active` largest entries along the last dimension and their positions.
+
+    It is exactly that many, even in ties; with `by` "magnitude" the sign does not count.
+    """
     scores = input.abs() if by == "magnitude" else input
     places = scores.topk(num_active, dim=-1, sorted=False).indices
     return input.gather(-1, places), places
 
 
 def keep_top(input: Tensor, num_active: int, *, by: Rank = "magnitude") -> Tensor:
-    """The input with all but its largest entries along the last dimension set to zero."""
+    """Return the input with all but its `num_active` largest entries along the last dimension set to zero."""
     if num_active >= input.shape[-1]:
         return input
     values, places = top_entries(input, num_active, by=by)

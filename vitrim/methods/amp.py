@@ -22,46 +22,49 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import RecipeError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.surgery import KeepUnits
 from vitrim.types import Features, ModelView
 
 DELTAS = (1e-5, 1.0)  # in nats; the paper's lie between 2e-4 and 1e-1
 
 
-class AmpOptions(MethodOptions):
-    """`delta`: by how many nats a layer may raise the entropy; None finds what meets the recipe's total of units.
+@register
+class Amp(ModelMethod):
+    """AMP: units by what they change of the entropy of a batch, widths by an entropy budget a layer."""
 
-    With `delta` widths are what it gives, and the recipe's budget plays no part. `tau` sharpens the similarities.
-    `trials` halve a layer's width, to 1/64 of it by default. `guard` times delta is how much a layer may add to the
-    mean cosine distance from the dense features; None is the paper, which does not look. `rounds` is how often delta is
-    tried, on `num_images` images.
-    """
+    name = "amp"
+    paper = "Adaptive MLP Pruning for Large Vision Transformers"
+    arxiv = "2603.08100"
+    summary = "units by what they change of the entropy of a batch's similarities; widths by an entropy budget a layer"
+    needs = "images"
+    repairs = False
 
     delta: float | None = None
+    """By how many nats a layer may raise the entropy; None finds what meets the budget. With it widths are what it
+    gives."""
     tau: float = Field(default=15.0, gt=0)
+    """Sharpens the similarities of the images."""
     trials: int = Field(default=6, ge=1)
+    """How often a layer's width is halved, to 1/64 of it by default."""
     guard: float | None = Field(default=1.0, gt=0)
+    """Times delta: how much a layer may add to the mean cosine distance from the dense features; None is the paper,
+    which does not look."""
     rounds: int = Field(default=4, ge=1)
+    """How often delta is tried."""
     num_images: int = Field(default=256, ge=2)
+    """Images that the search looks at."""
 
+    def goes_by(self) -> BudgetUse:
+        """Return what of a budget the method goes by: `delta` says it all."""
+        return "nothing" if self.delta is not None else self.takes
 
-@register(
-    "amp",
-    scope="model",
-    options=AmpOptions,
-    needs="images",
-    paper="Adaptive MLP Pruning for Large Vision Transformers",
-    arxiv="2603.08100",
-    summary="units by what they change of the entropy of a batch's similarities; widths by an entropy budget a layer",
-    repairs=False,
-)
-def propose(view: ModelView, options: AmpOptions) -> Iterator[KeepUnits]:
-    """The best units of each MLP, as many as the search says."""
-    search = _Search(view, options)
-    kept = search.widths(options.delta) if options.delta is not None else search.widths_at_budget()
-    for site in view.sites:
-        yield KeepUnits(site=site, keep=tuple(search.orders[site.path][: kept[site.path]].tolist()))
+    def propose(self, view: ModelView) -> Iterator[KeepUnits]:
+        """The best units of each MLP, as many as the search says."""
+        search = _Search(view, self)
+        kept = search.widths(self.delta) if self.delta is not None else search.widths_at_budget()
+        for site in view.sites:
+            yield KeepUnits(site=site, keep=tuple(search.orders[site.path][: kept[site.path]].tolist()))
 
 
 def entropies(features_BD: Tensor, tau: float) -> Tensor:
@@ -74,7 +77,7 @@ def entropies(features_BD: Tensor, tau: float) -> Tensor:
 class _Search:
     """Orders of units by score, and how many of each MLP an entropy budget leaves."""
 
-    def __init__(self, view: ModelView, options: AmpOptions) -> None:
+    def __init__(self, view: ModelView, options: Amp) -> None:
         self.view, self.options = view, options
         self.dense = self._pooled({})
         if max(len(features_BD) for features_BD in self.dense) < 2:

@@ -20,54 +20,52 @@ from pydantic import Field
 from torch import Tensor
 
 from vitrim.errors import RecipeError, SiteNotFoundError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
 from vitrim.ops.least_squares import fit_output, moments, of_units
 from vitrim.surgery import Edit, KeepHeadDims, KeepUnits
-from vitrim.types import AttentionSite, MlpSite, MlpWeights, ModelView, Stats
+from vitrim.types import AttentionSite, MlpSite, ModelView
 
 ACTIVE = 0.01  # share of its own root mean square above which a unit counts as active
 MIN_RIDGE = 1e-6
 
 
-class CorpOptions(MethodOptions):
-    """`parts` of each block that are cut; MLPs to the budget's width, head dimensions to `keep_dims` (None: its share).
+@register
+class Corp(ModelMethod):
+    """CORP: MLP units and head dimensions, the dropped ones folded into the rest in closed form."""
 
-    `values` drops value dimensions, too, as many as of queries and keys. `ridge` None takes what shrinkage says.
-    `compensate` False drops without folding, to see what folding is worth.
-    """
+    name = "corp"
+    paper = "CORP: Closed-form One-shot Representation-preserving Pruning"
+    arxiv = "2602.05243"
+    summary = "MLP units by active energy and head dims by logit energy, the dropped ones folded into the rest"
+    needs = "images"
+    repairs = False
+    edits = (KeepUnits, KeepHeadDims)
 
     parts: Literal["mlp", "attention", "both"] = "mlp"
+    """What of each block is cut."""
     keep_dims: float | None = Field(default=None, gt=0, le=1)
+    """Share of each head's query and key dimensions that stays; None takes the budget's."""
     values: bool = False
+    """Drop value dimensions too, as many as of queries and keys."""
     ridge: float | None = Field(default=None, gt=0)
+    """Relative ridge of the fold; None takes what shrinkage says."""
     compensate: bool = True
+    """Fold the dropped units into the rest; False shows what folding is worth."""
 
-
-@register(
-    "corp",
-    scope="model",
-    edits=(KeepUnits, KeepHeadDims),
-    options=CorpOptions,
-    needs="images",
-    paper="CORP: Closed-form One-shot Representation-preserving Pruning",
-    arxiv="2602.05243",
-    summary="MLP units by active energy and head dims by logit energy, the dropped ones folded into the rest",
-    repairs=False,
-)
-def propose(view: ModelView, options: CorpOptions) -> Iterator[Edit]:
-    """Attention, then MLP, of one block after the other."""
-    attentions = [] if options.parts == "mlp" else list(view.attentions())
-    if options.parts != "mlp" and not attentions:
-        raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
-    sites = [] if options.parts == "attention" else list(view.sites)
-    order = sorted([*attentions, *sites], key=lambda site: _depth(view, site))
-    for site in order:
-        if isinstance(site, AttentionSite):
-            yield _cut_attention(view, site, options)
-        else:
-            yield _cut_mlp(view, site, options)
+    def propose(self, view: ModelView) -> Iterator[Edit]:
+        """Attention, then MLP, of one block after the other."""
+        attentions = [] if self.parts == "mlp" else list(view.attentions())
+        if self.parts != "mlp" and not attentions:
+            raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
+        sites = [] if self.parts == "attention" else list(view.sites)
+        order = sorted([*attentions, *sites], key=lambda site: _depth(view, site))
+        for site in order:
+            if isinstance(site, AttentionSite):
+                yield _cut_attention(view, site, self)
+            else:
+                yield _cut_mlp(view, site, self)
 
 
 def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
@@ -78,10 +76,10 @@ def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
     return next((number for number, block in enumerate(blocks) if site.path.startswith(f"{block}.")), len(blocks)), 0
 
 
-def _cut_mlp(view: ModelView, site: MlpSite, options: CorpOptions) -> KeepUnits:
+def _cut_mlp(view: ModelView, site: MlpSite, options: Corp) -> KeepUnits:
     """Units by active energy; the others folded into output weight and bias."""
     weights = view.weights(site)
-    stats = _mlp_stats(view, site, weights)
+    stats = view.stats(site)
     energy_H = stats.hidden_HH.diagonal() / stats.num_tokens
     keep = (
         (energy_H * _active_rates(view, site, energy_H.sqrt()))
@@ -94,34 +92,6 @@ def _cut_mlp(view: ModelView, site: MlpSite, options: CorpOptions) -> KeepUnits:
         ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_KK / stats.num_tokens, stats.num_tokens))
         weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge)
     return KeepUnits(site=site, keep=tuple(keep.tolist())).with_output(weight_DK, bias_D)
-
-
-def _mlp_stats(view: ModelView, site: MlpSite, weights: MlpWeights) -> Stats:
-    """Sums of the hidden activations and of what the output projection makes of them."""
-    total, count = torch.zeros(()), 0
-    square = torch.zeros(())
-
-    def see(_: str, hidden: Tensor, __: Tensor) -> None:
-        nonlocal total, square, count
-        hidden_NH = hidden.flatten(0, -2).to(working_dtype(hidden.device))
-        total, square = total + hidden_NH.sum(0).cpu(), square + (hidden_NH.T @ hidden_NH).cpu()
-        count += len(hidden_NH)
-
-    view.observe([site.output], see)
-    output_DH = weights.output_DH.to(square)
-    bias_D = (
-        torch.zeros(len(output_DH)).to(square) if weights.output_bias_D is None else weights.output_bias_D.to(square)
-    )
-    target_D = output_DH @ total + count * bias_D
-    energy = float(torch.einsum("dh,hg,dg->", output_DH, square, output_DH) + 2 * bias_D @ (output_DH @ total))
-    return Stats(
-        num_tokens=count,
-        hidden_H=total,
-        hidden_HH=square,
-        target_D=target_D,
-        cross_HD=square @ output_DH.T + torch.outer(total, bias_D),
-        target_square=energy + count * float(bias_D @ bias_D),
-    )
 
 
 def _active_rates(view: ModelView, site: MlpSite, rms_H: Tensor) -> Tensor:
@@ -163,7 +133,7 @@ class _HeadSums:
             self.energy = self.energy + (self.last.pop("q") * self.last.pop("k")).square().sum(1)
 
 
-def _cut_attention(view: ModelView, site: AttentionSite, options: CorpOptions) -> KeepHeadDims:
+def _cut_attention(view: ModelView, site: AttentionSite, options: Corp) -> KeepHeadDims:
     """Dimensions by the energy of q times k; logits and values of the dropped ones folded."""
     sums = _HeadSums(site)
     view.observe(list(dict.fromkeys((site.query, site.key, site.value))), sums.see)
@@ -184,7 +154,7 @@ def _best(scores_F: Tensor, num_keep: int) -> Tensor:
     return scores_F.sort(descending=True, stable=True).indices[:num_keep].sort().values
 
 
-def _folded(view: ModelView, edit: KeepHeadDims, sums: _HeadSums, options: CorpOptions) -> KeepHeadDims:
+def _folded(view: ModelView, edit: KeepHeadDims, sums: _HeadSums, options: Corp) -> KeepHeadDims:
     """The edit with projections that stand in for the dropped dimensions."""
     site, tensors = edit.site, {}
     rows = {role: _projection(view, site, role) for role in "qkv"}

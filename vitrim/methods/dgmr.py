@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from vitrim.errors import RecipeError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import SiteMethod, register
 from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import select_units
 from vitrim.ops.least_squares import moments
@@ -21,57 +21,50 @@ from vitrim.types import MlpWeights, SiteView, Stats
 SelectOn = Literal["weights", "activations", "outputs"]
 
 
-class DgmrOptions(MethodOptions):
-    """`select_on`: what the units are told apart by; None takes outputs where there are images, else weights."""
+@register
+class Dgmr(SiteMethod):
+    """DGMR as we carry it further: the units with which the block's output is fitted best, one after the other."""
+
+    name = "dgmr"
+    paper = "Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
+    arxiv = "2506.08591"
+    summary = "forward selection on the block's output, closed-form repair with feedback, local refit"
+    needs = "images"
+    repairs = True
 
     select_on: SelectOn | None = None
+    """What units are told apart by; None takes outputs where there are images, else weights."""
+
+    def select(self, view: SiteView) -> Tensor:
+        """Indices of the units to keep, in pick order.
+
+        Args:
+            view: the site's weights and, for `activations` and `outputs`, its calibration sums.
+
+        Raises:
+            RecipeError: `activations` or `outputs` was asked for without images.
+        """
+        select_on = self.select_on or ("weights" if view.stats is None else "outputs")
+        if select_on == "weights":
+            return select_units(view.weights.input_rows, view.num_keep)
+        if view.stats is None:
+            raise RecipeError(f"options.select_on={select_on!r} needs images; pass data, or use select_on='weights'.")
+        if select_on == "activations":
+            return _by_activations(view.stats, view.weights, view.num_keep)
+        return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
 
 
-class DgmrPaperOptions(MethodOptions):
-    """The published criterion; it looks at input weights alone."""
+@register
+class DgmrPaper(Dgmr):
+    """DGMR as published: Gram-Schmidt on the input weights alone, and no repair."""
+
+    name = "dgmr-paper"
+    summary = "Gram-Schmidt on input weights, kept weights unchanged"
+    needs = "weights"
+    repairs = False
 
     select_on: Literal["weights"] = "weights"
-
-
-PAPER = "Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
-
-
-@register(
-    "dgmr-paper",
-    options=DgmrPaperOptions,
-    needs="weights",
-    paper=PAPER,
-    arxiv="2506.08591",
-    summary="Gram-Schmidt on input weights, kept weights unchanged",
-    repairs=False,
-)
-@register(
-    "dgmr",
-    options=DgmrOptions,
-    needs="images",
-    paper=PAPER,
-    arxiv="2506.08591",
-    summary="forward selection on the block's output, closed-form repair with feedback, local refit",
-    repairs=True,
-)
-def select(view: SiteView, options: DgmrOptions | DgmrPaperOptions) -> Tensor:
-    """Indices of the units to keep, in pick order.
-
-    Args:
-        view: the site's weights and, for `activations` and `outputs`, its calibration sums.
-        options: what to select on.
-
-    Raises:
-        RecipeError: `activations` or `outputs` was asked for without images.
-    """
-    select_on = options.select_on or ("weights" if view.stats is None else "outputs")
-    if select_on == "weights":
-        return select_units(view.weights.input_rows, view.num_keep)
-    if view.stats is None:
-        raise RecipeError(f"options.select_on={select_on!r} needs images; pass data, or use select_on='weights'.")
-    if select_on == "activations":
-        return _by_activations(view.stats, view.weights, view.num_keep)
-    return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
+    """The published criterion looks at input weights alone."""
 
 
 def _by_activations(stats: Stats, weights: MlpWeights, num_keep: int) -> Tensor:

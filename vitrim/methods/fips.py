@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
 from vitrim.layers.fips import Role
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.ops.fips import (
     cubic_sparsity,
     exchange,
@@ -41,56 +41,63 @@ MASKS_MOVE = 0.75  # share of the steps after which masks stay as they are; the 
 JUDGE_SHARE = 0.1  # of the sampled tokens, held out
 
 
-class FipsOptions(MethodOptions):
-    """Which MLPs share, how sparse, and the local training. The budget is the share of their values that stays.
+@register
+class Fips(ModelMethod):
+    """FiPS: matrices of several MLPs as one dense basis times sparse coefficients.
 
-    `group`: how many MLPs in a row share a basis, or the size of each group. `sparsity` of the coefficients; with the
-    budget it says the rank. `count_masks` counts the bits that say where coefficients stand, at 32 a number; the paper
-    does not. `steps` of `batch_size` tokens of each MLP, drawn from `num_tokens`, at a peak rate of `lr`; masks move
-    every `every` steps by `schedule`. 0 steps, or no images, leave the SVD with its largest coefficients.
+    The budget is the share of the matrices' values that stays.
     """
+
+    name = "fips"
+    paper = "FiPS: Learning Parameter Sharing with Tensor Decompositions and Sparsity"
+    arxiv = "2411.09816"
+    summary = "MLPs of several blocks share a dense basis, each with sparse coefficients"
+    needs = "weights"
+    repairs = False
+    edits = (ToFips,)
+    takes = "share"
 
     group: PositiveInt | tuple[PositiveInt, ...] = 4
+    """How many MLPs in a row share a basis, or the size of each group."""
     sparsity: float = Field(default=0.75, ge=0, lt=1)
+    """Share of the coefficients that is zero; with the budget it says the rank."""
     count_masks: bool = True
+    """Count the bits that say where coefficients stand, at 32 a number; the paper does not."""
     schedule: Literal["rigl", "gmp"] = "rigl"
+    """How the masks of the coefficients move: RigL, or gradual magnitude pruning."""
     every: int = Field(default=10, ge=1)
+    """Steps between two moves of the masks."""
     steps: int = Field(default=500, ge=0)
+    """Steps of local training; 0, or no images, leave the SVD with its largest coefficients."""
     batch_size: int = Field(default=1024, ge=1)
+    """Tokens of each MLP in a step."""
     lr: float = Field(default=1e-3, gt=0)
+    """Peak rate of the local training."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Weight decay of the local training."""
     num_tokens: int = Field(default=20_000, ge=64)
+    """Tokens that are sampled of each MLP."""
 
+    def propose(self, view: ModelView) -> Iterator[ToFips]:
+        """One edit a group of MLPs.
 
-@register(
-    "fips",
-    scope="model",
-    edits=(ToFips,),
-    options=FipsOptions,
-    needs="weights",
-    paper="FiPS: Learning Parameter Sharing with Tensor Decompositions and Sparsity",
-    arxiv="2411.09816",
-    summary="MLPs of several blocks share a dense basis, each with sparse coefficients",
-    repairs=False,
-)
-def propose(view: ModelView, options: FipsOptions) -> Iterator[ToFips]:
-    """One edit a group of MLPs.
-
-    Raises:
-        SiteNotFoundError: no MLP is left.
-        RecipeError: group sizes do not add up.
-        BudgetError: the budget pays for no basis at all, or MLPs of different widths are asked to share one.
-    """
-    if not view.sites:
-        raise SiteNotFoundError("fips: no MLP is left to share a basis; put fips before what replaces their layers.")
-    groups = _groups(view.sites, options.group)
-    if view.keep_ratio >= 1:
-        view.note("fips: the full budget pays for the matrices themselves, so they stay as they are.")
-        return
-    if options.steps and not view.has_images:
-        view.note("no images given: the shared basis is an SVD of the weights, not trained; pass data to train it.")
-    # All before the first is carried out, so that what an MLP takes in and should put out is the original model's.
-    yield from [_share(view, sites, options) for sites in groups]
+        Raises:
+            SiteNotFoundError: no MLP is left.
+            RecipeError: group sizes do not add up.
+            BudgetError: the budget pays for no basis at all, or MLPs of different widths are asked to share one.
+        """
+        if not view.sites:
+            raise SiteNotFoundError(
+                "fips: no MLP is left to share a basis; put fips before what replaces their layers."
+            )
+        groups = _groups(view.sites, self.group)
+        if view.keep_ratio >= 1:
+            view.note("fips: the full budget pays for the matrices themselves, so they stay as they are.")
+            return
+        if self.steps and not view.has_images:
+            view.note("no images given: the shared basis is an SVD of the weights, not trained; pass data to train it.")
+        # All before the first is carried out, so that what an MLP takes in and should put out is the original model's.
+        yield from [_share(view, sites, self) for sites in groups]
 
 
 Pair = tuple[Tensor, Tensor]  # tokens as an MLP takes them in, and as it puts them out
@@ -178,7 +185,7 @@ def _groups(sites: Sequence[MlpSite], group: int | tuple[int, ...]) -> list[Sequ
     return groups
 
 
-def _share(view: ModelView, sites: Sequence[MlpSite], options: FipsOptions) -> ToFips:
+def _share(view: ModelView, sites: Sequence[MlpSite], options: Fips) -> ToFips:
     """The start, training where it can be had and helps, and the edit."""
     mlps, joined_DC = _joined(view, sites)
     (num_rows, num_cols), keep, masks = joined_DC.shape, view.keep_ratio, options.count_masks
@@ -236,7 +243,7 @@ def _pruned(basis_DR: Tensor, coeff_RC: Tensor, count: int) -> _Factors:
     return _Factors(basis_DR=basis_DR, coeff_RC=coeff_RC * mask_RC, mask_RC=mask_RC)
 
 
-def _observe(view: ModelView, mlps: Sequence[_Mlp], options: FipsOptions) -> list[tuple[Pair, Pair]] | None:
+def _observe(view: ModelView, mlps: Sequence[_Mlp], options: Fips) -> list[tuple[Pair, Pair]] | None:
     """Tokens of each MLP to train on and to judge by; None where one of them can't be run by itself."""
     samples = [_Sample(size=options.num_tokens, generator=view.generator) for _ in mlps]
     starts = {mlp.site.value: sample for mlp, sample in zip(mlps, samples, strict=True)}
@@ -274,7 +281,7 @@ def _train(
     pairs: Sequence[Pair],
     start: Pair,
     count: int,
-    options: FipsOptions,
+    options: Fips,
 ) -> _Factors:
     """Basis, coefficients and biases of a group together, while the schedule brings the masks to `count` entries."""
     basis_DR, coeff_RC = (part.clone().requires_grad_() for part in start)
@@ -306,7 +313,7 @@ def _train(
     )
 
 
-def _moved(mask_RC: Tensor, coeff_RC: Tensor, count: int, step: int, options: FipsOptions) -> tuple[Tensor, Tensor]:
+def _moved(mask_RC: Tensor, coeff_RC: Tensor, count: int, step: int, options: Fips) -> tuple[Tensor, Tensor]:
     """The mask for a step, and where coefficients keep their values; after a share of all steps it rests."""
     last = int(MASKS_MOVE * (options.steps - 1))
     if step > last or (step % options.every and step < last):

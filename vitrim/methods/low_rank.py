@@ -9,8 +9,7 @@ Shapes: G groups, M outputs, N inputs (times kernel positions), K = min(M, N), R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -20,32 +19,43 @@ from torch import Tensor
 from typing_extensions import Self
 
 from vitrim.errors import BudgetError, RecipeError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.ops import low_rank as ops
 from vitrim.surgery import ToLowRank
-from vitrim.types import LayerSite, ModelView
+from vitrim.types import LayerSite, LayerSums, ModelView
 
 Solver = Literal["svd", "nmf", "semi-nmf", "random"]
-# Float64 sums of a pass over the images; a model that needs more is seen in several passes. A ViT-L needs 0.8 GiB.
-MAX_SUM_BYTES = 2**30
 
 
-class LowRankOptions(MethodOptions):
-    """How low, by which factors, and which layers.
+@register
+class LowRank(ModelMethod):
+    """Greenformers: a layer as two of low rank.
 
-    `rank`: a whole number, or a share up to 1.0 of the break-even rank; `energy`: the rank that holds this share of
-    the weight's (with `whiten`, of the outputs') square. Without both the budget says it: the share of each layer's
-    values that stays. `whiten` fits what the layers put out; None does so with `svd` where there are images.
-    `num_iter` is for `nmf` and `semi-nmf`. `only` are patterns of paths, such as `*.attn.*`, or `*` for every linear
-    and convolution layer; without, the linear layers inside the blocks.
+    Without `rank` or `energy` the budget says it: the share of each layer's values that stays.
     """
 
+    name = "low-rank"
+    paper = "Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank Approximation"
+    arxiv = "2108.10808"
+    summary = "linear layers as two of low rank, fitted to what they put out"
+    needs = "weights"
+    repairs = False
+    edits = (ToLowRank,)
+    takes = "share"
+
     rank: StrictInt | StrictFloat | None = None
+    """A whole number, or a share up to 1.0 of the break-even rank."""
     energy: float | None = Field(default=None, gt=0, le=1)
+    """The rank that holds this share of the weight's square; with `whiten`, of the outputs'."""
     solver: Solver = "svd"
+    """How the factors are found."""
     whiten: bool | None = None
+    """Fit what layers put out; None does so with `svd` where there are images."""
     num_iter: int = Field(default=100, ge=1)
+    """Iterations of `nmf` and `semi-nmf`."""
     only: tuple[str, ...] | None = None
+    """Patterns of paths, such as `*.attn.*`, or `*` for every linear and convolution layer; None: linear layers inside
+    the blocks."""
 
     @field_validator("only", mode="before")
     @classmethod
@@ -64,100 +74,63 @@ class LowRankOptions(MethodOptions):
             raise ValueError(f"whiten goes with solver svd, not {self.solver}")
         return self
 
+    def goes_by(self) -> BudgetUse:
+        """Return what of a budget the method goes by: `rank` and `energy` say it all."""
+        return "nothing" if self.rank is not None or self.energy is not None else self.takes
 
-class LortsarOptions(LowRankOptions):
-    """The paper's: a truncated SVD of the weights alone, of linear layers and convolutions anywhere in the model."""
+    def propose(self, view: ModelView) -> Iterator[ToLowRank]:
+        """Factors for each layer that they make smaller, in the order of the layers.
+
+        Args:
+            view: the model; its images are looked at for `whiten` alone, in one pass unless that needs too much memory.
+
+        Raises:
+            RecipeError: there are no images and they are needed, a pattern matches no layer, or nmf meets a negative
+                value.
+            BudgetError: there is neither a rank nor a budget to go by.
+        """
+        whiten = view.has_images and self.solver == "svd" if self.whiten is None else self.whiten
+        if whiten and not view.has_images:
+            raise RecipeError("options.whiten needs images; pass data, or leave it out.")
+        if self.solver == "svd" and self.whiten is None and not whiten:
+            view.note("no images given: factors were fitted to weights alone; pass data to fit what layers put out.")
+        layers = _chosen(view, self)
+        ranks = {layer.path: _rank(view, layer, self) for layer in layers}
+        dense = [layer.path for layer in layers if (ranks[layer.path] or 0) >= layer.break_even]
+        paying = [layer for layer in layers if layer.path not in dense]
+        for group, sums in view.layer_sums(paying) if whiten else [(paying, {})]:
+            if whiten:
+                _note_unseen(view, group, sums)
+            for layer in group:
+                edit = _factors(view, layer, ranks[layer.path], self, sums.get(layer.path))
+                if edit is None:
+                    dense.append(layer.path)
+                else:
+                    yield edit
+        if dense:
+            view.note(
+                f"{len(dense)} of {len(layers)} layers stay whole, since factors would save nothing: {_few(dense)}."
+            )
+
+
+@register
+class Lortsar(LowRank):
+    """LORTSAR: a truncated SVD of the weights alone, of linear layers and convolutions anywhere in the model."""
+
+    name = "lortsar"
+    paper = "LORTSAR: Low-Rank Transformer for Skeleton-based Action Recognition"
+    arxiv = "2407.14655"
+    summary = "truncated SVD of every linear and convolution layer that it makes smaller"
 
     solver: Literal["svd"] = "svd"
+    """The paper truncates an SVD."""
     whiten: bool | None = False
+    """The paper looks at weights alone."""
     only: tuple[str, ...] | None = ("*",)
+    """Every linear and convolution layer."""
 
 
-@dataclass(kw_only=True)
-class _Sums:
-    """What a layer's inputs, or where they are fewer its outputs, add up to: T vectors, each in G groups."""
-
-    layer: LayerSite
-    num_tokens: int = 0
-    total_GK: Tensor | None = None
-    square_GKK: Tensor | None = None
-
-    @property
-    def of_inputs(self) -> bool:
-        """Inputs are told apart from outputs where they are narrower; those of a convolution overlap."""
-        return self.layer.kind != "conv" and self.layer.num_cols < self.layer.num_rows
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the sums."""
-        width = self.layer.num_cols if self.of_inputs else self.layer.num_rows
-        return 8 * self.layer.groups * width * (width + 1)
-
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Count a batch in."""
-        seen = inputs if self.of_inputs else outputs.movedim(1, -1) if self.layer.kind == "conv" else outputs
-        rows_GTK = seen.reshape(-1, self.layer.groups, seen.shape[-1] // self.layer.groups).transpose(0, 1).double()
-        total_GK, square_GKK = rows_GTK.sum(1), rows_GTK.mT @ rows_GTK
-        self.num_tokens += rows_GTK.shape[1]
-        self.total_GK = total_GK if self.total_GK is None else self.total_GK.add_(total_GK)
-        self.square_GKK = square_GKK if self.square_GKK is None else self.square_GKK.add_(square_GKK)
-
-
-@register(
-    "lortsar",
-    scope="model",
-    edits=(ToLowRank,),
-    options=LortsarOptions,
-    needs="weights",
-    paper="LORTSAR: Low-Rank Transformer for Skeleton-based Action Recognition",
-    arxiv="2407.14655",
-    summary="truncated SVD of every linear and convolution layer that it makes smaller",
-    repairs=False,
-)
-@register(
-    "low-rank",
-    scope="model",
-    edits=(ToLowRank,),
-    options=LowRankOptions,
-    needs="weights",
-    paper="Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank Approximation",
-    arxiv="2108.10808",
-    summary="linear layers as two of low rank, fitted to what they put out",
-    repairs=False,
-)
-def propose(view: ModelView, options: LowRankOptions) -> Iterator[ToLowRank]:
-    """Factors for each layer that they make smaller, in the order of the layers.
-
-    Args:
-        view: the model; its images are looked at for `whiten` alone, in one pass unless the sums need too much memory.
-        options: how low, by which factors, and which layers.
-
-    Raises:
-        RecipeError: images are needed and there are none, a pattern matches no layer, or nmf meets a negative value.
-        BudgetError: there is neither a rank nor a budget to go by.
-    """
-    whiten = view.has_images and options.solver == "svd" if options.whiten is None else options.whiten
-    if whiten and not view.has_images:
-        raise RecipeError("options.whiten needs images; pass data, or leave it out.")
-    if options.solver == "svd" and options.whiten is None and not whiten:
-        view.note("no images given: factors were fitted to weights alone; pass data to fit what layers put out.")
-    layers = _chosen(view, options)
-    ranks = {layer.path: _rank(view, layer, options) for layer in layers}
-    dense = [layer.path for layer in layers if (ranks[layer.path] or 0) >= layer.break_even]
-    paying = [layer for layer in layers if layer.path not in dense]
-    for group in _passes(paying) if whiten else [paying]:
-        sums = _observe(view, group) if whiten else {}
-        for layer in group:
-            edit = _factors(view, layer, ranks[layer.path], options, sums.pop(layer.path, None))
-            if edit is None:
-                dense.append(layer.path)
-            else:
-                yield edit
-    if dense:
-        view.note(f"{len(dense)} of {len(layers)} layers stay whole, since factors would save nothing: {_few(dense)}.")
-
-
-def _chosen(view: ModelView, options: LowRankOptions) -> list[LayerSite]:
+def _chosen(view: ModelView, options: LowRank) -> list[LayerSite]:
     """The layers to factor; a note says which can't be, and why."""
     everything = view.layers()
     if options.only is None:
@@ -182,35 +155,18 @@ def _chosen(view: ModelView, options: LowRankOptions) -> list[LayerSite]:
     return chosen
 
 
-def _passes(layers: Sequence[LayerSite]) -> Iterator[list[LayerSite]]:
-    """Layers in groups whose sums fit into memory together."""
-    group, num_bytes = [], 0
-    for layer in layers:
-        needed = _Sums(layer=layer).num_bytes
-        if group and num_bytes + needed > MAX_SUM_BYTES:
-            yield group
-            group, num_bytes = [], 0
-        group.append(layer)
-        num_bytes += needed
-    if group:
-        yield group
-
-
-def _observe(view: ModelView, layers: Sequence[LayerSite]) -> dict[str, _Sums]:
-    """The sums of layers over the calibration images, in one pass; a layer that is never called has none."""
-    sums = {layer.path: _Sums(layer=layer) for layer in layers}
-    view.observe(list(sums), lambda path, inputs, outputs: sums[path].add(inputs, outputs))
-    unseen = [path for path, found in sums.items() if found.num_tokens == 0]
+def _note_unseen(view: ModelView, layers: Sequence[LayerSite], sums: Mapping[str, LayerSums]) -> None:
+    """Tell the user of layers that no image reached."""
+    unseen = [layer.path for layer in layers if layer.path not in sums]
     if unseen:
         view.note(
             f"{_few(unseen)}: never called, since other code reads the weights; factored by weight alone, and smaller "
             "but no faster."
         )
-    return {path: found for path, found in sums.items() if found.num_tokens}
 
 
 def _factors(
-    view: ModelView, layer: LayerSite, rank: int | None, options: LowRankOptions, sums: _Sums | None
+    view: ModelView, layer: LayerSite, rank: int | None, options: LowRank, sums: LayerSums | None
 ) -> ToLowRank | None:
     """The edit of one layer, None where two factors would have no fewer values than it has."""
     weight_GMN = layer.matrices(_weight(view, layer))
@@ -231,7 +187,7 @@ def _factors(
     return ToLowRank.by(layer, pairs, bias=bias)
 
 
-def _rank(view: ModelView, layer: LayerSite, options: LowRankOptions) -> int | None:
+def _rank(view: ModelView, layer: LayerSite, options: LowRank) -> int | None:
     """The rank that was asked for, at least 1; None where the energy says it."""
     if options.energy is not None:
         return None
@@ -243,7 +199,7 @@ def _rank(view: ModelView, layer: LayerSite, options: LowRankOptions) -> int | N
     return max(1, int(layer.break_even * share))
 
 
-def _solver(view: ModelView, options: LowRankOptions) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+def _solver(view: ModelView, options: LowRank) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     """One of the solvers that look at the weight alone, as a function of a matrix and a rank."""
     solvers: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
         "nmf": lambda matrix, rank: ops.nmf(matrix, rank, num_iter=options.num_iter, generator=view.generator),
@@ -253,11 +209,10 @@ def _solver(view: ModelView, options: LowRankOptions) -> Callable[[Tensor, int],
     return solvers[options.solver]
 
 
-def _bases(weight_GMN: Tensor, sums: _Sums | None) -> list[tuple[Tensor, Tensor]]:
+def _bases(weight_GMN: Tensor, sums: LayerSums | None) -> list[tuple[Tensor, Tensor]]:
     """Directions of each group's outputs with their energies: of the weight, or of what was seen."""
     if sums is None:
         return [ops.weight_basis(weight_MN) for weight_MN in weight_GMN]
-    assert sums.total_GK is not None and sums.square_GKK is not None
     moment_GKK, mean_GK = sums.square_GKK / sums.num_tokens, sums.total_GK / sums.num_tokens
     if sums.layer.has_bias:  # which takes the mean
         moment_GKK -= mean_GK[:, :, None] * mean_GK[:, None]
@@ -267,9 +222,8 @@ def _bases(weight_GMN: Tensor, sums: _Sums | None) -> list[tuple[Tensor, Tensor]
     return [ops.output_basis(weight_MN, outputs_MM=moment_MM) for weight_MN, moment_MM in pairs]
 
 
-def _bias(view: ModelView, sums: _Sums, weight_GMN: Tensor, basis_GMR: Tensor) -> Tensor:
+def _bias(view: ModelView, sums: LayerSums, weight_GMN: Tensor, basis_GMR: Tensor) -> Tensor:
     """The bias plus what the factors lose of the mean output."""
-    assert sums.total_GK is not None
     bias, mean_GK1 = view.tensor(f"{sums.layer.path}.bias"), sums.total_GK[..., None] / sums.num_tokens
     if sums.of_inputs:
         product_GM1 = weight_GMN.to(mean_GK1) @ mean_GK1

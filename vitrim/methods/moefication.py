@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from vitrim.errors import BudgetError
 from vitrim.layers.moefication import Router, RouterKind
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.ops.balanced_kmeans import balanced_kmeans, means_of
 from vitrim.surgery import ToMoefication
 from vitrim.types import MlpSite, MlpWeights, ModelView
@@ -31,57 +31,63 @@ UNITS_PER_EXPERT = 32  # the paper's
 VALIDATION_SHARE = 0.1
 
 
-class MoeficationOptions(MethodOptions):
-    """`num_experts` None gives each 32 units; `num_active` None takes the budget's share of the experts.
+@register
+class Moefication(ModelMethod):
+    """MoEfication: each MLP split into experts, of which a router picks a few for each token."""
 
-    `split`: by `weights` (k-means of the input weights) or `activity` (units that fire together). The router is trained
-    on `num_tokens` tokens for `epochs`; `similarity` takes the experts' centroids untrained, `oracle` runs all experts
-    and shows what no router can beat.
-    """
+    name = "moefication"
+    paper = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts"
+    arxiv = "2110.01786"
+    summary = "MLPs split into experts, a small router sends each token to a few of them"
+    needs = "images"
+    repairs = False
+    edits = (ToMoefication,)
+    takes = "share"
 
     num_experts: int | None = Field(default=None, ge=1)
+    """Experts of each MLP; None gives each 32 units."""
     num_active: int | None = Field(default=None, ge=1)
+    """Experts that a token runs; None takes the budget's share."""
     split: Literal["weights", "activity"] = "weights"
+    """Units go together by their input weights (k-means), or by firing together."""
     router: RouterKind = "mlp"
+    """A trained MLP, the experts' centroids (`similarity`), or `oracle`, which runs all experts and shows the best
+    possible choice."""
     num_tokens: int = Field(default=20_000, ge=64)
+    """Tokens that the router is trained on."""
     epochs: int = Field(default=30, ge=1)
+    """Epochs of training the router."""
     batch_size: int = Field(default=512, ge=1)
+    """Tokens in a step."""
     lr: float = Field(default=0.01, gt=0)
+    """Rate of training the router."""
 
+    def goes_by(self) -> BudgetUse:
+        """Return what of a budget the method goes by: `num_active` says it all."""
+        return "nothing" if self.num_active is not None else self.takes
 
-@register(
-    "moefication",
-    scope="model",
-    edits=(ToMoefication,),
-    options=MoeficationOptions,
-    needs="images",
-    paper="MoEfication: Transformer Feed-forward Layers are Mixtures of Experts",
-    arxiv="2110.01786",
-    summary="MLPs split into experts, a small router sends each token to a few of them",
-    repairs=False,
-)
-def propose(view: ModelView, options: MoeficationOptions) -> Iterator[ToMoefication]:
-    """One edit an MLP, each seen with the MLPs before it already split."""
-    for site in view.sites:
-        num_experts = options.num_experts or _divisor(site.d_hidden, site.d_hidden / UNITS_PER_EXPERT)
-        if site.d_hidden % num_experts:
-            raise BudgetError(
-                f"{site.path}: {num_experts} experts can't share {site.d_hidden} units equally; use a divisor of it."
+    def propose(self, view: ModelView) -> Iterator[ToMoefication]:
+        """One edit an MLP, each seen with the MLPs before it already split."""
+        for site in view.sites:
+            num_experts = self.num_experts or _divisor(site.d_hidden, site.d_hidden / UNITS_PER_EXPERT)
+            if site.d_hidden % num_experts:
+                raise BudgetError(
+                    f"{site.path}: {num_experts} experts can't share {site.d_hidden} units equally; use a divisor."
+                )
+            active = self.num_active or max(1, round(num_experts * view.widths[site.path] / site.d_hidden))
+            seen, weights = _observe(view, site, self.num_tokens), view.weights(site)
+            labels = _split(weights, seen, num_experts, self, seed=int(view.generator.initial_seed()))
+            order = labels.argsort(stable=True)
+            router = _router(weights, seen, order, num_experts, min(active, num_experts), self, view.generator)
+            tensors = {} if router is None else router.state_dict()
+            yield ToMoefication(
+                site=site,
+                order=tuple(order.tolist()),
+                num_experts=num_experts,
+                num_active=min(active, num_experts),
+                router=self.router,
+                tensors={f"{site.path}.router.{name}": tensor.detach().clone() for name, tensor in tensors.items()},
             )
-        active = options.num_active or max(1, round(num_experts * view.widths[site.path] / site.d_hidden))
-        seen, weights = _observe(view, site, options.num_tokens), view.weights(site)
-        labels = _split(weights, seen, num_experts, options, seed=int(view.generator.initial_seed()))
-        order = labels.argsort(stable=True)
-        router = _router(weights, seen, order, num_experts, min(active, num_experts), options, view.generator)
-        tensors = {} if router is None else router.state_dict()
-        yield ToMoefication(
-            site=site,
-            order=tuple(order.tolist()),
-            num_experts=num_experts,
-            num_active=min(active, num_experts),
-            router=options.router,
-            tensors={f"{site.path}.router.{name}": tensor.detach().clone() for name, tensor in tensors.items()},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ def _observe(view: ModelView, site: MlpSite, num_tokens: int) -> _Seen:
     return _Seen(inputs_ND=inputs, hidden_NH=hidden)
 
 
-def _split(weights: MlpWeights, seen: _Seen, num_experts: int, options: MoeficationOptions, *, seed: int) -> Tensor:
+def _split(weights: MlpWeights, seen: _Seen, num_experts: int, options: Moefication, *, seed: int) -> Tensor:
     """The expert of each unit."""
     if options.split == "weights":
         rows_HD = weights.value_HD if weights.gate_HD is None else weights.gate_HD
@@ -137,7 +143,7 @@ def _router(
     order: Tensor,
     num_experts: int,
     num_active: int,
-    options: MoeficationOptions,
+    options: Moefication,
     generator: torch.Generator,
 ) -> Router | None:
     """The trained router, or one of centroids; None for an oracle."""
@@ -161,7 +167,7 @@ def _train_(
     inputs_ND: Tensor,
     scores_NE: Tensor,
     num_active: int,
-    options: MoeficationOptions,
+    options: Moefication,
     generator: torch.Generator,
 ) -> None:
     """Learn the scores; the state that captures the most of them on held-out tokens stays, the start included."""

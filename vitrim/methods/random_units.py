@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import SiteMethod, register
 from vitrim.types import SiteView
 
 
-@register(
-    "random",
-    needs="weights",
-    paper="Pruning Convolutional Neural Networks for Resource Efficient Inference (its random baseline)",
-    arxiv="1611.06440",
-    summary="units drawn at random, under the seed",
-    repairs=False,
-)
-def select(view: SiteView, options: MethodOptions) -> Tensor:
-    """A seeded random subset, without replacement."""
-    return torch.randperm(view.weights.num_units, generator=view.generator)[: view.num_keep]
+@register
+class Random(SiteMethod):
+    """Random units: the floor for the others."""
+
+    name = "random"
+    paper = "Pruning Convolutional Neural Networks for Resource Efficient Inference (its random baseline)"
+    arxiv = "1611.06440"
+    summary = "units drawn at random, under the seed"
+    needs = "weights"
+    repairs = False
+
+    def select(self, view: SiteView) -> Tensor:
+        """A seeded random subset, without replacement."""
+        return torch.randperm(view.weights.num_units, generator=view.generator)[: view.num_keep]

@@ -1,9 +1,14 @@
-"""The list of methods. A method registers one function: of one MLP, which units stay; or of a whole model, edits."""
+"""What a method is, and the list of all: a class with its options as fields and one function that decides.
+
+A method looks at plain matrices and sums and decides; it changes no module. Either it is asked MLP by MLP which hidden
+units stay (`SiteMethod`), or once for the whole model, which edits to make (`ModelMethod`).
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
@@ -15,90 +20,82 @@ from vitrim.surgery import Edit, KeepUnits
 from vitrim.types import ModelView, SiteView
 
 Needs = Literal["weights", "images"]
+BudgetUse = Literal["widths", "share", "nothing"]
 
 
 class Method(Checked):
+    """Base of all methods; an instance holds the options.
+
+    Attributes:
+        name: how recipes and the command line call it.
+        paper: title of the paper.
+        arxiv: its number.
+        summary: what the method does, in a line.
+        needs: whether it looks at calibration images.
+        repairs: whether the closed-form repair follows by default, which it does not where a paper's own procedure is
+            reproduced. Cuts of hidden units that come without tensors can be repaired, whichever method made them.
+        edits: kinds of edit that it makes.
+        takes: what of a budget it goes by: hidden units of each MLP (`widths`), a `share` of something else, or
+            `nothing`.
+    """
+
     name: ClassVar[str]
     paper: ClassVar[str]
     arxiv: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[Needs]
-    repairs: ClassVar[bool]
+    repairs: ClassVar[bool] = False
     edits: ClassVar[tuple[type[Edit], ...]] = (KeepUnits,)
-    takes: ClassVar[str] = "widths"
+    takes: ClassVar[BudgetUse] = "widths"
+
+    def goes_by(self) -> BudgetUse:
+        """Return what of a budget these options leave to go by."""
+        return self.takes
 
     @classmethod
     def edits_in_words(cls) -> str:
+        """Return its kinds of edit in words."""
         return ", ".join(kind.KIND.replace("_", " ") for kind in cls.edits)
 
     @classmethod
     def first_order(cls) -> int:
-        return min(kind.STAGE for kind in cls.edits)
+        """Return the lowest order of its edits: nothing before it may have a higher one."""
+        return min(kind.ORDER for kind in cls.edits)
 
     @classmethod
     def last_order(cls) -> int:
-        return max(kind.STAGE for kind in cls.edits)
+        """Return the highest order of its edits."""
+        return max(kind.ORDER for kind in cls.edits)
 
 
 class SiteMethod(Method):
-    def select(self, view: SiteView) -> Tensor: ...
+    """A method that is asked MLP by MLP which hidden units stay."""
+
+    @abstractmethod
+    def select(self, view: SiteView) -> Tensor:
+        """Return the indices of the `view.num_keep` units of one MLP that stay, in pick order."""
 
 
 class ModelMethod(Method):
-    def propose(self, view: ModelView) -> Iterator[Edit]: ...
+    """A method that decides about the whole model."""
 
-
-class MethodOptions(Checked):
-    pass
+    @abstractmethod
+    def propose(self, view: ModelView) -> Iterator[Edit]:
+        """Yield edits; each is carried out before the next is asked for."""
 
 
 METHODS: dict[str, type[Method]] = {}
-Decide = TypeVar("Decide", bound=Callable[..., Any])
+Kind = TypeVar("Kind", bound=type[Method])
 
 
-def register(
-    name: str,
-    *,
-    scope: Literal["site", "model"] = "site",
-    edits: tuple[type[Edit], ...] = (KeepUnits,),
-    options: type[MethodOptions] = MethodOptions,
-    needs: Needs,
-    paper: str,
-    arxiv: str,
-    summary: str,
-    repairs: bool,
-) -> Callable[[Decide], Decide]:
-    """Register a function under a name; one function may serve several names with other defaults."""
-
-    def add(decide: Decide) -> Decide:
-        takes = "widths"
-        if any(k.KIND not in ("keep_units", "keep_head_dims") for k in edits):
-            takes = "nothing" if name in ("relufy", "int8") else "share"
-        own = {"name": name, "paper": paper, "arxiv": arxiv, "summary": summary, "needs": needs, "repairs": repairs,
-               "edits": edits, "takes": takes, "__module__": __name__}
-        if scope == "site":
-            kind = type(name, (options, SiteMethod), {**own, "select": lambda self, view: decide(view, self)})
-        else:
-            kind = type(name, (options, ModelMethod), {**own, "propose": lambda self, view: decide(view, self)})
-        METHODS[name] = kind
-        return decide
-
-    return add
+def register(kind: Kind) -> Kind:
+    """Add a method to the list, under its name."""
+    METHODS[kind.name] = kind
+    return kind
 
 
-def make_method(name, options=None):
-    kind = find_method(name)
-    try:
-        return kind.model_validate(dict(options or {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        allowed = ", ".join(kind.model_fields) or "none"
-        raise RecipeError(f"options.{key} of method {name}: {first['msg']}; its options are {allowed}.") from None
-
-
-def find_method(name: str) -> Method:
-    """A method by name.
+def find_method(name: str) -> type[Method]:
+    """Return a method's class by its name.
 
     Raises:
         RecipeError: there is none of that name.
@@ -108,3 +105,20 @@ def find_method(name: str) -> Method:
         hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(METHODS)}."
         raise RecipeError(f"method: unknown name {name!r}; {hint}")
     return METHODS[name]
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """Return a method with its options, by name.
+
+    Raises:
+        RecipeError: there is no method of that name, or an option is unknown or has a value that is not allowed.
+    """
+    kind = find_method(name)
+    try:
+        return kind.model_validate(dict(options or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        allowed = ", ".join(kind.model_fields) or "none"
+        said = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"options.{key} of method {name}: {said}; its options are {allowed}.") from None

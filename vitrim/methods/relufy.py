@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.surgery import ReplaceActivation
 from vitrim.types import ModelView
 
 
-@register(
-    "relufy",
-    scope="model",
-    edits=(ReplaceActivation,),
-    needs="weights",
-    paper="MoEfication: Transformer Feed-forward Layers are Mixtures of Experts (its preparation of GELU models)",
-    arxiv="2110.01786",
-    summary="ReLU in place of the activation; to be distilled, then split into experts or thinned by top-k",
-    repairs=False,
-)
-def propose(view: ModelView, options: MethodOptions) -> Iterator[ReplaceActivation]:
-    """One edit an MLP."""
-    for site in view.sites:
-        yield ReplaceActivation(site=site)
+@register
+class Relufy(ModelMethod):
+    """Relufy: ReLU in place of the activation, so that units are really silent."""
+
+    name = "relufy"
+    paper = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts (its preparation of GELU models)"
+    arxiv = "2110.01786"
+    summary = "ReLU in place of the activation; to be distilled, then split into experts or thinned by top-k"
+    needs = "weights"
+    repairs = False
+    edits = (ReplaceActivation,)
+    takes = "nothing"
+
+    def propose(self, view: ModelView) -> Iterator[ReplaceActivation]:
+        """One edit an MLP."""
+        for site in view.sites:
+            yield ReplaceActivation(site=site)

@@ -16,27 +16,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import SiteMethod, register
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.types import SiteView
 
 
-@register(
-    "subspace-node",
-    needs="images",
-    paper="Subspace Node Pruning",
-    arxiv="2405.17506",
-    summary="units with the most activation variance that no other unit explains",
-    repairs=False,
-)
-def select(view: SiteView, options: MethodOptions) -> Tensor:
-    """Units by unexplained variance, largest first; without images, as if the MLP's inputs were white."""
-    if view.stats is None:
-        rows_HD = view.weights.input_rows.to(working_dtype(view.weights.input_rows.device))
-        gram_HH = rows_HD @ rows_HD.T
-    else:
-        gram_HH = view.stats.hidden_HH
-    return unexplained_variance(gram_HH).sort(descending=True, stable=True).indices[: view.num_keep].cpu()
+@register
+class SubspaceNode(SiteMethod):
+    """Subspace Node Pruning: units with the most activation variance that no other unit explains."""
+
+    name = "subspace-node"
+    paper = "Subspace Node Pruning"
+    arxiv = "2405.17506"
+    summary = "units with the most activation variance that no other unit explains"
+    needs = "images"
+    repairs = False
+
+    def select(self, view: SiteView) -> Tensor:
+        """Units by unexplained variance, largest first; without images, as if the MLP's inputs were white."""
+        if view.stats is None:
+            rows_HD = view.weights.input_rows.to(working_dtype(view.weights.input_rows.device))
+            gram_HH = rows_HD @ rows_HD.T
+        else:
+            gram_HH = view.stats.hidden_HH
+        return unexplained_variance(gram_HH).sort(descending=True, stable=True).indices[: view.num_keep].cpu()
 
 
 def unexplained_variance(gram_HH: Tensor) -> Tensor:

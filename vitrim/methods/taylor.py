@@ -16,44 +16,42 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import ModelMethod, register
 from vitrim.surgery import KeepUnits
 from vitrim.types import Features, ModelView
 
 
-class TaylorOptions(MethodOptions):
-    """`draws`: random signs drawn for each image; more make the estimate steadier, each costs a pass with gradients."""
+@register
+class Taylor(ModelMethod):
+    """Taylor: units by the squared first-order change of the features."""
+
+    name = "taylor"
+    paper = "Importance Estimation for Neural Network Pruning (its squared gates, on features in place of a loss)"
+    arxiv = "1906.10771"
+    summary = "units by the squared first-order change of the features"
+    needs = "images"
+    repairs = False
 
     draws: int = Field(default=1, ge=1)
+    """Random signs drawn for each image; more make the estimate steadier, each costs a pass with gradients."""
 
+    def propose(self, view: ModelView) -> Iterator[KeepUnits]:
+        """The units of each MLP with the largest scores, to the recipe's width; a tie goes to the lowest index."""
+        scores = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in view.sites}
 
-@register(
-    "taylor",
-    scope="model",
-    options=TaylorOptions,
-    needs="images",
-    paper="Importance Estimation for Neural Network Pruning (its squared gates, on features in place of a loss)",
-    arxiv="1906.10771",
-    summary="units by the squared first-order change of the features",
-    repairs=False,
-)
-def propose(view: ModelView, options: TaylorOptions) -> Iterator[KeepUnits]:
-    """The units of each MLP with the largest scores, to the recipe's width; a tie goes to the lowest index."""
-    scores = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in view.sites}
+        def random_sum(found: Features) -> Tensor:
+            parts = [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
+            return torch.stack([(part * _signs_like(part, view.generator)).sum() for part in parts]).sum()
 
-    def random_sum(found: Features) -> Tensor:
-        parts = [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
-        return torch.stack([(part * _signs_like(part, view.generator)).sum() for part in parts]).sum()
+        def see(path: str, hidden: Tensor, gradient: Tensor) -> None:
+            effects_BH = (hidden * gradient).reshape(len(hidden), -1, hidden.shape[-1]).sum(1)
+            scores[path] += effects_BH.double().square().sum(0).cpu()
 
-    def see(path: str, hidden: Tensor, gradient: Tensor) -> None:
-        effects_BH = (hidden * gradient).reshape(len(hidden), -1, hidden.shape[-1]).sum(1)
-        scores[path] += effects_BH.double().square().sum(0).cpu()
-
-    for _ in range(options.draws):
-        view.differentiate(random_sum, list(scores), see)
-    for site in view.sites:
-        order_H = scores[site.output].sort(descending=True, stable=True).indices
-        yield KeepUnits(site=site, keep=tuple(order_H[: view.widths[site.path]].tolist()))
+        for _ in range(self.draws):
+            view.differentiate(random_sum, list(scores), see)
+        for site in view.sites:
+            order_H = scores[site.output].sort(descending=True, stable=True).indices
+            yield KeepUnits(site=site, keep=tuple(order_H[: view.widths[site.path]].tolist()))
 
 
 def _signs_like(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,31 +12,35 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from vitrim.layers.top_k import Rank
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.surgery import TopKActivation
 from vitrim.types import ModelView
 
 
-class TopKOptions(MethodOptions):
-    """`num_active`: units of each MLP active a token; None takes the budget's share. `by`: what they are ranked by."""
+@register
+class TopK(ModelMethod):
+    """Lazy Neurons: only the most active hidden units of each token reach the output."""
+
+    name = "top-k"
+    paper = "The Lazy Neuron Phenomenon: On Emergence of Activation Sparsity in Transformers"
+    arxiv = "2210.06313"
+    summary = "only the most active hidden units of each token reach the output"
+    needs = "weights"
+    repairs = False
+    edits = (TopKActivation,)
+    takes = "share"
 
     num_active: int | None = Field(default=None, ge=1)
+    """Units of each MLP that are active for a token; None takes the budget's share."""
     by: Rank = "magnitude"
+    """What units are ranked by."""
 
+    def goes_by(self) -> BudgetUse:
+        """Return what of a budget the method goes by: `num_active` says it all."""
+        return "nothing" if self.num_active is not None else self.takes
 
-@register(
-    "top-k",
-    scope="model",
-    edits=(TopKActivation,),
-    options=TopKOptions,
-    needs="weights",
-    paper="The Lazy Neuron Phenomenon: On Emergence of Activation Sparsity in Transformers",
-    arxiv="2210.06313",
-    summary="only the most active hidden units of each token reach the output",
-    repairs=False,
-)
-def propose(view: ModelView, options: TopKOptions) -> Iterator[TopKActivation]:
-    """One edit an MLP."""
-    for site in view.sites:
-        num_active = view.widths[site.path] if options.num_active is None else options.num_active
-        yield TopKActivation(site=site, num_active=num_active, by=options.by)
+    def propose(self, view: ModelView) -> Iterator[TopKActivation]:
+        """One edit an MLP."""
+        for site in view.sites:
+            num_active = view.widths[site.path] if self.num_active is None else self.num_active
+            yield TopKActivation(site=site, num_active=num_active, by=self.by)

@@ -17,41 +17,39 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vitrim.errors import MissingExtraError
-from vitrim.methods.registry import MethodOptions, register
+from vitrim.methods.registry import SiteMethod, register
 from vitrim.types import MlpWeights, SiteView
 
 
-class TorchPruningOptions(MethodOptions):
-    """`importance`: the library's group magnitude, or distance to the geometric median; `p` is the power of a weight.
+@register
+class TorchPruning(SiteMethod):
+    """torch-pruning: units by that library's own importance."""
 
-    `reduction`: how it joins the scores of a group's layers.
-    """
+    name = "torch-pruning"
+    paper = "DepGraph: Towards Any Structural Pruning (its library's importances)"
+    arxiv = "2301.12900"
+    summary = "units by the importance that the library torch-pruning gives them"
+    needs = "weights"
+    repairs = False
 
     importance: Literal["magnitude", "fpgm"] = "magnitude"
+    """The library's group magnitude, or distance to the geometric median."""
     p: int = Field(default=2, ge=1)
+    """Power of a weight."""
     reduction: Literal["mean", "max", "prod", "first"] = "mean"
+    """How the scores of a group's layers are joined."""
+
+    def select(self, view: SiteView) -> Tensor:
+        """Units by the library's score, largest first; a tie goes to the lowest index.
+
+        Raises:
+            MissingExtraError: torch-pruning is not installed.
+        """
+        scores_H = library_scores(view.weights, self)
+        return scores_H.sort(descending=True, stable=True).indices[: view.num_keep].cpu()
 
 
-@register(
-    "torch-pruning",
-    options=TorchPruningOptions,
-    needs="weights",
-    paper="DepGraph: Towards Any Structural Pruning (its library's importances)",
-    arxiv="2301.12900",
-    summary="units by the importance that the library torch-pruning gives them",
-    repairs=False,
-)
-def select(view: SiteView, options: TorchPruningOptions) -> Tensor:
-    """Units by the library's score, largest first; a tie goes to the lowest index.
-
-    Raises:
-        MissingExtraError: torch-pruning is not installed.
-    """
-    scores_H = library_scores(view.weights, options)
-    return scores_H.sort(descending=True, stable=True).indices[: view.num_keep].cpu()
-
-
-def library_scores(weights: MlpWeights, options: TorchPruningOptions) -> Tensor:
+def library_scores(weights: MlpWeights, options: TorchPruning) -> Tensor:
     """The library's importance of each hidden unit, (H,)."""
     try:
         import torch_pruning

@@ -1,1 +1,1 @@
-"""Foreign models: loading them, finding their MLPs, reading their features, writing them back."""
+"""Foreign models: load them, find their MLPs, read their features, write their configs."""

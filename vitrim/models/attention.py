@@ -1,7 +1,8 @@
-"""Finds the self-attentions of any model by structure: three projections (or one for all), heads, an output projection.
+"""Find the self-attentions of any model by structure: three projections (or one for all), heads, an output projection.
 
-What is found is a candidate: whether it is plain attention, without positions, norms or masks inside, shows when it is
-run beside one (`calibrate.LiveModelView.attentions`). No foreign class is named and no foreign forward copied.
+What is found is a candidate. Whether it is plain attention, without positions, norms or masks inside, is checked by
+running it beside vitrim's own (`calibrate.LiveModelView.attentions`). No foreign class is named and no foreign
+`forward` copied.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ HEADS = ("num_heads", "num_attention_heads")
 
 
 def find_attentions(model: nn.Module) -> Iterator[AttentionSite]:
-    """Candidates in the order of the model's modules."""
+    """Yield candidates in the order of the model's modules."""
     for path, module in model.named_modules():
         for names in NAMES:
             site = _match(module, path, names)
@@ -33,7 +34,7 @@ def find_attentions(model: nn.Module) -> Iterator[AttentionSite]:
 
 
 def _match(module: nn.Module, path: str, names: tuple[str, str, str, str]) -> AttentionSite | None:
-    """A module as an attention whose layers have these names, None if it is none."""
+    """Return a module as an attention whose layers have these names, or None if it is not one."""
     try:
         query, key, value, output = (module.get_submodule(name) for name in names)
     except AttributeError:

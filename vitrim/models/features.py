@@ -1,23 +1,21 @@
-"""Features of a vision encoder, as CLS or pooled vector plus patch tokens, before or after its final norm.
+"""Features of a vision encoder: CLS or pooled vector plus patch tokens, before or after the final norm.
 
-One small adapter for each way in which libraries hand features out: timm's `forward_features`, transformers'
-model outputs, open_clip's towers, and any module that returns a tensor. No foreign `forward` is copied. A text encoder
-gives its first token as pooled vector and the others as patches.
+There is one small adapter for each way in which libraries return features: timm's `forward_features`, transformers'
+model outputs, open_clip's towers, and any module that returns a tensor. No foreign `forward` is copied. For a text
+encoder the first token is the pooled vector and the others are the patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.types import Features
-
-FeaturesAt = Literal["final", "pre_norm"]
+from vitrim.types import Features, FeaturesAt
 
 FINAL_NORMS = ("norm", "fc_norm", "ln_post", "layernorm", "encoder.layernorm", "encoder.ln", "post_layernorm")
 # What libraries call the part of a larger model (a CLIP pair, a VLM) that takes the images.
@@ -25,7 +23,7 @@ TOWERS = ("visual", "vision_model", "vision_tower", "vision_encoder", "image_enc
 
 
 def encoder_path(model: nn.Module) -> str:
-    """Path of the image tower inside a larger model, the outermost one; "" where the model itself takes the images."""
+    """Return the path of the outermost image tower in a larger model, or "" if the model itself takes the images."""
     named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWERS]
     return min(named, key=lambda name: name.count("."), default="")
 
@@ -37,13 +35,20 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
         model: an encoder of timm, transformers, open_clip or torchvision, or a module that returns a (B, D) or
             (B, N, D) tensor.
         inputs: preprocessed images (B, C, H, W), or token ids (B, N) for a text encoder, on the model's device.
-        at: `final` reads the tokens behind the final norm, `pre_norm` in front of it.
+        at: `final` reads the tokens after the final norm, `pre_norm` before it.
 
     Returns:
-        Pooled vector (CLS token where there is one) and patch tokens.
+        Pooled vector (B, D), the CLS token if there is one, and patch tokens (B, N, D) or None.
 
     Raises:
         ModelError: the output holds no tensor of features, or `pre_norm` was asked of a model without final norm.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0).eval()
+        >>> found = features(model, torch.zeros(1, 3, 32, 32))
+        >>> found.pooled_BD.shape, found.patches_BND.shape
+        (torch.Size([1, 192]), torch.Size([1, 4, 192]))
     """
     if at == "final":
         return _features(model, inputs)
@@ -64,7 +69,7 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that ends the encoder, where it has one with parameters."""
+    """Return the norm at the end of the encoder, or None if there is none with parameters."""
     for name in [f"{part}{name}" for part in ("", "trunk.") for name in FINAL_NORMS]:
         try:
             module = model.get_submodule(name)
@@ -76,7 +81,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor | None:
-    """Class scores (B, classes) for a classifier, None for a model that has no classifier head."""
+    """Return a classifier's class scores (B, classes), or None for a model without a classifier head."""
     if not num_classes(model):
         return None
     output = model(inputs)
@@ -84,7 +89,7 @@ def logits(model: nn.Module, inputs: Tensor) -> Tensor | None:
 
 
 def num_classes(model: nn.Module) -> int:
-    """Number of classes of the model's head, 0 where it has none."""
+    """Return the number of classes of the model's head, 0 if it has none."""
     classes = getattr(model, "num_classes", None)
     if classes is None:
         head = _class_head(model)
@@ -93,7 +98,7 @@ def num_classes(model: nn.Module) -> int:
 
 
 def _class_head(model: nn.Module) -> nn.Linear | None:
-    """The linear layer that ends a classifier of transformers or torchvision."""
+    """Return the linear layer at the end of a transformers or torchvision classifier, or None."""
     for name in ("classifier", "heads.head", "head"):
         module = model
         for part in name.split("."):
@@ -104,13 +109,13 @@ def _class_head(model: nn.Module) -> nn.Linear | None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are; the CPU for a model that has none."""
+    """Return the device of a model's parameters; the CPU for a model without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Hold models in eval mode without gradients, and put every module's mode back afterwards."""
+    """Hold models in eval mode without gradients inside a `with` block, and restore every module's mode afterwards."""
     with _modes_kept(*models):
         for model in models:
             model.eval()
@@ -120,7 +125,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for gradients meanwhile."""
+    """Let no parameter require gradients inside a `with` block."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -133,7 +138,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put every module's mode and every parameter's `requires_grad` back afterwards, and drop all gradients."""
+    """Restore every module's mode and parameter's `requires_grad` after a `with` block, and drop all gradients."""
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     with _modes_kept(model):
         try:
@@ -146,7 +151,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Put every module's mode back afterwards."""
+    """Restore every module's mode after a `with` block."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
@@ -156,7 +161,7 @@ def _modes_kept(*models: nn.Module) -> Iterator[None]:
 
 
 def _features(model: nn.Module, inputs: Tensor) -> Features:
-    """Features behind the final norm, by the way in which each library hands them out."""
+    """Return features after the final norm, in whichever way the model's library returns them."""
     if hasattr(model, "trunk") and hasattr(model, "head"):  # open_clip's wrapper around a timm tower
         trunk: Any = model.trunk
         output = trunk.forward_features(inputs)
@@ -181,7 +186,7 @@ def _features(model: nn.Module, inputs: Tensor) -> Features:
 
 
 def _tokens(model: nn.Module, output: Any) -> Tensor:
-    """The tokens (B, N, D) in a model's output, or its single vector (B, D)."""
+    """Return the tokens (B, N, D) in a model's output, or its single vector (B, D)."""
     if isinstance(output, dict) and "x_norm_clstoken" in output:  # DINOv2's own code
         return torch.cat([output["x_norm_clstoken"][:, None], output["x_norm_patchtokens"]], dim=1)
     for name in ("last_hidden_state", "logits"):
@@ -198,7 +203,7 @@ def _tokens(model: nn.Module, output: Any) -> Tensor:
 
 
 def _split(model: nn.Module, tokens: Tensor) -> Features:
-    """Tokens into pooled vector and patches, by the model's count of prefix tokens."""
+    """Split tokens into pooled vector and patches, by the model's number of prefix tokens."""
     if tokens.ndim == 2:
         return Features(pooled_BD=tokens)
     if tokens.ndim == 4:
@@ -209,9 +214,9 @@ def _split(model: nn.Module, tokens: Tensor) -> Features:
 
 
 def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> Tensor | None:
-    """The pooled vector that a model really hands out, where that is more than its CLS token or a mean of tokens.
+    """Return the model's own pooled vector if it is more than the CLS token or a mean of tokens, else None.
 
-    A `pooler` with a dense layer and tanh (BERT's, kept by ViT and DeiT) is left out: it is often untrained.
+    A `pooler` with a dense layer and tanh (BERT's, kept by ViT and DeiT) does not count: it is often untrained.
     """
     if getattr(model, "attn_pool", None) is not None:  # SigLIP in timm
         return model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
@@ -221,7 +226,7 @@ def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> Tensor | None:
 
 
 def _norm_output(model: nn.Module, inputs: Tensor) -> Tensor:
-    """What the final norm puts out."""
+    """Run the model and return the output of its final norm."""
     caught: list[Tensor] = []
     norm = final_norm(model)
     assert norm is not None
@@ -235,7 +240,7 @@ def _norm_output(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @contextmanager
 def _held(model: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give an attribute another value for a while."""
+    """Set an attribute to another value inside a `with` block."""
     before = getattr(model, name)
     setattr(model, name, value)
     try:
@@ -245,7 +250,7 @@ def _held(model: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """CLS, distillation and register tokens in front of the patches; a text encoder's first token is its CLS."""
+    """Return how many CLS, distillation and register tokens precede the patches; 1 for a text encoder."""
     if hasattr(model, "num_prefix_tokens"):
         return int(model.num_prefix_tokens)  # type: ignore[arg-type]
     if takes_token_ids(model):
@@ -260,5 +265,5 @@ def num_prefix_tokens(model: nn.Module) -> int:
 
 
 def takes_token_ids(model: nn.Module) -> bool:
-    """Whether a model is a text encoder: it says so (transformers), and holds no image tower."""
+    """Whether a model is a text encoder: transformers says it takes token ids, and it holds no image tower."""
     return getattr(model, "main_input_name", None) == "input_ids" and not encoder_path(model)

@@ -1,4 +1,4 @@
-"""Models of open_clip: an image tower and a text tower. The image tower is cut, the text tower is carried along."""
+"""Models of open_clip: an image tower, which is cut, and a text tower, which is kept as it is."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", 
 
 
 def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
-    """An open_clip model: `NAME/TAG`, `NAME` (its first tag), `hf-hub:ID`, or a folder with open_clip's config."""
+    """Load an open_clip model: `NAME/TAG`, `NAME` (its first tag), `hf-hub:ID`, or a folder with open_clip's config."""
     open_clip = require("open_clip", "clip")
     folder = Path(source.removeprefix("local-dir:"))
     if (folder / CONFIG).is_file():
@@ -64,19 +64,19 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
 
 
 def origin_of(model: nn.Module, name: str) -> Origin | None:
-    """A live open_clip model does not remember its config, only its preprocessing."""
+    """Return the preprocessing of a live open_clip model; it does not store its config. None if it stores neither."""
     visual = getattr(model, "visual", None)
     said = getattr(visual, "preprocess_cfg", None)
     return None if said is None else Origin(name=name, preprocessing=_in_timm_words(said, visual), encoder="visual")
 
 
 def build(origin: Origin) -> nn.Module:
-    """The uncut pair of towers."""
+    """Build the uncut pair of towers, without its weights."""
     return _build(require("open_clip", "clip"), origin.model_args)
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-    """Every `mlp_ratio` that may give these widths; a timm tower takes it through a timm config of its own."""
+    """Yield an origin for every `mlp_ratio` that may give these widths; a timm tower gets a timm config of its own."""
     for ratio in from_timm.mlp_ratios(edits):
         args = copy.deepcopy(dict(origin.model_args))
         vision = args["vision_cfg"]
@@ -85,11 +85,11 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
 
 
 def describe_(student: nn.Module, origin: Origin) -> None:
-    """Nothing: an open_clip model does not hold its config."""
+    """Do nothing: an open_clip model does not store its config."""
 
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
-    """open_clip_config.json, and for a timm tower a folder with the tower's own config beside it."""
+    """Write open_clip_config.json, and for a timm tower a folder with the tower's own config beside it."""
     args = copy.deepcopy(dict(origin.model_args))
     if TRUNK_ARGS in args["vision_cfg"]:
         _write_trunk_config(args["vision_cfg"], folder / "trunk")
@@ -110,13 +110,13 @@ def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """The same names; open_clip converts only checkpoints of other code, which it reads itself."""
+    """Map the names in a file to themselves; open_clip converts only checkpoints of other code."""
     known = model.state_dict()
     return {name: name for name in fakes if name in known}
 
 
 def tokenizer(origin: Origin) -> Callable[[Sequence[str]], Tensor]:
-    """The tokenizer of a pair: open_clip's own, or one of transformers, from the model's folder or the hub."""
+    """Return the tokenizer of a pair: open_clip's own, or one of transformers from the model's folder or the hub."""
     text = origin.model_args["text_cfg"]
     options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
     with in_one_line(f"{origin.name}: tokenizer"):
@@ -130,14 +130,14 @@ def tokenizer(origin: Origin) -> Callable[[Sequence[str]], Tensor]:
 
 
 def imagenet() -> tuple[Sequence[str], Mapping[str, Sequence[Callable[[str], str]]]]:
-    """The class names of ImageNet-1K, and sets of templates, as open_clip has them."""
+    """Return the class names of ImageNet-1K, and sets of prompt templates by name, from open_clip."""
     known = require("open_clip", "clip")
     sets = {"openai": known.OPENAI_IMAGENET_TEMPLATES, "simple": known.SIMPLE_IMAGENET_TEMPLATES}
     return known.IMAGENET_CLASSNAMES, sets
 
 
 def _build(open_clip: Any, config: Any) -> nn.Module:
-    """The class that open_clip itself would choose, without its weights."""
+    """Build the class that open_clip itself would choose for a config, without its weights."""
     args = copy.deepcopy(dict(config))
     args["text_cfg"] |= {"hf_model_pretrained": False} if "hf_model_name" in args["text_cfg"] else {}
     custom = args.pop("custom_text", False) or "hf_model_name" in args["text_cfg"]
@@ -152,7 +152,7 @@ def _build(open_clip: Any, config: Any) -> nn.Module:
 
 
 def _write_trunk_config(vision: dict[str, Any], folder: Path) -> None:
-    """Move a timm tower's arguments into a timm config, since open_clip's own can't hold them, and point to it."""
+    """Move a timm tower's arguments, for which open_clip's config has no place, to a timm config, and refer to that."""
     from timm.models import get_pretrained_cfg
 
     architecture = vision["timm_model_name"]
@@ -168,7 +168,7 @@ def _write_trunk_config(vision: dict[str, Any], folder: Path) -> None:
 
 
 def _config(open_clip: Any, name: str) -> dict[str, Any]:
-    """The config of a model and of its preprocessing, by name or from a folder or the hub."""
+    """Read the config of a model and of its preprocessing, by name, from a folder or from the hub."""
     if name.startswith("local-dir:"):
         found = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG).read_text())
     elif name.startswith("hf-hub:"):
@@ -182,7 +182,7 @@ def _config(open_clip: Any, name: str) -> dict[str, Any]:
 
 
 def _with_own_trunk(config: dict[str, Any]) -> dict[str, Any]:
-    """Take a timm tower's arguments back out of the folder that `write` put them in."""
+    """Read a timm tower's arguments back from the folder that `write_config` put them in."""
     vision = config["vision_cfg"]
     where = vision.get("timm_model_name", "")
     if where.startswith("local-dir:"):
@@ -192,7 +192,7 @@ def _with_own_trunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_and_tag(open_clip: Any, source: str) -> tuple[str, str]:
-    """Split `NAME/TAG`, and take the first tag that fits where none is given."""
+    """Split `NAME/TAG`; without a tag take the first one with the model's activation."""
     name, _, tag = source.partition("/")
     if name not in open_clip.list_models():
         close = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.5)
@@ -213,12 +213,12 @@ def _name_and_tag(open_clip: Any, source: str) -> tuple[str, str]:
 
 
 def _tag_config(open_clip: Any, name: str, tag: str | None) -> dict[str, Any]:
-    """Preprocessing that belongs to a tag, for a model that was built without weights."""
+    """Return the preprocessing that belongs to a tag, for a model that was built without weights."""
     return dict(open_clip.get_pretrained_cfg(name, tag)) if tag else {}
 
 
 def _in_timm_words(said: Any, visual: Any) -> dict[str, Any]:
-    """open_clip's preprocessing as timm's data config."""
+    """Translate open_clip's preprocessing to timm's data config."""
     said = {**dataclasses.asdict(importlib.import_module("open_clip.transform").PreprocessCfg()), **said}
     size = getattr(visual, "image_size", None) or said["size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)

@@ -37,7 +37,7 @@ HEADS = {
 
 
 def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
-    """A timm model: `NAME`, `NAME@FILE` (a state dict), `hf-hub:ID` or `local-dir:PATH`."""
+    """Load a timm model: `NAME`, `NAME@FILE` (a state dict), `hf-hub:ID` or `local-dir:PATH`."""
     import timm
 
     name, _, file = source.partition("@") if ":" not in source else (source, "", "")
@@ -57,7 +57,7 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
 
 
 def origin_of(model: nn.Module, name: str) -> Origin | None:
-    """How timm built a live model, where it remembers."""
+    """Return how timm built a live model, or None if it is not timm's."""
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not architecture:
         return None
@@ -77,7 +77,7 @@ def origin_of(model: nn.Module, name: str) -> Origin | None:
 
 
 def build(origin: Origin) -> nn.Module:
-    """The uncut architecture."""
+    """Build the uncut architecture."""
     import timm
 
     _check_name(origin.architecture)
@@ -88,31 +88,31 @@ def build(origin: Origin) -> nn.Module:
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-    """Every `mlp_ratio` that may give these widths."""
+    """Yield an origin for every `mlp_ratio` that may give these widths."""
     for ratio in mlp_ratios(edits):
         yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
 
 
 def describe_(student: nn.Module, origin: Origin) -> None:
-    """Nothing: timm keeps the arguments of a model apart from it."""
+    """Do nothing: timm does not store a model's arguments in the model."""
 
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
-    """config.json as timm writes it itself."""
+    """Write config.json, by timm's own function."""
     from timm.models._hub import save_config_for_hf
 
     save_config_for_hf(student, str(folder / "config.json"), model_args=dict(origin.model_args))
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """Names in a file -> names in the model, by watching which tensors timm's own filter hands through unchanged."""
+    """Map names in a file to names in the model, for tensors that timm's own filter passes through unchanged."""
     after = in_timm_names(dict(fakes), model)
     new_name = {id(tensor): name for name, tensor in after.items()}
     return {name: new_name[id(tensor)] for name, tensor in fakes.items() if id(tensor) in new_name}
 
 
 def in_timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict in timm's names, through timm's own filter for the original's."""
+    """Rename a state dict to timm's names, by timm's own filter for checkpoints of the original code."""
     from timm.models import clean_state_dict  # type: ignore[attr-defined]
 
     cleaned: dict[str, Tensor] = clean_state_dict(dict(tensors))
@@ -121,7 +121,7 @@ def in_timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
 
 
 def mlp_ratios(edits: Sequence[KeepUnits]) -> Iterator[float]:
-    """Ratios that may give these widths: as they are, nudged over the truncation, and doubled for packed gates."""
+    """Yield ratios that may give these widths: exact, nudged over truncation, and doubled for packed gates."""
     edit = edits[0]
     for count in (edit.width, 2 * edit.width):
         yield count / edit.site.d_model
@@ -129,7 +129,7 @@ def mlp_ratios(edits: Sequence[KeepUnits]) -> Iterator[float]:
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """The preprocessing that comes with a timm model: size, crop, interpolation, mean and std."""
+    """Return the preprocessing of a timm model: input size, crop, interpolation, mean and std."""
     from timm.data.config import resolve_data_config
 
     config = resolve_data_config({}, model=model)
@@ -140,7 +140,7 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_name(name: str) -> None:
-    """Refuse a name that timm does not know, with the nearest that it does."""
+    """Check that timm knows an architecture; the error suggests the nearest name."""
     import timm
 
     if not timm.is_model(name):
@@ -150,7 +150,7 @@ def _check_name(name: str) -> None:
 
 
 def _head_of(file: str) -> dict[str, Any]:
-    """The number of classes that a bare state dict was trained for, where its head says so."""
+    """Return the number of classes in a bare state dict as model arguments, if its head shows it."""
     if not file:
         return {}
     infos = {name.removeprefix("module."): info for name, info in _open(Path(file)).infos.items()}
@@ -158,10 +158,10 @@ def _head_of(file: str) -> dict[str, Any]:
 
 
 def _open(path: Path) -> TensorFiles:
-    """A bare state dict, not yet read.
+    """Open a bare state dict without reading its tensors.
 
     Raises:
-        ModelError: no such file.
+        ModelError: there is no such file.
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; use NAME@FILE with a .safetensors, .pth or .bin file.")
@@ -169,7 +169,7 @@ def _open(path: Path) -> TensorFiles:
 
 
 def _fill_(model: nn.Module, path: Path) -> None:
-    """Give a model on meta the tensors of a file, in timm's names or, through timm's own filter, in the original's."""
+    """Load a file into a model on meta, in timm's names or, through timm's own filter, in the original's."""
     tensors = in_timm_names(dict(_open(path)), model)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     match_buffers_(model)

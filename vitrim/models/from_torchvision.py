@@ -1,4 +1,4 @@
-"""Models of torchvision, by name. It has no folder format, so what is cut is always kept in vitrim's own."""
+"""Models of torchvision, by name. It has no folder format, so what is cut is always saved in vitrim's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOADS = ""
 
 
 def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
-    """A torchvision model with its default weights: `NAME`."""
+    """Load a torchvision model by name, with its default weights."""
     from torchvision import models
 
     if source not in models.list_models(module=models):  # without those for detection, video and so on
@@ -40,32 +40,32 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
 
 
 def origin_of(model: nn.Module, name: str) -> Origin | None:
-    """A live torchvision model does not remember how it was built."""
+    """Return None: a live torchvision model does not store how it was built."""
     return None
 
 
 def build(origin: Origin) -> nn.Module:
-    """The uncut architecture."""
+    """Build the uncut architecture."""
     from torchvision import models
 
     return models.get_model(origin.architecture, **origin.model_args)
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-    """Nothing: torchvision reads no config."""
+    """Yield nothing: torchvision reads no config."""
     return iter(())
 
 
 def describe_(student: nn.Module, origin: Origin) -> None:
-    """Nothing: a torchvision model does not hold its config."""
+    """Do nothing: a torchvision model does not store its config."""
 
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
-    """Never called: there is no stock format."""
+    """Write nothing: torchvision reads no config."""
     raise NotImplementedError
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """The same names."""
+    """Map the names in a file to themselves, for those that the model has."""
     known = model.state_dict()
     return {name: name for name in fakes if name in known}

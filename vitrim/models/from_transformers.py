@@ -45,7 +45,7 @@ TEXT_LENGTH = 128
 
 
 def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
-    """A model by hub id or from a folder with transformers' config.json."""
+    """Load a model by hub id, or from a folder with transformers' config.json."""
     transformers = require("transformers", "hf")
     with in_one_line(f"hf/{source}"):
         config = _config(transformers, source)
@@ -64,7 +64,7 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
 
 
 def origin_of(model: nn.Module, name: str) -> Origin | None:
-    """How transformers built a live model; only of its own classes, since only those it can build again."""
+    """Return how transformers built a live model; None for other classes than its own, which it could not build."""
     kind = type(model)
     if (
         not kind.__module__.startswith("transformers.")
@@ -76,7 +76,7 @@ def origin_of(model: nn.Module, name: str) -> Origin | None:
 
 
 def build(origin: Origin) -> nn.Module:
-    """The uncut architecture."""
+    """Build the uncut architecture."""
     transformers = require("transformers", "hf")
     args = dict(origin.model_args)
     config = transformers.AutoConfig.for_model(args.pop("model_type"), **args)
@@ -87,7 +87,7 @@ def build(origin: Origin) -> nn.Module:
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-    """Every `intermediate_size` or `mlp_ratio` that may give these widths, in the config of the encoder."""
+    """Yield an origin for every `intermediate_size` or `mlp_ratio` of the encoder that may give these widths."""
     edit = edits[0]
     for key, values in {
         "intermediate_size": [edit.width],
@@ -100,7 +100,7 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
 
 
 def describe_(student: nn.Module, origin: Origin) -> None:
-    """Set the new widths in the config of the model and of its tower, which may be two objects."""
+    """Set the new widths in the configs of the model and of its tower, which may be two objects."""
     wanted = _config_of_encoder(origin.model_args, origin.encoder)
     whole: Any = student.config
     nested = _nested_key(origin.model_args, origin.encoder)
@@ -115,7 +115,7 @@ def describe_(student: nn.Module, origin: Origin) -> None:
 
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
-    """config.json as transformers writes it, with the tokenizer and processor beside it."""
+    """Write config.json, and generation_config.json for a model that has one, by transformers' own functions."""
     describe_(student, origin)
     config: Any = student.config
     config.architectures = [type(student).__name__]
@@ -126,7 +126,7 @@ def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """Names in a file -> names in the model: transformers' own renamings of what older versions wrote."""
+    """Map names in a file to names in the model, by transformers' own rules for names of older versions."""
     conversion, loading = _renaming_modules()
     known = model.state_dict()
     if conversion is None or loading is None:
@@ -146,7 +146,7 @@ def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
 
 
 def _renaming_modules() -> tuple[Any, Any]:
-    """Transformers 5 renames on loading; older versions write and read the same names."""
+    """Return transformers 5's modules that rename on loading; None for older versions, which don't rename."""
     try:
         return import_module("transformers.conversion_mapping"), import_module("transformers.core_model_loading")
     except ImportError:
@@ -154,7 +154,7 @@ def _renaming_modules() -> tuple[Any, Any]:
 
 
 def _config(transformers: Any, source: str) -> Any:
-    """The config of a model whose code is in transformers itself."""
+    """Read the config of a model whose code is part of transformers."""
     try:
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except ValueError as error:
@@ -167,20 +167,23 @@ def _config(transformers: Any, source: str) -> Any:
 
 
 def _known_class(transformers: Any, name: str) -> type[nn.Module] | None:
-    """A model class by the name that a config gives it, where transformers has one."""
+    """Return the model class of this name, or None if transformers has none."""
     found = getattr(transformers, name, None)
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 def _refuse_random_weights(source: str, missing: Iterable[str]) -> None:
-    """Refuse a model that transformers filled up with random weights; an untrained pooler is common, and never read."""
+    """Refuse a model in which transformers filled missing weights at random.
+
+    A missing pooler is common and allowed: it is never read.
+    """
     random = sorted(name for name in missing if "pooler" not in name)
     if random:
         raise ModelError(f"hf/{source}: its files have no weights for {len(random)} tensors, such as {random[0]}.")
 
 
 def _origin(model: nn.Module, name: str, folder: str | None) -> Origin:
-    """Everything that a transformers model knows about itself."""
+    """Collect everything that a transformers model says about itself."""
     encoder = encoder_path(model)
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     for key in ("_name_or_path", "architectures", "transformers_version"):
@@ -198,7 +201,7 @@ def _origin(model: nn.Module, name: str, folder: str | None) -> Origin:
 
 
 def _preprocessing(tower: nn.Module, folder: str | None) -> dict[str, Any]:
-    """Image size, crop and statistics in timm's words, or the tokenizer and length of a text encoder."""
+    """Return image size, crop and statistics as timm's data config, or tokenizer and length for a text encoder."""
     config: Any = tower.config
     if getattr(tower, "main_input_name", "pixel_values") == "input_ids":
         length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
@@ -219,7 +222,7 @@ def _preprocessing(tower: nn.Module, folder: str | None) -> dict[str, Any]:
 
 
 def _in_timm_words(said: dict[str, Any]) -> dict[str, Any]:
-    """An image processor's settings as timm's data config."""
+    """Translate an image processor's settings to timm's data config."""
     if "image_mean" not in said:
         return {}
     size = said.get("size") or {}
@@ -237,26 +240,26 @@ def _in_timm_words(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mlp_ratios(edit: KeepUnits) -> list[float | int]:
-    """Ratios that may give a width; some configs take whole numbers only and round what comes of them."""
+    """Return ratios that may give a width; some configs take whole numbers only, and round the result."""
     exact = [ratio for ratio in range(1, 9) if ratio * edit.site.d_model == edit.width]
     nudged = [(edit.width + extra) / edit.site.d_model for extra in (0, 0.5)]
     return [*exact, *nudged, *(ratio for ratio in range(1, 9) if ratio not in exact)]
 
 
 def _config_of_encoder(args: Any, encoder: str) -> dict[str, Any]:
-    """The part of a config that speaks of the encoder."""
+    """Return the part of a config that describes the encoder."""
     nested = _nested_key(args, encoder)
     return args[nested] if nested else args
 
 
 def _nested_key(args: Any, encoder: str) -> str | None:
-    """Name of that part, None where the config speaks of nothing else."""
+    """Return the name of the part that describes the encoder, or None if the whole config does."""
     nested = "text_config" if "text" in encoder or "language" in encoder else "vision_config"
     return nested if encoder and isinstance(args.get(nested), dict) else None
 
 
 def _companions_of(source: str) -> str:
-    """The folder in the hub's cache that holds a model's small files."""
+    """Return the folder in the hub's cache that holds a model's small files, after downloading them."""
     from huggingface_hub import snapshot_download
 
     return snapshot_download(source, allow_patterns=["config.json", *COMPANIONS])

@@ -1,4 +1,4 @@
-"""Finds the linear and convolution layers of any module, and says which can't be replaced by another module.
+"""Find the linear and convolution layers of any module, and say which can't be replaced by another module.
 
 Foreign classes are never named. torch's own are known by their exact type, since a subclass may compute something else;
 another module that looks like a linear layer is run, to see whether it is one.
@@ -22,14 +22,14 @@ TIED = "its parameters are also another layer's"
 
 
 def find_layers(model: nn.Module, *, factors: bool = False) -> tuple[LayerSite, ...]:
-    """Find every linear and convolution layer below a model, in the order of its modules.
+    """Find every linear and convolution layer of a model, in the order of its modules.
 
     Args:
-        model: any module; layers on the meta device that are not torch's own are taken for what they look like.
-        factors: whether the two factors that stand for a layer already are layers themselves.
+        model: any module; a layer on the meta device that is not torch's own is judged by its attributes alone.
+        factors: whether to include the two factors of a layer that was replaced before.
 
     Returns:
-        One site a layer. Where nothing else can stand in the place of a layer, its `fixed` says why.
+        One site a layer. If no other module can replace the layer, its `fixed` says why.
     """
     holders = Counter(
         id(parameter)
@@ -40,7 +40,7 @@ def find_layers(model: nn.Module, *, factors: bool = False) -> tuple[LayerSite, 
 
 
 def _find(module: nn.Module, prefix: str, holders: Counter[int], factors: bool) -> Iterator[LayerSite]:
-    """The layers below a module; a shared one is met where it stands first."""
+    """Yield the layers below a module; a shared one at its first place."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, LowRankLinear | LowRankConv):
@@ -56,7 +56,7 @@ def _find(module: nn.Module, prefix: str, holders: Counter[int], factors: bool) 
 
 
 def _site(module: nn.Module, path: str, fixed: str) -> LayerSite | None:
-    """The site of a module, None where it is no layer."""
+    """Return the site of a module, or None if it is no linear or convolution layer."""
     weight, bias = (_own(module).get(name) for name in ("weight", "bias"))
     if weight is None or not weight.is_floating_point() or not _own(module).keys() <= {"weight", "bias"}:
         return None
@@ -80,7 +80,7 @@ def _site(module: nn.Module, path: str, fixed: str) -> LayerSite | None:
 
 
 def _linear_kind(module: nn.Module, weight: Tensor) -> LayerKind | None:
-    """Which linear layer a module is, if it is one: by its looks, and by what it puts out."""
+    """Return which kind of linear layer a module is, by its attributes and its output; None if it is none."""
     if weight.ndim != 2 or any(True for _ in module.children()):
         return None
     if (getattr(module, "out_features", None), getattr(module, "in_features", None)) == tuple(weight.shape):
@@ -106,5 +106,5 @@ def _puts_out(module: nn.Module, weight_MN: Tensor) -> bool:
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own parameters by name."""
+    """Return a module's own parameters by name."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))

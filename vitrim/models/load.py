@@ -1,6 +1,7 @@
-"""Gets a model from a name or a folder, with what is needed to build it again; each library has a module of its own.
+"""Load a model by name or from a folder, with what is needed to build it again.
 
-Nothing is downloaded but what was asked for, and nothing is unpickled or run from a repository.
+Each library has a module of its own. Nothing is downloaded but the named model, and nothing is unpickled or run from a
+repository.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 
 
 def backend_of(name: str | None) -> ModelBackend | None:
-    """The module for a library, by the name that origins use; None for a model that no library can build."""
+    """Return the module for a library, by the name that origins use; None for a model that no library can build.
+
+    Raises:
+        CheckpointError: this version does not know the library.
+    """
     if name is None:
         return None
     if name not in PREFIXES.values():
@@ -39,7 +44,7 @@ def load_model(source: str, *, weights: bool = True) -> tuple[nn.Module, Origin]
     Args:
         source: `timm/NAME`, `timm/NAME@FILE` (a bare state dict), `hf/ORG/NAME`, `open_clip/NAME/TAG`,
             `torchvision/NAME`, or `local-dir:PATH` / a path to a folder in the layout of one of them.
-        weights: without, only the architecture is built, with parameters on the meta device; no weights are downloaded.
+        weights: whether to load weights; without them only the architecture is built, on the meta device.
 
     Returns:
         The model and how it was built.
@@ -63,7 +68,7 @@ def load_model(source: str, *, weights: bool = True) -> tuple[nn.Module, Origin]
 
 
 def origin_of(model: nn.Module, *, name: str | None = None) -> Origin:
-    """How a live model was built, as far as its library remembers, and which part of it takes the images."""
+    """Return how a live model was built, as far as its library stores it, and which part of it takes the images."""
     shown = name or type(model).__name__
     for each in PREFIXES.values():
         backend = backend_of(each)
@@ -74,10 +79,10 @@ def origin_of(model: nn.Module, *, name: str | None = None) -> Origin:
 
 
 def tokenizer_of(origin: Origin) -> Any:
-    """The tokenizer of a text encoder, from the folder that the model came from.
+    """Load the tokenizer of a text encoder from the folder that the model came from.
 
     Raises:
-        ModelError: there is none; token ids can be passed instead of text.
+        ModelError: the folder has no tokenizer; pass token ids instead of text.
     """
     folder = origin.preprocessing.get("tokenizer", origin.folder)
     # Without these files transformers makes a tokenizer to which every word is unknown.
@@ -92,7 +97,7 @@ def build_empty(origin: Origin) -> nn.Module:
     """Build the uncut architecture with parameters on the meta device and real buffers.
 
     Raises:
-        CheckpointError: only the owner of the model can build it.
+        CheckpointError: no library can build this model; only its owner can.
     """
     backend = backend_of(origin.library)
     if backend is None:
@@ -106,7 +111,7 @@ def build_empty(origin: Origin) -> nn.Module:
 
 
 def _library_of(folder: Path, source: str, *, weights: bool) -> str:
-    """Which library's layout a folder has."""
+    """Return the name of the library in whose layout a folder is."""
     if not folder.is_dir():
         raise ModelError(f"{source}: no such model; use {SOURCES}.")
     if (folder / "open_clip_config.json").is_file():

@@ -1,6 +1,7 @@
-"""How a model came to be: what a checkpoint has to remember to build the uncut architecture again.
+"""How a model was built: everything a checkpoint must store so that the uncut architecture can be built again.
 
-One module a library (`from_timm`, `from_transformers` and so on) fills in `ModelBackend`. Nothing here imports one.
+Each library has one module (`from_timm`, `from_transformers` and so on) that implements `ModelBackend`. Nothing here
+imports a model library.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ MAX_MODULES = 100_000  # models have some thousands; a damaged config asks for a
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """How the uncut model is built, without its weights.
+    """How to build the uncut model, without its weights.
 
     `library` is None for a module that only its owner can build. `encoder` is the path of the part that takes the
     images, "" for the whole model. `folder` is where the files beside the weights (tokenizer, processor) come from.
-    `earlier` are the edits, by their shape alone, of a model that had been cut before.
+    `earlier` holds, without tensors, the edits of a model that was already cut when it was opened.
     """
 
     name: str
@@ -45,30 +46,30 @@ class Origin:
 
     @property
     def earlier_edits(self) -> list[Edit]:
-        """Edits that give the library's own architecture the form that this model had when it was opened."""
+        """Edits that turn the library's own architecture into the model as it was opened."""
         return [Edit.from_json(edit) for edit in self.earlier]
 
     def after(self, edits: Sequence[Edit]) -> Origin:
-        """The origin of a model that these edits have been made to."""
+        """Return the origin of the model after these edits."""
         return replace(self, earlier=(*self.earlier, *(edit.shape_only().to_json() for edit in edits)))
 
     def without_place(self) -> Origin:
-        """The same without the folder that it came from, which another machine does not have."""
+        """Return the origin without the folder it came from, which another machine does not have."""
         known = {key: "." if key == "tokenizer" and value else value for key, value in self.preprocessing.items()}
         return replace(self, folder=None, preprocessing=known)
 
     def placed_at(self, folder: str) -> Origin:
-        """The inverse: an output folder holds its own tokenizer and processor."""
+        """Return the origin with this folder for tokenizer and processor: the inverse of `without_place`."""
         known = {key: folder if key == "tokenizer" and value else value for key, value in self.preprocessing.items()}
         return replace(self, folder=folder, preprocessing=known)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description."""
+        """Return a JSON-ready description."""
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in self.__dict__.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Origin:
-        """The inverse of `to_json`.
+        """Rebuild an origin from `to_json`.
 
         Raises:
             CheckpointError: a field is missing or unknown.
@@ -80,11 +81,14 @@ class Origin:
 
 
 class ModelBackend(Protocol):
-    """What vitrim needs of a model library; a module of that name implements it.
+    """What vitrim needs from a model library; one module for each library implements it.
 
-    `COMPANIONS` are patterns of files that go with the weights: preprocessing, tokenizer, never code.
-    `WEIGHTS` is the library's own file name for weights, `SHARDED` whether it reads several, `RELOAD` Python code that
-    loads `folder` as `model` with the library alone, and `LOADS` the same in one line, to show.
+    `WEIGHTS` is the library's own file name for weights, and `SHARDED` whether it reads several files. `COMPANIONS` are
+    patterns of files that belong beside the weights: preprocessing and tokenizer, never code. `RELOAD` is Python code
+    that
+    loads `folder` as `model` with the library alone, and `LOADS` the same in one line, to show. A library without a
+    folder
+    format has "" for both, and its configs are never written.
     """
 
     WEIGHTS: str
@@ -94,33 +98,33 @@ class ModelBackend(Protocol):
     LOADS: str
 
     def load(self, source: str, weights: bool) -> tuple[nn.Module, Origin]:
-        """A model by the library's own name or from a folder; without weights, its parameters are on meta."""
+        """Load a model by the library's own name or from a folder; without weights its parameters are on meta."""
         ...
 
     def origin_of(self, model: nn.Module, name: str) -> Origin | None:
-        """How a live model was built, None where the library does not know."""
+        """Return how a live model was built, or None if the library does not store it."""
         ...
 
     def build(self, origin: Origin) -> nn.Module:
-        """The uncut architecture, uninitialised or random."""
+        """Build the uncut architecture, uninitialised or random."""
         ...
 
     def resized(self, origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-        """Origins that may build the model with the edited widths; the caller checks which one does."""
+        """Yield origins that may build the model with the edited widths; the caller checks which one does."""
         ...
 
     def describe_(self, student: nn.Module, origin: Origin) -> None:
-        """Make the live model's own config say the widths that it now has."""
+        """Write the model's present widths into its own config."""
         ...
 
     def write_config(self, student: nn.Module, folder: Path, origin: Origin) -> None:
-        """The config as the library writes it; the student may be on meta."""
+        """Write the config file as the library does; the student may be on meta."""
         ...
 
     def names(self, model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-        """Names in a file -> names in the model, for tensors that the library only renames when it loads them.
+        """Map names in a file to names in the model, for tensors that the library only renames when it loads them.
 
-        `fakes` are the file's tensors on meta. What the library converts (joins, splits, drops) is left out.
+        `fakes` are the file's tensors on meta. Tensors that the library converts (joins, splits, drops) are left out.
         """
         ...
 
@@ -129,7 +133,7 @@ def require(package: str, extra: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: the package is not installed.
     """
     try:
         return import_module(package)
@@ -139,7 +143,9 @@ def require(package: str, extra: str) -> ModuleType:
 
 @contextmanager
 def in_one_line(source: str) -> Iterator[None]:
-    """Turn whatever a library raises while it loads a model into one line; one of endless depth is stopped.
+    """Turn whatever a library raises while it loads a model into a ModelError of one line.
+
+    A damaged config may ask for any number of modules; building stops after MAX_MODULES.
 
     Raises:
         ModelError: the model could not be loaded.
@@ -166,7 +172,7 @@ def in_one_line(source: str) -> Iterator[None]:
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build with parameters on the meta device and real buffers."""
+    """Call `build` so that parameters are on the meta device and buffers are real."""
     from accelerate import init_empty_weights
 
     try:
@@ -184,29 +190,29 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def match_buffers_(model: nn.Module) -> None:
-    """Where all tensors of a file have one half precision, give it to the buffers that no file holds, too."""
+    """Cast the buffers that no file holds to half precision, if all tensors of the file have one half precision."""
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     if dtypes in ({torch.bfloat16}, {torch.float16}):
         model.to(dtypes.pop())  # not buffer by buffer: timm's DINOv3 keeps its rope in float32 when it is moved
 
 
 def plain_json(value: Any) -> Any:
-    """A value as JSON gives it back: tuples as lists, so that equal origins compare equal.
+    """Return a value as JSON gives it back (tuples become lists), so that equal origins compare equal.
 
     Raises:
-        TypeError: it holds something that JSON can't say.
+        TypeError: it holds something that JSON can't express.
     """
     return json.loads(json.dumps(value))
 
 
 def crop_pct(target: int, resized_to: int) -> float:
-    """The `crop_pct` with which timm resizes to exactly this side: it divides by it and rounds down."""
+    """Return the `crop_pct` with which timm resizes to exactly this side; timm divides by it and rounds down."""
     exact = target / resized_to
     return exact if int(target / exact) == resized_to else target / (resized_to + 1e-6)
 
 
 def copy_companions(origin: Origin, folder: Path, patterns: Sequence[str]) -> None:
-    """Copy tokenizer and processor files from where the model came from, as they are."""
+    """Copy tokenizer and processor files from the folder that the model came from."""
     import shutil
 
     source = Path(origin.folder or "")

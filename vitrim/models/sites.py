@@ -1,7 +1,7 @@
-"""Finds the MLPs of a model by structure and naming, and confirms each by a dead-unit test.
+"""Find the MLPs of a model by structure and naming, and verify each by a dead-unit test.
 
 Foreign classes are never named: an MLP is a pair (or triple) of linear layers with known names whose shapes fit.
-What the names promise is then checked by running the MLP.
+Whether it behaves like one is then checked by running it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,21 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
     """Find every MLP of a model, in the order of its modules.
 
     Args:
-        model: any module; parameters on the meta device are found but can't be confirmed by running.
+        model: any module; MLPs on the meta device are found but not verified by running.
         scope: dotted path of the subtree to search, such as the vision tower of a VLM.
 
     Returns:
-        One site an MLP, each confirmed by a dead-unit test (once for each distinct kind of container and shape).
+        One site per MLP, each verified by a dead-unit test (once for each distinct kind of container and shape).
 
     Raises:
         SiteNotFoundError: the scope does not exist, or holds no MLP.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4)))
+        >>> [site] = find_mlps(model)
+        >>> site.path, site.kind, site.d_model, site.d_hidden
+        ('1', 'plain', 4, 16)
     """
     prefix = scope or ""
     try:
@@ -84,18 +91,18 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
 
 
 def resolve_scope(model: nn.Module, scope: str | None, encoder: str) -> tuple[str, str]:
-    """Which part of a model is run, and in which part of it MLPs are looked for.
+    """Return the paths of the part of a model that is run, and of the part in which MLPs are searched.
 
     Args:
         model: the whole model.
-        scope: what the user asked for: a dotted path, or the end of one that only one module has.
-        encoder: path of the part that takes the inputs, as far as it is known.
+        scope: the user's choice: a dotted path, or an end of one that fits one module only; None for the encoder.
+        encoder: path of the part that takes the inputs, "" for the whole model.
 
     Returns:
-        Paths of the encoder and of the scope, both from the root; a scope outside the encoder is an encoder itself.
+        Paths of the encoder and of the scope, both from the root; a scope outside the encoder is the encoder.
 
     Raises:
-        SiteNotFoundError: no module of that name, or several.
+        SiteNotFoundError: no module has that name, or several have.
     """
     if scope is None:
         return encoder, encoder
@@ -110,7 +117,7 @@ def resolve_scope(model: nn.Module, scope: str | None, encoder: str) -> tuple[st
 
 
 def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
-    """The sites that a container's linear layers may form; where all are square, the names alone leave several."""
+    """Yield the sites that a container's linear layers may form; names alone leave several if all layers are square."""
     for gate_name, value_name, output_name in NAMES:
         names = [name for name in (gate_name, value_name, output_name) if name]
         layers = [_linear(container, name) for name in names]
@@ -139,7 +146,7 @@ def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
 
 
 def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
-    """What the heights of the input projections say about an MLP."""
+    """Return the kind of an MLP from the heights of its input projections, or None."""
     if heights == [d_hidden, d_hidden]:
         return "split_gated"
     if heights == [d_hidden]:
@@ -148,7 +155,10 @@ def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
 
 
 def _linear(container: nn.Module, name: str) -> nn.Module | None:
-    """A linear layer below a container, by name; its weight is (out, in) and its own, not a product of others."""
+    """Return a linear layer below a container by name, or None.
+
+    Its weight must be (out, in) and a parameter of its own, not a product of others.
+    """
     try:
         layer = container.get_submodule(name)
     except AttributeError:
@@ -161,13 +171,13 @@ def _linear(container: nn.Module, name: str) -> nn.Module | None:
 
 
 def _is_sequential_mlp(container: nn.Module, output_name: str) -> bool:
-    """Whether a numbered container is linear, activation (and dropout), linear with no parameters in between."""
+    """Whether a numbered container is linear, activation (and dropout), linear, with no parameters in between."""
     between = [container.get_submodule(str(i)) for i in range(1, int(output_name))]
     return isinstance(container, nn.Sequential) and not any(any(True for _ in m.parameters()) for m in between)
 
 
 def _inner_norm(container: nn.Module, d_hidden: int) -> str | None:
-    """Name of a norm over the hidden units inside the MLP."""
+    """Return the name of the norm over the hidden units inside the MLP, or None."""
     for name in NORM_NAMES:
         shape = getattr(getattr(container, name, None), "normalized_shape", None)
         if shape is not None and tuple(shape) == (d_hidden,):
@@ -176,9 +186,9 @@ def _inner_norm(container: nn.Module, d_hidden: int) -> str | None:
 
 
 def _block_of(model: nn.Module, site: MlpSite, mlp_weights: set[str]) -> str:
-    """The transformer block of a site: the nearest element of a list of modules that also holds other matrices.
+    """Return the transformer block of an MLP: the nearest element of a list of modules that also holds other matrices.
 
-    Where a block holds no others (a mixer's), it is the nearest element of a list.
+    If a block holds no others (a mixer's), it is the nearest element of a list.
     """
     parts, nearest = site.path.split("."), None
     for depth in range(len(parts), 0, -1):

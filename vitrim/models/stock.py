@@ -1,4 +1,4 @@
-"""Says whether a stock library's own config can express a model's widths, and which near ones it could."""
+"""Decide whether a library's own config can express a model's widths, and find near widths that it can."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
-    """The origin with which the library itself builds a model of the edited shapes.
+    """Return the origin with which the library itself builds a model of the edited shapes.
 
     Args:
         origin: how the uncut model is built.
-        edits: what is cut, by paths from the root of the whole model.
+        edits: the edits, by paths from the root of the whole model; none for an uncut model.
 
     Returns:
-        The origin with the library's own arguments, or None where its config can't express the widths.
+        The origin with the library's own arguments, or None if no config of a library can express the shapes.
     """
     backend, cuts = backend_of(origin.library), _cuts(edits)
-    if backend is None or not edits:
-        return origin if backend is not None and not edits else None
-    if cuts is None:
+    if backend is None or not backend.LOADS or cuts is None:
         return None
+    if not edits:
+        return origin
     wanted = build_empty(origin)
     reshape_(wanted, edits)
     shapes = _shapes(wanted)
@@ -45,15 +45,15 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
 
 
 def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int) -> int | None:
-    """The width nearest to the one asked for that the library's config can give the first site, others in proportion.
+    """Find the nearest width that the library's config can give the first MLP, with the others in proportion.
 
     Args:
         origin: how the uncut model is built.
         sites: every MLP that is cut.
-        width: units that the first site should keep.
+        width: wanted number of units of the first site.
 
     Returns:
-        A width in 1..d_hidden, or None where no width near is stock; the full width only where it was asked for.
+        A width in 1..d_hidden, or None if no near one is stock; the full width only if it was asked for.
     """
     first = sites[0]
     steps = {round(width / step) * step + offset for step in (8, 16) for offset in (-step, 0, step)}
@@ -70,7 +70,7 @@ def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int) ->
 
 
 def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
-    """One line for the user: the library can't express these widths, and the nearest that it could."""
+    """Explain to the user in one line why the library can't load the result, and which near width it could."""
     if origin.library is None:
         return "no library can build this model, so the result loads with vitrim.load(path, model=...)."
     cuts = _cuts(plan_edits)
@@ -79,6 +79,8 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
         return (
             f"{origin.library} has no config for {', '.join(sorted(others))}; the result loads with vitrim.load(path)."
         )
+    if not cuts:  # only a library that reads no folders has no place for an uncut model
+        return f"{origin.library} reads no folders; the result loads with vitrim.load(path)."
     edit, cut = cuts[0], {edit.site.path for edit in cuts}
     others = [site for site in find_mlps(build_empty(origin), scope=origin.encoder) if site.path not in cut]
     if others:  # no width of the others is to be changed, so there is none to look for
@@ -89,7 +91,7 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
 
 
 def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
-    """The line of Python that loads an output."""
+    """Return the line of Python that loads an output folder."""
     backend = backend_of(origin.library) if stock else None
     if backend is None:
         return f'vitrim.load("{folder}")' if origin.library else f'vitrim.load("{folder}", model=...)'
@@ -97,13 +99,13 @@ def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
 
 
 def _cuts(edits: Sequence[Edit]) -> list[KeepUnits] | None:
-    """The last cut of each site, where edits are cuts of hidden units alone."""
+    """Return the last cut of each MLP, or None if some edit is no cut of hidden units."""
     cuts = {edit.site.path: edit for edit in edits if isinstance(edit, KeepUnits)}
     return None if any(not isinstance(edit, KeepUnits) for edit in edits) else list(cuts.values())
 
 
 def _first_units(site: MlpSite, width: int) -> KeepUnits:
-    """An edit that stands for a width, whichever units it keeps."""
+    """Return a cut to a width that keeps the first units, for shapes alone."""
     return KeepUnits(site=site, keep=tuple(range(max(1, min(width, site.d_hidden)))))
 
 

@@ -1,7 +1,7 @@
-"""CLIP-like pairs: an image tower and a text tower that put out vectors of one space, and the tokenizer of the latter.
+"""CLIP-like pairs: an image tower and a text tower whose outputs share one space, and the tokenizer of the text tower.
 
-Pairs of open_clip (`CLIP`, `CustomTextCLIP`) and `CLIPModel` and `SiglipModel` of transformers. Their own methods are
-called; no foreign `forward` is copied. Vectors come out in float32, not yet normalised.
+Supported are pairs of open_clip (`CLIP`, `CustomTextCLIP`) and `CLIPModel` and `SiglipModel` of transformers. Their own
+methods are called; no foreign `forward` is copied. Vectors come out in float32, not normalised.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMAGE_PROJECTION = "visual_projection"
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A model with both towers and how it was built; `tokenizer` is one to take instead of the model's own."""
+    """A model with both towers and how it was built; `tokenizer` overrides the model's own."""
 
     model: nn.Module
     origin: Origin
@@ -41,15 +41,15 @@ class Pair:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return device_of(self.model)
 
     @cached_property
     def tokenize(self) -> Tokenize:
-        """From strings to rows of token ids (B, N), all of the length that the text tower takes.
+        """Function from strings to token ids (B, N), padded to the length of the text tower.
 
         Raises:
-            ModelError: no tokenizer is known.
+            ModelError: the model's tokenizer is not known.
         """
         if self.tokenizer is not None:
             return self.tokenizer
@@ -63,7 +63,7 @@ class Pair:
         )
 
     def embed_texts(self, ids_BN: Tensor) -> Tensor:
-        """Projected vectors of texts (B, E), with gradients where they are on."""
+        """Return the projected vectors (B, E) of token ids (B, N), with gradients if they are enabled."""
         model: Any = self.model
         ids_BN = ids_BN.to(self.device)
         if hasattr(model, "encode_text"):
@@ -71,12 +71,12 @@ class Pair:
         return _vector(model.get_text_features(input_ids=ids_BN)).float()
 
     def logits(self, images_BE: Tensor, texts_TE: Tensor) -> Tensor:
-        """Similarities (B, T) of unit vectors, with the model's own scale and bias."""
+        """Return similarities (B, T) of unit vectors (B, E) and (T, E), with the model's own scale and bias."""
         scale, bias = scale_and_bias(self.model)
         return scale * images_BE @ texts_TE.T + bias
 
     def text_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the text tower, with its projection, by name."""
+        """Return the parameters of the text tower and its projection, by name."""
         tower = encoder_path(self.model)
         outside = (f"{tower}.", f"{IMAGE_PROJECTION}.")
         named = self.model.named_parameters()
@@ -84,15 +84,15 @@ class Pair:
 
 
 def open_pair(model: nn.Module, origin: Origin, *, tokenizer: Tokenize | None = None) -> Pair:
-    """A pair of towers from a model and how it was built.
+    """Make a pair of towers from a model and how it was built.
 
     Args:
         model: the whole model.
         origin: how it was built; says where the tokenizer is.
-        tokenizer: one to take instead, from strings to token ids (B, N).
+        tokenizer: function from strings to token ids (B, N) to use instead of the model's own.
 
     Raises:
-        ModelError: the model is no such pair.
+        ModelError: vitrim knows no text tower in the model.
     """
     if not is_pair(model):
         raise ModelError(
@@ -103,7 +103,7 @@ def open_pair(model: nn.Module, origin: Origin, *, tokenizer: Tokenize | None = 
 
 
 def is_pair(model: nn.Module) -> bool:
-    """Whether a model has both towers, and vitrim knows how to run them."""
+    """Whether a model has both towers and vitrim knows how to run them."""
     if hasattr(model, "encode_image") and hasattr(model, "encode_text"):
         return True
     known = getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES
@@ -111,7 +111,7 @@ def is_pair(model: nn.Module) -> bool:
 
 
 def embed_images(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """Projected vectors of images (B, E): of a pair, or the pooled vectors of an image tower that stands alone."""
+    """Return the projected vectors (B, E) of images, or the pooled vectors of an image tower that stands alone."""
     parameter = next(model.parameters())
     images_BCHW = images_BCHW.to(parameter.device, parameter.dtype)
     whole: Any = model
@@ -123,23 +123,23 @@ def embed_images(model: nn.Module, images_BCHW: Tensor) -> Tensor:
 
 
 def scale_and_bias(model: nn.Module) -> tuple[Tensor, Tensor | float]:
-    """What a pair multiplies similarities by, and what it adds: 0 where it has no bias."""
+    """Return the factor and the offset that a pair applies to similarities; the offset is 0 if it has none."""
     bias = getattr(model, "logit_bias", None)
     return cast(Tensor, model.logit_scale).float().exp(), 0.0 if bias is None else cast(Tensor, bias).float()
 
 
 def image_projection(model: nn.Module) -> nn.Module | None:
-    """The projection behind the image tower, where a library keeps it outside of the tower (CLIP in transformers)."""
+    """Return the projection behind the image tower if it is outside of it (CLIP in transformers), else None."""
     return getattr(model, IMAGE_PROJECTION, None)
 
 
 def unit(vectors_BE: Tensor) -> Tensor:
-    """Rows of length 1 in float32."""
+    """Return the rows scaled to length 1, in float32."""
     return normalize(vectors_BE.float(), dim=-1)
 
 
 def _padding(tokenizer: Any, num_tokens: int) -> Tokenize:
-    """A tokenizer of transformers as one function; all rows are filled up, as SigLIP was trained."""
+    """Wrap a tokenizer of transformers as one function that pads every row to `num_tokens`, as SigLIP was trained."""
 
     def tokenize(texts: Sequence[str]) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "max_length": num_tokens, "return_tensors": "pt"}
@@ -149,5 +149,5 @@ def _padding(tokenizer: Any, num_tokens: int) -> Tokenize:
 
 
 def _vector(output: Any) -> Tensor:
-    """Transformers 4 gives the vector itself, 5 an output that holds it."""
+    """Return the vector in an output: transformers 4 returns it directly, 5 inside an object."""
     return output if isinstance(output, Tensor) else output.pooler_output

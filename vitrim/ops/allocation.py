@@ -23,19 +23,19 @@ BISECTIONS = 100  # halvings of the price of a unit of cost: to the last bit of 
 
 
 def explained_energy(gram_HH: Tensor, cross_HD: Tensor, order_H: Tensor) -> Tensor:
-    """How much of a target's energy a least-squares fit on the first 1..H units explains, for all H at once.
+    """Return how much of a target's energy a least-squares fit on the first 1..H units explains.
 
     The leading K rows of the Gram matrix's Cholesky factor L are the factor of the first K units, so each row of
     L^-1 C adds what its unit explains beyond those before it. A ridge of the square root of the working precision,
     relative to the mean energy, keeps the factor where units are linearly dependent.
 
     Args:
-        gram_HH: second moments of the units, centred where a bias takes the mean.
-        cross_HD: the same with the target.
-        order_H: the units in the order in which they are kept.
+        gram_HH: second moments of the units, centred if a bias takes the mean, (H, H).
+        cross_HD: cross moments of the units with the target, centred alike, (H, D).
+        order_H: the units in the order in which they are kept, int64 (H,).
 
     Returns:
-        (H,), never falling. O(H^3 + H^2 D).
+        Explained energy of the first 1..H units (H,), never falling. O(H^3 + H^2 D).
     """
     order_H = order_H.to(gram_HH.device)
     gram_HH, cross_HD = gram_HH[order_H][:, order_H].to(cross_HD.dtype), cross_HD[order_H]
@@ -46,15 +46,15 @@ def explained_energy(gram_HH: Tensor, cross_HD: Tensor, order_H: Tensor) -> Tens
 
 
 def dropped_energy(gram_HH: Tensor, weight_DH: Tensor, order_H: Tensor) -> Tensor:
-    """The energy that is missing from the output if the first 1..H units stay as they are and the others go.
+    """Return the output energy that is lost if the first 1..H units stay as they are and the others are removed.
 
     Args:
-        gram_HH: second moments of the units.
-        weight_DH: the output projection.
-        order_H: the units in the order in which they are kept.
+        gram_HH: second moments of the units, (H, H).
+        weight_DH: the output projection, (D, H).
+        order_H: the units in the order in which they are kept, int64 (H,).
 
     Returns:
-        (H,), the last one zero. O(H^2 D).
+        Lost energy for 1..H kept units (H,); the last entry is zero. O(H^2 D).
     """
     order_H = order_H.to(gram_HH.device)
     weight_DH = weight_DH.to(gram_HH)[:, order_H]
@@ -65,7 +65,10 @@ def dropped_energy(gram_HH: Tensor, weight_DH: Tensor, order_H: Tensor) -> Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class _Relaxed:
-    """The best choices at a price of cost, which fit the budget, and each choice's distance from the best by price."""
+    """A price per unit of cost, and the choices that are best at it and fit the budget.
+
+    `excess` holds, for each choice of each MLP, how much worse it is than the best one at that price.
+    """
 
     price: float
     choices: list[int]
@@ -73,21 +76,29 @@ class _Relaxed:
 
 
 def best_choices(errors: Sequence[Values], costs: Sequence[NDArray[np.int64]], budget: int) -> list[int]:
-    """One choice for each MLP such that the sum of errors is the least that the budget allows.
+    """Pick one choice for each MLP so that the sum of errors is the smallest that the budget allows.
 
-    A multiple-choice knapsack, solved to the optimum: sums of cost and error that are beaten in both are dropped, and
-    so are those that a Lagrangian bound shows to end above a solution at hand.
+    A multiple-choice knapsack, solved to the optimum: partial sums that another one beats in both cost and error are
+    dropped, and so are those that a Lagrangian bound shows to end above a known solution.
 
     Args:
-        errors: (J,) for each MLP.
-        costs: (J,) for each MLP, whole numbers.
-        budget: bound on the sum of costs.
+        errors: for each MLP the error of each of its choices, (J,).
+        costs: for each MLP the cost of each of its choices, whole numbers (J,).
+        budget: upper bound on the sum of costs.
 
     Returns:
         Index of each MLP's choice; of equal solutions the cheapest.
 
     Raises:
-        BudgetError: even the cheapest choices cost more.
+        BudgetError: even the cheapest choices cost more than the budget.
+
+    Example:
+        Two MLPs with two widths each; the second loses more when it is narrow, so it gets the wide one.
+
+        >>> import numpy as np
+        >>> errors = [np.array([1.0, 0.5]), np.array([3.0, 0.5])]
+        >>> best_choices(errors, [np.array([1, 2]), np.array([1, 2])], budget=3)
+        [0, 1]
     """
     least = [int(cost_J.min()) for cost_J in costs]
     if sum(least) > budget:
@@ -116,14 +127,14 @@ def best_choices(errors: Sequence[Values], costs: Sequence[NDArray[np.int64]], b
 
 
 def _undominated(cost: NDArray[np.int64], error: Values) -> NDArray[np.int64]:
-    """Indices of what nothing else beats in both, by rising cost."""
+    """Return the indices, by rising cost, of the entries that no other entry beats in both cost and error."""
     order = np.lexsort((error, cost))
     lowest_before = np.minimum.accumulate(np.concatenate([[np.inf], error[order][:-1]]))
     return order[error[order] < lowest_before]
 
 
 def _relax(errors: Sequence[Values], costs: Sequence[NDArray[np.int64]], budget: int) -> _Relaxed:
-    """The lowest price of cost at which the choices that are best by error plus price times cost fit the budget."""
+    """Find the lowest price at which the choices that minimise error + price * cost fit the budget."""
 
     def at(price: float) -> tuple[list[int], list[Values]]:
         sums = [error_J + price * cost_J for error_J, cost_J in zip(errors, costs, strict=True)]

@@ -1,8 +1,8 @@
-"""k-means whose clusters all have the same size.
+"""k-means with clusters of equal size.
 
-Exactly optimal balanced assignment costs the cube of the number of rows; here rows choose in the order of what a
-refusal would cost them, and at the end pairs of rows change places as long as that helps. Sizes are exact, the optimum
-is only near.
+Exactly optimal balanced assignment costs the cube of the number of rows. Here the rows that would lose the most by
+not getting their first choice choose first, and at the end pairs of rows change places as long as that helps. Sizes are
+exact, the optimum is only near.
 
 Shapes: H rows, D their width, E clusters.
 """
@@ -16,16 +16,16 @@ from vitrim.errors import BudgetError
 
 
 def balanced_kmeans(rows_HD: Tensor, num_clusters: int, *, num_iterations: int = 50, seed: int = 0) -> Tensor:
-    """Divide rows into clusters of equal size.
+    """Divide rows into clusters of equal size by k-means.
 
     Args:
-        rows_HD: what is divided, (H, D).
+        rows_HD: the rows to divide, (H, D).
         num_clusters: E, a divisor of H.
-        num_iterations: at most; it stops where nothing changes, and the best assignment seen is kept.
-        seed: of the first centres.
+        num_iterations: upper bound; it stops early when nothing changes, and keeps the best assignment seen.
+        seed: seed for the choice of the first centres.
 
     Returns:
-        int64 cluster of each row (H,), every cluster H / E times.
+        Cluster of each row, int64 (H,); each cluster appears H / E times.
 
     Raises:
         BudgetError: E does not divide H.
@@ -49,7 +49,16 @@ def balanced_kmeans(rows_HD: Tensor, num_clusters: int, *, num_iterations: int =
 
 
 def assign_equally(costs_HE: Tensor) -> Tensor:
-    """A cluster for each row, every cluster equally often: rows that would lose the most choose first, in rounds."""
+    """Assign each row to a cluster, each cluster equally often.
+
+    Rows choose in rounds; those whose second choice costs the most more than their first choose first.
+
+    Args:
+        costs_HE: cost of each row in each cluster, (H, E).
+
+    Returns:
+        Cluster of each row, int64 (H,).
+    """
     costs_HE = costs_HE.cpu().double().clone()
     num_rows, num_clusters = costs_HE.shape
     room = torch.full((num_clusters,), num_rows // num_clusters)
@@ -70,7 +79,15 @@ def assign_equally(costs_HE: Tensor) -> Tensor:
 
 
 def exchange(costs_HE: Tensor, labels: Tensor) -> Tensor:
-    """Better labels of equal counts: the two rows that gain the most by changing places do so, again and again."""
+    """Improve an assignment and keep cluster sizes, by swapping the pair of rows that gains most until none gains.
+
+    Args:
+        costs_HE: cost of each row in each cluster, (H, E).
+        labels: cluster of each row, int64 (H,).
+
+    Returns:
+        The improved labels (H,), a new tensor.
+    """
     costs_HE, labels = costs_HE.cpu().double(), labels.clone()
     num_rows, num_clusters = costs_HE.shape
     for _ in range(num_rows):
@@ -88,6 +105,6 @@ def exchange(costs_HE: Tensor, labels: Tensor) -> Tensor:
 
 
 def means_of(rows_HD: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """The mean row of each cluster (E, D)."""
+    """Return the mean row of each cluster (E, D)."""
     sums_ED = rows_HD.new_zeros(num_clusters, rows_HD.shape[1]).index_add_(0, labels.to(rows_HD.device), rows_HD)
     return sums_ED / (len(rows_HD) // num_clusters)

@@ -1,7 +1,7 @@
-"""Several matrices as one dense basis times sparse coefficients: the rank that a budget pays, the start, the masks.
+"""Several matrices as one dense basis times sparse coefficients: rank for a budget, starting values and mask updates.
 
-The matrices stand side by side, each turned so that its columns are in the space of the model width. Coefficients hold
-zeros where their mask is False. Nothing here knows a layer, and nothing is trained.
+The matrices stand side by side, each turned so that its columns are vectors of the model width. Coefficients are zero
+wherever their mask is False. Nothing here knows a layer, and nothing is trained.
 
 Shapes: D model width, C columns of all matrices together, R rank.
 """
@@ -19,17 +19,17 @@ MASK_BITS = 1 / 32  # what a coefficient's bit in a mask costs, in numbers of 32
 
 
 def rank_for_budget(num_rows: int, num_cols: int, *, keep: float, sparsity: float, masks: bool = False) -> int:
-    """The largest rank at which basis and coefficients have no more numbers than a share of the matrices.
+    """Return the largest rank at which basis and coefficients store no more numbers than a share of the matrices.
 
     Args:
         num_rows: D.
-        num_cols: C, by the matrices' own widths.
-        keep: the share, 0..1.
-        sparsity: share of the coefficients that is zero, and not stored.
-        masks: count the masks' bits, too; the paper does not.
+        num_cols: C.
+        keep: share of the matrices' numbers that may be stored, 0..1.
+        sparsity: share of the coefficients that is zero and not stored, 0..1.
+        masks: whether to count the masks' bits too; the paper does not.
 
     Returns:
-        R, 0 where even a basis of one column is too much.
+        R, or 0 if even a basis of one column is too much.
 
     Paper: FiPS, arXiv 2411.09816, where D = d and C = 4 d k G.
     """
@@ -38,24 +38,32 @@ def rank_for_budget(num_rows: int, num_cols: int, *, keep: float, sparsity: floa
 
 
 def num_coefficients(num_rows: int, num_cols: int, rank: int, *, keep: float, masks: bool = False) -> int:
-    """How many coefficients the same budget pays for beside a basis of a given rank, at most all there are."""
+    """Return how many nonzero coefficients a budget allows beside a basis of a given rank, at most R * C.
+
+    Args:
+        num_rows: D.
+        num_cols: C.
+        rank: R.
+        keep: share of the matrices' numbers that may be stored, 0..1.
+        masks: whether to count the masks' bits too.
+    """
     left = keep * num_rows * num_cols - rank * (num_rows + (num_cols * MASK_BITS if masks else 0))
     return min(rank * num_cols, math.floor(left))
 
 
 def leading_basis(joined_DC: Tensor, rank: int, *, damping: float = 32.0) -> tuple[Tensor, Tensor]:
-    """The left singular vectors and what they are multiplied by: all singular values are in the coefficients.
+    """Factor matrices into their leading left singular vectors and coefficients that carry the singular values.
 
-    Past the D directions there are, the basis is padded with zero columns, which leaves the product as it is, and the
-    coefficients with their leading rows, damped: a gradient reaches the new columns through them.
+    Past the D directions that exist, the basis is padded with zero columns, which does not change the product, and the
+    coefficients with a damped copy of their leading rows, so that the new columns still get a gradient.
 
     Args:
-        joined_DC: the matrices side by side, any float dtype.
-        rank: R.
-        damping: the paper's tau.
+        joined_DC: the matrices side by side, any float dtype, (D, C).
+        rank: R; may be larger than D.
+        damping: divisor of the copied rows, the paper's tau.
 
     Returns:
-        Basis (D, R) and coefficients (R, C), float32, on the CPU; from the second moment in float64, O(C D^2).
+        Basis (D, R) and coefficients (R, C), float32 on the CPU; computed from the second moment in float64, O(C D^2).
     """
     joined_DC = joined_DC.cpu().double()
     vectors_DD = torch.linalg.eigh(joined_DC @ joined_DC.T).eigenvectors.flip(1)
@@ -68,34 +76,37 @@ def leading_basis(joined_DC: Tensor, rank: int, *, damping: float = 32.0) -> tup
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """A mask of exactly `count` entries: those of the largest scores anywhere in a tensor."""
+    """Return a mask of exactly `count` True entries, at the largest scores anywhere in a tensor."""
     flat = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     flat[scores.flatten().topk(count, sorted=False).indices] = True
     return flat.view_as(scores)
 
 
 def cubic_sparsity(progress: float, final: float) -> float:
-    """Gradual magnitude pruning: the share of zeros on the way, steep at first, level at the end (progress 0..1)."""
+    """Return the share of zeros at a point of training (progress 0..1): fast at first, levelling off at `final`.
+
+    Paper: gradual magnitude pruning, arXiv 1710.01878.
+    """
     first = min(FIRST_SPARSITY, final)
     return final + (first - final) * (1 - progress) ** 3
 
 
 def exchanged_share(progress: float) -> float:
-    """RigL: the share of the coefficients that stay which is exchanged on the way, a cosine to zero."""
+    """Return the share of nonzero coefficients to exchange at a point of training (0..1): RigL's cosine to zero."""
     return DROP_SHARE / 2 * (1 + math.cos(math.pi * progress))
 
 
 def exchange(mask: Tensor, coeff: Tensor, gradient: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """RigL: the smallest coefficients give their places to those whose gradients are largest.
+    """Drop the smallest coefficients and activate as many zero ones with the largest gradients (a RigL update).
 
     Args:
-        mask: where coefficients are stored.
-        coeff: their values, zero elsewhere.
-        gradient: of the loss by all coefficients, also those that are zero.
-        count: how many are exchanged; one that is dropped may come back, as zero.
+        mask: True where a coefficient is stored, (R, C).
+        coeff: the coefficients, zero where not stored, (R, C).
+        gradient: gradient of the loss for all coefficients, the zero ones included, (R, C).
+        count: how many to exchange; a dropped one may be picked again, and then starts from zero.
 
     Returns:
-        The mask after, with as many entries, and the one of those that stayed: what came in starts from zero.
+        The new mask with as many True entries, and the mask of the coefficients that kept their value.
     """
     num_stored = int(mask.sum())
     count = min(count, num_stored, mask.numel() - num_stored)

@@ -1,7 +1,7 @@
-"""Selection of hidden units from second moments alone; the activations are never needed again.
+"""Select hidden units from second moments alone, without the activations themselves.
 
-`select_on_moments` without a target is pivoted Cholesky of the Gram matrix: it picks what pivoted Gram-Schmidt of the
-(never stored) activations would pick. With a target it is forward selection by orthogonal least squares: each pick is
+Without a target, `select_on_moments` is pivoted Cholesky of the Gram matrix: it picks what pivoted Gram-Schmidt of the
+activations would pick. With a target it is forward selection by orthogonal least squares: each pick is
 the unit that lowers the squared error of the best linear prediction of the target the most.
 
 Shapes: H hidden units, D model width, K picks.
@@ -19,18 +19,24 @@ REFRESH = 64
 
 
 def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None = None) -> Tensor:
-    """Pick hidden units greedily by what they add to a span or to a linear prediction.
+    """Pick hidden units one by one, each the one that adds most to the span or to a linear prediction of the target.
 
     Args:
         gram_HH: H'H of the hidden activations (centred where the output projection has a bias), (H, H).
-        num_keep: K in 1..H; past the rank, a new round restarts from the units not yet taken.
-        cross_HD: H'T with the targets, (H, D); None selects on the activations alone.
+        num_keep: K in 1..H; once the picks span everything, a new round starts among the units not yet taken.
+        cross_HD: H'T with the targets, (H, D); None selects by the span alone.
 
     Returns:
         int64 indices (K,), in pick order, no repeats; a tie goes to the lowest index.
 
     Raises:
         BudgetError: num_keep is outside 1..H.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.tensor([[1.0, 0.0, 2.0], [1.0, 1.0, 2.0]])
+        >>> select_on_moments(hidden.T @ hidden, 2)
+        tensor([2, 1])
 
     Paper: orthogonal least squares (Chen, Cowan and Grant, 1991); Gram-Schmidt on activations is also in Subspace
     Node Pruning, arXiv 2405.17506. O(K H (K + D)) time.
@@ -48,7 +54,7 @@ def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None
 
 
 def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int, dtype: torch.dtype) -> Tensor:
-    """Greedy picks until `limit`, or until no unit has anything left outside the span of the picked ones."""
+    """Pick greedily until `limit`, or until all remaining units lie in the span of the picks."""
     num_units = gram_RR.shape[0]
     # Rows of the Cholesky factor, picked so far.
     factor_KR = torch.zeros(min(limit, num_units), num_units, dtype=dtype, device=gram_RR.device)
@@ -77,10 +83,10 @@ def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int, dtype: torc
 
 
 class _Residual:
-    """Cross moments of the units with what the picks leave of the target.
+    """Cross moments of the units with the part of the target that the picks do not explain yet.
 
-    The H x D matrix is rewritten once in REFRESH picks, as one matrix product; in between only read, once a pick, for
-    the squared norms of its rows. What the picks since then take from a row is factor' directions.
+    The (H, D) matrix is rewritten once every REFRESH picks, as one matrix product. In between it is only read, once a
+    pick, to update the squared norms of its rows.
     """
 
     def __init__(self, cross_RD: Tensor, factor_KR: Tensor) -> None:
@@ -90,12 +96,12 @@ class _Residual:
         self.squares_R = self._squares()
 
     def row(self, unit: int, num_picks: int) -> Tensor:
-        """One unit's row after so many picks, (D,)."""
+        """Return one unit's cross moments (D,) after the first `num_picks` picks."""
         since = num_picks - self.start
         return self.rows_RD[unit] - self.factor_KR[self.start : num_picks, unit] @ self.directions_KD[:since]
 
     def downdate(self, index: int, direction_D: Tensor) -> None:
-        """Take pick `index`, whose row of the factor is known, out of all rows."""
+        """Subtract pick `index` from the rows and their squared norms; its row of the factor must be set already."""
         since, column_R = index - self.start, self.factor_KR[index]
         taken_R = (self.directions_KD[:since] @ direction_D) @ self.factor_KR[self.start : index]
         along_R = self.rows_RD @ direction_D - taken_R

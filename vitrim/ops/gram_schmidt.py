@@ -1,9 +1,9 @@
-"""Greedy Gram-Schmidt selection of rows: the rows that span the most.
+"""Greedy Gram-Schmidt selection: pick the rows that span the most.
 
 One round picks, again and again, the row with the largest part outside the span of the rows picked so far. That is
-column-pivoted QR of the transposed matrix, so LAPACK's `geqp3` is the test's oracle. The published loop rewrites the
-whole matrix at each pick; here a round is done by lazy blocks (`lazy_blocks.py`), which makes the same picks. What a
-unit does with its row (bias, output weights, activations) plays no part here.
+column-pivoted QR of the transposed matrix, so the tests compare with LAPACK's `geqp3`. The published loop rewrites the
+whole matrix at each pick; here a round is done by lazy blocks (`lazy_blocks.py`), which makes the same picks. What else
+belongs to a unit (bias, output weights, activations) plays no part here.
 
 Shapes: H rows (hidden units), D columns (model width), K picks.
 """
@@ -26,7 +26,7 @@ def select_units(rows_HD: Tensor, num_keep: int, *, block: int = BLOCK, on_block
 
     Args:
         rows_HD: one row per hidden unit, any float dtype, (H, D); decided in float64 whatever the dtype.
-        num_keep: K in 1..H; past the rank, a new round restarts from the raw rows not yet taken.
+        num_keep: K in 1..H; once the picks span all rows, a new round starts from the raw rows not yet taken.
         block: rows worked on at a time; changes the time, not the picks.
         on_block: called with the number of picks so far, after every few of them and at the end.
 
@@ -37,6 +37,14 @@ def select_units(rows_HD: Tensor, num_keep: int, *, block: int = BLOCK, on_block
         BudgetError: num_keep is outside 1..H.
         ModelError: a weight is not finite.
 
+    Example:
+        Row 1 is twice row 0, so it comes first and row 0 adds nothing to it.
+
+        >>> import torch
+        >>> rows = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+        >>> select_units(rows, 2)
+        tensor([1, 2])
+
     Paper: DGMR, arXiv 2506.08591, section 3. O(K D (H + K)) time: at 15360 x 1792 five to eight times a bare product
     H x D x K, 3 s where the published loop takes 200; O(K D) extra memory, 41 MiB there beside 105 MiB of weights.
     """
@@ -46,7 +54,7 @@ def select_units(rows_HD: Tensor, num_keep: int, *, block: int = BLOCK, on_block
 def select_with_curve(
     rows_HD: Tensor, num_keep: int, *, block: int = BLOCK, on_block: OnBlock | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same picks, with their residual curve, which costs next to nothing on the way.
+    """Pick rows as `select_units` does, and also return how much of the rows is left unexplained after each pick.
 
     Args:
         rows_HD: as for `select_units`.
@@ -55,11 +63,12 @@ def select_with_curve(
         on_block: as for `select_units`.
 
     Returns:
-        The picks (K,), and the share of the rows' squared norm left outside the span of the first 0..K of them, from 1
-        down (K + 1,), to the precision of the weights' dtype.
+        The picks (K,), and the share of the rows' squared norm outside the span of the first 0..K picks (K + 1,): it
+        starts at 1 and falls, and is as precise as the weights' dtype.
 
     Raises:
-        BudgetError, ModelError: as `select_units`.
+        BudgetError: num_keep is outside 1..H.
+        ModelError: a weight is not finite.
     """
     picks, first = _select(rows_HD, num_keep, block=block, on_block=on_block)
     curve = first.curve().cpu()
@@ -67,16 +76,16 @@ def select_with_curve(
 
 
 def pick_in_rounds(left: Tensor, num_keep: int, one_round: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Pick units round after round until there are enough.
+    """Pick units in as many rounds as it takes to have enough.
 
     Args:
         left: indices of all units.
         num_keep: how many to pick.
-        one_round: given the units still there and how many are missing, picks among them by position, as many as it
-            can tell apart.
+        one_round: takes the indices not yet picked and how many are missing; returns positions among them, fewer
+            than missing (or none) once the rest lies in the span of its picks.
 
     Returns:
-        int64 indices in pick order, on the CPU. Units that no round can tell apart come last, lowest index first.
+        int64 indices in pick order, on the CPU. Units that no round picks come last, lowest index first.
     """
     picked: list[Tensor] = []
     while (missing := num_keep - sum(len(part) for part in picked)) > 0:
@@ -91,18 +100,22 @@ def pick_in_rounds(left: Tensor, num_keep: int, one_round: Callable[[Tensor, int
 
 
 def check_num_keep(num_keep: int, num_units: int) -> None:
-    """Refuse a count outside 1..H."""
+    """Check that a number of units to keep is possible.
+
+    Raises:
+        BudgetError: `num_keep` is outside 1..`num_units`.
+    """
     if not 1 <= num_keep <= num_units:
         raise BudgetError(f"asked to keep {num_keep} of {num_units} units; use 1..{num_units}.")
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on devices that have no float64."""
+    """Return float64, or float32 on devices that have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _select(rows_HD: Tensor, num_keep: int, *, block: int, on_block: OnBlock | None) -> tuple[Tensor, Round]:
-    """The picks, and the first round for what it knows of all rows."""
+    """Return the picks, and the first round, which knows the curve over all rows."""
     check_num_keep(num_keep, rows_HD.shape[0])
     rows_HD, first = _readable(rows_HD), None
 
@@ -127,6 +140,6 @@ def _select(rows_HD: Tensor, num_keep: int, *, block: int, on_block: OnBlock | N
 
 
 def _readable(rows_HD: Tensor) -> Tensor:
-    """Rows on a device that has float64."""
+    """Return the rows without a graph, on a device that has float64."""
     rows_HD = rows_HD.detach()
     return rows_HD if working_dtype(rows_HD.device) == torch.float64 else rows_HD.cpu()

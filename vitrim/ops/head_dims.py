@@ -1,4 +1,4 @@
-"""Closed forms for attention heads of which some dimensions are dropped: what can be predicted is folded into the rest.
+"""Closed forms for attention heads that lose dimensions: what the kept dimensions can predict is folded into them.
 
 Everything is for one head and plain second moments; nothing here knows a model.
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 
 def fold_logits(gram_q_FF: Tensor, gram_k_FF: Tensor, keep: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
-    """Transforms of the kept query and key dimensions after which their logits stand for all dimensions.
+    """Return transforms of the kept query and key dimensions so that their logits approximate those of all dimensions.
 
     The kept dimensions' logits become q_K' (I + M) k_K, where M minimises the squared error against what the dropped
-    dimensions put into the logits, plus a ridge on M. I + M is split over both sides by its singular values.
+    dimensions contributed to the logits, plus a ridge on M. I + M is split over both sides by its singular values.
 
     Args:
         gram_q_FF: mean of q q' over tokens, (F, F).
-        gram_k_FF: mean of k k'.
-        keep: indices of the kept dimensions, (K,).
-        ridge: relative to the product of both sides' mean energies.
+        gram_k_FF: mean of k k' over tokens, (F, F).
+        keep: indices of the kept dimensions, int64 (K,).
+        ridge: penalty on M, relative to the product of both sides' mean energies.
 
     Returns:
-        Left and right (K, K): q' = left q_K and k' = right k_K.
+        Left and right transform, each (K, K): q' = left q_K and k' = right k_K.
 
     Paper: CORP, arXiv 2602.05243; solved by two eigendecompositions in place of its Kronecker system. O(K^3).
     """
@@ -48,10 +48,10 @@ def fold_values(
 
     Args:
         sum_F: sum of v over tokens, (F,).
-        gram_FF: sum of v v'.
+        gram_FF: sum of v v' over tokens, (F, F).
         count: number of tokens.
-        keep: indices of the kept dimensions, (K,).
-        ridge: relative to the mean variance of a kept dimension.
+        keep: indices of the kept dimensions, int64 (K,).
+        ridge: penalty on B, relative to the mean variance of a kept dimension.
 
     Returns:
         B (P, K), c (P,) and the indices of the dropped dimensions (P,). Attention rows sum to one, so a constant passes
@@ -67,7 +67,11 @@ def fold_values(
 
 
 def oas_shrinkage(covariance_KK: Tensor, count: int) -> float:
-    """How much of a covariance estimated from so many samples to distrust, 0..1.
+    """Return by how much to shrink a sample covariance towards a multiple of the identity, 0..1.
+
+    Args:
+        covariance_KK: covariance estimated from samples, (K, K).
+        count: number of samples.
 
     Paper: Oracle Approximating Shrinkage, Chen, Wiesel, Eldar and Hero, 2010.
     """
@@ -78,7 +82,7 @@ def oas_shrinkage(covariance_KK: Tensor, count: int) -> float:
 
 
 def _others(keep: Tensor, total: int) -> Tensor:
-    """The indices that are not kept, in order."""
+    """Return the indices in 0..total-1 that are not kept, in order."""
     mask = torch.ones(total, dtype=torch.bool, device=keep.device)
     mask[keep] = False
     return mask.nonzero().flatten()

@@ -1,25 +1,25 @@
-"""One round of greedy Gram-Schmidt by lazy blocks: the picks of the naive loop for a few matrix products.
+"""One round of greedy Gram-Schmidt by lazy blocks: the same picks as the naive loop, for a few matrix products.
 
 The naive loop takes the row with the longest part outside the span of its picks, removes that direction from all rows
 and starts again. Those residual norms only ever fall, so a norm that is out of date is still an upper bound, and a pick
-is certain as soon as no other row's bound reaches it. Hence three circles of rows, each brought up to date only when
-the one inside can decide no more:
+is certain as soon as no other row's bound reaches it. Hence three nested sets of rows, each brought up to date only
+when the next smaller one can't decide any more:
 
 - all rows: bounds, lowered by one product for some 50 to 100 picks;
 - the pool, the rows with the largest bounds: lowered by one product for each block;
 - the block, the top of the pool: deflated in float64. Picks are pivoted Cholesky of its Gram matrix, ten or so at once.
 
-Every decision is made in float64, on residuals taken from the raw rows. What only lowers bounds is a float32 product
-for weights of 32 bits or fewer, and as much less is taken off as its rounding may have added: so float32 weights get
-the picks of a float64 loop at the price of float32. Where bounds leave a choice open (many exact ties, residuals under
+Every decision is made in float64, on residuals taken from the raw rows. Bounds are lowered by float32 products for
+weights of 32 bits or fewer, reduced by what rounding may have added: so float32 weights get the picks of a float64 loop
+at the price of float32. Where bounds leave a choice open (many exact ties, residuals under
 float32's rounding) one plain step decides, and products are float64 from there on.
 
-What it costs at K = D, in bare H x D x K products, which no exact method gets around: 5 at 15360 x 1792, 10 at
-4304 x 1152, half as much again on Gaussian weights, whose rows are all alike (`benchmarks/selection.py`). That product
-itself in slices is 1.5 to 2; the rest is float64: 2 to 4 rows are deflated for each pick, 4 K / H products for every
-2 of them, and each direction once more.
+Time at K = D, in plain H x D x K products, of which every exact method needs one: 5 at 15360 x 1792, 10 at
+4304 x 1152, half as much again on Gaussian weights, whose rows are all alike (`benchmarks/selection.py`). Done in
+slices, that product itself takes 1.5 to 2; the rest is float64: 2 to 4 rows are deflated for each pick, 4 K / H
+products for every 2 of them, and each direction once more.
 
-Deliberately not here: LAPACK's geqp3. In float64, for the same picks, it needs a copy of the weights, and where it is
+Deliberately not used: LAPACK's geqp3. In float64, for the same picks, it needs a copy of the weights, and where it is
 faster (1536 x 384: 48 against 80 ms; about even at 3072 x 768) neither matters. In float32 it shared 57% of the picks
 on Gaussian weights, 15360 x 1792. It breaks ties by rounding.
 
@@ -50,13 +50,13 @@ EPSILON = torch.finfo(torch.float64).eps
 
 
 class Round:
-    """Greedy picks among rows until there are enough, or the rest lies in their span.
+    """One round of greedy picks among rows, until there are enough or the other rows lie in the span of the picks.
 
     Args:
-        rows_RD: one row per unit, any float dtype; read in chunks, never changed.
-        limit: how many picks at most.
+        rows_RD: one row per unit, any float dtype, (R, D); read in chunks, never changed.
+        limit: upper bound on the number of picks.
         block: rows that are deflated in float64 at a time.
-        on_block: told the number of picks after each block.
+        on_block: called with the number of picks after each block.
 
     Raises:
         ModelError: a weight is not finite.
@@ -79,7 +79,7 @@ class Round:
         self.block_BD = rows_RD[:1].double()  # the residuals of these rows, exact
 
     def pick(self) -> Tensor:
-        """Positions of the picked rows, in pick order."""
+        """Run the round and return the positions of the picked rows, in pick order."""
         while len(self.picks) < self.limit:
             num_before = len(self.picks)
             pool_M = top(self.upper_R, POOL * self.block)
@@ -95,14 +95,14 @@ class Round:
         return torch.tensor(self.picks, dtype=torch.int64, device=self.rows_RD.device)
 
     def curve(self) -> Tensor:
-        """Share of the rows' squared norm left after each pick, from 1 down, (picks + 1,)."""
+        """Return the share of the rows' squared norm left after 0, 1, ... picks, falling from 1, (picks + 1,)."""
         if sum(map(len, self.explained)) < len(self.picks):
             self._lower_all(self.block_index_B[:0])
         explained_P = torch.cat([self.size_R.new_zeros(0), *self.explained])
         return left_share(explained_P, float(self.size_R.square().sum()))
 
     def _pick_block(self, pool_M: Tensor, pool_MD: Tensor) -> bool:
-        """Pick inside the top of the pool while that is certain; False if nothing is."""
+        """Pick rows from the top of the pool while each pick is certain; return whether there was one."""
         index_B = pool_M[top(self.upper_R[pool_M], self.block)]
         rivals_R = self.upper_R.index_fill(0, index_B, -torch.inf)
         if len(index_B) == 0 or rivals_R.max() > (1 + 4 * TIE) * self.upper_R[index_B].max():
@@ -124,14 +124,14 @@ class Round:
         return True
 
     def _load_block(self, index_B: Tensor) -> None:
-        """Make these the block's rows; those that were there before are deflated already."""
+        """Make these rows the block; rows that stay in it are deflated already."""
         slot_B = torch.searchsorted(self.block_index_B, index_B).clamp(max=len(self.block_index_B) - 1)
         new_N = (self.block_index_B[slot_B] != index_B).nonzero()[:, 0]
         self.block_index_B, self.block_BD = index_B, self.block_BD[slot_B]
         self.block_BD[new_N] = self._residuals(index_B[new_N])
 
     def _add(self, index_P: Tensor, directions_PD: Tensor) -> None:
-        """Take rows: their directions join the basis and leave the block."""
+        """Record picks: add their directions to the basis and subtract them from the block's rows."""
         added = slice(len(self.picks), len(self.picks) + len(index_P))
         self.basis_KD[added] = directions_PD
         self.block_BD = deflate(self.block_BD, directions_PD)
@@ -139,7 +139,7 @@ class Round:
         self.on_block(len(self.picks))
 
     def _lower_all(self, pool_M: Tensor) -> None:
-        """Bring the bounds of all rows up to date; those of the pool are."""
+        """Bring the bounds of all rows up to date; those of the pool are up to date already."""
         first = sum(map(len, self.explained))
         # Deflated once more, all in one go: orthogonal to working precision, however little was left of their rows.
         directions_PD = orthonormal(deflate(self.basis_KD[first : len(self.picks)], self.basis_KD[:first]))
@@ -149,7 +149,11 @@ class Round:
         self.explained.append(explained_P)
 
     def _plain_step(self) -> bool:
-        """Pick one row by the exact norms of all that may come next; False at the rank."""
+        """Pick one row by the exact norms of all rows that could come next.
+
+        Returns:
+            False if all rows lie in the span of the picks.
+        """
         self.products = torch.float64
         known = float(self.upper_R[self.block_index_B].max())
         for part_C in (self.upper_R >= max((1 - TIE) * known, self.floor)).nonzero()[:, 0].split(CHUNK):
@@ -164,16 +168,16 @@ class Round:
         return True
 
     def _basis(self) -> Tensor:
-        """Directions of the picks so far."""
+        """Return the orthonormal directions of the picks so far."""
         return self.basis_KD[: len(self.picks)]
 
     def _residuals(self, index_N: Tensor) -> Tensor:
-        """What rows have outside the span of the picks, afresh from the raw rows."""
+        """Return the part of rows outside the span of the picks, computed from the raw rows."""
         return deflate(self.rows_RD[index_N].double(), self._basis())
 
 
 def top(upper_N: Tensor, count: int) -> Tensor:
-    """Positions of the largest finite values, in ascending order; of tied ones the first."""
+    """Return the positions of the `count` largest finite values in ascending order; the first ones of a tie."""
     count = min(count, int(upper_N.isfinite().sum()))
     if count == 0:
         return torch.zeros(0, dtype=torch.int64, device=upper_N.device)
@@ -187,17 +191,17 @@ def top(upper_N: Tensor, count: int) -> Tensor:
 def pick_inside(
     gram_BB: Tensor, index_B: Tensor, rivals_R: Tensor, *, limit: int, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Pivoted Cholesky of a block's Gram matrix for as long as no row outside can come first.
+    """Pick rows of a block by pivoted Cholesky of their Gram matrix while no row outside it can come first.
 
     Args:
-        gram_BB: inner products of the block's residuals.
+        gram_BB: inner products of the block's residuals, (B, B).
         index_B: their positions among all rows, ascending, so that the first of tied ones is the lowest.
         rivals_R: bounds of all rows, -inf for those of the block.
-        limit: how many picks at most.
-        floor: squared norm below which a residual is rounding.
+        limit: upper bound on the number of picks.
+        floor: squared norm at or below which a residual is only rounding error.
 
     Returns:
-        Picks as positions in the block, and the triangular factor of their Gram matrix.
+        Positions of the picks in the block (P,), and the triangular factor of their Gram matrix (P, P).
     """
     device, bound = gram_BB.device, float(rivals_R.max())
     gram_BB = gram_BB.cpu()  # hundreds of tiny steps
@@ -220,24 +224,24 @@ def pick_inside(
 
 
 def _comes_first(rivals_R: Tensor, best: float, pick: int) -> bool:
-    """Whether a row outside the block may be longer, or as long and of a lower index."""
+    """Whether a row outside the block may be longer than the best row, or as long with a lower index."""
     return bool((rivals_R > (1 + TIE) * best).any() or (rivals_R[:pick] >= (1 - TIE) * best).any())
 
 
 def lower(
     rows_ND: Tensor, upper_N: Tensor, size_N: Tensor, directions_PD: Tensor, products: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Take from bounds on squared residual norms what lies along new orthonormal directions.
+    """Lower the bounds on squared residual norms by each row's part along new orthonormal directions.
 
     Args:
-        rows_ND: raw rows.
-        upper_N: bounds on the squared norms of their residuals.
-        size_N: norms of the raw rows.
-        directions_PD: float64, orthogonal to all earlier ones.
-        products: dtype of the product.
+        rows_ND: raw rows, (N, D).
+        upper_N: upper bounds on the squared norms of their residuals, (N,).
+        size_N: norms of the raw rows, (N,).
+        directions_PD: new directions, float64, orthogonal to all earlier ones, (P, D).
+        products: dtype in which rows and directions are multiplied.
 
     Returns:
-        Lower bounds that are still bounds, and the rows' squared norm along each direction.
+        The lowered upper bounds (N,), still valid, and the rows' total squared norm along each direction (P,).
     """
     slack = product_error(rows_ND.shape[1], products) * len(directions_PD) ** 0.5
     directions_DP = directions_PD.to(products).T
@@ -251,7 +255,10 @@ def lower(
 
 
 def norms(rows_ND: Tensor) -> Tensor:
-    """Norms of raw rows in float64, a chunk at a time into one result: pieces of one would keep the heap from reuse."""
+    """Return the norms of raw rows in float64 (N,), computed a chunk at a time.
+
+    All chunks are written to one result: many small results would keep the heap from being reused.
+    """
     norms_N = rows_ND.new_empty(len(rows_ND), dtype=torch.float64)
     for start in range(0, len(rows_ND), CHUNK):
         norms_N[start : start + CHUNK] = rows_ND[start : start + CHUNK].double().norm(dim=1)
@@ -259,7 +266,10 @@ def norms(rows_ND: Tensor) -> Tensor:
 
 
 def deflate(rows_ND: Tensor, basis_PD: Tensor) -> Tensor:
-    """The rows' part outside an orthonormal basis; twice where that is a tenth of a row or less (Kahan)."""
+    """Return the part of rows outside an orthonormal basis.
+
+    It is computed a second time for rows of which a tenth or less is left (Kahan's criterion).
+    """
     left_ND = rows_ND - (rows_ND @ basis_PD.T) @ basis_PD
     short_N = (left_ND.square().sum(1) < SHORT * rows_ND.square().sum(1)).nonzero()[:, 0]
     if len(short_N):
@@ -269,21 +279,21 @@ def deflate(rows_ND: Tensor, basis_PD: Tensor) -> Tensor:
 
 
 def left_share(explained_K: Tensor, total: float) -> Tensor:
-    """What is left of a total after each share is taken, from 1 down to 0, (K + 1,)."""
+    """Return the share of a total that is left before and after each part is subtracted, never below 0, (K + 1,)."""
     left_K = 1 - explained_K.cumsum(0) / max(total, torch.finfo(torch.float64).tiny)
     return torch.cat([left_K.new_ones(1), left_K]).clamp(min=0)
 
 
 def orthonormal(rows_PD: Tensor) -> Tensor:
-    """Rows that are nearly orthonormal, made so to working precision, by the Cholesky factor of their Gram matrix."""
+    """Make nearly orthonormal rows orthonormal to working precision, by the Cholesky factor of their Gram matrix."""
     return torch.linalg.solve_triangular(torch.linalg.cholesky(rows_PD @ rows_PD.T), rows_PD, upper=False)
 
 
 def product_dtype(rows_RD: Tensor) -> torch.dtype:
-    """float32 for weights of 32 bits or fewer where its products are as exact as float32 is, else float64.
+    """Return float32 for weights of 32 bits or fewer if its products have float32's full precision here, else float64.
 
-    Measured, not asked for: TF32 and bfloat16 products are switched on in several ways, in torch 2.6 for contiguous
-    factors alone, and tiny numbers underflow.
+    This is measured, because TF32 and bfloat16 products can be switched on in several ways, in torch 2.6 for
+    contiguous factors alone, and tiny numbers underflow.
     """
     if rows_RD.dtype == torch.float64:
         return torch.float64
@@ -296,9 +306,9 @@ def product_dtype(rows_RD: Tensor) -> torch.dtype:
 
 
 def product_error(width: int, dtype: torch.dtype) -> float:
-    """Largest error of a product of a row with a direction, relative to the row's norm.
+    """Return the largest error of the product of a row with a unit direction, relative to the row's norm.
 
-    The rounding of the direction and of a sum of D terms, which grows like the root of D (Higham and Mary, 2019).
-    Twice that; the largest of 800,000 measured errors was 0.01 (D = 1792) to 0.4 (D = 2..192) of it.
+    It covers the rounding of the direction and of a sum of D terms, which grows like the root of D (Higham and Mary,
+    2019), twice over; of 800,000 measured errors the largest was 0.01 (D = 1792) to 0.4 (D = 2..192) of it.
     """
     return (width**0.5 + 1) * torch.finfo(dtype).eps

@@ -1,6 +1,6 @@
-"""Ridge least squares from streamed moments: the output projection that makes the most of the kept units.
+"""Ridge least squares from summed moments: the output projection that makes the most of the kept units.
 
-The ridge pulls towards the weights that are there, not towards zero, so a huge ridge changes nothing and the fit on the
+The ridge pulls towards the present weights, not towards zero, so a huge ridge changes nothing and the fit on the
 calibration data is never worse than leaving the weights alone.
 
 Shapes: H hidden units, K kept units, D model width.
@@ -17,7 +17,7 @@ from vitrim.types import Stats
 
 
 def centred_moments(stats: Stats) -> tuple[Tensor, Tensor]:
-    """Covariances, times the token count, of the hidden activations (H, H) and with the target (H, D)."""
+    """Return the centred Gram matrix of the hidden activations (H, H) and centred cross moments (H, D), as sums."""
     mean_H = (stats.hidden_H / stats.num_tokens).to(stats.hidden_HH.dtype)
     gram_HH = torch.addr(stats.hidden_HH, mean_H, stats.hidden_H.to(mean_H.dtype), alpha=-1)
     cross_HD = torch.addr(stats.cross_HD, stats.hidden_H, stats.target_D, alpha=-1 / stats.num_tokens)
@@ -25,7 +25,7 @@ def centred_moments(stats: Stats) -> tuple[Tensor, Tensor]:
 
 
 def of_units(stats: Stats, keep: Tensor) -> Stats:
-    """The sums of some hidden units alone, (K,) indices; in the precision of the cross moments."""
+    """Return the sums restricted to some hidden units, int64 indices (K,), in the precision of the cross moments."""
     keep = keep.to(stats.hidden_HH.device)
     return replace(
         stats,
@@ -36,7 +36,7 @@ def of_units(stats: Stats, keep: Tensor) -> Stats:
 
 
 def moments(stats: Stats, *, centred: bool) -> tuple[Tensor, Tensor]:
-    """Gram and cross moments, centred where a bias will absorb the means."""
+    """Return the Gram matrix (H, H) and the cross moments (H, D), centred if a bias will take up the means."""
     return centred_moments(stats) if centred else (stats.hidden_HH, stats.cross_HD)
 
 
@@ -46,14 +46,33 @@ def fit_output(
     """Fit the output projection of the kept units to the target.
 
     Args:
-        stats: streamed sums over calibration tokens.
-        keep: indices of the kept units, (K,).
-        weight_DK: the kept columns as they are now, (D, K); the ridge pulls towards them.
-        bias_D: the bias as it is now, or None: then no bias is fitted either.
+        stats: sums over calibration tokens.
+        keep: indices of the kept units, int64 (K,).
+        weight_DK: the present columns of the kept units, (D, K); the ridge pulls towards them.
+        bias_D: the present bias (D,), or None: then no bias is fitted either.
         ridge: penalty relative to the mean energy of a kept unit.
 
     Returns:
-        Weight (D, K) and bias (D,) or None, float64.
+        Weight (D, K) and bias (D,) or None, in the dtype of the sums.
+
+    Example:
+        The target is the sum of two units that are always equal, so the one that is kept counts double.
+
+        >>> import torch
+        >>> from vitrim.types import Stats
+        >>> hidden = torch.tensor([[1.0, 1.0], [2.0, 2.0]], dtype=torch.float64)
+        >>> target = hidden.sum(1, keepdim=True)
+        >>> stats = Stats(
+        ...     num_tokens=2,
+        ...     hidden_H=hidden.sum(0),
+        ...     hidden_HH=hidden.T @ hidden,
+        ...     target_D=target.sum(0),
+        ...     cross_HD=hidden.T @ target,
+        ...     target_square=float(target.square().sum()),
+        ... )
+        >>> weight_DK, _ = fit_output(stats, torch.tensor([0]), torch.ones(1, 1), None, ridge=1e-9)
+        >>> round(float(weight_DK), 6)
+        2.0
 
     Paper: ridge compensation for ViTs is in CORP, arXiv 2602.05243; least-squares recovery in arXiv 2405.17506.
     O(K^3 + K^2 D).
@@ -71,7 +90,14 @@ def fit_output(
 
 
 def squared_error(stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> float:
-    """Mean squared error per token of a linear prediction of the target, from the moments alone."""
+    """Return the mean squared error per token of a linear prediction of the target, from the moments alone.
+
+    Args:
+        stats: sums over calibration tokens.
+        keep: indices of the units that predict, int64 (K,).
+        weight_DK: their weights, (D, K).
+        bias_D: the bias (D,), or None for no bias.
+    """
     weight_KD, stats = weight_DK.to(stats.cross_HD).T, of_units(stats, keep)
     hidden_K, gram_KK, cross_KD = stats.hidden_H, stats.hidden_HH, stats.cross_HD
     error = stats.target_square - 2 * (weight_KD * cross_KD).sum() + (weight_KD * (gram_KK @ weight_KD)).sum()

@@ -1,10 +1,10 @@
-"""Factors of a matrix: W (M, N) as the product of `up` (M, R) and `down` (R, N), by four solvers.
+"""Factor a matrix W (M, N) into a product of `up` (M, R) and `down` (R, N), by four solvers.
 
-The best factors for the weight, and the best for what the weight puts out, are one thing: a projection of W on R
-orthonormal directions of its output space. For the weight alone they are its left singular vectors; for the outputs
-they are the principal directions of W x over the inputs seen. Nothing here knows a layer.
+The best factors for the weight, and the best for its outputs W x, both come from projecting W on R orthonormal
+directions of the output space: for the weight alone, its left singular vectors; for the outputs, the principal
+directions of W x over the inputs seen. Nothing here knows a layer.
 
-Shapes: M outputs, N inputs, K = min(M, N), R rank. All that solves runs in float64.
+Shapes: M outputs, N inputs, K = min(M, N), R rank. All solvers run in float64.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ RIDGE = 1e-6
 
 
 def weight_basis(weight_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions of the output space by how much of the weight is in them: left singular vectors.
+    """Return a weight's left singular vectors: output directions, ordered by how much of the weight lies along them.
 
     Args:
-        weight_MN: any float dtype.
+        weight_MN: any float dtype, (M, N).
 
     Returns:
         Orthonormal columns (M, K), and the squared singular values (K,), falling. Exact, not randomised.
@@ -34,15 +34,15 @@ def weight_basis(weight_MN: Tensor) -> tuple[Tensor, Tensor]:
 def output_basis(
     weight_MN: Tensor, *, inputs_NN: Tensor | None = None, outputs_MM: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Directions of the output space by how much of the outputs W x is in them.
+    """Return directions of the output space, ordered by how much of the outputs W x lies along them.
 
-    Projecting W on the first R of them is, of all matrices of rank R, the one with the least mean square of
-    (W - W') x: W' x is then the best approximation of rank R of the outputs seen. No inverse of a covariance is needed.
+    Projecting W on the first R of them gives, of all matrices W' of rank R, the one with the least mean square of
+    (W - W') x over the inputs seen. No inverse of a covariance is needed.
 
     Args:
-        weight_MN: any float dtype.
-        inputs_NN: second moment of the inputs, or their covariance where a bias takes their mean.
-        outputs_MM: the same of the outputs; one of the two is enough, the smaller is cheaper.
+        weight_MN: any float dtype, (M, N).
+        inputs_NN: second moment of the inputs, or their covariance if a bias takes their mean, (N, N).
+        outputs_MM: the same for the outputs, (M, M); one of the two is enough, the smaller is cheaper.
 
     Returns:
         Orthonormal columns (M, K), and the energy of the outputs in each (K,), falling.
@@ -66,23 +66,35 @@ def output_basis(
 
 
 def rank_for_energy(energies_GK: Tensor, share: float) -> int:
-    """The smallest rank at which the first directions of all groups together hold this share of the energy."""
+    """Return the smallest rank at which the leading directions of all groups together hold a share of the energy."""
     held_K = energies_GK.sum(0).cumsum(0)
     return 1 + int((held_K < share * held_K[-1]).sum().clamp(max=len(held_K) - 1))
 
 
 def project(weight_MN: Tensor, basis_MR: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of a weight projected on orthonormal directions of its output space."""
+    """Project a weight on orthonormal directions of its output space: factors `up` (M, R) and `down` (R, N)."""
     return balance(basis_MR, basis_MR.T @ weight_MN.to(basis_MR))
 
 
 def truncate(weight_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of rank R nearest to a weight (Eckart and Young), `up` (M, R) and `down` (R, N)."""
+    """Return the factors `up` (M, R) and `down` (R, N) of rank R whose product is nearest to a weight.
+
+    The truncated SVD (Eckart and Young).
+
+    Example:
+        >>> import torch
+        >>> up_MR, down_RN = truncate(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+        >>> (up_MR @ down_RN).diagonal().round(decimals=4)
+        tensor([3., 2., 0.], dtype=torch.float64)
+    """
     return project(weight_MN, weight_basis(weight_MN)[0][:, :rank])
 
 
 def balance(up_MR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, each column of `up` as long as its row of `down`, so that both train at one rate."""
+    """Rescale factors without changing their product: each column of `up` as long as its row of `down`.
+
+    Both factors then train at one learning rate.
+    """
     tiny = torch.finfo(up_MR.dtype).tiny
     scale_R = (down_RN.norm(dim=1).clamp(min=tiny) / up_MR.norm(dim=0).clamp(min=tiny)).sqrt()
     scale_R = torch.where((up_MR.norm(dim=0) > 0) & (down_RN.norm(dim=1) > 0), scale_R, 1)
@@ -90,10 +102,10 @@ def balance(up_MR: Tensor, down_RN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nmf(weight_MN: Tensor, rank: int, *, num_iter: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Factors without negative values, of a weight without any: scikit-learn's coordinate descent.
+    """Factor a nonnegative weight into nonnegative factors, by scikit-learn's coordinate descent.
 
     Args:
-        weight_MN: no value below 0.
+        weight_MN: no value below 0, (M, N).
         rank: R, at most min(M, N).
         num_iter: rounds over both factors.
         generator: seeds the start.
@@ -111,10 +123,18 @@ def nmf(weight_MN: Tensor, rank: int, *, num_iter: int, generator: Generator) ->
 
 
 def semi_nmf(weight_MN: Tensor, rank: int, *, num_iter: int) -> tuple[Tensor, Tensor]:
-    """Factors of which `down` has no negative value, by alternating least squares; the error never rises.
+    """Factor a weight so that `down` has no negative value, by alternating least squares; the error never rises.
 
-    `up` is solved exactly; `down` row by row, each exactly while the others stand. It starts from the positive parts of
-    the right singular vectors, each turned so that they are the larger part.
+    Each round solves `up` exactly, then each row of `down` exactly while the others are fixed. It starts from the
+    positive parts of the right singular vectors, each with the sign that makes its positive part the larger one.
+
+    Args:
+        weight_MN: any float dtype, (M, N).
+        rank: R.
+        num_iter: rounds over both factors.
+
+    Returns:
+        `up` (M, R) and `down` (R, N), float64, balanced.
 
     Paper: semi-NMF is Ding, Li and Jordan, 2010; updates row by row are those of HALS (Cichocki and Phan, 2009), which
     need far fewer rounds than the paper's multiplicative ones. O(num_iter M N R).
@@ -136,7 +156,10 @@ def semi_nmf(weight_MN: Tensor, rank: int, *, num_iter: int) -> tuple[Tensor, Te
 
 
 def random_factors(weight_MN: Tensor, rank: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Factors as torch starts two linear layers: for a model that is trained anew, since only the shape is used."""
+    """Return factors with torch's initial values of two linear layers, for a model that is trained from scratch.
+
+    Only the shape of the weight is used.
+    """
 
     def start(height: int, width: int) -> Tensor:
         return (2 * torch.rand(height, width, generator=generator, dtype=torch.float64) - 1) / width**0.5
@@ -145,5 +168,5 @@ def random_factors(weight_MN: Tensor, rank: int, *, generator: Generator) -> tup
 
 
 def _solve_up(weight_MN: Tensor, down_RN: Tensor) -> Tensor:
-    """The best `up` for a `down`, of least norm where several are."""
+    """Return the least-squares `up` for a given `down`, the one of least norm if there are several."""
     return weight_MN @ torch.linalg.pinv(down_RN)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -15,23 +16,32 @@ from vitrim.models.origin import ModelBackend, Origin, in_one_line, match_buffer
 from vitrim.storage.tensor_files import open_tensors
 from vitrim.surgery import Plan, reshape_
 
+HUB = "hf-hub:"
 WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
 
 
-def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+def load(
+    source: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Load a model that vitrim wrote, whatever its widths.
 
     Args:
-        path: the output folder.
+        source: the output folder, or `hf-hub:ORG/NAME` for one that was pushed to the Hugging Face hub.
         model: the uncut model, for one that no library can build; it is reshaped in place.
+        device: where the model goes; without, it stays on the CPU.
+        dtype: type of its parameters; without, the one in the file.
 
     Returns:
         The cut model in eval mode.
 
     Raises:
-        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`.
+        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`; or the hub has no such repository.
     """
-    path = Path(path)
+    path = local_folder(source)
     about = read_about(path)
     plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"])
     student = model if model is not None else build_empty(origin)
@@ -40,7 +50,24 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     _fill_(student, path, backend_of(origin.library))
     if origin.library != "transformers":  # it keeps such buffers in float32 beside bf16 weights
         match_buffers_(student)
+    if device is not None or dtype is not None:
+        student.to(device=device, dtype=dtype)
     return student.eval()
+
+
+def local_folder(source: str | Path) -> Path:
+    """Return the folder of an output, downloaded first where it is on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: the hub has no such repository, or can't be reached.
+    """
+    name = str(source)
+    if not name.startswith(HUB):
+        return Path(name.removeprefix("local-dir:"))
+    from huggingface_hub import snapshot_download
+
+    with in_one_line(name):
+        return Path(snapshot_download(name.removeprefix(HUB)))
 
 
 def _fill_(model: nn.Module, path: Path, backend: ModelBackend | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vitrim.calibrate import layer_scale
-from vitrim.calibrate.streams import Store, Stream, first_tensor, forward_order, observe, stream_bytes
+from vitrim.calibrate.activations import Activations, Store, activation_bytes, first_tensor, forward_order, observe
 from vitrim.calibrate.walk import corrected, stands_alone
 from vitrim.config.options import BlockwiseOptions
 from vitrim.data import ImageSet
@@ -107,10 +107,10 @@ class BlockData:
         self.student, self.blocks, self.sites, self.train = student, blocks, sites, options.train
         self.share, self.offload = share, offload
         batches = _decode(images, options, seed, share, offload and offload / "images")
-        self.theirs = Stream(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher")
+        self.theirs = Activations(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher")
         self.inputs = self.theirs
         if options.inputs == "student":
-            self.inputs = Stream(student, blocks, batches, frozen=False, offload=offload and offload / "student")
+            self.inputs = Activations(student, blocks, batches, frozen=False, offload=offload and offload / "student")
 
     def enter(self, index: int) -> BlockTask:
         """Bring the streams to a block, and say what it is to learn.
@@ -173,7 +173,7 @@ def disk_bytes(
         num_images: how many are read.
         options: what is trained on what.
     """
-    calls, outputs = stream_bytes(teacher, forward_order(teacher, sites, sample), sample)
+    calls, outputs = activation_bytes(teacher, forward_order(teacher, sites, sample), sample)
     streams = calls + outputs + (calls if options.inputs == "student" else 0)
     pairs = 2 * outputs if options.train == "mlp" else 0
     return num_images * (sample[0].nbytes + streams + pairs)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrim.calibrate.streams import forward_order
+from vitrim.calibrate.activations import forward_order
 from vitrim.config.options import BlockwiseOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream, Split, first_images

@@ -1,1 +1,1 @@
-"""Tensors in files: read by name, written to known places, and the JSON beside them."""
+"""Tensors in files, read by name and written to known places, and the JSON beside them."""

@@ -1,8 +1,8 @@
-"""Reads checkpoints tensor by tensor: only what is asked for enters memory, and nothing is mapped or unpickled.
+"""Read checkpoints tensor by tensor: only what is asked for enters memory, and nothing is unpickled.
 
-safetensors files are read with plain reads at the offsets of their headers, because a memory map of an 8 GB file counts
-as resident memory page by page. The header is checked by the safetensors library first. A torch file is mapped by torch
-(`weights_only=True`): its pages are the system's to drop.
+safetensors files are read with plain reads at the offsets in their headers, because a memory map of an 8 GB file counts
+as resident memory page by page. The safetensors library checks the header first. A torch file is mapped by torch
+(`weights_only=True`): the system may drop its pages when memory is short.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What is known of a stored tensor without reading it; `start` is its place in a safetensors file."""
+    """File, dtype, shape and position of a stored tensor, known without reading it.
+
+    `start` is the offset of its values in a safetensors file.
+    """
 
     file: Path
     dtype: torch.dtype
@@ -64,12 +67,12 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Tensors of one or more files by name, each read when it is asked for."""
+    """A mapping of names to the tensors of one or more files, each read on access."""
 
     def __init__(self, infos: Mapping[str, TensorInfo], mapped: Mapping[str, Tensor] | None = None) -> None:
         self.infos, self._mapped = dict(infos), mapped or {}
@@ -94,7 +97,7 @@ class TensorFiles(Mapping[str, Tensor]):
         return torch.frombuffer(values, dtype=info.dtype).reshape(info.shape)
 
     def chunks(self, name: str) -> Iterator[bytes | memoryview]:
-        """The raw little-endian bytes of a tensor, in pieces of bounded size.
+        """Yield the raw little-endian bytes of a tensor, in pieces of bounded size.
 
         Raises:
             CheckpointError: the file can't be read, or ends before the tensor does.
@@ -119,25 +122,25 @@ class TensorFiles(Mapping[str, Tensor]):
             raise CheckpointError(f"{info.file}: ends inside tensor {name}; fetch the file again.")
 
     def fakes(self) -> dict[str, Tensor]:
-        """The tensors on the meta device: shapes and types, no values."""
+        """Return all tensors on the meta device: shapes and dtypes, no values."""
         return {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in self.infos.items()}
 
     def renamed(self, names: Mapping[str, str]) -> TensorFiles:
-        """The same tensors under other names; those that `names` does not hold are left out."""
+        """Return the tensors under other names; those that `names` (old to new) does not hold are left out."""
         infos = {new: self.infos[old] for old, new in names.items()}
         mapped = {new: self._mapped[old] for old, new in names.items() if old in self._mapped}
         return TensorFiles(infos, mapped)
 
 
 def open_tensors(path: Path, *, prefer: str = "") -> TensorFiles:
-    """Open a checkpoint: a safetensors or torch file, an index, or a folder with one file, or with shards and an index.
+    """Open a checkpoint: a safetensors or torch file, an index of shards, or a folder that holds one of these.
 
     Args:
         path: file or folder.
-        prefer: how the file's name starts, for a folder that holds the weights of several libraries.
+        prefer: start of the preferred file name, for a folder that holds the weights of several libraries.
 
     Raises:
-        CheckpointError: nothing is there, a shard is missing, or a file is damaged.
+        CheckpointError: there are no weights or several candidates, a shard is missing, or a file is damaged.
     """
     found = find_weights(path, prefer=prefer)
     if len(found) == 1:
@@ -147,11 +150,11 @@ def open_tensors(path: Path, *, prefer: str = "") -> TensorFiles:
 
 
 def find_weights(path: Path, *, prefer: str = "") -> list[Path]:
-    """The file or index to open; none, or several, where a folder does not say which.
+    """Return the weight file or index to open; none or several where a folder leaves it open.
 
     Args:
         path: file or folder.
-        prefer: as for `open_tensors`.
+        prefer: start of the preferred file name, as for `open_tensors`.
     """
     if path.is_file():
         return [path]
@@ -163,13 +166,13 @@ def find_weights(path: Path, *, prefer: str = "") -> list[Path]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values in row-major order."""
+    """Return the bytes of a tensor's values in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(cast(Any, flat.view(torch.uint8).numpy())) if flat.numel() else memoryview(b"")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse weights that nothing can make sense of.
+    """Check that a weight holds finite values only.
 
     Raises:
         CheckpointError: a value is NaN or infinite.
@@ -179,7 +182,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _open_shards(index: Path) -> TensorFiles:
-    """The shards that an index names, each tensor from the shard that the index puts it in."""
+    """Open the shards that an index names, and take each tensor from the shard that the index gives for it."""
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except DAMAGED as error:
@@ -201,12 +204,12 @@ def _open_shards(index: Path) -> TensorFiles:
 
 
 def _open_file(path: Path) -> TensorFiles:
-    """One file of either kind."""
+    """Open one safetensors or torch file."""
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
 def _open_safetensors(path: Path) -> TensorFiles:
-    """A safetensors file, its header checked by the library itself."""
+    """Open a safetensors file, after the library itself has checked its header."""
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -226,7 +229,10 @@ def _open_safetensors(path: Path) -> TensorFiles:
 
 
 def _open_torch(path: Path) -> TensorFiles:
-    """A state dict that torch saved; nothing in it is executed. torch's format before 1.6 can't be mapped."""
+    """Open a state dict that torch saved, without running anything in it.
+
+    torch's format before 1.6 can't be mapped, so such a file is read whole.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more

@@ -1,8 +1,8 @@
-"""Writes safetensors files tensor by tensor, in shards of bounded size, and goes on after a crash.
+"""Write safetensors files tensor by tensor, in shards of bounded size, and continue after a crash.
 
-Shapes are known before the first value, so every tensor has its place from the start: headers are written first, values
-go to their offsets, and a journal says which are complete. The format is safetensors' own (eight bytes of header
-length, a JSON header, the values); its library can only write what is in memory as a whole.
+Shapes are known before the first value, so every tensor has a fixed place: headers are written first, values go to
+their offsets, and a journal records which tensors are complete. The format is safetensors' own (eight bytes of header
+length, a JSON header, the values); the library itself can only write what is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SYNC_BYTES = 256 * 2**20  # values written between two syncs to disk: what a pow
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a tensor's values go."""
+    """File, offset and size of a tensor's values."""
 
     file: str
     start: int
@@ -36,12 +36,12 @@ class TensorWriter:
     """Writes tensors to their places in a folder, in any order.
 
     Args:
-        folder: where the files go; an existing one that holds nothing else.
-        tensors: every tensor's name, dtype and shape, in the order in which they shall stand.
-        stem: name of the files, such as "model".
-        shard_bytes: largest size of a file; None writes one file.
-        journal: file that remembers what is complete.
-        resume: trust the journal and go on.
+        folder: existing folder for the files; other files in it are deleted.
+        tensors: every tensor's name, dtype and shape, in the order in which they are stored.
+        stem: start of the file names, such as "model".
+        shard_bytes: largest size of a file's values in bytes; None writes one file.
+        journal: file that records which tensors are complete.
+        resume: continue from the journal, if the files on disk match.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TensorWriter:
         """Write one tensor's values.
 
         Raises:
-            CheckpointError: there are more or fewer bytes than its shape says.
+            CheckpointError: the number of bytes does not match the tensor's shape and dtype.
         """
         place, digest, done = self.places[name], hashlib.blake2b(digest_size=16), 0
         file = self._file(place.file)
@@ -101,7 +101,7 @@ class TensorWriter:
             self.sync()
 
     def sync(self) -> None:
-        """Bring what was written to disk, then say so in the journal: in this order, a crash loses only time."""
+        """Flush values to disk, then record them in the journal: in this order a crash loses only time."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -110,7 +110,7 @@ class TensorWriter:
         self._pending, self._unsynced = [], 0
 
     def close(self) -> None:
-        """Finish the files, and write the index where there are several."""
+        """Finish the files, and write the index if there are several."""
         self.sync()
         for file in self._files.values():
             file.close()
@@ -123,13 +123,13 @@ class TensorWriter:
             (self.folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def abandon(self) -> None:
-        """Close the files after a failure; what the journal names stays good."""
+        """Close the files after a failure; tensors named in the journal remain valid."""
         for file in self._files.values():
             file.close()
         self._files = {}
 
     def wrong(self, written: TensorFiles) -> Iterator[str]:
-        """Names whose values on disk are not those that were written."""
+        """Yield the names of tensors whose values on disk differ from those that were written."""
         for name, digest in self.digests.items():
             found = hashlib.blake2b(digest_size=16)
             for chunk in written.chunks(name):
@@ -138,7 +138,7 @@ class TensorWriter:
                 yield name
 
     def _complete(self, headers: Mapping[str, bytes]) -> dict[str, str]:
-        """What an earlier run has finished; nothing where its files were laid out otherwise."""
+        """Return the digests of tensors that an earlier run completed; none if its files have another layout."""
         for name, header in headers.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != self._size(name, header):
@@ -150,7 +150,7 @@ class TensorWriter:
         return {line["tensor"]: line["digest"] for line in lines if line.get("tensor") in self.places}
 
     def _start(self, headers: Mapping[str, bytes]) -> None:
-        """Headers and files of their final size, no values; what an earlier run laid out otherwise goes."""
+        """Delete old files, and create new ones of their final size with headers and no values."""
         self.journal.unlink(missing_ok=True)
         for old in self.folder.iterdir():
             old.unlink()
@@ -160,7 +160,7 @@ class TensorWriter:
                 file.truncate(self._size(name, header))
 
     def _size(self, name: str, header: bytes) -> int:
-        """Bytes of a file."""
+        """Return the final size of a file in bytes."""
         return len(header) + sum(place.num_bytes for place in self.places.values() if place.file == name)
 
     def _file(self, name: str) -> BinaryIO:
@@ -170,7 +170,7 @@ class TensorWriter:
 
 
 def append(journal: Path, text: str) -> None:
-    """Add lines to a journal, on disk before this returns."""
+    """Add text to a journal, and return once it is on disk."""
     with journal.open("a") as file:
         file.write(text)
         file.flush()
@@ -178,7 +178,7 @@ def append(journal: Path, text: str) -> None:
 
 
 def read_journal(journal: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal; what a crash left behind them is cut off, so that lines can be added again."""
+    """Return the complete lines of a journal, and cut off an incomplete last one that a crash left."""
     if not journal.is_file():
         return []
     text, lines, size = journal.read_bytes(), [], 0
@@ -197,9 +197,9 @@ def read_journal(journal: Path) -> list[dict[str, Any]]:
 
 
 def _shards(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: int | None) -> list[list]:
-    """Tensors in order, split so that no part is larger than the limit, unless one tensor is.
+    """Split tensors, in order, into parts no larger than the limit; a larger tensor gets a part of its own.
 
-    Within a part wide types come first, as in files of the library itself: so every value is aligned to its size.
+    Within a part wide dtypes come first, as in the library's own files, so that every value is aligned to its size.
     """
     shards: list[list] = [[]]
     size = 0
@@ -214,7 +214,7 @@ def _shards(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: in
 
 
 def _header(shard: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """The start of a safetensors file, padded so that values are aligned to eight bytes."""
+    """Return the start of a safetensors file, padded so that values are aligned to eight bytes."""
     said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, dtype, shape in shard:

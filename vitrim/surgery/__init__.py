@@ -1,4 +1,4 @@
-"""The only writer of modules: the kinds of edit, one file each, and what carries them out. Importing knows them all."""
+"""The only code that changes modules: one file for each kind of edit, and the functions that apply edits."""
 
 from vitrim.surgery.edits import Edit, apply_, edit_of, reshape_, transform
 from vitrim.surgery.fips import ToFips

@@ -1,13 +1,14 @@
-"""What an edit is, and how edits are carried out.
+"""The base class of all edits, and the functions that apply edits to a model or a state dict.
 
 Every edit has two halves. `reshape_` changes a module tree (also on the meta device); `map_tensor` changes the tensors
 of a state dict, one by one, read lazily. Pruning a live model, loading a compressed checkpoint and pruning file to file
-are the same two halves in different order. Each kind of edit is a file of its own beside this one; nothing here decides
-what to cut.
+use the same two halves in different order. Each kind of edit has a file of its own beside this one; nothing here
+decides what to cut.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -25,17 +26,17 @@ KINDS: dict[str, type[Edit]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class Edit(ABC):
     """One decision about some modules of a model, as data.
 
-    `tensors` maps full tensor names, as they are after the edit, to the values that stand there then; a name that is
-    not in it gets what `map_tensor` makes of the original. A field that names a module is a `Site`, or is called `path`
-    or `paths`. A subclass is a frozen dataclass with a KIND; a later edit of a plan may not have a lower STAGE than an
-    earlier one, so that nothing is cut that has been replaced.
+    `tensors` maps full tensor names, as they are after the edit, to their values; a name that is not in it gets what
+    `map_tensor` makes of the original. A field that names a module is a `Site`, or is called `path` or `paths`. A
+    subclass is a frozen dataclass with a KIND. In a plan ORDER never falls from one edit to the next, so that nothing
+    is cut that has been replaced.
     """
 
     KIND: ClassVar[str]
-    STAGE: ClassVar[int] = 0
+    ORDER: ClassVar[int] = 0
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -43,38 +44,38 @@ class Edit:
     def __init_subclass__(cls) -> None:
         KINDS[cls.KIND] = cls
 
+    @abstractmethod
     def affected_tensors(self) -> list[str]:
-        """Names of the tensors that the edit reads, cuts, replaces or takes away; one may not be in the model."""
-        raise NotImplementedError
+        """Return the names of the tensors that the edit reads, cuts, replaces or removes; some may not exist."""
 
+    @abstractmethod
     def check(self, model: nn.Module) -> None:
-        """Refuse an edit that can't be carried out on a model.
+        """Check that the edit can be applied to a model.
 
         Raises:
-            BudgetError: it asks for more than there is.
-            SiteNotFoundError: it names a module that the model does not have, or of another kind.
+            BudgetError: it asks for more than the module has.
+            SiteNotFoundError: a module that it names is missing or of another kind.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def reshape_(self, model: nn.Module) -> None:
-        """Give the modules their new form; new tensors are uninitialised, on the device of the old ones."""
-        raise NotImplementedError
+        """Change the modules to their new shape; new tensors are uninitialised, on the device of the old ones."""
 
+    @abstractmethod
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What stands in the place of one touched tensor after the edit: none, one or several, by name."""
-        raise NotImplementedError
+        """Yield the names and values that replace one affected tensor after the edit: none, one or several."""
 
     def shape_only(self) -> Self:
-        """An edit of the same shape without its tensors: all that building the model takes."""
+        """Return an edit that gives the same shapes but holds no tensors: enough to build the model."""
         return replace(self, tensors={})
 
     def describe(self) -> str:
-        """The edit in a few words, for tables."""
+        """Return the edit in a few words, for tables."""
         return self.KIND.replace("_", " ")
 
     @property
     def where(self) -> str:
-        """Path of the module that the edit is about, or of the first of them."""
+        """Path of the edited module, or of the first of several."""
         for part in fields(self):
             value = getattr(self, part.name)
             if isinstance(value, Site):
@@ -84,19 +85,19 @@ class Edit:
         return ""
 
     def given(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of the edit, in the type and on the device of another."""
+        """Return one of the edit's tensors, with the dtype and on the device of another."""
         return self.tensors[name].to(device=like.device, dtype=like.dtype).contiguous()
 
     def below(self, prefix: str) -> Self:
-        """The same edit as seen from a module that holds this one's root at `prefix`."""
+        """Return the edit with paths from a larger model, which holds this one at `prefix`."""
         return self.renamed(lambda path: f"{prefix}.{path}".strip(".")) if prefix else self
 
     def within(self, prefix: str) -> Self:
-        """The same edit as seen from the module at `prefix`: the inverse of `below`."""
+        """Return the edit with paths relative to the module at `prefix`: the inverse of `below`."""
         return self.renamed(lambda path: "" if path == prefix else path.removeprefix(f"{prefix}.")) if prefix else self
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
-        """The same edit with every path and name passed through a function."""
+        """Return the edit with every path and tensor name passed through a function."""
         new: dict[str, Any] = {"tensors": {rename(name): tensor for name, tensor in self.tensors.items()}}
         for part in fields(self):
             value = getattr(self, part.name)
@@ -109,7 +110,7 @@ class Edit:
         return replace(self, **new)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description; tensors stand in it by name and SHA-256, not by value."""
+        """Return a JSON-ready description, with the SHA-256 of each tensor in place of its values."""
         values = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "tensors"}
         plain = {
             name: {key: item for key, item in value.__dict__.items() if item is not None}
@@ -122,10 +123,11 @@ class Edit:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Edit:
-        """The inverse of `to_json`, without the tensors (a checkpoint holds them as weights).
+        """Rebuild an edit from `to_json`, without its tensors (a checkpoint holds them as weights).
 
         Raises:
-            CheckpointError: the kind is unknown, or the values don't fit it.
+            CheckpointError: this version does not know the kind of edit.
+            pydantic.ValidationError: a field is missing, unknown or of the wrong type.
         """
         values = {name: value for name, value in data.items() if name not in ("edit", "tensors")}
         kind = KINDS.get(data["edit"])
@@ -135,15 +137,25 @@ class Edit:
 
 
 def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
-    """Cut a live model in place.
+    """Apply edits to a live model in place, for example cut its MLPs.
 
     Args:
         model: the model that the edits were made for.
-        edits: in their order.
+        edits: the edits, in order.
 
     Raises:
         BudgetError: an edit asks for more than there is.
         SiteNotFoundError: an edit names a module that the model does not have.
+
+    Example:
+        >>> from torch import nn
+        >>> from vitrim.models.sites import find_mlps
+        >>> from vitrim.surgery import KeepUnits, apply_
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
+        >>> [site] = find_mlps(model)
+        >>> apply_(model, [KeepUnits(site=site, keep=(0, 3, 5))])
+        >>> model[0], model[2]
+        (Linear(in_features=4, out_features=3, bias=True), Linear(in_features=3, out_features=4, bias=True))
     """
     checked, names = _check_first(model, edits), edit_of(edits)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
@@ -153,16 +165,16 @@ def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
 
 
 def reshape_(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Give each edited module its new form; the new tensors are uninitialised, on the device of the old ones."""
+    """Change each edited module to its new shape; new tensors are uninitialised, on the device of the old ones."""
     edits = tuple(edits)
     _reshape_checked_(model, edits, _check_first(model, edits))
 
 
 def _check_first(model: nn.Module, edits: Iterable[Edit]) -> list[bool]:
-    """Refuse what can be known to be bad before anything is carried out, so that the model stays whole.
+    """Check all edits that can be checked before any is applied, so that a bad one leaves the model unchanged.
 
     Returns:
-        For each edit, whether it was checked; one about what an earlier edit will have made has to wait for its turn.
+        For each edit, whether it was checked; one that edits the result of an earlier edit is checked later.
     """
     seen: set[str] = set()
     checked = []
@@ -172,12 +184,12 @@ def _check_first(model: nn.Module, edits: Iterable[Edit]) -> list[bool]:
         checked.append(seen.isdisjoint(paths | above))
         if checked[-1]:
             edit.check(model)
-        seen |= paths
+        seen |= paths | {edit.where}  # what stands there may hold the modules of later edits
     return checked
 
 
 def _reshape_checked_(model: nn.Module, edits: Iterable[Edit], checked: Iterable[bool]) -> None:
-    """Reshape edit after edit, checking at their turn those that had to wait."""
+    """Reshape edit by edit, and check those that could not be checked before."""
     for edit, known in zip(edits, checked, strict=True):
         if not known:
             edit.check(model)
@@ -185,14 +197,14 @@ def _reshape_checked_(model: nn.Module, edits: Iterable[Edit], checked: Iterable
 
 
 def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[tuple[str, Tensor]]:
-    """Pass a state dict through, tensor by tensor, with the edited tensors cut or replaced.
+    """Yield the tensors of a state dict one by one, with the edited ones cut or replaced.
 
     Args:
-        tensors: names to tensors; each is read once, when its turn comes.
-        edits: what to do, in their order.
+        tensors: names to tensors; each is read once, when it is needed.
+        edits: the edits, in order.
 
     Yields:
-        Every name of `tensors` in its order, or what edits have put in its place.
+        Every name and tensor in the order of `tensors`; an edited one is replaced by what the edits make of it.
     """
     edits = tuple(edits)
     touched = [set(edit.affected_tensors()) for edit in edits]
@@ -214,12 +226,15 @@ def transform(tensors: Mapping[str, Tensor], edits: Iterable[Edit]) -> Iterator[
 
 
 def edit_of(edits: Iterable[Edit]) -> dict[str, Edit]:
-    """Names of the tensors that edits touch, with the last edit that does; a name may not be in the model."""
+    """Map the name of each affected tensor to the last edit that affects it; a name may not exist in the model."""
     return {name: edit for edit in edits for name in edit.affected_tensors()}
 
 
 def resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
-    """Replace the parameters of a linear or norm layer by uninitialised ones of another size."""
+    """Replace the parameters of a linear or norm layer by uninitialised ones with another size along `dim`.
+
+    `attribute` is the layer's own record of that size, such as `out_features`.
+    """
     for name, old in list(module.named_parameters(recurse=False)):
         if dim < old.ndim:
             shape = [*old.shape[:dim], size, *old.shape[dim + 1 :]]
@@ -230,7 +245,7 @@ def resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
 
 
 def replace_(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module in the place of another one, in the mode that that one was in."""
+    """Replace the module at `path` by another one, in the same training mode."""
     parent, _, name = path.rpartition(".")
     holder = submodule(model, parent)
     setattr(holder, name, new.train(submodule(holder, name).training))

@@ -1,4 +1,4 @@
-"""Putting a basis that several linear layers share in the place of their matrices. See `layers.shared_basis`."""
+"""The edit that replaces several linear layers by layers with one shared basis. See `layers.fips`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from vitrim.surgery.modules import submodule
 
 @dataclass(frozen=True, kw_only=True)
 class ToFips(Edit):
-    """Linear layers share a basis (D, `rank`), which the first of them owns; each has sparse coefficients of its own.
+    """Linear layers get one basis (D, `rank`), owned by the first of them, and their own sparse coefficients.
 
-    Of each layer: its path, its role, its columns C (the side that is not in the space of the basis), and how many
-    coefficients it has. `tensors` hold all that, and may hold biases; `ToFips.by` brings them.
+    For each layer: its path, its role, its number of columns C (the side that is not multiplied by the basis), and its
+    number of stored coefficients. `tensors` holds basis, coefficients and masks, and may hold biases; `ToFips.by` fills
+    it in.
     """
 
     KIND: ClassVar[str] = "fips"
-    STAGE: ClassVar[int] = 1
+    ORDER: ClassVar[int] = 1
 
     paths: tuple[str, ...]
     roles: tuple[Role, ...]
@@ -41,7 +42,13 @@ class ToFips(Edit):
         *,
         biases: Mapping[str, Tensor] | None = None,
     ) -> ToFips:
-        """The edit that puts a basis in place; of each layer its role, coefficients and their mask, both (R, C)."""
+        """Make the edit from a basis (D, R) and, for each layer's path, its role, coefficients and mask, both (R, C).
+
+        Args:
+            basis_DR: the shared basis.
+            parts: path to (role, coefficients, mask); the first layer owns the basis.
+            biases: full names to values, for layers whose bias changes.
+        """
         paths = tuple(parts)
         tensors = {f"{paths[0]}.basis": basis_DR, **(biases or {})}
         for path, (_, coeff_RC, mask_RC) in parts.items():
@@ -58,12 +65,12 @@ class ToFips(Edit):
 
     @property
     def num_stored(self) -> int:
-        """Numbers of basis and coefficients, with the bits of the masks counted as numbers of 32."""
+        """How many numbers basis and coefficients take, with 32 bits of mask counted as one number."""
         bits = sum(8 * -(-self.rank * columns // 8) for columns in self.columns)
         return self.d_model * self.rank + sum(self.counts) + bits // 32
 
     def describe(self) -> str:
-        """The rank, how many share it, and what is left of their values."""
+        """Return the rank, how many layers share it, and the share of numbers that is left."""
         num_cols = sum(self.columns)
         kept, left = sum(self.counts) / (self.rank * num_cols), self.num_stored / (self.d_model * num_cols)
         return (
@@ -72,11 +79,11 @@ class ToFips(Edit):
         )
 
     def affected_tensors(self) -> list[str]:
-        """Weight and bias of each layer."""
+        """Return the weight and bias of each layer."""
         return [f"{path}.{name}" for path in self.paths for name in ("weight", "bias")]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse lists that don't fit each other, and layers that are not linear or of other sizes."""
+        """Check that the lists match each other and each layer is linear and of the right size."""
         per_layer = (self.roles, self.columns, self.counts)
         if not self.paths or len(set(self.paths)) < len(self.paths) or {*map(len, per_layer)} != {len(self.paths)}:
             raise BudgetError(
@@ -95,7 +102,7 @@ class ToFips(Edit):
                 )
 
     def reshape_(self, model: nn.Module) -> None:
-        """Put layers that share a basis in the place of the linear ones."""
+        """Replace the linear layers by layers that share a basis."""
         owner: SharedBasisLinear | None = None
         for path, role, count in zip(self.paths, self.roles, self.counts, strict=True):
             old = cast(nn.Linear, submodule(model, path))
@@ -114,9 +121,9 @@ class ToFips(Edit):
             owner = owner or new
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """For a weight coefficients and places, with the first the basis; a bias as it is, or the one that is brought.
+        """Yield coefficients and mask for a weight, and the basis with the first; for a bias its new or old value.
 
-        All in memory of their own, since the model's may be trained.
+        New tensors are copies, since the model's may be trained.
         """
         path, _, kind = name.rpartition(".")
         if kind == "bias":

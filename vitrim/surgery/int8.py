@@ -1,4 +1,4 @@
-"""Putting an int8 layer in the place of a linear one: `layers.int8`, with the weight rounded as it is carried."""
+"""The edit that replaces a linear layer by an int8 one (`layers.int8`), and rounds its weight."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from vitrim.types import LayerSite
 
 @dataclass(frozen=True, kw_only=True)
 class ToInt8(Edit):
-    """A linear layer's weight becomes int8, with a scale for each output; with `activations` its inputs, too."""
+    """A linear layer's weight becomes int8 with a scale per output; with `activations` its inputs are rounded too."""
 
     KIND: ClassVar[str] = "int8"
-    STAGE: ClassVar[int] = 3
+    ORDER: ClassVar[int] = 3
 
     layer: LayerSite
     activations: bool = False
 
     def describe(self) -> str:
-        """What is rounded."""
+        """Return what is rounded, in a few words."""
         return "weight and activations in int8" if self.activations else "weight in int8"
 
     def affected_tensors(self) -> list[str]:
-        """The layer's weight and bias."""
+        """Return the names of the layer's weight and bias."""
         return [f"{self.layer.path}.weight", f"{self.layer.path}.bias"]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a module that is not the layer."""
+        """Check that the layer is there and of the right kind."""
         check_layer(model, self.layer)
 
     def reshape_(self, model: nn.Module) -> None:
-        """Put the int8 layer in the layer's place."""
+        """Replace the layer by an int8 layer."""
         old = submodule(model, self.layer.path)
         weight = cast(nn.Parameter, old.weight)
         new = Int8Linear(
@@ -51,7 +51,7 @@ class ToInt8(Edit):
         replace_(model, self.layer.path, new)
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The weight as int8 and scales; the bias as it was."""
+        """Yield int8 values and scales for the weight; the bias is unchanged."""
         if name == f"{self.layer.path}.bias":
             yield name, tensor
             return

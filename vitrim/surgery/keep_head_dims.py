@@ -1,4 +1,4 @@
-"""Dropping dimensions of attention heads: of queries and keys together, and of values. See `layers.attention`."""
+"""The edit that drops dimensions of attention heads: of queries and keys together, and of values."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Dims = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class KeepHeadDims(Edit):
-    """Keep these dimensions of each head's queries and keys, and of its values; as many in every head.
+    """Keep some dimensions of each head's queries and keys, and of its values; equally many in every head.
 
-    `tensors` may hold what compensation makes of the projections, under their new names `q`, `k`, `v` and `proj`.
+    `tensors` may hold new values of the projections, under their new names `q`, `k`, `v` and `proj`.
     """
 
     KIND: ClassVar[str] = "keep_head_dims"
@@ -32,22 +32,22 @@ class KeepHeadDims(Edit):
     keep_v: Dims
 
     def shape_only(self) -> KeepHeadDims:
-        """The counts, whichever dimensions they are of."""
+        """Return an edit with the same counts, without indices of its own or tensors."""
         first = [tuple(tuple(range(len(dims))) for dims in kept) for kept in (self.keep_qk, self.keep_v)]
         return replace(self, keep_qk=first[0], keep_v=first[1], tensors={})
 
     def describe(self) -> str:
-        """Dimensions of a head that stay."""
+        """Return how many dimensions of a head stay."""
         total = self.site.head_dim
         return f"{len(self.keep_qk[0])} of {total} query and key, {len(self.keep_v[0])} of {total} value dims a head"
 
     def affected_tensors(self) -> list[str]:
-        """The projections' tensors."""
+        """Return the names of the projections' tensors."""
         layers = dict.fromkeys((self.site.query, self.site.key, self.site.value, self.site.output))
         return [f"{path}.{name}" for path in layers for name in ("weight", "bias")]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse dimensions that are not there, and heads of different sizes."""
+        """Check that the dimensions exist and every head keeps equally many."""
         site = self.site
         for kept in (self.keep_qk, self.keep_v):
             sizes = {len(dims) for dims in kept}
@@ -62,7 +62,7 @@ class KeepHeadDims(Edit):
             raise SiteNotFoundError(f"{site.query}: has not {rows} rows; the plan was made for another model.")
 
     def reshape_(self, model: nn.Module) -> None:
-        """Put the slim attention in the module's place."""
+        """Replace the attention by a `SlimAttention`."""
         site = self.site
         query, output = (cast(nn.Linear, submodule(model, path)) for path in (site.query, site.output))
         new = SlimAttention(
@@ -80,7 +80,7 @@ class KeepHeadDims(Edit):
         replace_(model, site.path, new)
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The kept rows of queries, keys and values under their new names; the kept columns of the output."""
+        """Yield the kept rows of queries, keys and values under their new names, or the kept columns of the output."""
         site = self.site
         layer, _, part = name.rpartition(".")
         if layer == site.output:
@@ -99,6 +99,6 @@ class KeepHeadDims(Edit):
         return name, self.given(name, sliced) if name in self.tensors else sliced
 
     def _flat(self, kept: Sequence[Sequence[int]], like: Tensor) -> Tensor:
-        """Rows of a projection that hold the kept dimensions, head after head."""
+        """Return the rows of a projection that hold the kept dimensions, head after head."""
         rows = [head * self.site.head_dim + dim for head, dims in enumerate(kept) for dim in dims]
         return torch.tensor(rows, device=like.device)

@@ -1,4 +1,4 @@
-"""Cutting hidden units out of an MLP: rows of its input projections, columns of its output projection."""
+"""The edit that cuts hidden units out of an MLP: rows of its input projections, columns of its output projection."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vitrim.types import MlpSite
 class KeepUnits(Edit):
     """Keep these hidden units of an MLP, in this order, and cut the others.
 
-    `tensors` may hold values that replace the sliced originals: the output projection after least squares, or all
-    the tensors of the site after a refit.
+    `tensors` may hold values that replace the sliced originals: the output projection after least squares, or all the
+    tensors of the MLP after a refit.
     """
 
     KIND: ClassVar[str] = "keep_units"
@@ -34,34 +34,34 @@ class KeepUnits(Edit):
         return len(self.keep)
 
     def with_output(self, weight_DK: Tensor, bias_D: Tensor | None) -> KeepUnits:
-        """The same cut, with another output projection in place of the sliced one."""
+        """Return the same cut with these values for the output projection instead of the sliced ones."""
         tensors = {f"{self.site.output}.weight": weight_DK}
         return replace(self, tensors=tensors | ({} if bias_D is None else {f"{self.site.output}.bias": bias_D}))
 
     def shape_only(self) -> KeepUnits:
-        """The width, whichever units it is made of."""
+        """Return a cut to the same width, without indices of its own or tensors."""
         return replace(self, keep=tuple(range(self.width)), tensors={})
 
     def describe(self) -> str:
-        """Width after of before."""
+        """Return the widths before and after."""
         return f"{self.width} of {self.site.d_hidden} units"
 
     def affected_tensors(self) -> list[str]:
-        """The tensors of the site's layers, and any that the edit brings along."""
+        """Return the names of the tensors of the MLP's layers, and of any that the edit replaces."""
         site = self.site
         rows = [name for name in (site.value, site.gate, site.norm) if name is not None]
         names = [f"{name}.{part}" for name in rows for part in ("weight", "bias")] + [f"{site.output}.weight"]
         return names + [name for name in self.tensors if name not in names]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse units that are not there, or twice."""
+        """Check that the units exist and none is kept twice."""
         self._check_units()
         for name in (self.site.value, self.site.gate, self.site.output, self.site.norm):
             if name is not None:
                 submodule(model, name)
 
     def reshape_(self, model: nn.Module) -> None:
-        """Resize the site's layers."""
+        """Resize the MLP's layers."""
         site = self.site
         for name in (site.value, site.gate):
             if name is not None:
@@ -71,7 +71,7 @@ class KeepUnits(Edit):
             resize_(submodule(model, site.norm), dim=0, size=self.width, attribute="normalized_shape")
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """One tensor of the site without the removed units."""
+        """Yield one tensor of the MLP without the removed units."""
         yield name, self.given(name, tensor) if name in self.tensors else self._cut(name, tensor)
 
     def _check_units(self) -> None:

@@ -1,4 +1,4 @@
-"""Putting two factors in the place of a linear or convolution layer: `layers.low_rank` modules and their tensors."""
+"""The edit that replaces a linear or convolution layer by two factors (`layers.low_rank`)."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ Factors = tuple[Tensor, Tensor]
 class ToLowRank(Edit):
     """A layer becomes two: `down` to `rank` channels a group, then `up`, which has the bias.
 
-    Without `tensors` the factors are those of that rank that are nearest to the weight; `ToLowRank.by` brings others.
+    Without `tensors` the factors are the nearest of that rank to the weight; `ToLowRank.by` sets others.
     """
 
     KIND: ClassVar[str] = "low_rank"
-    STAGE: ClassVar[int] = 1
+    ORDER: ClassVar[int] = 1
 
     layer: LayerSite
     rank: int
 
     @classmethod
     def by(cls, layer: LayerSite, factors: Sequence[Factors], *, bias: Tensor | None = None) -> ToLowRank:
-        """The edit that puts given factors, `up` (M, R) and `down` (R, N) of each group, and with one another bias."""
+        """Make the edit from given factors, `up` (M, R) and `down` (R, N) of each group, and optionally a new bias."""
         tensors = {name: factor.float() for name, factor in _named(layer, factors).items()}
         if bias is not None:
             tensors[f"{layer.path}.up.bias"] = bias
         return cls(layer=layer, rank=len(factors[0][1]), tensors=tensors)
 
     def describe(self) -> str:
-        """Rank after of before, and what is left of the weight's values."""
+        """Return the rank before and after, and the share of the weight's numbers that is left."""
         layer = self.layer
         rows, cols = layer.num_rows, layer.num_cols
         each = f" in each of {layer.groups} groups" if layer.groups > 1 else ""
@@ -49,11 +49,11 @@ class ToLowRank(Edit):
         return f"rank {self.rank} of {min(rows, cols)}{each}, {left:.0%} of its values"
 
     def affected_tensors(self) -> list[str]:
-        """The layer's weight and bias."""
+        """Return the names of the layer's weight and bias."""
         return [f"{self.layer.path}.weight", f"{self.layer.path}.bias"]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a rank that there is not, and a module that is not the layer."""
+        """Check that the rank is possible and the layer is there and of the right kind."""
         layer = self.layer
         full = min(layer.num_rows, layer.num_cols)
         if not 1 <= self.rank <= full:
@@ -61,7 +61,7 @@ class ToLowRank(Edit):
         check_layer(model, layer)
 
     def reshape_(self, model: nn.Module) -> None:
-        """Put the two factors in the layer's place."""
+        """Replace the layer by its two factors."""
         old = submodule(model, self.layer.path)
         weight = cast(nn.Parameter, old.weight)
         if self.layer.kind == "conv":
@@ -78,7 +78,7 @@ class ToLowRank(Edit):
         replace_(model, self.layer.path, new.requires_grad_(weight.requires_grad))
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The weight as two factors; the bias under its new name, in memory of its own."""
+        """Yield two factors for the weight; for the bias a copy under its new name."""
         path = self.layer.path
         if name == f"{path}.bias":
             new = f"{path}.up.bias"
@@ -95,7 +95,7 @@ class ToLowRank(Edit):
 
 
 def _named(layer: LayerSite, factors: Sequence[Factors]) -> dict[str, Tensor]:
-    """The factors of all groups in the shapes and under the names that the modules have for them."""
+    """Return the factors of all groups under the names and in the shapes of the modules' parameters."""
     ups, downs = zip(*factors, strict=True)
     down = torch.cat(downs).reshape(-1, layer.num_in // layer.groups, *layer.kernel)
     up = torch.cat(ups).reshape(layer.num_out, -1, *[1] * len(layer.kernel))

@@ -1,4 +1,4 @@
-"""Reading modules: by path, as canonical weights, and by running one MLP on tokens. Nothing here changes one."""
+"""Read modules: by path, as the weights of an MLP, and by running one MLP on tokens. Nothing here changes a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from vitrim.types import LayerSite, MlpSite, MlpWeights
 
 
 def read_weights(model: nn.Module, site: MlpSite) -> MlpWeights:
-    """The canonical view of a live site's weights; views and copies, never to be written to."""
+    """Return the weights of an MLP in a live model as (H, D) and (D, H) matrices.
+
+    They may be views of the model's own tensors: never write to them.
+    """
     paths = [path for path in (site.value, site.gate, site.output) if path is not None]
     tensors = {f"{path}.weight": weight_of(model, path) for path in paths}
     biases = {f"{path}.bias": _bias(model, path) for path in paths}
@@ -20,7 +23,7 @@ def read_weights(model: nn.Module, site: MlpSite) -> MlpWeights:
 
 
 def site_weights(tensors: Mapping[str, Tensor], site: MlpSite) -> MlpWeights:
-    """The canonical view of a site's weights, from a mapping of names to tensors."""
+    """Return the weights of an MLP as (H, D) and (D, H) matrices, from a mapping of names to tensors."""
     gate_weight = gate_bias = None
     value_weight, value_bias = tensors[f"{site.value}.weight"], tensors.get(f"{site.value}.bias")
     if site.kind == "packed_gated":
@@ -39,10 +42,10 @@ def site_weights(tensors: Mapping[str, Tensor], site: MlpSite) -> MlpWeights:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """A module by dotted path.
+    """Return the module at a dotted path.
 
     Raises:
-        SiteNotFoundError: there is none of that name.
+        SiteNotFoundError: the model has no module at that path.
     """
     try:
         return model.get_submodule(path)
@@ -52,17 +55,17 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def check_layer(model: nn.Module, layer: LayerSite) -> None:
-    """Refuse a model that has another module, or none, where a layer should be.
+    """Check that a model has the layer that a site describes.
 
     Raises:
-        SiteNotFoundError: so it is.
+        SiteNotFoundError: the module is missing, or of another kind or size.
     """
     own = dict(submodule(model, layer.path).named_parameters(recurse=False)) if layer.path else {}
     check_weight(layer, own["weight"].shape if "weight" in own else ())
 
 
 def check_weight(layer: LayerSite, shape: Sequence[int]) -> None:
-    """Refuse a weight that is not the layer's.
+    """Check that a weight has the shape of the layer that a site describes.
 
     Raises:
         SiteNotFoundError: it has another shape.
@@ -73,12 +76,12 @@ def check_weight(layer: LayerSite, shape: Sequence[int]) -> None:
 
 
 def weight_of(model: nn.Module, path: str) -> Tensor:
-    """A layer's weight without its graph, (out, in); writing to it writes to the layer."""
+    """Return a layer's weight (out, in) without its graph; writing to it changes the layer."""
     return cast(Tensor, submodule(model, path).weight).detach()
 
 
 def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
-    """What a site's output projection puts out for MLP inputs (N, D), with the model's own activation between."""
+    """Run the MLP on tokens (N, D) and return the output of its output projection (N, D)."""
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, args: Any, output: Any) -> None:
@@ -93,7 +96,7 @@ def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
 
 
 def run_mlp(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
-    """Run an MLP on tokens; one that is spread over two modules (`intermediate`, `output`) is composed."""
+    """Run an MLP on tokens; the parts of one that is spread over two modules (`intermediate`, `output`) in turn."""
     first, _, inner = site.value.partition(".")
     if inner:
         second = site.output.partition(".")[0]
@@ -103,6 +106,6 @@ def run_mlp(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
 
 
 def _bias(model: nn.Module, path: str) -> Tensor | None:
-    """A layer's bias without its graph, if it has one."""
+    """Return a layer's bias without its graph, or None."""
     bias = getattr(submodule(model, path), "bias", None)
     return None if bias is None else bias.detach()

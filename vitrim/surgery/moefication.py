@@ -1,4 +1,4 @@
-"""Splitting an MLP into experts: its hidden units reordered, a router beside it. See `layers.experts`."""
+"""The edit that splits an MLP into experts: its hidden units reordered, with a router. See `layers.moefication`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vitrim.types import MlpSite
 
 @dataclass(frozen=True, kw_only=True)
 class ToMoefication(Edit):
-    """Hidden units in `order`, cut into `num_experts` equal slices, of which a token runs `num_active`.
+    """Hidden units are put in `order` and split into `num_experts` equal slices, of which a token runs `num_active`.
 
     `tensors` are the router's; an oracle has none.
     """
 
     KIND: ClassVar[str] = "moefication"
-    STAGE: ClassVar[int] = 2
+    ORDER: ClassVar[int] = 2
 
     site: MlpSite
     order: tuple[int, ...]
@@ -33,20 +33,20 @@ class ToMoefication(Edit):
     router: RouterKind = "mlp"
 
     def shape_only(self) -> ToMoefication:
-        """The same experts, whichever units are in them."""
+        """Return an edit with the same experts, without an order of its own or tensors."""
         return replace(self, order=tuple(range(len(self.order))), tensors={})
 
     def describe(self) -> str:
-        """Active experts of all."""
+        """Return how many experts are active, and the kind of router."""
         return f"{self.num_active} of {self.num_experts} experts active a token, router: {self.router}"
 
     def affected_tensors(self) -> list[str]:
-        """All tensors of the MLP: each gets a new name."""
+        """Return the names of all tensors of the MLP: each gets a new name."""
         layers = [path for path in (self.site.value, self.site.gate, self.site.output) if path is not None]
         return [f"{path}.{name}" for path in layers for name in ("weight", "bias")]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse experts of unequal size, and an MLP that holds more than its layers or is spread over modules."""
+        """Check that experts have equal sizes and the MLP is one module that holds its layers alone."""
         site, total = self.site, self.site.d_hidden
         if sorted(self.order) != list(range(total)):
             raise BudgetError(f"{site.path}: the order must have each of its {total} units once.")
@@ -66,7 +66,7 @@ class ToMoefication(Edit):
             )
 
     def reshape_(self, model: nn.Module) -> None:
-        """Put the split MLP in the MLP's place, around the MLP itself."""
+        """Replace the MLP by an `ExpertMlp` around it."""
         local, mlp = self.site.within(self.site.path), submodule(model, self.site.path)
         weight = next(mlp.parameters())
         new = ExpertMlp(
@@ -86,7 +86,7 @@ class ToMoefication(Edit):
         replace_(model, self.site.path, new)
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A tensor of the MLP under its new name, its units in order; with the output weight comes the router."""
+        """Yield a tensor of the MLP under its new name, its units in order; after the output weight, the router."""
         path = self.site.path
         yield f"{path}.mlp.{name.removeprefix(f'{path}.')}", self._ordered(name, tensor)
         if name == f"{self.site.output}.weight":

@@ -1,4 +1,4 @@
-"""A plan: what was decided about a model, as data that can be saved, compared and replayed."""
+"""A plan: all decisions about a model, as data that can be saved, compared and applied again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitrim.surgery.keep_units import KeepUnits
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An ordered list of edits and how they came about; the same inputs and seed give the same bytes."""
+    """An ordered list of edits and how they were found; the same inputs and seed give the same bytes."""
 
     edits: tuple[Edit, ...]
     method: str
@@ -26,7 +26,7 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description of the plan."""
+        """Return a JSON-ready description of the plan."""
         return {
             "format": "vitrim-plan/1",
             "method": self.method,
@@ -38,7 +38,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json`.
+        """Rebuild a plan from `to_json`, without its tensors.
 
         Raises:
             CheckpointError: the document is not a plan of a format this version reads.
@@ -58,11 +58,11 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Hidden width of each MLP that is cut, after its last cut."""
+        """Return the hidden width of each MLP that is cut, after its last cut, by path."""
         return {edit.site.path: edit.width for edit in self.edits if isinstance(edit, KeepUnits)}
 
     def describe(self) -> dict[str, Any]:
-        """What was cut, for metrics and report: widths before and after, and every other edit in words."""
+        """Return what was cut, for metrics and report: widths before and after, and every other edit in words."""
         cuts = [edit for edit in self.edits if isinstance(edit, KeepUnits)]
         before = {edit.site.path: edit.site.d_hidden for edit in reversed(cuts)}
         return {
@@ -76,13 +76,13 @@ class Plan:
 
     @property
     def sha256(self) -> str:
-        """Hash of the canonical JSON: equal plans, equal hash."""
+        """SHA-256 of the canonical JSON: equal plans have equal hashes."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def below(self, prefix: str) -> Plan:
-        """The same plan as seen from a module that holds this one's root at `prefix`."""
+        """Return the plan with paths from a larger model, which holds this one at `prefix`."""
         return replace(self, edits=tuple(edit.below(prefix) for edit in self.edits))
 
     def without_tensors(self) -> Plan:
-        """The reshape half alone: what building the model takes, no tensors."""
+        """Return the plan without tensors: enough to build the model."""
         return replace(self, edits=tuple(replace(edit, tensors={}) for edit in self.edits))

@@ -1,4 +1,4 @@
-"""Putting a ReLU in the place of an MLP's own activation."""
+"""The edit that replaces an MLP's activation by a ReLU."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ from vitrim.types import MlpSite
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaceActivation(Edit):
-    """A ReLU where the MLP's activation was. No tensor changes; the features do, so distil afterwards."""
+    """Replace an MLP's activation by a ReLU. No tensor changes, but the features do, so distil afterwards."""
 
     KIND: ClassVar[str] = "replace_activation"
 
     site: MlpSite
 
     def describe(self) -> str:
-        """What it is now."""
+        """Return the new activation."""
         return "ReLU"
 
     def affected_tensors(self) -> list[str]:
-        """The weight that reads the activations, though no value of it changes."""
+        """Return the weight that reads the activations, though its values don't change."""
         return [f"{self.site.output}.weight"]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse an MLP whose activation is no module of its own."""
+        """Check that the MLP's activation is a module of its own."""
         find_activation(model, self.site)
 
     def reshape_(self, model: nn.Module) -> None:
-        """Put the ReLU there."""
+        """Replace the activation by a ReLU."""
         replace_(model, find_activation(model, self.site), nn.ReLU())
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """As it was."""
+        """Yield the tensor unchanged."""
         yield name, tensor
 
 
 def find_activation(model: nn.Module, site: MlpSite) -> str:
-    """Path of the module that is an MLP's activation: without parts or parameters, elementwise, and not linear.
+    """Find the module that is an MLP's activation, and return its path.
+
+    It has no children or parameters, maps each number by itself, and is not linear.
 
     Raises:
-        SiteNotFoundError: there is none, or more than one, as where a function is called instead.
+        SiteNotFoundError: there is no such module (the activation may be a function), or more than one.
     """
     found = [
         f"{site.path}.{name}".strip(".")
@@ -61,7 +63,7 @@ def find_activation(model: nn.Module, site: MlpSite) -> str:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Whether a module maps numbers to numbers one by one, and bends."""
+    """Whether a module maps each number by itself, and not linearly."""
     numbers = torch.linspace(-2, 2, 41)
     was_training = module.training
     module.eval()

@@ -1,4 +1,4 @@
-"""Letting only the most active hidden units of each token through to an MLP's output projection."""
+"""The edit that lets only the most active hidden units of each token through to an MLP's output projection."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from vitrim.types import MlpSite
 
 @dataclass(frozen=True, kw_only=True)
 class TopKActivation(Edit):
-    """An MLP's output projection reads the `num_active` largest of a token's hidden activations. No tensor changes."""
+    """An MLP's output projection reads only a token's `num_active` largest hidden activations. No tensor changes."""
 
     KIND: ClassVar[str] = "top_k"
-    STAGE: ClassVar[int] = 2
+    ORDER: ClassVar[int] = 2
 
     site: MlpSite
     num_active: int
     by: Rank = "magnitude"
 
     def describe(self) -> str:
-        """Active units of all."""
+        """Return how many units are active."""
         return f"{self.num_active} of {self.site.d_hidden} units active a token"
 
     def affected_tensors(self) -> list[str]:
-        """The weight whose layer it wraps, though not a value of it changes."""
+        """Return the weight of the layer that is wrapped, though its values don't change."""
         return [f"{self.site.output}.weight"]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a count that is not there, and an output that is no plain linear layer any more."""
+        """Check that the count is possible and the output projection is still a plain linear layer."""
         total = self.site.d_hidden
         if not 1 <= self.num_active <= total:
             raise BudgetError(f"{self.site.path}: asked for {self.num_active} active of {total} units; use 1..{total}.")
@@ -46,11 +46,11 @@ class TopKActivation(Edit):
             )
 
     def reshape_(self, model: nn.Module) -> None:
-        """Put the layer in the output projection's place, around the same parameters."""
+        """Replace the output projection by a `TopKLinear` with the same parameters."""
         output = submodule(model, self.site.output)
         assert isinstance(output, nn.Linear)
         replace_(model, self.site.output, TopKLinear.of(output, self.num_active, by=self.by))
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """As it was."""
+        """Yield the tensor unchanged."""
         yield name, tensor

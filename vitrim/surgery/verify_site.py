@@ -1,4 +1,4 @@
-"""The dead-unit test: whether cutting hidden units of what looks like an MLP does what it should."""
+"""The dead-unit test: whether cutting hidden units of a presumed MLP has the effect that it must have."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vitrim.types import MlpSite
 
 
 def verify_site(model: nn.Module, site: MlpSite) -> bool:
-    """Whether removing hidden units is the same as zeroing their columns of the output projection.
+    """Whether removing hidden units gives the same output as zeroing their columns of the output projection.
 
-    A norm over the hidden units is bypassed for the comparison: removal changes its statistics, by design.
+    A norm over the hidden units is bypassed for the comparison: removing units changes its statistics, by design.
     """
     container = model.get_submodule(site.path) if site.path else model
     weight = weight_of(model, site.output)

@@ -1,6 +1,6 @@
-"""The stream of tokens through one model, block by block, batch by batch.
+"""The activations of one model on all calibration batches, at one block at a time.
 
-Foreign forwards are never copied: the first block's inputs are caught by a hook and each block module is then called on
+Foreign forwards are never copied: a hook catches the first block's arguments, and each block module is then called on
 them. Where blocks are no chain (between Swin's stages) the model is run up to the block. Only the current block's
 arguments are kept, in memory or in files.
 """
@@ -26,14 +26,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A block's output tensor, also where it comes first in a tuple."""
+    """Return a block's output tensor, also if it is the first item of a tuple."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
-class Stream:
-    """The arguments with which one model's current block is called, batch by batch, kept on the CPU.
+class Activations:
+    """The arguments with which one model calls its current block, for each batch, kept on the CPU.
 
-    A frozen model's block outputs, seen while its MLPs are observed, are the next block's inputs: it never runs twice.
+    For a frozen model the block's outputs, seen while its MLPs are observed, are kept as the next block's inputs: so no
+    block runs twice.
+
+    Args:
+        model: the model.
+        blocks: paths of the blocks to enter, in forward order.
+        batches: calibration images (B, C, H, W).
+        frozen: whether the model stays unchanged throughout.
+        offload: folder for the values, one file per batch; None keeps them in memory.
     """
 
     def __init__(
@@ -47,10 +55,11 @@ class Stream:
         self.at: int | None = None
 
     def enter(self, index: int) -> None:
-        """Make `calls` the arguments of block `index`, given that the blocks before it are final.
+        """Set `calls` to the arguments of block `index`; the blocks before it must be in their final state.
 
-        Where the stream stands at an earlier block of the same chain it goes on from there, else the model is run up to
-        the block.
+        If the current block is an earlier one of the same chain, only the blocks between are run; otherwise the model
+        is run up
+        to the block.
         """
         start, self.at = self.at, index
         if start is not None and start < index and all(self.chained[start + 1 : index + 1]):
@@ -63,7 +72,7 @@ class Stream:
         self.outputs.clear()
 
     def _go_on(self, start: int, end: int) -> None:
-        """Run blocks `start`..`end` - 1 on their arguments; an output of the first that has been seen is taken."""
+        """Run blocks `start`..`end` - 1 on their arguments, but take known outputs of the first one."""
         passed = [submodule(self.model, block) for block in self.blocks[start:end]]
         with evaluating(self.model):
             for i in range(len(self.batches)):
@@ -77,18 +86,18 @@ class Stream:
                 self.calls.put(i, _to((args, kwargs), "cpu"))
 
     def call(self, index: int) -> Call:
-        """Batch `index`'s arguments, on the model's device."""
+        """Return the arguments of batch `index`, on the model's device."""
         return _to(self.calls.get(index), self.device)
 
     def run(self, index: int) -> None:
-        """Have `outputs` hold what the block puts out for a batch, on the CPU; for a frozen model."""
+        """Run the current block of a frozen model on a batch, and keep its output in `outputs`, on the CPU."""
         assert self.at is not None and self.frozen
         args, kwargs = self.call(index)
         with evaluating(self.model):
             self.outputs.put(index, first_tensor(submodule(self.model, self.blocks[self.at])(*args, **kwargs)).cpu())
 
     def observe(self, site: MlpSite, index: int) -> dict[str, Tensor]:
-        """`observe` on a batch; a frozen model's output is kept."""
+        """Run the current block on a batch and return what `observe` sees; a frozen model's output is kept."""
         output, seen = observe(self.model, site, self.call(index))
         if self.frozen:
             self.outputs.put(index, output.cpu())
@@ -96,7 +105,12 @@ class Stream:
 
 
 def observe(model: nn.Module, site: MlpSite, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a block on arguments: its output, and as (N, width) what the MLP in it takes, hides and puts out."""
+    """Run a block on arguments; return its output, and the activations of one MLP inside it.
+
+    Returns:
+        The block's output, and float32 tensors of shape (tokens, width): `input`, `hidden` and `mlp` (input, hidden
+        activations and output of the MLP) and `block` (output of the block).
+    """
     seen: dict[str, Tensor] = {}
     value, output = submodule(model, site.value), submodule(model, site.output)
 
@@ -117,7 +131,7 @@ def observe(model: nn.Module, site: MlpSite, call: Call) -> tuple[Tensor, dict[s
 
 
 class Store(Sequence[Any]):
-    """Values by the number of their batch, in memory, or with their tensors in files of a folder."""
+    """Values by batch number, in memory, or with their tensors in files of a folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -137,7 +151,7 @@ class Store(Sequence[Any]):
         return index in self.values
 
     def put(self, index: int, value: Any) -> None:
-        """Keep a value; equal structure, its tensors on the CPU."""
+        """Keep a value for a batch; its tensors must be on the CPU."""
         if self.folder is None:
             self.values[index] = value
             return
@@ -148,7 +162,7 @@ class Store(Sequence[Any]):
         self.values[index] = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
 
     def get(self, index: int) -> Any:
-        """The value of a batch."""
+        """Return the value of a batch."""
         if self.folder is None:
             return self.values[index]
         others, spec = self.values[index]
@@ -156,16 +170,16 @@ class Store(Sequence[Any]):
         return tree_unflatten([next(tensors) if other is None else other[0] for other in others], spec)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all values."""
         self.values.clear()
 
 
 class _StopForward(Exception):
-    """Ends a forward pass once what was wanted has been seen."""
+    """Raised to end a forward pass once a block's arguments have been seen."""
 
 
 def _catch_call(model: nn.Module, block: str, images: Tensor) -> Call:
-    """The arguments with which a model calls one of its blocks."""
+    """Return the arguments with which a model calls one of its blocks."""
     caught: list[Call] = []
 
     def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,7 +198,7 @@ def _catch_call(model: nn.Module, block: str, images: Tensor) -> Call:
 
 
 def _record(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str, tuple[Call, Tensor]]:
-    """Arguments and output of each block in one forward pass, in the order in which they run."""
+    """Return arguments and output of each block in one forward pass, in the order in which they run."""
     seen: dict[str, tuple[Call, Tensor]] = {}
     handles = []
     for block in blocks:
@@ -203,18 +217,19 @@ def _record(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str
 
 
 def forward_order(model: nn.Module, sites: Sequence[MlpSite], images: Tensor) -> list[str]:
-    """The blocks that hold sites, in the order in which the data meets them."""
+    """Return the paths of the blocks that hold sites, in forward order."""
     device = next(model.parameters()).device
     return list(_record(model, list(dict.fromkeys(site.block for site in sites)), images.to(device)))
 
 
-def stream_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[int, int]:
-    """Bytes an image that the arguments of a block take in a stream, and its output: the most over all blocks.
+def activation_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[int, int]:
+    """Return how many bytes per image a block's arguments take, and its output: the maximum over all blocks.
 
     Args:
         model: the model; it is run once.
-        blocks: the blocks that a stream will visit.
-        images: a few images; what a batch holds once for all its images is counted too often, never too seldom.
+        blocks: the blocks that will be entered.
+        images: a few images; data that a batch holds once for all its images makes the result too large, never too
+            small.
     """
     seen = _record(model, blocks, images.to(device_of(model))).values()
     calls, outputs = (max(map(_num_bytes, values)) for values in zip(*seen, strict=True))
@@ -222,12 +237,12 @@ def stream_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tup
 
 
 def _num_bytes(value: Any) -> int:
-    """Bytes of the tensors in nested values."""
+    """Return the bytes of all tensors in nested values."""
     return sum(leaf.nbytes for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
 
 
 def _links(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[bool]:
-    """For each block, whether its arguments are the previous block's, with the first replaced by that one's output."""
+    """For each block, whether its arguments are those of the previous block with the first replaced by its output."""
     seen = _record(model, blocks, images)
     links = [False]
     for before, after in pairwise(blocks):
@@ -238,7 +253,7 @@ def _links(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[bool
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equality of nested arguments; tensors by value."""
+    """Whether nested arguments are equal; tensors are compared by value."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
@@ -249,7 +264,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _to(value: Any, device: Any) -> Any:
-    """Nested arguments with their tensors on a device."""
+    """Return nested arguments with their tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):

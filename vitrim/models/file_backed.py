@@ -1,7 +1,7 @@
 """A model whose blocks are read from a checkpoint when they run, so that it need not fit in memory.
 
-One block is in memory at a time, besides what lies outside the blocks (embeddings, final norm, head). A block that has
-been cut comes back cut: the edits made so far are carried out whenever it is read.
+One block is in memory at a time, besides everything outside the blocks (embeddings, final norm, head). Cuts made so far
+are applied whenever a block is read.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from vitrim.storage.tensor_files import check_finite
 from vitrim.surgery import KeepUnits, submodule, transform
 
 
-class StreamedModel:
-    """Gives a model on meta the tensors of whichever block is about to run, and takes them back.
+class FileBackedModel:
+    """Loads a block of a model on meta when it is about to run, and unloads the one before.
 
     Args:
-        model: parameters on meta; it is filled in place, and hooks stay on its blocks until `close`.
-        blocks: paths of the blocks; what is outside them is read at once and stays.
+        model: model with parameters on meta; filled in place, with hooks on its blocks until `close`.
+        blocks: paths of the blocks; everything outside them is read at once and stays.
         tensors: the checkpoint, by the model's own names.
         device: where blocks run.
-        dtype: type that floating tensors get.
+        dtype: dtype for floating-point tensors.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StreamedModel:
         ]
 
     def enter(self, block: str) -> None:
-        """Bring a block into memory, and put the one that was there back on meta."""
+        """Load a block, and put the previous one back on meta."""
         if block == self.resident:
             return
         if self.resident is not None:
@@ -56,7 +56,7 @@ class StreamedModel:
         self._fill_(self._names[block], [edit for edit in self.edits if edit.site.block == block])
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -66,14 +66,14 @@ class StreamedModel:
             self.model.load_state_dict(placed, strict=False, assign=True)
 
     def _read(self, name: str) -> Tensor:
-        """A tensor in the type of the run, before it is cut: what was repaired shall not be rounded on the way."""
+        """Read a tensor in the dtype of the run, before it is cut, so that repaired values are not rounded."""
         tensor = self.tensors[name]
         check_finite(name, tensor)
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 
 class _Lazily(Mapping[str, Tensor]):
-    """Names to tensors, each read when it is asked for."""
+    """A mapping of names to tensors, each read on access."""
 
     def __init__(self, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
         self.names, self.read = names, read
@@ -89,7 +89,7 @@ class _Lazily(Mapping[str, Tensor]):
 
 
 def _empty_(module: nn.Module) -> None:
-    """Put a module's parameters back on meta, in the shape that they now have."""
+    """Move a module's parameters to meta, in their present shapes."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             empty = torch.empty_like(parameter, device="meta")

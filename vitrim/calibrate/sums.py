@@ -1,0 +1,108 @@
+"""Adds up what layers and MLPs see of the calibration images, for methods that look at the whole model.
+
+Shapes: T vectors, G groups, K values of a vector, H hidden units, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitrim.ops.gram_schmidt import working_dtype
+from vitrim.types import LayerSite, LayerSums, MlpWeights, Stats
+
+# Float64 sums of a pass over the images; a model that needs more is seen in several passes. A ViT-L needs 0.8 GiB.
+MAX_SUM_BYTES = 2**30
+
+
+@dataclass(kw_only=True)
+class LayerAdder:
+    """Adds up a layer's inputs, or where they are fewer its outputs."""
+
+    layer: LayerSite
+    num_tokens: int = 0
+    total_GK: Tensor | None = None
+    square_GKK: Tensor | None = None
+
+    @property
+    def of_inputs(self) -> bool:
+        """Whether inputs are added up: where they are narrower; those of a convolution overlap."""
+        return self.layer.kind != "conv" and self.layer.num_cols < self.layer.num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the sums."""
+        width = self.layer.num_cols if self.of_inputs else self.layer.num_rows
+        return 8 * self.layer.groups * width * (width + 1)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add a batch."""
+        seen = inputs if self.of_inputs else outputs.movedim(1, -1) if self.layer.kind == "conv" else outputs
+        rows_GTK = seen.reshape(-1, self.layer.groups, seen.shape[-1] // self.layer.groups).transpose(0, 1).double()
+        total_GK, square_GKK = rows_GTK.sum(1), rows_GTK.mT @ rows_GTK
+        self.num_tokens += rows_GTK.shape[1]
+        self.total_GK = total_GK if self.total_GK is None else self.total_GK.add_(total_GK)
+        self.square_GKK = square_GKK if self.square_GKK is None else self.square_GKK.add_(square_GKK)
+
+    def finished(self) -> LayerSums | None:
+        """Return the sums; None for a layer that was never called."""
+        if self.total_GK is None or self.square_GKK is None:
+            return None
+        return LayerSums(
+            layer=self.layer,
+            of_inputs=self.of_inputs,
+            num_tokens=self.num_tokens,
+            total_GK=self.total_GK,
+            square_GKK=self.square_GKK,
+        )
+
+
+def passes(layers: Sequence[LayerSite]) -> Iterator[list[LayerSite]]:
+    """Yield layers in groups whose sums fit into memory together."""
+    group, num_bytes = [], 0
+    for layer in layers:
+        needed = LayerAdder(layer=layer).num_bytes
+        if group and num_bytes + needed > MAX_SUM_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append(layer)
+        num_bytes += needed
+    if group:
+        yield group
+
+
+@dataclass(kw_only=True)
+class HiddenAdder:
+    """Adds up an MLP's hidden units; what the output projection makes of them follows from its weights."""
+
+    num_tokens: int = 0
+    total_H: Tensor | None = None
+    square_HH: Tensor | None = None
+
+    def add(self, hidden: Tensor) -> None:
+        """Add a batch."""
+        hidden_NH = hidden.flatten(0, -2).to(working_dtype(hidden.device))
+        total_H, square_HH = hidden_NH.sum(0).cpu(), (hidden_NH.T @ hidden_NH).cpu()
+        self.total_H = total_H if self.total_H is None else self.total_H + total_H
+        self.square_HH = square_HH if self.square_HH is None else self.square_HH + square_HH
+        self.num_tokens += len(hidden_NH)
+
+    def stats(self, weights: MlpWeights) -> Stats:
+        """Return the sums with those of the projection's outputs."""
+        assert self.total_H is not None and self.square_HH is not None
+        total_H, square_HH, count = self.total_H, self.square_HH, self.num_tokens
+        output_DH, own_bias = weights.output_DH.to(square_HH), weights.output_bias_D
+        bias_D = torch.zeros(len(output_DH)).to(square_HH) if own_bias is None else own_bias.to(square_HH)
+        mean_part_D = output_DH @ total_H
+        energy = float(torch.einsum("dh,hg,dg->", output_DH, square_HH, output_DH) + 2 * bias_D @ mean_part_D)
+        return Stats(
+            num_tokens=count,
+            hidden_H=total_H,
+            hidden_HH=square_HH,
+            target_D=mean_part_D + count * bias_D,
+            cross_HD=square_HH @ output_DH.T + torch.outer(total_H, bias_D),
+            target_square=energy + count * float(bias_D @ bias_D),
+        )

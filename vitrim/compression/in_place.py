@@ -1,0 +1,90 @@
+"""Prunes a live model where it stands: no files, no copy for the caller."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from vitrim.compression.cut import cut_
+from vitrim.compression.write import typed_as
+from vitrim.config.options import RepairOptions
+from vitrim.config.recipe import Recipe
+from vitrim.methods import Method
+from vitrim.models.load import origin_of
+from vitrim.models.origin import Origin
+from vitrim.models.sites import find_mlps, resolve_scope
+from vitrim.surgery import Plan
+
+
+def prune_(
+    model: nn.Module,
+    method: str | Method = "dgmr",
+    batches: Sequence[Tensor] | None = None,
+    *,
+    params_ratio: float | None = None,
+    macs_ratio: float | None = None,
+    mlp_ratio: float | None = None,
+    keep_ratio: float | None = None,
+    hidden_dim: int | None = None,
+    repair: RepairOptions | bool | None = None,
+    scope: str | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> Plan:
+    """Prune a model in place.
+
+    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without,
+    half of the encoder's parameters stay. Widths are kept as asked.
+
+    Args:
+        model: any vision transformer; it is changed. If this raises, it may be cut in part.
+        method: name of a method, or one of the classes of `vitrim.methods` with its options.
+        batches: preprocessed images (B, C, H, W), for selection and repair; without, only methods that look at weights
+            alone can run, and nothing is repaired.
+        params_ratio: share of the encoder's parameters that stays.
+        macs_ratio: share of the encoder's multiply-accumulates that stays.
+        mlp_ratio: hidden width as a multiple of the model width.
+        keep_ratio: share of each MLP's hidden units that stays.
+        hidden_dim: hidden units that stay in each MLP.
+        repair: closed-form repair after the cut: None for the method's own habit, False for none, True or options.
+        scope: dotted path of the part to cut; without, the image tower or the whole model.
+        seed: makes two runs equal.
+        quiet: show no progress.
+
+    Returns:
+        What was cut, by paths from the model's root.
+
+    Raises:
+        VitrimError: the model has no MLP, a budget can't be met, or the method needs images.
+
+    Example:
+        >>> import timm
+        >>> import vitrim
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+        >>> plan = vitrim.prune_(model, "magnitude", mlp_ratio=1)
+        >>> plan.widths
+        {'blocks.0.mlp': 192, 'blocks.1.mlp': 192}
+    """
+    budget = {
+        "params_ratio": params_ratio,
+        "macs_ratio": macs_ratio,
+        "mlp_ratio": mlp_ratio,
+        "keep_ratio": keep_ratio,
+        "hidden_dim": hidden_dim,
+    }
+    given = {name: value for name, value in budget.items() if value is not None}
+    recipe = Recipe.parse({"method": method, **given, "repair": repair, "exact": True, "seed": seed})
+    origin: Origin = origin_of(model)
+    path, part = resolve_scope(model, scope, origin.encoder)
+    encoder, modes = model.get_submodule(path), {name: module.training for name, module in model.named_modules()}
+    original = copy.deepcopy(encoder)
+    encoder.float().eval()  # sums and small steps need more than bf16
+    teacher = copy.deepcopy(encoder).requires_grad_(False)
+    sites = find_mlps(teacher, scope=part.removeprefix(path).removeprefix("."))
+    cut = cut_(encoder, teacher, sites, recipe, batches, quiet=quiet)
+    typed_as(original, encoder)
+    for name, module in model.named_modules():
+        module.training = modes.get(name, model.training)
+    return cut.plan.below(path)
