@@ -170,7 +170,7 @@ def test_another_budget_runs_no_model_and_is_kept(measured_once, width, round_to
     recipe = Recipe.parse(
         {
             "method": "dgmr",
-            "width": width,
+            "hidden_dim": width,
             "round_to": round_to,
             "repair": {"refit": False},
             "allocate": {"budget": budget, "cache": str(folder)},

@@ -139,7 +139,7 @@ def test_amp_keeping_all_units_changes_nothing_and_zeroed_units_are_sliced_units
 def test_amp_a_packed_gated_mlp_loses_gate_and_value_of_a_unit_together(build):
     case = build("timm-packed")
     student = case.copy()
-    recipe = Recipe.parse({"method": "amp", "width": 9})
+    recipe = Recipe.parse({"method": "amp", "hidden_dim": 9})
     for edit in cut_(student, case.model, case.sites, recipe, case.batches, quiet=True).plan.edits:
         old, new = read_weights(case.model, edit.site), read_weights(student, edit.site)
         assert torch.equal(new.gate_HD, old.gate_HD[list(edit.keep)])

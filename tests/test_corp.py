@@ -72,7 +72,7 @@ def attention_case(build):
 def test_corp_folding_beats_dropping_and_mean_only(build, run):
     case = build("timm-vit")
     folded, dropped, mean_only = (
-        error(run, cut(case, width=24, **options)[0], case) for options in ({}, {"compensate": False}, {"ridge": 1e12})
+        error(run, cut(case, hidden_dim=24, **options)[0], case) for options in ({}, {"compensate": False}, {"ridge": 1e12})
     )
     assert folded < mean_only and folded < dropped
 
@@ -310,7 +310,7 @@ def test_corp_needs_plain_attention_and_images(build):
             self.blocks = nn.Sequential(block)
 
     case = build("timm-vit")
-    recipe = Recipe.parse({"method": "corp", "width": 8})
+    recipe = Recipe.parse({"method": "corp", "hidden_dim": 8})
     with pytest.raises(RecipeError, match="corp needs calibration images"):
         cut_(case.copy(), case.model, case.sites, recipe, None, quiet=True)
 

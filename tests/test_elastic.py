@@ -343,7 +343,7 @@ def write_digits(folder, model=DIGITS, **budget):
 
 @pytest.mark.parametrize("method", ["dgmr-paper", "magnitude", "random"])
 def test_the_units_of_a_smaller_width_are_the_first_of_a_larger(method):
-    small, large = (cut_digits(method=method, width=width)[2].edits for width in (24, 150))
+    small, large = (cut_digits(method=method, hidden_dim=width)[2].edits for width in (24, 150))
     assert all(narrow.keep == wide.keep[:24] for narrow, wide in zip(small, large, strict=True))
 
 
@@ -425,16 +425,16 @@ def test_an_output_that_is_not_elastic_can_be_sliced_and_a_slice_sliced_again(tm
 
 
 def test_an_output_of_an_output_is_sliced_by_its_last_cut(tmp_path):
-    first = write_digits(tmp_path / "first", width=100)
-    again = write_digits(tmp_path / "again", model=first, method="magnitude", width=16)
+    first = write_digits(tmp_path / "first", hidden_dim=100)
+    again = write_digits(tmp_path / "again", model=first, method="magnitude", hidden_dim=16)
     sliced = slice_output(again, tmp_path / "narrower", mlp_ratio=0.1)
-    expected = cut_digits(first, method="magnitude", width=8)[0]
+    expected = cut_digits(first, method="magnitude", hidden_dim=8)[0]
     assert torch.equal(vitrim.load(sliced.out)(IMAGES), expected.eval()(IMAGES))
 
 
 @pytest.mark.parametrize("what", ["no cut of hidden units", "active a token"])
 def test_an_output_with_other_edits_than_cuts_of_hidden_units_is_refused(tmp_path, what):
-    student, origin, plan = cut_digits(width=32)
+    student, origin, plan = cut_digits(hidden_dim=32)
     site = replace(plan.edits[0].site, d_hidden=32)
     edits = () if what.startswith("no") else (*plan.edits, TopKActivation(site=site, num_active=4))
     write_configs(tmp_path, student, origin=origin, plan=replace(plan, edits=edits))
@@ -488,7 +488,7 @@ def test_a_module_that_only_its_owner_can_build_is_sliced_with_it(tmp_path):
         ({"elastic": [1, 1]}, RecipeError, "at least two different MLP ratios"),
         ({"elastic": [0, 1]}, RecipeError, "MLP ratios above 0"),
         ({"elastic": [1, float("inf")]}, RecipeError, "finite number"),
-        ({"elastic": [1, 2], "width": 8}, RecipeError, "drop keep_ratio, width and stock"),
+        ({"elastic": [1, 2], "hidden_dim": 8}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "keep_ratio": 0.5}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "stock": True}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "mlp_ratio": 1}, RecipeError, "largest of recover.elastic is 2"),

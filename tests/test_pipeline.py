@@ -64,7 +64,7 @@ def test_what_vitrim_wrote_can_be_inspected_evaluated_and_cut_again(tmp_path, re
     measured = vitrim.evaluate(str(result.out), DIGITS, "digits", limit=60, latency=False)
     assert measured["student"]["parameters"] < measured["teacher"]["parameters"]
     assert measured["fidelity"]["pooled_cosine"] > 0.95 and "knn" in measured["student"]
-    again = vitrim.compress(str(result.out), method="magnitude", width=40, out=tmp_path / "again", quiet=True)
+    again = vitrim.compress(str(result.out), method="magnitude", hidden_dim=40, out=tmp_path / "again", quiet=True)
     assert vitrim.inspect(str(again.out)).sites[0].d_hidden == 40
 
 
@@ -119,7 +119,7 @@ def test_a_module_no_library_can_build_is_saved_and_loaded_by_its_owner(tmp_path
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 12), mlp).eval()
 
     images = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    result = vitrim.compress(build(), data=images, recipe=few(), width=8, out=tmp_path / "out", quiet=True)
+    result = vitrim.compress(build(), data=images, recipe=few(), hidden_dim=8, out=tmp_path / "out", quiet=True)
     assert torch.equal(vitrim.load(tmp_path / "out", model=build())(images), result.model(images))
 
 
@@ -147,10 +147,10 @@ def test_inspection_predicts_the_parameters_that_a_cut_leaves():
         ({"model": "timm/vit_tinny_patch16_224"}, ModelError, "did you mean 'timm/vit_tiny"),
         ({"model": "local-dir:/nowhere"}, ModelError, "no such model"),
         ({"data": "/nowhere"}, DataError, "/nowhere"),
-        ({"width": 0}, BudgetError, r"use 1\.\.384"),
-        ({"width": 385}, BudgetError, r"use 1\.\.384"),
+        ({"hidden_dim": 0}, BudgetError, r"use 1\.\.384"),
+        ({"hidden_dim": 385}, BudgetError, r"use 1\.\.384"),
         ({"mlp_ratio": 9.0}, BudgetError, r"use 1\.\.384"),
-        ({"width": 8, "keep_ratio": 0.5}, RecipeError, "exactly one"),
+        ({"hidden_dim": 8, "keep_ratio": 0.5}, RecipeError, "exactly one"),
         ({"method": "dgrm"}, RecipeError, "did you mean 'dgmr'"),
         ({"options": {"select": 1}}, RecipeError, "select_on"),
         ({"options": {"select_on": "outputs"}}, RecipeError, "needs images"),

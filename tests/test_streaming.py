@@ -160,7 +160,7 @@ def test_transformers_gets_shards_of_the_size_asked_for_and_reads_them(build, tm
 def test_timm_gets_one_file_unless_it_could_not_read_it_anyway(build, tmp_path):
     each = build("timm shards")
     for width in (24, None):
-        recipe = Recipe(width=width) if width else Recipe(mlp_ratio=1, scope="blocks.0")
+        recipe = Recipe(hidden_dim=width) if width else Recipe(mlp_ratio=1, scope="blocks.0")
         found = prune_checkpoint(each.source, tmp_path / str(width), recipe=recipe, shard_size="50KB", quiet=True)
         files = sorted(file.name for file in found.out.glob("*.safetensors"))
         assert found.metrics.stock == (width == 24) == (files == ["model.safetensors"])

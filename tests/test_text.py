@@ -194,7 +194,7 @@ def test_evaluate_on_text(source, texts, result):
 
 
 def test_an_output_is_cut_again_on_text(texts, result):
-    again = vitrim.compress(str(result.out), data=texts, width=16, recipe=vitrim.Recipe.parse(FEW), quiet=True)
+    again = vitrim.compress(str(result.out), data=texts, hidden_dim=16, recipe=vitrim.Recipe.parse(FEW), quiet=True)
     assert set(again.plan.widths.values()) == {16}
 
 
@@ -203,9 +203,9 @@ def test_an_output_holds_its_tokenizer_and_can_be_moved(texts, result, tmp_path)
     about = json.loads((tmp_path / "moved" / "vitrim.json").read_text())
     assert about["origin"]["folder"] is None and about["origin"]["preprocessing"]["tokenizer"] == "."
     few, moved = vitrim.Recipe.parse(FEW), str(tmp_path / "moved")
-    again = vitrim.compress(moved, data=texts, recipe=few, width=8, out=tmp_path / "again", quiet=True)
+    again = vitrim.compress(moved, data=texts, recipe=few, hidden_dim=8, out=tmp_path / "again", quiet=True)
     assert set(again.plan.widths.values()) == {8}
-    values = {"width": 7, "scope": "encoder.layer.0"}
+    values = {"hidden_dim": 7, "scope": "encoder.layer.0"}
     odd = vitrim.compress(moved, data=texts, recipe=few, out=tmp_path / "odd", quiet=True, **values)
     assert not odd.metrics.stock and (tmp_path / "odd" / "tokenizer.json").is_file()
 

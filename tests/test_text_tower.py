@@ -339,7 +339,7 @@ def test_a_bank_of_texts_takes_part_in_every_step(folders, tmp_path, monkeypatch
     seen, real = [], run_module.space_loss
     monkeypatch.setattr(run_module, "space_loss", lambda *args: seen.append(args[2]) or real(*args))
     options = {"steps": 5, "batch_size": 16, "lr": 1e-4, "text_bank": str(bank), "text_bank_weight": 2.0}
-    recipe = vitrim.Recipe.parse({**FEW, "width": 8, "recover": options})
+    recipe = vitrim.Recipe.parse({**FEW, "hidden_dim": 8, "recover": options})
     assert vitrim.Recipe.parse(recipe.model_dump(mode="json")) == recipe
     small = vitrim.compress(str(folders[layout]), data=list(pictures(48)), recipe=recipe, quiet=True)
     curve = small.metrics.recovery["curve"]

@@ -215,7 +215,7 @@ def test_a_vlm_is_loaded_measured_and_cut_again_by_vitrim(llava, result):
         < measured["teacher"]["parameters"]
         < sum(p.numel() for p in llava.parameters())
     )
-    again = vitrim.compress(str(result.out), method="magnitude", width=8, quiet=True)
+    again = vitrim.compress(str(result.out), method="magnitude", hidden_dim=8, quiet=True)
     assert_only_mlps_changed(again.model, result.model, "model.vision_tower")
 
 
@@ -335,7 +335,7 @@ def test_stock_takes_the_nearest_width_that_the_config_can_say(tmp_path):
     plain = vitrim.compress(model, method="magnitude", mlp_ratio=1, quiet=True)
     assert set(plain.plan.widths.values()) == {32} and not plain.metrics.stock
     assert any("(32 of 88); the nearest that it could is 24 (--stock picks it)" in n for n in plain.metrics.notes)
-    for asked, width, ratio in (({"mlp_ratio": 1}, 24, 1), ({"width": 60}, 64, 3), ({"keep_ratio": 0.95}, 64, 3)):
+    for asked, width, ratio in (({"mlp_ratio": 1}, 24, 1), ({"hidden_dim": 60}, 64, 3), ({"keep_ratio": 0.95}, 64, 3)):
         found = vitrim.compress(model, method="magnitude", stock=True, quiet=True, **asked)
         assert set(found.plan.widths.values()) == {width} and found.metrics.stock
         assert not any("--stock" in note for note in found.metrics.notes)
