@@ -162,7 +162,7 @@ class Bench:
         if method.startswith("magnitude"):
             prune_with_torch_pruning(student, width)
             return student
-        recipe = Recipe(method=method, width=width, seed=self.seed)
+        recipe = Recipe(method=method, hidden_dim=width, seed=self.seed)
         batches = None
         if method == "dgmr":
             options = recipe.calibrate

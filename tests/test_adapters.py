@@ -486,10 +486,10 @@ def test_a_compressed_model_bears_no_trace_of_op_lora(tmp_path):
     teacher = make_teacher()
     images = [make_images(20)[i][0] for i in range(20)]
     recover = {"steps": 2, "batch_size": 4, "lr": 1e-3, "adapter": {"kind": "op-lora", "rank": 4}}
-    result = vitrim.compress(teacher, data=images, width=8, recover=recover, out=tmp_path / "small", quiet=True)
+    result = vitrim.compress(teacher, data=images, hidden_dim=8, recover=recover, out=tmp_path / "small", quiet=True)
     tensors = load_file(tmp_path / "small" / "model.safetensors")
     assert tensors.keys() == teacher.state_dict().keys()
-    assert result.metrics["recovery"]["adapter"]["kind"] == "op-lora"
+    assert result.metrics.recovery["adapter"]["kind"] == "op-lora"
     assert_equal(tensors, weights(result.model))
 
 

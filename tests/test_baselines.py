@@ -169,7 +169,7 @@ def test_a_choice_is_the_same_bare_and_under_repair(build, method):
     kept = []
     for repair in (False, {"refit": False}):
         student = case.copy()
-        recipe = Recipe.parse({"method": method, "width": 12, "repair": repair})
+        recipe = Recipe.parse({"method": method, "hidden_dim": 12, "repair": repair})
         report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
         kept.append([edit.keep for edit in report.plan.edits])
         assert bool(report.errors) == bool(repair)

@@ -394,7 +394,7 @@ def test_the_main_job_trains_blocks_behind_the_cut(build):
     result = vitrim.compress(
         case.model, data=images, recipe=Recipe.parse({**recipe, "blockwise": blocks}), quiet=True, device="cpu"
     )
-    found, metrics = result.metrics["blockwise"], result.metrics
+    found, metrics = result.metrics.blockwise, result.metrics
     assert list(found["errors"]) == ["blocks.0", "blocks.1"]
     before, after = (metrics[key]["fidelity"]["relative_error"] for key in ("after_cut", "after_recovery"))
     assert found["relative_error"] == pytest.approx((before, after), rel=1e-4) and after < before

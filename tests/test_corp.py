@@ -72,7 +72,7 @@ def attention_case(build):
 def test_corp_folding_beats_dropping_and_mean_only(build, run):
     case = build("timm-vit")
     folded, dropped, mean_only = (
-        error(run, cut(case, width=24, **options)[0], case) for options in ({}, {"compensate": False}, {"ridge": 1e12})
+        error(run, cut(case, hidden_dim=24, **options)[0], case) for options in ({}, {"compensate": False}, {"ridge": 1e12})
     )
     assert folded < mean_only and folded < dropped
 
@@ -310,7 +310,7 @@ def test_corp_needs_plain_attention_and_images(build):
             self.blocks = nn.Sequential(block)
 
     case = build("timm-vit")
-    recipe = Recipe.parse({"method": "corp", "width": 8})
+    recipe = Recipe.parse({"method": "corp", "hidden_dim": 8})
     with pytest.raises(RecipeError, match="corp needs calibration images"):
         cut_(case.copy(), case.model, case.sites, recipe, None, quiet=True)
 
@@ -322,7 +322,7 @@ def test_corp_output_with_slim_attention_loads_in_a_fresh_process(tmp_path):
         {"method": "corp", "keep_ratio": 0.5, "options": {"parts": "both"}, "calibrate": {"num_images": 64}}
     )
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6
-    assert "query and key" in found.metrics["edits"][0]["what"] and found.metrics["widths"]
+    assert found.metrics.reload_difference <= 1e-6
+    assert "query and key" in found.metrics.edits[0]["what"] and found.metrics.widths
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))

@@ -464,7 +464,7 @@ def test_fips_groups_are_mlps_in_a_row_of_one_width(build):
     with pytest.raises(BudgetError, match="whose model width is another"):
         cut(case, images=False, options={"group": [1, 2]})
     with pytest.raises(BudgetError, match=r"a share of 0\.0\d+ pays for no basis"):
-        cut(case, images=False, width=1, keep_ratio=None, options={"sparsity": 0.0, "group": 1})
+        cut(case, images=False, hidden_dim=1, keep_ratio=None, options={"sparsity": 0.0, "group": 1})
 
 
 def test_fips_goes_before_and_after_what_it_can():
@@ -483,7 +483,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     case = build("timm-vit")
     attention = {"method": "low-rank", "options": {"rank": 4, "only": ["*.attn.*"]}}
     step = {"method": "fips", "keep_ratio": 0.5, "options": {"steps": 4}}
-    recipe = Recipe.parse({"method": "magnitude", "width": 40, "then": [step, attention]})
+    recipe = Recipe.parse({"method": "magnitude", "hidden_dim": 40, "then": [step, attention]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
     shared = [edit for edit in report.plan.edits if isinstance(edit, ToFips)]
@@ -517,9 +517,9 @@ def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
         }
     )
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6 and not found.metrics["stock"]
-    assert "matrices share a basis of rank" in found.metrics["edits"][0]["what"]
-    assert found.metrics["after"]["parameters"] < 0.75 * found.metrics["before"]["parameters"]
+    assert found.metrics.reload_difference <= 1e-6 and not found.metrics.stock
+    assert "matrices share a basis of rank" in found.metrics.edits[0]["what"]
+    assert found.metrics.after.parameters < 0.75 * found.metrics.before.parameters
     images = torch.randn(2, 3, 32, 32)
     loaded = vitrim.load(tmp_path / "out")
     assert torch.equal(loaded(images), found.model(images))
@@ -527,4 +527,4 @@ def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
     judged = vitrim.evaluate(str(tmp_path / "out"), model, data="digits", limit=32, latency=False)
     assert 0 < judged["fidelity"]["relative_error"] < 1
     with pytest.raises(SiteNotFoundError, match="no MLP found"):
-        vitrim.compress(str(tmp_path / "out"), method="magnitude", width=8, quiet=True)
+        vitrim.compress(str(tmp_path / "out"), method="magnitude", hidden_dim=8, quiet=True)

@@ -109,5 +109,5 @@ def test_behind_a_cut_the_file_is_a_quarter_and_loads_again(tmp_path):
     assert sizes[1] < 0.35 * sizes[0]
     kept = load_file(tmp_path / "int8" / "model.safetensors")
     assert kept["blocks.0.mlp.fc1.weight"].dtype == torch.int8
-    assert second.metrics["after_cut"]["fidelity"]["relative_error"] < 1e-2
+    assert second.metrics.after_cut.fidelity["relative_error"] < 1e-2
     assert [len(first.plan.edits), len(second.plan.edits)] == [6, 24]

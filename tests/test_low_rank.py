@@ -693,7 +693,7 @@ def test_what_was_factored_is_no_mlp_to_cut_any_more(result):
 
 def test_it_follows_a_cut_of_hidden_units_and_is_taken_up_after_a_stop(build, run, tmp_path):
     case = build("timm-vit")
-    values = {"method": "dgmr", "width": 24, "repair": {"refit_steps": 2}}
+    values = {"method": "dgmr", "hidden_dim": 24, "repair": {"refit_steps": 2}}
     recipe = Recipe.parse({**values, "then": [{"method": "low-rank", "keep_ratio": 0.5, "options": {"only": "*.fc?"}}]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)

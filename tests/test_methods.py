@@ -66,7 +66,7 @@ def dumped(plan):
 @CUTS
 @pytest.mark.parametrize("images", [True, False])
 def test_the_count_asked_for_is_kept_each_unit_once(kind, method, images):
-    student, report = cut_or_skip(kind, method=method, width=10, images=images)
+    student, report = cut_or_skip(kind, method=method, hidden_dim=10, images=images)
     assert [edit.site for edit in report.plan.edits] == list(kind.sites)
     for edit in report.plan.edits:
         assert len(edit.keep) == len(set(edit.keep))
@@ -99,7 +99,7 @@ def test_one_seed_gives_one_plan_byte_for_byte(kind, method):
 @BUDGETED
 def test_another_width_gives_another_hash(build, method):
     case = build("timm-vit")
-    first, second = (cut_or_skip(case, method=method, width=width)[1].plan for width in (32, 64))
+    first, second = (cut_or_skip(case, method=method, hidden_dim=width)[1].plan for width in (32, 64))
     assert first.sha256 != second.sha256
 
 
@@ -129,7 +129,7 @@ def test_a_cut_model_is_built_again_from_its_shapes_and_tensors_alone(kind, meth
 @CUTS
 def test_repaired_tensors_stand_in_the_plan_by_hash(build, method, run):
     case = build("timm-split")
-    student, report = cut(case, method=method, width=8, repair=QUICK)
+    student, report = cut(case, method=method, hidden_dim=8, repair=QUICK)
     again = Plan.from_json(json.loads(json.dumps(report.plan.to_json())))
     assert again == report.plan.without_tensors()
     changed = report.plan.edits[0].tensors[f"{case.sites[0].output}.weight"]
@@ -143,14 +143,14 @@ def test_repaired_tensors_stand_in_the_plan_by_hash(build, method, run):
 
 @pytest.mark.parametrize("damage", [{"format": "vitrim-plan/9"}, {"edits": [{}]}, {"edits": None}])
 def test_a_damaged_plan_is_refused(build, damage):
-    document = cut(build("timm-vit"), method="magnitude", width=8)[1].plan.to_json()
+    document = cut(build("timm-vit"), method="magnitude", hidden_dim=8)[1].plan.to_json()
     with pytest.raises(CheckpointError, match=r"^plan: "):
         Plan.from_json({**document, **damage})
 
 
 def test_random_depends_on_the_seed_and_on_the_site(build):
     case = build("timm-vit")
-    first, second = (cut(case, method="random", width=20, seed=seed)[1].plan for seed in (0, 1))
+    first, second = (cut(case, method="random", hidden_dim=20, seed=seed)[1].plan for seed in (0, 1))
     assert first.edits[0].keep != second.edits[0].keep
     assert first.edits[0].keep != first.edits[1].keep
 
@@ -187,7 +187,7 @@ def qr_order(rows: Tensor, count: int) -> list[int]:
 @pytest.mark.parametrize("name", ["dgmr-paper", "dgmr"])
 def test_dgmr_on_weights_picks_what_lapack_picks(kind, name):
     options = {"select_on": "weights"}
-    _, report = cut(kind, method=name, width=24 if kind.sites[0].d_hidden > 24 else 16, options=options, repair=False)
+    _, report = cut(kind, method=name, hidden_dim=24 if kind.sites[0].d_hidden > 24 else 16, options=options, repair=False)
     for edit in report.plan.edits:
         weights = read_weights(kind.model, edit.site)
         rows = weights.value_HD
@@ -199,7 +199,7 @@ def test_dgmr_on_weights_picks_what_lapack_picks(kind, name):
 @CUTS
 def test_published_methods_leave_kept_values_bit_equal(build, method):
     case = build("timm-packed")
-    student, report = cut(case, method=method, width=8, repair=False)
+    student, report = cut(case, method=method, hidden_dim=8, repair=False)
     for edit in report.plan.edits:
         old, new = read_weights(case.model, edit.site), read_weights(student, edit.site)
         assert torch.equal(new.value_HD, old.value_HD[list(edit.keep)])
@@ -213,8 +213,8 @@ def test_biases_and_output_weights_play_no_part_in_the_published_choice(build):
     for block in model.blocks:
         for p in (block.mlp.fc1.bias, block.mlp.fc2.weight, block.mlp.fc2.bias):
             p.data = torch.randn_like(p)
-    expected = cut(case, method="dgmr-paper", width=8)[1].plan.edits
-    report = cut_(model, case.model, case.sites, Recipe(method="dgmr-paper", width=8), None, quiet=True)
+    expected = cut(case, method="dgmr-paper", hidden_dim=8)[1].plan.edits
+    report = cut_(model, case.model, case.sites, Recipe(method="dgmr-paper", hidden_dim=8), None, quiet=True)
     assert [edit.keep for edit in report.plan.edits] == [edit.keep for edit in expected]
 
 
@@ -230,7 +230,7 @@ def test_a_gated_unit_is_scored_by_its_gate_and_value_rows_together():
 
 
 def test_magnitude_equals_a_naive_loop(kind):
-    _, report = cut(kind, method="magnitude", width=11)
+    _, report = cut(kind, method="magnitude", hidden_dim=11)
     for edit in report.plan.edits:
         weights = read_weights(kind.model, edit.site)
         scores = []
@@ -288,12 +288,12 @@ def test_dgmr_on_outputs_picks_what_lowers_the_error_of_a_full_refit_the_most(bi
 
 def test_dgmr_without_images_falls_back_to_weights_and_says_so(build):
     case = build("timm-vit")
-    _, report = cut(case, method="dgmr", width=8, images=False)
+    _, report = cut(case, method="dgmr", hidden_dim=8, images=False)
     assert any("no images given: units were selected on weights alone" in note for note in report.notes)
-    paper = cut(case, method="dgmr-paper", width=8, images=False)[1]
+    paper = cut(case, method="dgmr-paper", hidden_dim=8, images=False)[1]
     assert [edit.keep for edit in report.plan.edits] == [edit.keep for edit in paper.plan.edits]
     assert paper.notes == ()
-    seen = cut(case, method="dgmr", width=8)[1]
+    seen = cut(case, method="dgmr", hidden_dim=8)[1]
     assert seen.notes == ()
     assert [edit.keep for edit in seen.plan.edits] != [edit.keep for edit in paper.plan.edits]
 
@@ -302,7 +302,7 @@ def test_dgmr_without_images_falls_back_to_weights_and_says_so(build):
 def test_what_needs_images_is_refused_without(build, select_on):
     case = build("timm-vit")
     student = case.copy()
-    recipe = Recipe(method="dgmr", width=8, options={"select_on": select_on})
+    recipe = Recipe(method="dgmr", hidden_dim=8, options={"select_on": select_on})
     with pytest.raises(RecipeError, match=rf"select_on='{select_on}' needs images; pass data"):
         cut_(student, case.model, case.sites, recipe, None, quiet=True)
     assert read_weights(student, case.sites[0]).num_units == 96
@@ -457,7 +457,7 @@ def test_a_thirteenth_method_needs_no_edit_of_the_package(tmp_path, monkeypatch,
         Recipe.parse({"method": "first-units", "options": {"offst": 3}})
     digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
     found = vitrim.compress(digits, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.plan.method == "first-units+one-active" and found.metrics["reload_difference"] <= 1e-6
+    assert found.plan.method == "first-units+one-active" and found.metrics.reload_difference <= 1e-6
     cuts = [edit for edit in found.plan.edits if isinstance(edit, KeepUnits)]
     assert cuts and all(edit.keep == tuple(range(3, 3 + edit.width)) for edit in cuts)
     images = torch.randn(2, 3, 32, 32)

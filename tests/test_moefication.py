@@ -321,8 +321,8 @@ def test_moefication_of_a_relu_model_is_saved_and_loads_in_a_fresh_process(tmp_p
     vitrim.compress(model, data="digits", recipe=relu, out=tmp_path / "relu", quiet=True)
     recipe = Recipe.parse({**few, "method": "moefication", "keep_ratio": 0.5, "options": {"epochs": 1}})
     found = vitrim.compress(str(tmp_path / "relu"), data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6 and not found.metrics["stock"]
-    assert found.metrics["edits"][0]["what"] == "6 of 12 experts active a token, router: mlp"
-    assert found.metrics["after"]["macs"] < 0.9 * found.metrics["before"]["macs"]
+    assert found.metrics.reload_difference <= 1e-6 and not found.metrics.stock
+    assert found.metrics.edits[0]["what"] == "6 of 12 experts active a token, router: mlp"
+    assert found.metrics.after.macs < 0.9 * found.metrics.before.macs
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))

@@ -500,6 +500,6 @@ def test_compress_keeps_the_cache_beside_the_run_and_takes_it_away_at_the_end(tm
     result = vitrim.compress(
         make_teacher(), data=images, recipe=recipe, recover=recover, out=tmp_path / "out", quiet=True
     )
-    assert any("for 36 images x 1 views" in note for note in result.metrics["notes"])
+    assert any("for 36 images x 1 views" in note for note in result.metrics.notes)
     assert not [path for path in tmp_path.rglob("*") if "teacher-cache" in path.name]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -229,7 +229,7 @@ def test_a_cut_pair_is_tuned_exported_and_loaded_by_its_own_library(folders, tmp
     found = tune_text(str(small.out), data, options=options, held_out=data[:8], out=tmp_path / "tuned", quiet=True)
     about, before = (read_about(folder)["plan"]["edits"] for folder in (found.out, small.out))
     assert [edit["keep"] for edit in about] == [edit["keep"] for edit in before]
-    assert found.metrics["stock"] and found.metrics["reload_difference"] <= 1e-5
+    assert found.metrics.stock and found.metrics.reload_difference <= 1e-5
     if layout.startswith("open_clip"):
         stock, _, _ = open_clip.create_model_and_transforms(f"local-dir:{found.out}")
     else:
@@ -341,10 +341,10 @@ def test_a_bank_of_texts_takes_part_in_every_step(folders, tmp_path, monkeypatch
     seen, real = [], run_module.space_loss
     monkeypatch.setattr(run_module, "space_loss", lambda *args: seen.append(args[2]) or real(*args))
     options = {"steps": 5, "batch_size": 16, "lr": 1e-4, "text_bank": str(bank), "text_bank_weight": 2.0}
-    recipe = vitrim.Recipe.parse({**FEW, "width": 8, "recover": options})
+    recipe = vitrim.Recipe.parse({**FEW, "hidden_dim": 8, "recover": options})
     assert vitrim.Recipe.parse(recipe.model_dump(mode="json")) == recipe
     small = vitrim.compress(str(folders[layout]), data=list(pictures(48)), recipe=recipe, quiet=True)
-    curve = small.metrics["recovery"]["curve"]
+    curve = small.metrics.recovery["curve"]
     assert curve[-1]["relative_error"] < curve[0]["relative_error"]
     pair = opened(folders[layout])
     with torch.no_grad():

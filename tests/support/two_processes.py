@@ -162,7 +162,7 @@ def failing(folder: Path) -> dict[str, Any]:
         except (VitrimError, ZeroDivisionError) as caught:
             said[name] = f"{type(caught).__name__}: {caught}"
     try:
-        vitrim.compress(DIGITS, width=8, out=folder / "taken", quiet=True)
+        vitrim.compress(DIGITS, hidden_dim=8, out=folder / "taken", quiet=True)
     except OutputError as error:
         said["taken"] = str(error)
     return said
@@ -180,7 +180,7 @@ def compressed(out: Path | None) -> dict[str, Any]:
 
 def taken_over(folder: Path) -> dict[str, Any]:
     """A process without a cut takes the main one's."""
-    recipe = vitrim.Recipe.parse({"width": 16})
+    recipe = vitrim.Recipe.parse({"hidden_dim": 16})
     plan = vitrim.compress(make_teacher(), recipe=recipe, quiet=True).plan
     teacher = make_teacher()
     student = make_student(teacher, 16) if is_main() else make_teacher()
