@@ -70,7 +70,11 @@ def test_without_images_it_says_what_it_needs(build, hungriest):
         cut_(case.copy(), case.model, case.sites, Recipe(method="hungriest", hidden_dim=8), None, quiet=True)
 
 
-TWICE = {"method": "magnitude", "hidden_dim": 40, "then": [{"method": "dgmr", "hidden_dim": 12, "repair": {"refit_steps": 2}}]}
+TWICE = {
+    "method": "magnitude",
+    "hidden_dim": 40,
+    "then": [{"method": "dgmr", "hidden_dim": 12, "repair": {"refit_steps": 2}}],
+}
 
 
 def test_steps_work_on_what_the_ones_before_have_left(build, run):
