@@ -16,7 +16,7 @@ from vitrim.calibrate import LiveModelView
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import RecipeError
-from vitrim.methods import METHODS, amp
+from vitrim.methods import Amp, amp
 from vitrim.models.features import features
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import Features, MlpSite
@@ -35,7 +35,7 @@ def orders(bench):
 
 
 def propose(view, **options):
-    return list(METHODS["amp"].propose(view, METHODS["amp"].parse_options(options)))
+    return list(Amp(**options).propose(view))
 
 
 def mean_entropy(model, batches, tau=TAU):

@@ -13,7 +13,7 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, ModelError, RecipeError
 from vitrim.layers.attention import SlimAttention
-from vitrim.methods import corp
+from vitrim.methods import Corp
 from vitrim.models.attention import find_attentions
 from vitrim.models.sites import find_mlps
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
@@ -114,7 +114,7 @@ def tower(bias, **options):
     )
     view = LiveModelView(copy.deepcopy(model), sites, {site.path: 10 for site in sites}, batches, seed=0)
     edits = []
-    for edit in corp.propose(view, corp.CorpOptions(**options)):
+    for edit in Corp(**options).propose(view):
         apply_(view.model, [edit])
         edits.append(edit)
     return view.model, model, batches, edits
@@ -177,12 +177,12 @@ def test_corp_streamed_sums_equal_those_of_one_batch_and_a_ridge_does_not_depend
     site = edits[0].site
     view = LiveModelView(model, (site,), {site.path: 10}, batches, seed=0)
     whole = hidden_of(model, edits[0], batches)
-    stats = corp._mlp_stats(view, site, view.weights(site))
+    stats = view.stats(site)
     torch.testing.assert_close(stats.hidden_HH, whole.T @ whole)
     torch.testing.assert_close(stats.hidden_H, whole.sum(0))
     for others in ([torch.cat(batches)], batches * 5):
         view = LiveModelView(model, (site,), {site.path: 10}, others, seed=0)
-        (again,) = corp.propose(view, corp.CorpOptions(ridge=0.1))
+        (again,) = Corp(ridge=0.1).propose(view)
         assert again.keep == edits[0].keep
         for name, tensor in edits[0].tensors.items():
             torch.testing.assert_close(again.tensors[name], tensor)

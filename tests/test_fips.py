@@ -22,7 +22,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.cost.count import model_size
 from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
 from vitrim.layers.fips import SharedBasisLinear, pack, unpack
-from vitrim.methods import fips
+from vitrim.methods import Fips, fips
 from vitrim.models.sites import find_mlps
 from vitrim.ops.fips import cubic_sparsity, exchange, largest, leading_basis, num_coefficients, rank_for_budget
 from vitrim.surgery import Plan, ToFips, apply_, mlp_output, read_weights, reshape_
@@ -174,7 +174,7 @@ def test_fips_square_layers_are_turned_by_their_role():
     model = Tower(*(Residual(Square(), 16) for _ in range(2))).eval()
     images, sites = torch.randn(4, 3, 32, 32), find_mlps(model)
     student, bench = copy.deepcopy(model), LiveModelView(model, sites, {s.path: 8 for s in sites}, [images], seed=0)
-    (edit,) = fips.propose(bench, fips.FipsOptions(steps=0))
+    (edit,) = Fips(steps=0).propose(bench)
     assert edit.roles == ("input", "output") * 2
     apply_(student, [edit])
     joined = torch.cat(
@@ -359,7 +359,7 @@ def test_fips_masks_hold_after_every_step_and_end_at_the_sparsity(build, schedul
 def test_fips_loss_is_zero_for_the_mlps_as_they_were(kind):
     bench = LiveModelView(kind.copy(), kind.sites, {}, kind.batches, seed=0)
     mlps, joined = fips._joined(bench, kind.sites)
-    pairs = fips._observe(bench, mlps, fips.FipsOptions())
+    pairs = fips._observe(bench, mlps, Fips())
     basis, coeff = leading_basis(joined, kind.sites[0].d_model)
     factors = fips._Factors(basis_DR=basis, coeff_RC=coeff, mask_RC=coeff != 0)
     scale = sum(float(train[1].square().mean()) for train, _ in pairs)
@@ -388,7 +388,7 @@ def test_fips_samples_are_pairs_of_one_token_spread_over_all_batches(build):
     case = build("timm-vit")
     bench = LiveModelView(case.copy(), case.sites, {}, case.batches, seed=0)
     mlps, _ = fips._joined(bench, case.sites)
-    pairs = fips._observe(bench, mlps, fips.FipsOptions(num_tokens=64))
+    pairs = fips._observe(bench, mlps, Fips(num_tokens=64))
     for site, (train, held_out) in zip(case.sites, pairs, strict=True):
         assert len(held_out[0]) == 7 and len(train[0]) == 57
         inputs, outputs = torch.cat([train[0], held_out[0]]), torch.cat([train[1], held_out[1]])
@@ -468,14 +468,14 @@ def test_fips_groups_are_mlps_in_a_row_of_one_width(build):
 
 
 def test_fips_goes_before_and_after_what_it_can():
-    Recipe.parse({"method": "dgmr", "then": [{"method": "fips"}]})
-    Recipe.parse({"method": "fips", "then": [{"method": "low-rank"}]})
+    Recipe.parse({"steps": [{"method": "dgmr"}, {"method": "fips"}]})
+    Recipe.parse({"steps": [{"method": "fips"}, {"method": "low-rank"}]})
     for earlier in ("dgmr", "corp", "relufy"):
-        with pytest.raises(RecipeError, match=f"then: {earlier} .* can't follow fips"):
-            Recipe.parse({"method": "fips", "then": [{"method": earlier}]})
+        with pytest.raises(RecipeError, match=f"steps: {earlier} .* can't follow fips"):
+            Recipe.parse({"steps": [{"method": "fips"}, {"method": earlier}]})
     for later in ("top-k", "moefication"):
-        with pytest.raises(RecipeError, match=f"then: fips .* can't follow {later}"):
-            Recipe.parse({"method": later, "then": [{"method": "fips"}]})
+        with pytest.raises(RecipeError, match=f"steps: fips .* can't follow {later}"):
+            Recipe.parse({"steps": [{"method": later}, {"method": "fips"}]})
 
 
 def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, run, tmp_path, monkeypatch):
@@ -483,7 +483,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     case = build("timm-vit")
     attention = {"method": "low-rank", "options": {"rank": 4, "only": ["*.attn.*"]}}
     step = {"method": "fips", "keep_ratio": 0.5, "options": {"steps": 4}}
-    recipe = Recipe.parse({"method": "magnitude", "hidden_dim": 40, "then": [step, attention]})
+    recipe = Recipe.parse({"steps": [{"method": "magnitude", "hidden_dim": 40}, step, attention]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
     shared = [edit for edit in report.plan.edits if isinstance(edit, ToFips)]
@@ -499,7 +499,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     assert found is not None and found.plan.sha256 == report.plan.sha256
     assert torch.equal(run(resumed, case.batches[0]), run(student, case.batches[0]))
     for first in (step, {"method": "low-rank", "keep_ratio": 0.5}):
-        recipe = Recipe.parse({**first, "then": [step]})
+        recipe = Recipe.parse({"steps": [first, step]})
         with pytest.raises(SiteNotFoundError, match="fips: no MLP is left to share a basis"):
             cut_(case.copy(), case.model, case.sites, recipe, case.batches, quiet=True)
 
@@ -525,6 +525,6 @@ def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
     assert torch.equal(loaded(images), found.model(images))
     assert any(name.endswith("basis") for name, _ in loaded.named_parameters())
     judged = vitrim.evaluate(str(tmp_path / "out"), model, data="digits", limit=32, latency=False)
-    assert 0 < judged["fidelity"]["relative_error"] < 1
+    assert 0 < judged.fidelity["relative_error"] < 1
     with pytest.raises(SiteNotFoundError, match="no MLP found"):
         vitrim.compress(str(tmp_path / "out"), method="magnitude", hidden_dim=8, quiet=True)

@@ -1,7 +1,10 @@
 """Every registered method on every kind of MLP, and each method against a slow, obvious version of itself."""
 
 import json
+import re
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -9,24 +12,25 @@ from pathlib import Path
 import pytest
 import scipy.linalg
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 import vitrim
 from tests.support.activations import stored_stats
-from vitrim import methods
+from vitrim import catalog, methods
+from vitrim.catalog import MethodEntry, read_methods
 from vitrim.cli.app import run as run_command
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import METHODS, find_method
-from vitrim.surgery import KeepUnits, Plan, ReplaceActivation, ToInt8, apply_, read_weights, reshape_
+from vitrim.methods import METHODS, Dgmr, ModelMethod, Random, SiteMethod, find_method, make_method
+from vitrim.methods.registry import register
+from vitrim.surgery import KeepUnits, Plan, apply_, read_weights, reshape_
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.edits == (KeepUnits,)])
-# But for those whose edit has no size.
-SIZELESS = ((ReplaceActivation,), (ToInt8,))
-BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits not in SIZELESS])
+BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.takes != "nothing"])
 QUICK = {"refit_steps": 3}
 FEW = {"fips": {"steps": 3, "every": 1}, "amp": {"rounds": 2, "trials": 3}}  # options of those that search or train
 
@@ -45,7 +49,7 @@ def cut_or_skip(case, *, images=True, **values):
     method, student = find_method(values["method"]), case.copy()
     few = {"repair": QUICK if method.repairs else None, "options": FEW.get(method.name, {})}
     recipe = Recipe.parse({**few, **values})
-    needs = method.propose is not None and method.needs == "images" and not images
+    needs = issubclass(method, ModelMethod) and method.needs == "images" and not images
     try:
         report = cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
     except (RecipeError, SiteNotFoundError) as error:
@@ -68,7 +72,7 @@ def test_the_count_asked_for_is_kept_each_unit_once(kind, method, images):
     assert [edit.site for edit in report.plan.edits] == list(kind.sites)
     for edit in report.plan.edits:
         assert len(edit.keep) == len(set(edit.keep))
-        assert find_method(method).propose is not None or len(edit.keep) == 10
+        assert issubclass(find_method(method), ModelMethod) or len(edit.keep) == 10
         assert 0 <= min(edit.keep) and max(edit.keep) < edit.site.d_hidden
         assert read_weights(student, edit.site).num_units == len(edit.keep)
     # A method that sees the whole model may spread the units over it.
@@ -155,7 +159,7 @@ def test_random_depends_on_the_seed_and_on_the_site(build):
 
 def test_random_draws_each_unit_equally_often():
     view = view_of(torch.randn(12, 4), num_keep=4)
-    draws = [METHODS["random"].select(view, None).tolist() for _ in range(1500)]  # the generator moves on
+    draws = [Random().select(view).tolist() for _ in range(1500)]  # the generator moves on
     counts = torch.tensor(draws).flatten().bincount(minlength=12)
     assert all(len(set(draw)) == 4 for draw in draws)
     assert (counts - 500).abs().max() < 90  # five standard deviations
@@ -174,7 +178,7 @@ def view_of(value, *, gate=None, output=None, num_keep, stats=None):
 
 
 def select(name, view, **options):
-    return METHODS[name].select(view, METHODS[name].parse_options(options)).tolist()
+    return make_method(name, options).select(view).tolist()
 
 
 def qr_order(rows: Tensor, count: int) -> list[int]:
@@ -308,7 +312,7 @@ def test_what_needs_images_is_refused_without(build, select_on):
 
 @EVERY
 def test_an_unknown_option_is_refused_and_the_known_ones_are_named(method):
-    known = ", ".join(METHODS[method].options.model_fields) or "none"
+    known = ", ".join(METHODS[method].model_fields) or "none"
     with pytest.raises(RecipeError, match=rf"^options\.selec of method {method}: .*; its options are {known}\.$"):
         Recipe.parse({"method": method, "options": {"selec": 1}})
 
@@ -334,6 +338,90 @@ def test_a_method_says_where_it_comes_from(method):
     assert entry.paper and entry.summary
 
 
+@EVERY
+def test_a_method_says_what_each_option_is(method):
+    assert all(field.description for field in METHODS[method].model_fields.values())
+
+
+@EVERY
+def test_a_method_is_frozen_and_its_options_are_all_that_it_dumps(method):
+    made = make_method(method, None)
+    assert made.model_dump().keys() == METHODS[method].model_fields.keys()
+    assert make_method(method, made.model_dump(mode="json")) == made
+    for option in METHODS[method].model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(made, option, None)
+    with pytest.raises(AttributeError, match="is a ClassVar"):
+        made.name = "another"
+
+
+@pytest.mark.parametrize("wrong", [{"select_on": "gradients"}, {"selec": 1}])
+def test_a_constructor_refuses_as_a_recipe_does(wrong):
+    with pytest.raises(RecipeError) as alone:
+        Dgmr(**wrong)
+    with pytest.raises(RecipeError) as read:
+        Recipe.parse({"method": "dgmr", "options": wrong})
+    assert str(alone.value) == str(read.value)
+
+
+def test_a_number_that_is_none_is_refused():
+    with pytest.raises(RecipeError, match=r"options\.delta of method amp: .*finite"):
+        make_method("amp", {"delta": float("nan")})
+
+
+def test_what_is_no_whole_method_is_not_registered():
+    class Silent(ModelMethod):
+        name = "silent"
+
+        def propose(self, view):
+            yield from ()
+
+    with pytest.raises(TypeError, match="Silent: says nothing about paper, arxiv, summary, needs, takes; set it"):
+        register(Silent)
+    with pytest.raises(TypeError, match="is no method; derive it from SiteMethod or ModelMethod"):
+        register(dict)
+    with pytest.raises(TypeError, match="abstract"):
+        SiteMethod()
+    assert "silent" not in METHODS
+
+
+def test_the_catalog_is_the_registry_in_the_same_order():
+    own = [entry for entry in METHODS.values() if entry.__module__.startswith("vitrim.")]
+    assert read_methods() == [
+        MethodEntry(
+            name=entry.name,
+            arxiv=entry.arxiv,
+            needs=entry.needs,
+            takes=entry.takes,
+            edits=entry.edits_in_words(),
+            summary=entry.summary,
+            paper=entry.paper,
+        )
+        for entry in own
+    ]
+
+
+def test_the_catalog_is_read_without_torch():
+    code = "import runpy, sys; found = runpy.run_path(sys.argv[1])['read_methods'](); print(len(found), *sys.modules)"
+    command = [sys.executable, "-S", "-c", code, str(catalog.__file__)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    assert int(said[0]) == len(read_methods()) and not {"torch", "pydantic", "vitrim"} & set(said)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("name = 'x' + 'y'", "Odd.name: is no literal text"),
+        ("pass", "Odd.name: is not set, neither there nor in a base class"),
+        ("name = arxiv = needs = takes = summary = paper = 'x'", "Odd.arxiv: is not set"),
+    ],
+)
+def test_the_catalog_refuses_what_it_would_have_to_run(tmp_path, body, words):
+    (tmp_path / "odd.py").write_text(f"@register\nclass Odd(ModelMethod):\n    {body}\n")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_methods(tmp_path)
+
+
 def method_files(folder):
     """The files of a folder that ought to hold a method."""
     return {path.stem for path in folder.glob("*.py")} - {"__init__", "registry"}
@@ -341,14 +429,13 @@ def method_files(folder):
 
 def idle(files, entries):
     """Those files in which none of the registered methods was defined."""
-    decide = [entry.select or entry.propose for entry in entries]
-    return files - {function.__module__.rpartition(".")[2] for function in decide}
+    return files - {entry.__module__.rpartition(".")[2] for entry in entries}
 
 
 def test_every_file_in_methods_is_imported_and_registers_a_method(tmp_path):
     files = method_files(Path(methods.__file__).parent)
     assert idle(files, METHODS.values()) == set()
-    assert files <= set(methods.__all__)
+    assert {entry.__name__ for entry in METHODS.values()} <= set(methods.__all__)
     for name in ("dgmr", "forgotten", "__init__", "registry"):
         (tmp_path / f"{name}.py").touch()
     assert idle(method_files(tmp_path), METHODS.values()) == {"forgotten"}  # the check sees what it should
@@ -357,23 +444,28 @@ def test_every_file_in_methods_is_imported_and_registers_a_method(tmp_path):
 THIRTEENTH = '''
 """Two methods that nobody has thought of, in a file that is no part of the package."""
 from torch import arange
-from vitrim.methods import MethodOptions
+from vitrim.methods import ModelMethod, SiteMethod
 from vitrim.methods.registry import register
 from vitrim.surgery import TopKActivation
 
-class FirstOptions(MethodOptions):
+@register
+class FirstUnits(SiteMethod):
+    name, summary, needs = "first-units", "units as they come", "weights"
+    paper, arxiv = "none", "0000.00000"
+
     offset: int = 0
 
-ABOUT = {"needs": "weights", "paper": "none", "arxiv": "0000.00000", "repairs": False}
+    def select(self, view):
+        return arange(view.num_keep) + self.offset
 
-@register("first-units", options=FirstOptions, summary="units as they come", **ABOUT)
-def select(view, options):
-    return arange(view.num_keep) + options.offset
+@register
+class OneActive(ModelMethod):
+    name, summary, needs, takes = "one-active", "one unit a token", "weights", "nothing"
+    paper, arxiv, edits = "none", "0000.00000", (TopKActivation,)
 
-@register("one-active", scope="model", edits=(TopKActivation,), summary="one unit a token", **ABOUT)
-def propose(view, options):
-    for site in view.sites:
-        yield TopKActivation(site=site, num_active=1)
+    def propose(self, view):
+        for site in view.sites:
+            yield TopKActivation(site=site, num_active=1)
 '''
 
 
@@ -383,8 +475,9 @@ def test_a_thirteenth_method_needs_no_edit_of_the_package(tmp_path, monkeypatch,
         monkeypatch.setitem(METHODS, name, None)  # taken out again after the test
     (tmp_path / "thirteenth.py").write_text(THIRTEENTH)
     runpy.run_path(str(tmp_path / "thirteenth.py"))
-    values = {"method": "first-units", "options": {"offset": 3}, "keep_ratio": 0.5, "calibrate": {"num_images": 16}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps({**values, "then": [{"method": "one-active"}]}))
+    first = {"method": "first-units", "options": {"offset": 3}, "keep_ratio": 0.5}
+    values = {"steps": [first, {"method": "one-active"}], "calibrate": {"num_images": 16}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     with pytest.raises(RecipeError, match="its options are offset"):
         Recipe.parse({"method": "first-units", "options": {"offst": 3}})

@@ -14,7 +14,7 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, CheckpointError, SiteNotFoundError
 from vitrim.layers.moefication import ExpertMlp, Router
-from vitrim.methods import moefication
+from vitrim.methods import Moefication, moefication
 from vitrim.methods.moefication import captured_share, expert_scores
 from vitrim.models.sites import find_mlps
 from vitrim.ops.balanced_kmeans import assign_equally, balanced_kmeans, exchange
@@ -154,7 +154,7 @@ def test_moefication_keeps_the_best_epoch_of_the_router_not_the_second_best(monk
     monkeypatch.setattr(moefication, "captured_share", judge)
     generator = torch.Generator().manual_seed(0)
     inputs, scores = torch.randn(64, 8, generator=generator), torch.rand(64, 4, generator=generator)
-    moefication._train_(router, inputs, scores, 1, moefication.MoeficationOptions(epochs=4), generator)
+    moefication._train_(router, inputs, scores, 1, Moefication(epochs=4), generator)
     assert len(states) == 5 and not torch.equal(states[2]["first.weight"], states[3]["first.weight"])
     assert all(torch.equal(tensor, states[2][name]) for name, tensor in router.state_dict().items())
 
