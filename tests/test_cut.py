@@ -330,13 +330,22 @@ def test_rounding_stays_in_range_and_never_moves_an_exact_width(d_model, d_hidde
 
 @pytest.mark.parametrize("budget", [{"hidden_dim": 8, "mlp_ratio": 1.0}, {"keep_ratio": 0.5, "hidden_dim": 3}])
 def test_two_budgets_are_refused(budget):
-    with pytest.raises(RecipeError, match="give exactly one of params_ratio, macs_ratio, mlp_ratio, keep_ratio, hidden_dim, not "):
+    with pytest.raises(
+        RecipeError, match="give exactly one of params_ratio, macs_ratio, mlp_ratio, keep_ratio, hidden_dim, not "
+    ):
         Recipe.parse(budget)
 
 
 @pytest.mark.parametrize(
     "budget",
-    [{"mlp_ratio": 0}, {"mlp_ratio": -1}, {"keep_ratio": 1.2}, {"hidden_dim": 1.5}, {"hidden_dim": 0}, {"hidden_dim": -8}],
+    [
+        {"mlp_ratio": 0},
+        {"mlp_ratio": -1},
+        {"keep_ratio": 1.2},
+        {"hidden_dim": 1.5},
+        {"hidden_dim": 0},
+        {"hidden_dim": -8},
+    ],
 )
 def test_budgets_that_mean_nothing_are_refused(budget):
     with pytest.raises(RecipeError, match=rf"^recipe: {next(iter(budget))}: .*got"):

@@ -93,7 +93,9 @@ def test_steps_work_on_what_the_ones_before_have_left(build, run):
 
 def test_a_step_without_a_width_takes_all_that_is_left(build):
     case = build("timm-vit")
-    student, report = cut(case, steps=[{"method": "magnitude", "hidden_dim": 12, "repair": False}, {"method": "random"}])
+    student, report = cut(
+        case, steps=[{"method": "magnitude", "hidden_dim": 12, "repair": False}, {"method": "random"}]
+    )
     assert [edit.width for edit in report.plan.edits] == [12] * 2 * len(case.sites)
     assert all(site.d_hidden == 12 for site in find_mlps(student))
 
