@@ -21,8 +21,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.errors import BudgetError, CheckpointError, RecipeError
-from vitrim.methods import METHODS, SiteMethod
-from vitrim.methods.registry import register
+from vitrim.methods import METHODS, SiteMethod, register
 from vitrim.ops.allocation import best_choices, dropped_energy, explained_energy
 
 

@@ -266,9 +266,9 @@ def test_bytes_are_those_of_the_files_and_a_disk_without_room_is_refused(build, 
 
     def measure(self, index):
         nonlocal most
-        lesson = real(self, index)
+        task = real(self, index)
         most = sum(path.stat().st_size for path in self.offload.rglob("*.pt"))
-        return lesson
+        return task
 
     monkeypatch.setattr(block_data.BlockData, "enter", measure)
     for values in ({}, {"inputs": "teacher"}, {"train": "block"}):

@@ -308,13 +308,13 @@ def test_a_stopped_run_on_a_stream_goes_on_bit_for_bit_with_workers_or_without(t
     source = piped(write_shards(tmp_path / "shards", num_shards=4, per_shard=5))
     whole, _ = train(open_stream(source))
 
-    def stop(step, error):
-        if step == 4:
+    def stop(found):
+        if found.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(open_stream(source), state=tmp_path / "state.pt", on_validation=stop)
-    again, _ = train(open_stream(source), state=tmp_path / "state.pt", resume=True, num_workers=1)
+        train(open_stream(source), work=tmp_path / "work", on_validation=stop)
+    again, _ = train(open_stream(source), work=tmp_path / "work", resume=True, num_workers=1)
     assert_equal(whole, again)
 
 

@@ -20,6 +20,7 @@ from vitrim.compression.cut import cut_
 from vitrim.compression.slicing import slice_output
 from vitrim.config.options import RecoverOptions, RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.errors import BudgetError, CheckpointError, OutputError, RecipeError
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.load import origin_of
@@ -27,7 +28,9 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
 from vitrim.output.save import save, write_configs
 from vitrim.recover.distill import recover_
-from vitrim.recover.elastic import Fitting, Slice, Widths, fit_widths, read_widths, save_widths
+from vitrim.recover.elastic import Slice, Widths
+from vitrim.recover.elastic_files import read_widths, save_widths
+from vitrim.recover.elastic_fit import Fitting, fit_widths
 from vitrim.recover.run import Run
 from vitrim.surgery import KeepUnits, Plan, TopKActivation, apply_, transform
 
@@ -131,9 +134,10 @@ def test_a_step_changes_the_units_of_its_width_alone_and_what_all_widths_share()
     student = make_student(teacher, 64)
     options = RecoverOptions(**OPTIONS, warmup_ratio=0.0)
     widths = widths_for(options)
-    run, trained = Run(student, teacher, make_images(), HELD_OUT, options, 0, widths), set()
+    given = {"images": make_images(), "held_out": HELD_OUT, "options": options, "context": RunContext(quiet=True)}
+    run, trained = Run(student, teacher, **given, widths=widths), set()
     with run.trainable():
-        run.start(quiet=True)
+        run.start()
         for batches in run.batches(0, 3):
             before, ratio = weights(student), run.ratio
             run.optimizer.state.clear()  # what Adam remembers of wider steps moves their units on
@@ -171,11 +175,11 @@ def test_the_curve_has_the_error_of_each_width_and_a_state_is_kept_that_makes_no
 def test_a_state_that_is_better_for_one_width_and_worse_for_another_is_not_kept(monkeypatch):
     judged = [(0.4, 0.1), (0.1, 0.11), (0.39, 0.099), (0.1, 0.1001)]  # at the start and three times on the way
     errors = (error for pair in judged for error in pair)
-    monkeypatch.setattr("vitrim.recover.run.relative_error", lambda *_: next(errors))
+    monkeypatch.setattr("vitrim.recover.judge.relative_error", lambda *_: next(errors))
     options = RecoverOptions(**{**OPTIONS, "elastic": (0.5, 1.0)})
     teacher, widths = make_teacher(), widths_for(options)
     student = make_student(teacher, 32)
-    result = recover_(student, teacher, make_images(), held_out=HELD_OUT, options=options, widths=widths, quiet=True)
+    result = recover_(student, teacher, make_images(), held_out=HELD_OUT, options=options, widths=widths)
     assert result.best_step == 4 and result.best_error == pytest.approx((0.39 + 0.099) / 2)
 
 
@@ -191,15 +195,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     whole, stopped, again = (make_student(teacher, 64) for _ in range(3))
     expected, *_, slices = elastic_run(whole, teacher, options={"steps": 9, "num_validations": 9})
 
-    def stop(step, error):
-        if step == 5:
+    def stop(found):
+        if found.step == 5:
             raise KeyboardInterrupt
 
-    state = tmp_path / "state.pt"
     options = {"steps": 9, "num_validations": 9}
     with pytest.raises(KeyboardInterrupt):
-        elastic_run(stopped, teacher, options=options, state=state, on_validation=stop)
-    result, *_, others = elastic_run(again, teacher, options=options, state=state, resume=True)
+        elastic_run(stopped, teacher, options=options, work=tmp_path, on_validation=stop)
+    result, *_, others = elastic_run(again, teacher, options=options, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
     assert result.curve == expected.curve
     assert all(slices[ratio].errors == others[ratio].errors for ratio in slices)

@@ -13,8 +13,7 @@ from vitrim.compression.leaderboard import leaderboard
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.errors import OutputError, RecipeError
-from vitrim.methods import METHODS, ModelMethod, SiteMethod
-from vitrim.methods.registry import register
+from vitrim.methods import METHODS, ModelMethod, SiteMethod, register
 from vitrim.report.leaderboard import markdown, table, verdict
 from vitrim.surgery import KeepUnits
 

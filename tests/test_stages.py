@@ -8,8 +8,7 @@ import torch
 from vitrim.compression.cut import cut_, resume_cut_, save_cut
 from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import METHODS, ModelMethod
-from vitrim.methods.registry import register
+from vitrim.methods import METHODS, ModelMethod, register
 from vitrim.models.sites import find_mlps
 from vitrim.surgery import Edit, KeepUnits, Plan, read_weights
 from vitrim.surgery.edits import KINDS
