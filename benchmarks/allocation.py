@@ -46,7 +46,7 @@ def main() -> None:
                     "repair": repair,
                     "mlp_ratio": ratio,
                     "calibrate": {"num_images": given.num_images},
-                    "allocate": {"budget": budget, "cache": given.cache},
+                    "allocate": {"cost": budget, "cache": given.cache},
                 }
             )
             found = vitrim.compress(given.model, data=given.data, recipe=recipe, quiet=True)

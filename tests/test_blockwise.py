@@ -396,8 +396,8 @@ def test_the_main_job_trains_blocks_behind_the_cut(build):
     )
     found, metrics = result.metrics.blockwise, result.metrics
     assert list(found["errors"]) == ["blocks.0", "blocks.1"]
-    before, after = (metrics[key]["fidelity"]["relative_error"] for key in ("after_cut", "after_recovery"))
+    before, after = (judged.relative_error for judged in (metrics.after_cut, metrics.after_recovery))
     assert found["relative_error"] == pytest.approx((before, after), rel=1e-4) and after < before
-    assert metrics["recovery"] is None
+    assert metrics.recovery is None
     with pytest.raises(RecipeError, match="needs images"):
         vitrim.compress(case.model, recipe=Recipe.parse({"blockwise": blocks}), quiet=True)

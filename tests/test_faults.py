@@ -91,7 +91,7 @@ RECIPES = {
 def test_a_hostile_recipe_is_one_line_at_once(tmp_path, name):
     text, words = RECIPES[name]
     (tmp_path / "recipe.yaml").write_text(text.format(tmp_path / "ran"))
-    outcome = in_child(lambda: door(lambda: Recipe.load(tmp_path / "recipe.yaml").width_of(SITE)), seconds=20)
+    outcome = in_child(lambda: door(lambda: Recipe.load(tmp_path / "recipe.yaml").width().of(SITE)), seconds=20)
     assert outcome.code == 2 and outcome.survived and words in outcome.said
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
