@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from vitrim.cli.app import run
+from vitrim.compression.leaderboard import leaderboard
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.errors import OutputError, RecipeError
-from vitrim.compression.leaderboard import leaderboard
-from vitrim.methods import METHODS
+from vitrim.methods import METHODS, ModelMethod, SiteMethod
 from vitrim.methods.registry import register
 from vitrim.report.leaderboard import markdown, table, verdict
 from vitrim.surgery import KeepUnits
@@ -43,30 +43,47 @@ def data():
     return TensorDataset(torch.randn(60, 3, 32, 32, generator=generator), torch.arange(60) % 5)
 
 
-ABOUT = {"paper": "none", "arxiv": "0.0", "summary": "", "repairs": False}
+class Last(SiteMethod):
+    name, paper, arxiv, summary, needs = "last", "none", "0.0", "", "weights"
+
+    def select(self, view):
+        return torch.arange(view.site.d_hidden - view.num_keep, view.site.d_hidden)
 
 
-def last_units(view, options):
-    return torch.arange(view.site.d_hidden - view.num_keep, view.site.d_hidden)
+class Mended(Last):
+    name = "thrower"
 
 
-def thrower(view, options):
-    yield from ()
-    raise ZeroDivisionError("no\nluck")
+class Thrower(ModelMethod):
+    name, paper, arxiv, summary, needs = "thrower", "none", "0.0", "", "weights"
+
+    def propose(self, view):
+        yield from ()
+        raise ZeroDivisionError("no\nluck")
 
 
-def model_wide(view, options):
+class Wide(ModelMethod):
     """Cuts without tensors, so that our repair may follow."""
-    for site in view.sites:
-        yield KeepUnits(site=site, keep=tuple(range(site.d_hidden))[-view.widths[site.path] :])
+
+    name, paper, arxiv, summary, needs = "wide", "none", "0.0", "", "weights"
+
+    def propose(self, view):
+        for site in view.sites:
+            yield KeepUnits(site=site, keep=tuple(range(site.d_hidden))[-view.widths[site.path] :])
 
 
-def test_a_new_method_is_in_the_zoo_and_a_failing_one_stops_no_other(build, data, tmp_path):
-    register("last", needs="weights", **ABOUT)(last_units)
-    register("thrower", scope="model", needs="weights", **ABOUT)(thrower)
-    register("wide", scope="model", needs="weights", **ABOUT)(model_wide)
+def test_a_new_method_is_in_the_leaderboard_and_a_failing_one_stops_no_other(build, data, tmp_path):
+    for method in (Last, Thrower, Wide):
+        register(method)
     model = build("timm-vit").copy()
-    asked = {"data": data, "budget": 0.6, "recipe": RECIPE, "out": tmp_path, "quiet": True, "baselines": ("last",)}
+    asked = {
+        "data": data,
+        "params_ratio": 0.6,
+        "recipe": RECIPE,
+        "out": tmp_path,
+        "quiet": True,
+        "baselines": ("last",),
+    }
     found = leaderboard(model, methods=("thrower", "last", "wide", "top-k"), **asked)
     rows = {(row["method"], row["repair"]): row for row in found["rows"]}
     assert list(rows) == [
@@ -103,15 +120,15 @@ def _check_files(found, folder):
 
 def _check_resumed(model, asked, found, folder):
     """Rows that are there are kept, the failed one is tried again, and a new method joins."""
-    register("thrower", needs="weights", **ABOUT)(last_units)  # mended
+    register(Mended)
     seconds = {(row["method"], row["repair"]): row.get("seconds") for row in found["rows"]}
     again = leaderboard(model, methods=("thrower", "last"), **asked)
     rows = {(row["method"], row["repair"]): row for row in again["rows"]}
     assert rows["thrower", "none"]["error"] is None
     assert rows["last", "none"] in found["rows"] and rows["top-k", "none"] in found["rows"]
     assert seconds["last", "ours"] == rows["last", "ours"]["seconds"]
-    with pytest.raises(OutputError, match=r"rows of another comparison \(budget\); choose another folder"):
-        leaderboard(model, methods=("last",), **{**asked, "budget": 0.7})
+    with pytest.raises(OutputError, match=r"rows of another comparison \(params_ratio\); choose another folder"):
+        leaderboard(model, methods=("last",), **{**asked, "params_ratio": 0.7})
     (folder / "leaderboard.json").write_text("{")
     with pytest.raises(OutputError, match="can't be read"):
         leaderboard(model, methods=("last",), **asked)
@@ -119,16 +136,14 @@ def _check_resumed(model, asked, found, folder):
 
 def test_a_share_of_macs_is_met(build, data):
     model = build("timm-split").copy()
-    found = leaderboard(
-        model, data=data, methods=("magnitude",), budget=0.7, budget_in="macs", recipe=RECIPE, quiet=True
-    )
+    found = leaderboard(model, data=data, methods=("magnitude",), macs_ratio=0.7, recipe=RECIPE, quiet=True)
     assert [row["error"] for row in found["rows"]] == [None, None]
     for row in found["rows"]:
         assert 0.69 <= row["macs"] / found["original"]["macs"] <= 0.7
         assert row["after_cut"]["top1"] is None  # no head
 
 
-@pytest.mark.parametrize("values", [{"budget": 0.0}, {"budget": 1.0}, {"methods": ("dgrm",)}])
+@pytest.mark.parametrize("values", [{"params_ratio": 0.0}, {"macs_ratio": 1.0}, {"methods": ("dgrm",)}])
 def test_what_can_not_be_compared_is_refused(build, data, values):
     with pytest.raises(RecipeError, match=r"is no share of the model|did you mean 'dgmr'"):
         leaderboard(build("timm-vit").model, data=data, **values)
@@ -166,7 +181,7 @@ def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
         a_row("masked", 0.01, counted=None),
         {"method": "broken", "repair": "none", "error": "X: y", "fitted": None},
     ]
-    asked = {"budget": 0.5, "budget_in": "params"}
+    asked = {"params_ratio": 0.5}
     original = {"parameters": 100, "macs": 100, "bytes": 400, "latency_ms": {}, "top1": None}
     header, cells = table({"asked": asked, "original": original, "rows": rows, "verdict": []})
     speed = "times as fast, batch 8"
@@ -205,4 +220,4 @@ def test_the_command_prints_the_table_and_keeps_the_rows(tmp_path, capsys):
     assert "random" in shown and "50%" in shown and "leaderboard.json" in "".join(shown.split())
     assert run([*command, "--json"]) == 0
     assert {row["method"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"random"}
-    assert run([*command, "--budget", "2"]) == 2
+    assert run([*command, "--params-ratio", "2"]) == 2
