@@ -47,7 +47,8 @@ docs: $(VENV)/.test  ## serve the documentation on localhost
 	$(BIN)/mkdocs serve
 
 bench: $(VENV)/.test  ## the numbers in the README; needs ../shared
-	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/headline.py
+	$(BIN)/python benchmarks/headline.py --write
 
 faults: $(VENV)/.test  ## hostile files and failing disks, many of each; writes docs/reliability.md; Linux, needs cc
 	-$(BIN)/pip install --quiet --editable '.[fuzz]'

@@ -46,11 +46,11 @@ def main() -> None:
                     "repair": repair,
                     "mlp_ratio": ratio,
                     "calibrate": {"num_images": given.num_images},
-                    "allocate": {"budget": budget, "cache": given.cache},
+                    "allocate": {"cost": budget, "cache": given.cache},
                 }
             )
             found = vitrim.compress(given.model, data=given.data, recipe=recipe, quiet=True)
-            about, widths = found.metrics["allocation"], list(found.plan.widths.values())
+            about, widths = found.metrics.allocation, list(found.plan.widths.values())
             errors = [
                 f"{about[key][which]:.4f}"
                 for key in ("relative_error", "predicted")

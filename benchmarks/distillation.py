@@ -124,7 +124,7 @@ class Bench:
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         repair = RepairOptions(feedback=feedback, refit_steps=20 if self.arguments.quick else 300)
         calibrate = CalibrateOptions(num_images=min(1000, self.arguments.num_images))
-        recipe = Recipe(width=self.arguments.width, seed=self.seed, repair=repair, calibrate=calibrate)
+        recipe = Recipe(hidden_dim=self.arguments.width, seed=self.seed, repair=repair, calibrate=calibrate)
         batches, _ = first_images(self.images, calibrate.num_images, seed=self.seed)
         cut_(student, self.teacher, self.sites, recipe, batches, quiet=True)
         return student

@@ -102,7 +102,7 @@ class Elastic(Bench):
             teacher=self.teacher,
             batches=self.calibration,
             held_out=self.judged,
-            options=recipe.repair_options(),
+            options=recipe.steps[0].repair_options(),
         )
         with serving(student, widths, fitting) as slices:
             recovery = self.distil(student, recipe.recover, widths)

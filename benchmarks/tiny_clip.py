@@ -122,10 +122,10 @@ class Bench:
             ("cut and repaired", cut, "after_cut"),
             ("cut, repaired, distilled", distilled, "after_recovery"),
         ):
-            judged = found.metrics[stage]
-            rows[name]["relative_error"] = None if judged is None else judged["fidelity"]["relative_error"]
+            judged = getattr(found.metrics, stage)
+            rows[name]["relative_error"] = None if judged is None else judged.relative_error
         stock = timed("stock reload", lambda: self.reload(tuned.out))
-        return {"rows": rows, "seconds": seconds, "stock_reload": stock, "text_tuning": tuned.metrics["text_tuning"]}
+        return {"rows": rows, "seconds": seconds, "stock_reload": stock, "text_tuning": tuned.metrics.text_tuning}
 
     def train(self, folder: Path) -> Path:
         """A pair trained from scratch by CLIP's loss, in open_clip's own folder."""
