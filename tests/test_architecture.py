@@ -251,6 +251,8 @@ def test_files_have_at_most_four_hundred_lines():
 def test_the_lines_of_a_function_are_those_behind_its_docstring(lines, long):
     body = "\n".join(["        pass"] * lines)
     assert long_functions(f'class A:\n    def f(self):\n        """Two\n\n        lines."""\n{body}\n') == long
+
+
 BARE = """
 import sys, types
 package = types.ModuleType("vitrim")  # the real one imports everything that it exports

@@ -12,7 +12,7 @@ from vitrim.cli.app import run
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.errors import OutputError, RecipeError
-from vitrim.leaderboard import leaderboard
+from vitrim.compression.leaderboard import leaderboard
 from vitrim.methods import METHODS
 from vitrim.methods.registry import register
 from vitrim.report.leaderboard import markdown, table, verdict

@@ -12,7 +12,7 @@ import yaml
 
 import vitrim
 from vitrim.cli.app import run
-from vitrim.doctor import examine
+from vitrim.machine import doctor
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
 from vitrim.output.hub import push
 
@@ -135,7 +135,7 @@ def test_pushing_what_can_t_be_pushed_is_one_line(output, hub, tmp_path):
 def test_doctor_says_what_there_is(capsys, tmp_path):
     assert run(["doctor"]) == 0
     assert f"torch   │ {torch.__version__.split('+')[0]}" in capsys.readouterr().out
-    found = examine(tmp_path)
+    found = doctor(tmp_path)
     assert found["device"] in found["devices"] and found["extras"]["hf"]["transformers"]
     assert {"hf", "clip", "adapters", "shards", "export"} <= found["extras"].keys() and "test" not in found["extras"]
     assert found["memory"] > 2**20 and found["disk"] > 2**20
@@ -145,5 +145,5 @@ def test_doctor_says_what_would_get_in_the_way(monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda *_: False)
     monkeypatch.setattr("os.cpu_count", lambda: 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    said = " ".join(examine(tmp_path)["problems"])
+    said = " ".join(doctor(tmp_path)["problems"])
     assert "can't be written to" in said and "set OMP_NUM_THREADS" in said

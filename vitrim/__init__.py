@@ -1,21 +1,158 @@
-"""vitrim makes pretrained Vision Transformers smaller and keeps their features."""
+"""vitrim makes pretrained Vision Transformers smaller and keeps their features.
 
-from vitrim.compression.file_to_file import prune_checkpoint
-from vitrim.compression.pipeline import Result, compress
-from vitrim.config.recipe import Recipe
-from vitrim.errors import VitrimError
-from vitrim.evaluation import evaluate
-from vitrim.inspection import Inspection, inspect
-from vitrim.output.load import load
+Names are imported when they are first used, so that `import vitrim` does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitrim import methods
+    from vitrim.checked import NOT_GIVEN
+    from vitrim.clip.tasks import retrieval, tune_text, zero_shot
+    from vitrim.compression.file_to_file import prune_checkpoint
+    from vitrim.compression.in_place import prune_
+    from vitrim.compression.leaderboard import leaderboard
+    from vitrim.compression.pipeline import compress
+    from vitrim.compression.slicing import slice_output as slice
+    from vitrim.config.options import (
+        AdapterOptions,
+        AllocateOptions,
+        BlockwiseOptions,
+        CacheOptions,
+        CalibrateOptions,
+        RecoverOptions,
+        RepairOptions,
+    )
+    from vitrim.config.recipe import Recipe
+    from vitrim.config.steps import Step
+    from vitrim.errors import (
+        BudgetError,
+        CheckpointError,
+        DataError,
+        Interrupted,
+        MissingExtraError,
+        ModelError,
+        OutputError,
+        RecipeError,
+        SiteNotFoundError,
+        VitrimError,
+    )
+    from vitrim.evaluation import Evaluation, evaluate
+    from vitrim.inspection import Inspection, inspect
+    from vitrim.machine import doctor
+    from vitrim.metrics.record import Metrics
+    from vitrim.output.export import export
+    from vitrim.output.hub import push
+    from vitrim.output.load import load
+    from vitrim.output.result import Result
+    from vitrim.surgery import Plan
+
+    __version__: str
+
+# Where each public name is defined; "slice" and "methods" stand under other names there.
+_HOMES = {
+    "NOT_GIVEN": "checked",
+    "AdapterOptions": "config.options",
+    "AllocateOptions": "config.options",
+    "BlockwiseOptions": "config.options",
+    "BudgetError": "errors",
+    "CacheOptions": "config.options",
+    "CalibrateOptions": "config.options",
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "Evaluation": "evaluation",
+    "Inspection": "inspection",
+    "Interrupted": "errors",
+    "Metrics": "metrics.record",
+    "MissingExtraError": "errors",
+    "ModelError": "errors",
+    "OutputError": "errors",
+    "Plan": "surgery",
+    "Recipe": "config.recipe",
+    "RecipeError": "errors",
+    "RecoverOptions": "config.options",
+    "RepairOptions": "config.options",
+    "Result": "output.result",
+    "SiteNotFoundError": "errors",
+    "Step": "config.steps",
+    "VitrimError": "errors",
+    "compress": "compression.pipeline",
+    "doctor": "machine",
+    "evaluate": "evaluation",
+    "export": "output.export",
+    "inspect": "inspection",
+    "leaderboard": "compression.leaderboard",
+    "load": "output.load",
+    "methods": "methods",
+    "prune_": "compression.in_place",
+    "prune_checkpoint": "compression.file_to_file",
+    "push": "output.hub",
+    "retrieval": "clip.tasks",
+    "slice": "compression.slicing",
+    "tune_text": "clip.tasks",
+    "zero_shot": "clip.tasks",
+}
 
 __all__ = [
+    "NOT_GIVEN",
+    "AdapterOptions",
+    "AllocateOptions",
+    "BlockwiseOptions",
+    "BudgetError",
+    "CacheOptions",
+    "CalibrateOptions",
+    "CheckpointError",
+    "DataError",
+    "Evaluation",
     "Inspection",
+    "Interrupted",
+    "Metrics",
+    "MissingExtraError",
+    "ModelError",
+    "OutputError",
+    "Plan",
     "Recipe",
+    "RecipeError",
+    "RecoverOptions",
+    "RepairOptions",
     "Result",
+    "SiteNotFoundError",
+    "Step",
     "VitrimError",
+    "__version__",
     "compress",
+    "doctor",
     "evaluate",
+    "export",
     "inspect",
+    "leaderboard",
     "load",
+    "methods",
+    "prune_",
     "prune_checkpoint",
+    "push",
+    "retrieval",
+    "slice",
+    "tune_text",
+    "zero_shot",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vitrim")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vitrim' has no attribute {name!r}")
+    home = import_module(f"vitrim.{_HOMES[name]}")
+    found = home if name == "methods" else getattr(home, {"slice": "slice_output"}.get(name, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

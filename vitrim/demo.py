@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+NAMES = {
+    "parameters": "parameters",
+    "macs": "MACs per image",
+    "top1": "top-1 (%)",
+    "knn": "kNN (%)",
+    "linear_probe": "linear probe (%)",
+}
+HEADER = ("360 test digits", "original", "small")
 
 
-def run_demo(out: Path, *, steps: int, console: Console) -> dict[str, Any]:
-    """Inspect, compress to MLP ratio 1, repair, distil without labels, save, reload with plain timm, evaluate.
+def run_demo(
+    out: Path, *, recover_steps: int, say: Callable[[str], None]
+) -> tuple[tuple[str, ...], list[tuple[str, str, str]]]:
+    """Inspect, compress to half the parameters, repair, distil without labels, save, reload with plain timm, evaluate.
 
     Args:
         out: folder to write.
-        steps: distillation steps.
-        console: where to print.
+        recover_steps: steps of distillation.
+        say: called with each sentence on the way.
 
     Returns:
-        What `evaluate` found on the 360 test digits.
+        Header and rows of the table of before and after, on the 360 test digits.
     """
     import timm
 
@@ -29,36 +37,26 @@ def run_demo(out: Path, *, steps: int, console: Console) -> dict[str, Any]:
 
     with as_file(files("vitrim") / "assets" / "digits-vit") as folder:
         model = f"local-dir:{folder}"
-        found = inspect(model)
-        share = found.parameters["mlp"] / found.parameters["total"]
-        console.print(f"Digits ViT: {found.parameters['total']:,} parameters, {share:.0%} in {len(found.sites)} MLPs.")
-        console.print("Cutting every MLP from 384 to 96 hidden units with 1,437 unlabelled training images ...")
-        compress(
-            model,
-            data="digits",
-            mlp_ratio=1.0,
-            recover={"steps": steps, "batch_size": 64, "augment": "none"},
-            out=out,
-        )
+        found = inspect(model, params_ratio=0.5)
+        share, row = found.parameters["mlp"] / found.parameters["total"], found.predicted[0]
+        say(f"Digits ViT: {found.parameters['total']:,} parameters, {share:.0%} in {len(found.sites)} MLPs.")
+        width = f"from {found.sites[0].d_hidden} to {row.widths} hidden units"
+        say(f"Cutting every MLP {width}, with 1,437 unlabelled training images ...")
+        recover = {"steps": recover_steps, "batch_size": 64, "augment": "none"}
+        compress(model, data="digits", params_ratio=0.5, recover=recover, out=out)
         small = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-        console.print(f"Reloaded with plain timm: timm.create_model('local-dir:{out}', pretrained=True)")
+        say(f"Reloaded with plain timm: timm.create_model('local-dir:{out}', pretrained=True)")
         measured = evaluate(small, model, "digits", index="digits", split="test")
-    table = Table("360 test digits", "original", "small", title="Before and after")
-    names = {
-        "parameters": "parameters",
-        "macs": "MACs per image",
-        "top1": "top-1 (%)",
-        "knn": "kNN (%)",
-        "linear_probe": "linear probe (%)",
-    }
-    for key, name in names.items():
-        before, after = (measured[who][key] for who in ("teacher", "student"))
-        table.add_row(name, *(f"{v:,}" if isinstance(v, int) else f"{v:.2f}" for v in (before, after)))
-    for size in measured["teacher"]["latency"]:
-        times = [measured[who]["latency"][size]["median_ms"] for who in ("teacher", "student")]
-        table.add_row(f"latency, batch {size} (ms)", *(f"{t:.2f}" for t in times))
-    table.add_row("cosine of CLS to the original", "1", f"{measured['fidelity']['pooled_cosine']:.5f}")
-    table.add_row("relative error of all tokens", "0", f"{measured['fidelity']['relative_error']:.5f}")
-    console.print(table)
-    console.print(f"Open {out / 'report.html'} for the pictures.")
-    return measured
+    theirs, mine = measured.teacher.to_json(), measured.student.to_json()
+    rows = [(name, _text(theirs[key]), _text(mine[key])) for key, name in NAMES.items()]
+    for size in theirs["latency"]:
+        times = [f"{found['latency'][size]['median_ms']:.2f}" for found in (theirs, mine)]
+        rows.append((f"latency, batch {size} (ms)", times[0], times[1]))
+    rows.append(("cosine of CLS to the original", "1", f"{measured.fidelity['pooled_cosine']:.5f}"))
+    rows.append(("relative error of all tokens", "0", f"{measured.fidelity['relative_error']:.5f}"))
+    return HEADER, rows
+
+
+def _text(value: float) -> str:
+    """Return a number for the table."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

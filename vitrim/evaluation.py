@@ -71,7 +71,7 @@ class Evaluation:
             if name == "latency":
                 rows += [_latency_row(size, theirs[name], mine[name]) for size in theirs[name]]
             else:
-                rows.append((name, *(_number(found.get(name)) for found in (theirs, mine))))
+                rows.append((name, _number(theirs[name]), _number(mine.get(name))))
         return rows
 
     def summary(self) -> str:

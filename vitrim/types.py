@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `vitrim --help` takes names from here, and torch takes seco
 T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
+FeaturesAt = Literal["final", "pre_norm"]  # where features are read: behind the final norm, or in front of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +277,7 @@ class ModelView(Protocol):
         ...
 
     def layer_sums(self, layers: Sequence[LayerSite]) -> Iterator[tuple[Sequence[LayerSite], Mapping[str, LayerSums]]]:
-        """Yield groups of layers with their sums by path, in as few passes over the calibration images as memory allows.
+        """Yield groups of layers with their sums by path, in as few passes over the images as memory allows.
 
         A layer that no image reaches has none. Edits made between two groups are seen by the later one.
         """

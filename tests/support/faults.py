@@ -353,12 +353,12 @@ def _elastic(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int
 
 
 def _leaderboard(_: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
-    import vitrim.leaderboard
+    from vitrim.compression import leaderboard
 
     (folder / "leaderboard.json").write_text(json.dumps(mutated(rng, LEADERBOARD)))
 
     def work() -> int:
-        vitrim.leaderboard._Runner.of = lambda *_: (_ for _ in ()).throw(VitrimError("opened"))  # type: ignore[assignment]
+        leaderboard._Runner.of = lambda *_: (_ for _ in ()).throw(VitrimError("opened"))  # type: ignore[assignment]
         return run(["leaderboard", "--out", str(folder), "--methods", "random", "--quiet"])
 
     return work

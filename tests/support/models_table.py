@@ -31,14 +31,14 @@ from vitrim.compression.cut import cut_
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import ModelError
-from vitrim.models.features import FeaturesAt, evaluating, features
+from vitrim.models.features import evaluating, features
 from vitrim.models.load import backend_of
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import nearest_stock_width, stock_origin
 from vitrim.output.save import save
 from vitrim.output.verify import WITHOUT_VITRIM
 from vitrim.surgery import KeepUnits, Plan, apply_, weight_of
-from vitrim.types import Features, MlpSite
+from vitrim.types import Features, FeaturesAt, MlpSite
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- table: python -m tests.support.models_table --write -->\n", "<!-- end of table -->\n"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from vitrim.cli.app import Json, app, console, print_json, print_table
+from vitrim.cli.app import Json, app, hush, print_json, print_table, say
 
 # What does not fit on a terminal of 80 characters.
 IN_FILE_ONLY = ("MACs", "on disk (MB)", "top-1 %, cut", "seconds")
@@ -19,8 +19,8 @@ def leaderboard(
     *,
     data: str = "digits",
     methods: str | None = None,
-    budget: float = 0.5,
-    budget_in: Literal["params", "macs"] = "params",
+    params_ratio: float | None = None,
+    macs_ratio: float | None = None,
     recover_steps: int = 0,
     recipe: Path | None = None,
     baselines: str = "random,magnitude",
@@ -32,14 +32,14 @@ def leaderboard(
 ) -> None:
     """Run every method at the same size, with the same images and recovery, and show who does best.
 
-    Example: vitrim leaderboard timm/vit_small_patch14_dinov2.lvd142m --data photos/ --budget 0.5 --recover-steps 200
+    Example: vitrim leaderboard timm/vit_small_patch14_dinov2.lvd142m --data photos/ --params-ratio 0.5
 
     Args:
         model: the model to make smaller, as for compress; without, the digits ViT that comes with vitrim.
         data: images, as for compress; with labels and a head, top-1 is measured, too.
         methods: names, separated by commas; without, all.
-        budget: share of the model's parameters (or MACs) that stays.
-        budget_in: what the share is of.
+        params_ratio: share of the model's parameters that stays; 0.5 where neither ratio is given.
+        macs_ratio: share of the model's multiply-accumulates that stays.
         recover_steps: distillation steps for each row.
         recipe: YAML file with calibration, repair and recovery for every row.
         baselines: methods that the others are told to have lost to, separated by commas.
@@ -48,23 +48,22 @@ def leaderboard(
         device: auto, cpu, cuda, mps.
         quiet: no progress.
     """
-    from vitrim.config.recipe import Recipe
-    from vitrim.leaderboard import leaderboard as run
+    from vitrim.compression.leaderboard import leaderboard as run
     from vitrim.report.leaderboard import table
 
     found = run(
         model,
         data=data,
         methods=() if methods is None else methods.split(","),
-        budget=budget,
-        budget_in=budget_in,
+        params_ratio=params_ratio,
+        macs_ratio=macs_ratio,
         recover_steps=recover_steps,
-        recipe=None if recipe is None else Recipe.load(recipe),
+        recipe=recipe,
         baselines=baselines.split(","),
         out=out,
         seed=seed,
         device=device,
-        quiet=quiet or as_json,
+        quiet=hush(quiet or as_json),
     )
     if as_json:
         return print_json(found)
@@ -72,5 +71,5 @@ def leaderboard(
     shown = [number for number, title in enumerate(header) if title not in IN_FILE_ONLY]
     print_table([header[number] for number in shown], [[row[number] for number in shown] for row in rows])
     for line in found["verdict"]:
-        console.print(line)
-    console.print(f"All columns: {out / 'leaderboard.md'}, all values: {out / 'leaderboard.json'}")
+        say(line)
+    say(f"All columns: {out / 'leaderboard.md'}, all values: {out / 'leaderboard.json'}")

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitrim.cli.app import Json, app, console, number, print_json, print_notes, print_table
+from vitrim.catalog import COLUMNS, method_rows
+from vitrim.cli.app import Json, app, hush, number, print_json, print_notes, print_table, say
+from vitrim.cli.options import BudgetOptions
+
+NO_BUDGET = BudgetOptions()
 
 
 @app.command
 def inspect(
     model: str,
     *,
+    budget: BudgetOptions = NO_BUDGET,
     scope: str | None = None,
     activity: str | None = None,
     limit: int = 256,
@@ -19,31 +24,30 @@ def inspect(
 ) -> None:
     """Show a model's MLPs, how small it would get, and what pruning its files would need.
 
-    Example: vitrim inspect timm/vit_small_patch14_dinov2.lvd142m
+    Example: vitrim inspect timm/vit_small_patch14_dinov2.lvd142m --params-ratio 0.5
 
     Args:
         model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, timm/NAME@FILE, or a model folder.
-        scope: dotted path of the subtree to look at.
+        scope: dotted path of the part to look at.
         activity: images to run: how many hidden units of each MLP are active.
         limit: at most this many of them.
     """
+    from vitrim.inspection import HEADER
     from vitrim.inspection import inspect as look
 
-    found = look(model, scope=scope, activity=activity, limit=limit)
+    found = look(model, scope=scope, activity=activity, limit=limit, **budget.given())
     if as_json:
         return print_json(found.to_json())
-    total = found.parameters["total"]
-    console.print(f"{found.model}: {total:,} parameters, {found.parameters['mlp'] / total:.0%} of them in MLPs")
+    say(found.headline)
     rows = _grouped([(site.label, site.d_model, site.d_hidden) for site in found.sites])
     print_table(("MLPs", "kind", "model width", "hidden units"), [(count, *key) for key, count in rows.items()])
-    predicted = [(f"{r:g}", f"{n:,}", f"{n / total - 1:+.1%}") for r, n in found.predicted.items()]
-    print_table(("MLP ratio", "parameters", "change"), predicted)
+    print_table(HEADER, found.rows())
     if found.activity:
         header = ("MLP", "not zero", *(f"> {share:.0%} RMS" for share in found.activity[0].above), "never fire")
         shares = [(row.path, row.nonzero, *row.above.values(), row.silent) for row in found.activity]
         print_table(header, [(path, *(f"{s:.1%}" for s in rates), silent) for path, *rates, silent in shares])
     if found.checkpoint is not None:
-        print_table(("prune-checkpoint at MLP ratio 1", ""), found.checkpoint.rows())
+        print_table((f"prune-checkpoint at {found.rows()[0][0]}", ""), found.checkpoint.rows())
     print_notes(found.notes)
 
 
@@ -76,16 +80,9 @@ def evaluate(
 
     found = measure(student, against, data, index=index, limit=limit, split=split, device=device)
     if as_json:
-        return print_json(found)
-    rows = [(name, f"{value:.4g}") for name, value in found["fidelity"].items()]
-    print_table(("features against the original", "value"), rows)
-    names = [name for name in found["teacher"] if name != "latency"]
-    rows = [(n, number(found["teacher"][n]), number(found["student"][n])) for n in names]
-    for size in found["teacher"].get("latency", {}):
-        times = [found[who]["latency"][size] for who in ("teacher", "student")]
-        shown = [f"{t['median_ms']:.2f} ({t['iqr_ms']:.2f})" for t in times]
-        rows.append((f"latency batch {size} (ms, IQR)", shown[0], shown[1]))
-    print_table(("measure", "original", "small"), rows)
+        return print_json(found.to_json())
+    print_table(("measure", "original", "small"), found.rows())
+    say(f"{found.num_images} images")
 
 
 @app.command
@@ -131,7 +128,7 @@ def zero_shot(
         limit=limit,
         split=split,
         device=device,
-        quiet=quiet or as_json,
+        quiet=hush(quiet or as_json),
     )
     if as_json:
         return print_json(found)
@@ -175,7 +172,7 @@ def retrieval(
         limit=limit,
         split=split,
         device=device,
-        quiet=quiet or as_json,
+        quiet=hush(quiet or as_json),
     )
     if as_json:
         return print_json(found)
@@ -189,13 +186,10 @@ def methods(*, as_json: Json = False) -> None:
 
     Example: vitrim methods --json
     """
-    from vitrim.methods import METHODS
-
-    fields = ("name", "arxiv", "needs", "edit", "summary", "paper")
-    rows = [tuple(str(getattr(method, field)) for field in fields) for method in METHODS.values()]
+    rows = method_rows()
     if as_json:
-        return print_json([dict(zip(fields, row, strict=True)) for row in rows])
-    print_table(fields[:-1], [row[:-1] for row in rows])
+        return print_json(rows)
+    print_table(COLUMNS[:-1], [[row[name] for name in COLUMNS[:-1]] for row in rows])
 
 
 def _grouped(keys: Sequence[tuple]) -> dict[tuple, int]:

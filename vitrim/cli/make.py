@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vitrim.cli.app import Json, app, console, number, print_json, print_notes, print_summary, print_table
-from vitrim.cli.options import CutOptions, RecoverOptions
+from vitrim.cli.app import Json, app, hush, number, print_json, print_notes, print_table, say
+from vitrim.cli.options import BudgetOptions, CutOptions, TrainOptions
 from vitrim.errors import RecipeError
 
-NO_CUT, NO_RECOVERY = CutOptions(), RecoverOptions()
+if TYPE_CHECKING:
+    from vitrim.config.recipe import Recipe
+    from vitrim.output.result import Result
+
+NO_BUDGET, NO_CUT, NO_TRAINING = BudgetOptions(), CutOptions(), TrainOptions()
 
 
 @app.command
@@ -17,15 +22,16 @@ def compress(
     *,
     out: Path,
     data: str | None = None,
+    budget: BudgetOptions = NO_BUDGET,
     cut: CutOptions = NO_CUT,
-    recover: RecoverOptions = NO_RECOVERY,
+    train: TrainOptions = NO_TRAINING,
     resume: bool = False,
     quiet: bool = False,
     as_json: Json = False,
 ) -> None:
     """Make a model smaller and write it to a folder.
 
-    Example: vitrim compress timm/vit_base_patch14_dinov2.lvd142m --data photos/ --out small --epochs 2
+    Example: vitrim compress timm/vit_base_patch14_dinov2.lvd142m --data photos/ --out small --recover-epochs 2
 
     Args:
         model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, or a model folder; may stand in the recipe.
@@ -36,23 +42,17 @@ def compress(
         quiet: no progress.
     """
     from vitrim.compression.pipeline import compress as run
-    from vitrim.config.recipe import Recipe
     from vitrim.distributed.processes import is_main
-    from vitrim.report.collect import summarise
 
-    given = {"model": model, "data": data, **cut.given(), **recover.given()}
-    asked = (Recipe() if cut.recipe is None else Recipe.load(cut.recipe)).updated(given)
+    asked = _recipe(cut, {"model": model, "data": data, **budget.given(), **cut.given(), **train.given()})
     if asked.model is None:
         raise RecipeError("model: none given; name one on the command line or in the recipe.")
-    result = run(asked.model, recipe=asked, out=out, resume=resume, quiet=quiet or as_json)
+    result = run(asked.model, recipe=asked, out=out, resume=resume, quiet=hush(quiet or as_json))
     if not is_main():
         return
-    if as_json:
-        return print_json({"out": str(out), **result.metrics})
-    print_summary(summarise(result.metrics))
-    print_notes(result.metrics["notes"])
-    how = result.metrics["loads_with"]
-    console.print(f"Written and verified by loading it in a fresh process: {how}\nReport: {out / 'report.html'}")
+    if not _said_as_json(result, as_json):
+        _say_written(result, "Written and verified by loading it in a fresh process")
+        say(f"Report: {out / 'report.html'}")
 
 
 @app.command
@@ -61,6 +61,7 @@ def prune_checkpoint(
     out: Path,
     *,
     data: str | None = None,
+    budget: BudgetOptions = NO_BUDGET,
     cut: CutOptions = NO_CUT,
     memory_budget: str | None = None,
     shard_size: str = "2GB",
@@ -82,25 +83,26 @@ def prune_checkpoint(
         quiet: no progress.
     """
     from vitrim.compression.file_to_file import prune_checkpoint as prune
-    from vitrim.config.recipe import Recipe
 
-    given = {"model": source, "data": data, **cut.given()}
-    asked = (Recipe() if cut.recipe is None else Recipe.load(cut.recipe)).updated(given)
-    found = prune(
+    result = prune(
         source,
         out,
-        recipe=asked,
+        recipe=_recipe(cut, {"model": source, "data": data, **budget.given(), **cut.given()}),
         memory_budget=memory_budget,
         shard_size=shard_size,
         resume=resume,
-        quiet=quiet or as_json,
+        quiet=hush(quiet or as_json),
     )
-    if as_json:
-        return print_json({"out": str(out), **found.metrics})
-    rows = [(name, *map(number, found.metrics[name])) for name in ("parameters", "bytes")]
+    if _said_as_json(result, as_json):
+        return
+    before, after = result.metrics.before, result.metrics.after
+    rows = [
+        ("parameters", number(before.parameters), number(after.parameters)),
+        ("bytes", number(before.num_bytes), number(after.num_bytes)),
+    ]
     print_table(("", "before", "after"), rows)
-    print_notes(found.metrics["notes"])
-    console.print(f"Written and read back: {found.metrics['loads_with']}")
+    print_notes(result.metrics.notes)
+    say(f"Written and read back: {result.metrics.loads_with}")
 
 
 @app.command(name="slice")
@@ -116,11 +118,9 @@ def slice_(source: Path, *, mlp_ratio: float, out: Path, as_json: Json = False) 
     """
     from vitrim.compression.slicing import slice_output
 
-    found = slice_output(source, out, mlp_ratio=mlp_ratio)
-    if as_json:
-        return print_json({"out": str(out), **found.metrics})
-    print_notes(found.metrics["notes"])
-    console.print(f"Written and verified by loading it in a fresh process: {found.metrics['loads_with']}")
+    result = slice_output(source, out, mlp_ratio=mlp_ratio)
+    if not _said_as_json(result, as_json):
+        _say_written(result, "Written and verified by loading it in a fresh process")
 
 
 @app.command
@@ -163,7 +163,7 @@ def tune_text(
 
     length = {"epochs": 1.0} if steps is None and epochs is None else {"steps": steps, "epochs": epochs}
     given = {**length, "lr": lr, "batch_size": batch_size}
-    found = tune(
+    result = tune(
         model,
         pairs,
         options={key: value for key, value in given.items() if value is not None},
@@ -172,28 +172,50 @@ def tune_text(
         seed=seed,
         device=device,
         resume=resume,
-        quiet=quiet or as_json,
+        quiet=hush(quiet or as_json),
     )
-    if not is_main():
+    if not is_main() or _said_as_json(result, as_json):
         return
-    if as_json:
-        return print_json({"out": str(out), **found.metrics})
-    curve = found.metrics["text_tuning"]["curve"]
+    tuned = result.metrics.text_tuning
+    assert tuned is not None
     names = ("step", "held_out_loss")
-    print_table(names, [tuple(f"{point[name]:.4g}" for name in names) for point in curve])
-    console.print(f"Written to {out}")
+    print_table(names, [tuple(f"{point[name]:.4g}" for name in names) for point in tuned["curve"]])
+    say(f"Written to {out}")
 
 
 @app.command
-def demo(*, out: Path = Path("vitrim-demo"), steps: int = 200) -> None:
+def demo(*, out: Path = Path("vitrim-demo"), recover_steps: int = 200) -> None:
     """Cut a small ViT that comes with vitrim to half its size, on scikit-learn's digits: no network, a few minutes.
 
     Example: vitrim demo --out my-first
 
     Args:
         out: folder to write; it must not exist.
-        steps: distillation steps.
+        recover_steps: steps of distillation.
     """
     from vitrim.demo import run_demo
 
-    run_demo(out, steps=steps, console=console)
+    header, rows = run_demo(out, recover_steps=recover_steps, say=say)
+    print_table(header, rows, title="Before and after")
+    say(f"Open {out / 'report.html'} for the pictures.")
+
+
+def _recipe(cut: CutOptions, given: dict[str, Any]) -> Recipe:
+    """Return the recipe of a file, or an empty one, with what was given on the command line over it."""
+    from vitrim.config.recipe import Recipe
+
+    return Recipe.of(cut.recipe).updated({name: value for name, value in given.items() if value is not None})
+
+
+def _said_as_json(result: Result, as_json: bool) -> bool:
+    """Print a result as one JSON document, if so asked; return whether it was."""
+    if as_json:
+        print_json({"out": str(result.out), **result.metrics.to_json()})
+    return as_json
+
+
+def _say_written(result: Result, how: str) -> None:
+    """Print the closing table of a run, its notes and how the result is loaded."""
+    print_table(*result.table())
+    print_notes(result.metrics.notes)
+    say(f"{how}: {result.metrics.loads_with}")

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vitrim.cli.app import Json, app, console, print_json, print_notes, print_table
-from vitrim.cost.memory import show_bytes
+from vitrim.cli.app import Json, app, print_json, print_notes, print_table, say
 
 
 @app.command
@@ -26,7 +25,7 @@ def report(*folders: Path, out: Path) -> None:
     header, rows, notes = compare_runs(folders, out)
     print_table(header, rows)
     print_notes(notes)
-    console.print(f"Report: {out}")
+    say(f"Report: {out}")
 
 
 @app.command
@@ -52,6 +51,7 @@ def export(
         tokens: give the pooled vector and the patch tokens, in place of what the model itself puts out.
         opset: of ONNX; without, the one that torch prefers.
     """
+    from vitrim.cost.memory import show_bytes
     from vitrim.output.export import TOLERANCE
     from vitrim.output.export import export as run
 
@@ -62,9 +62,9 @@ def export(
     rows = [(name, *(f"{times[size]['median_ms']:.2f}" for size in sizes)) for name, times in found.latency.items()]
     print_table(("CPU, ms a pass", *(f"batch {size}" for size in sizes)), rows)
     for name, difference in found.differences.items():
-        console.print(f"Largest difference from PyTorch on {name}: {difference:.1e} (allowed {TOLERANCE:g})")
+        say(f"Largest difference from PyTorch on {name}: {difference:.1e} (allowed {TOLERANCE:g})")
     opset_said = "" if found.opset is None else f", opset {found.opset}"
-    console.print(f"Written: {found.path}, {show_bytes(found.num_bytes)}{opset_said}, gives {', '.join(found.outputs)}")
+    say(f"Written: {found.path}, {show_bytes(found.num_bytes)}{opset_said}, gives {', '.join(found.outputs)}")
 
 
 @app.command
@@ -84,15 +84,16 @@ def push(
         folder: what vitrim wrote.
         repo: ORG/NAME; made if there is none.
     """
+    from vitrim.cost.memory import show_bytes
     from vitrim.output.hub import push as run
 
     found = run(folder, repo, confirm=yes, private=not public)
     if as_json:
         return print_json(found.__dict__)
     if found.url is not None:
-        return console.print(f"Uploaded: {found.url}")
+        return say(f"Uploaded: {found.url}")
     print_table(("file", "size"), [(name, show_bytes(size)) for name, size in found.files.items()])
-    console.print(f"Nothing was sent. To upload these to {repo}, give --yes.")
+    say(f"Nothing was sent. To upload these to {repo}, give --yes.")
 
 
 @app.command
@@ -101,9 +102,10 @@ def doctor(*, as_json: Json = False) -> None:
 
     Example: vitrim doctor
     """
-    from vitrim.doctor import examine
+    from vitrim.cost.memory import show_bytes
+    from vitrim.machine import doctor as look
 
-    found = examine()
+    found = look()
     if as_json:
         return print_json(found)
     print_table(("package", "version"), list(found["versions"].items()))
@@ -112,7 +114,7 @@ def doctor(*, as_json: Json = False) -> None:
         for name, packages in found["extras"].items()
     ]
     print_table(("extra", "packages"), rows)
-    console.print(f"Devices: {', '.join(found['devices'])}; --device auto takes {found['device']}")
-    console.print(f"Threads: {found['threads']} on {found['cores']} cores")
-    console.print(f"Free: {show_bytes(found['memory'])} of memory, {show_bytes(found['disk'])} of disk here")
+    say(f"Devices: {', '.join(found['devices'])}; --device auto takes {found['device']}")
+    say(f"Threads: {found['threads']} on {found['cores']} cores")
+    say(f"Free: {show_bytes(found['memory'])} of memory, {show_bytes(found['disk'])} of disk here")
     print_notes(found["problems"])

@@ -53,7 +53,7 @@ class _Cost:
 
     total: int
     fixed: int
-    of_site: Callable[[MlpSite, int], float]
+    of_site: Callable[[MlpSite, int], int]
     words: str
 
 
@@ -69,8 +69,8 @@ def _cost_of(
         tokens = dict(zip((site.path for site in sites), tokens_per_site(encoder, inputs[0], sites), strict=True))
         now, total, words = count_macs(encoder, inputs[:1]), count_macs(original, inputs[:1]), "MACs"
 
-        def of_site(site: MlpSite, units: int) -> int:
-            return tokens[site.path] * site_macs(site, units)
+        def of_site(site: MlpSite, width: int) -> int:
+            return tokens[site.path] * site_macs(site, width)
 
     fixed = now - sum(of_site(site, site.d_hidden) for site in sites)
     return _Cost(total=total, fixed=fixed, of_site=of_site, words=words)

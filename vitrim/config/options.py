@@ -9,9 +9,10 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from vitrim.models.features import FeaturesAt
+from vitrim.checked import Checked
+from vitrim.types import FeaturesAt
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -19,76 +20,74 @@ Precision = Literal["auto", "fp32", "bf16"]
 Counted = Literal["params", "macs", "latency"]
 
 
-class Options(BaseModel):
-    """Frozen, numbers are finite, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class CalibrateOptions(Options):
-    """The images from which selection and repair learn."""
+class CalibrateOptions(Checked):
+    """Images that selection and repair learn from."""
 
     num_images: int = Field(default=2000, ge=1)
+    """How many images."""
     batch_size: int = Field(default=64, ge=1)
+    """Images in a pass."""
 
 
-class RepairOptions(Options):
-    """Closed-form least squares, then a short local refit of each MLP.
-
-    `ridge` is relative to the mean energy of a kept unit; `feedback` is the share of the residual stream's error that a
-    block's target corrects; `refit_steps` bounds the refit's time.
-    """
+class RepairOptions(Checked):
+    """Closed-form least squares, then a short local refit of each MLP."""
 
     ridge: float = Field(default=1e-4, gt=0)
+    """Ridge, relative to the mean energy of a kept unit."""
     feedback: float = Field(default=1.0, ge=0, le=1)
+    """Share of the residual stream's error that a block's target corrects."""
     refit: bool = True
+    """Refit each MLP after its repair."""
     refit_steps: int = Field(default=300, ge=1)
+    """Steps of the refit, which bound its time."""
     refit_lr: float = Field(default=1e-2, gt=0)
+    """Rate of the refit."""
     max_tokens: int = Field(default=100_000, ge=256)
+    """Tokens that the refit samples."""
 
 
-class AllocateOptions(Options):
-    """Widths that differ from MLP to MLP, together at most as expensive as the recipe's width in all of them.
-
-    `cost` is what expense is counted in: parameters, multiply-accumulates, or time measured on the device. The error
-    curves behind it are kept in the folder `cache`, for other widths and budgets; None keeps them for this run alone.
-    """
+class AllocateOptions(Checked):
+    """Widths that differ from MLP to MLP, together at most as expensive as equal ones."""
 
     cost: Counted = "params"
+    """What expense is counted in: parameters, multiply-accumulates, or time measured on the device."""
     cache: Path | None = None
+    """Folder that keeps the error curves, for other widths and costs; None keeps them for this run alone."""
 
 
-class BlockwiseOptions(Options):
-    """Each block trained by itself to put out what the teacher's does, on images whose activations lie on disk.
-
-    `steps` of one batch are spent on each block. `inputs` are the student's own, so that a block corrects what the
-    blocks before it got wrong, or the teacher's, so that blocks are independent and are spread over processes. `train`
-    says what of a block is trained: its MLP, or all of it, attention and norms too. `lr` None is 1e-3 for the MLP and
-    5e-4 for all.
-    """
+class BlockwiseOptions(Checked):
+    """Each block trained by itself to put out what the teacher's does, on images whose activations lie on disk."""
 
     num_images: int = Field(default=10_000, ge=1)
+    """Images to train on."""
     batch_size: int = Field(default=64, ge=1)
+    """Images in a step."""
     steps: int = Field(default=300, ge=1)
+    """Steps spent on each block."""
     lr: float | None = Field(default=None, gt=0)
+    """Rate; None is 1e-3 for the MLP and 5e-4 for the whole block."""
     inputs: Literal["student", "teacher"] = "student"
+    """The student's own inputs, so that a block corrects the blocks before it, or the teacher's, so that blocks are
+    independent and are spread over processes."""
     train: Literal["mlp", "block"] = "mlp"
+    """What of a block is trained: its MLP, or all of it, attention and norms too."""
     num_workers: int = Field(default=0, ge=0)
+    """Processes that decode images."""
 
 
-class CacheOptions(Options):
-    """Where and how the teacher's targets are kept, so that later epochs need not run the teacher.
-
-    `views` is how many draws of augmentation each image has: epoch e sees draw e mod `views`. Of the patch tokens all
-    are kept, or `patch_ratio` or `num_patches` of them at random. `folder` None keeps the cache beside the run's state,
-    for this run alone; a named folder stays and serves other runs.
-    """
+class CacheOptions(Checked):
+    """Where and how the teacher's targets are kept, so that later epochs need not run the teacher."""
 
     views: int = Field(default=1, ge=1)
+    """Draws of augmentation of each image: epoch e sees draw e mod `views`."""
     dtype: Literal["bf16", "int8", "float32"] = "bf16"
+    """Type in which targets are kept."""
     patch_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Share of the patch tokens that is kept, at random; None keeps all."""
     num_patches: int | None = Field(default=None, ge=1)
+    """Patch tokens that are kept, at random; None keeps all."""
     folder: Path | None = None
+    """Folder that stays and serves other runs; None keeps the cache beside the run's state."""
 
     @model_validator(mode="after")
     def _one_share(self) -> CacheOptions:
@@ -97,23 +96,27 @@ class CacheOptions(Options):
         return self
 
 
-class AdapterOptions(Options):
-    """What trains in place of the linear weights and is merged into them: factors of rank `rank`, times alpha / rank.
-
-    `targets` are ends of layer names, as in PEFT; without, every linear weight that the loss reaches. `hidden` and
-    `latent` are the sizes inside an OP-LoRA generator, `decay_generator` lets weight decay act on it. `train_vectors`
-    trains norms, biases and other vectors, too. `save` is a folder for the factors in PEFT's layout.
-    """
+class AdapterOptions(Checked):
+    """Low-rank factors that train in place of the linear weights and are merged into them."""
 
     kind: Literal["lora", "op-lora"] = "lora"
+    """Plain factors, or factors that a small network emits (OP-LoRA)."""
     rank: int = Field(default=16, ge=1)
+    """Rank of the factors."""
     alpha: float = Field(default=16.0, gt=0)
+    """Factors are scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
+    """Ends of layer names, as in PEFT; without, every linear weight that the loss reaches."""
     hidden: int = Field(default=32, ge=1)
+    """Hidden width of an OP-LoRA generator."""
     latent: int = Field(default=32, ge=1)
+    """Width of its latent vector."""
     train_vectors: bool = False
+    """Train norms, biases and other vectors, too."""
     decay_generator: bool = False
+    """Let weight decay act on the generator."""
     save: Path | None = None
+    """Folder for the factors, in PEFT's layout."""
 
     @model_validator(mode="after")
     def _all_in_factors(self) -> AdapterOptions:
@@ -122,43 +125,61 @@ class AdapterOptions(Options):
         return self
 
 
-class RecoverOptions(Options):
-    """Label-free distillation. One of `steps` and `epochs` says how long; `lr` None runs a short range test.
-
-    `elastic` are MLP ratios that the one student shall serve, each step training one of them. `epoch_images`,
-    `stream_lanes` and `shuffle_buffer` are for streams: the length of an epoch, how many lanes are read side by side,
-    and how many images are shuffled among each other. `report_to` names trackers that get what the log gets.
-    `text_bank` is a text file: how similar the image tower of a pair finds each of its lines is to stay, too.
-    `save_every` keeps a state to resume from every so many steps, beside those at validations. `fsdp` spreads both
-    models over the processes, `checkpoint_activations` runs the student's blocks twice rather than keep what they saw.
-    """
+class RecoverOptions(Checked):
+    """Label-free distillation; one of `steps` and `epochs` says how long."""
 
     steps: int | None = Field(default=None, ge=1)
+    """Steps of distillation."""
     epochs: float | None = Field(default=None, gt=0)
+    """Epochs of distillation."""
     batch_size: int = Field(default=128, ge=1)
+    """Images in a pass, over all processes."""
     lr: float | None = Field(default=None, gt=0)
+    """Peak rate; None finds it by a short range test."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps in which the rate rises."""
     weight_decay: tuple[float, float] = (0.0, 0.0)
+    """Weight decay at the start and at the end."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Passes in a step, which so sees that many times `batch_size` images."""
     precision: Precision = "auto"
+    """`auto` is bf16 on GPUs that have it, and fp32 elsewhere."""
     ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of a running mean of the weights; 0 keeps none."""
     augment: Literal["none", "light", "strong"] = "light"
+    """How strongly images are augmented."""
     flip: bool = False
+    """Flip images at random."""
     features_at: FeaturesAt = "final"
+    """Where features are compared: behind the final norm, or in front of it."""
     num_validations: int = Field(default=10, ge=1)
+    """How often the student is judged on held-out images."""
     num_workers: int = Field(default=0, ge=0)
+    """Processes that decode images."""
     save_every: int | None = Field(default=None, ge=1)
+    """Keep a state to resume from every so many steps, beside those at validations."""
     fsdp: bool = False
+    """Spread both models over the processes of torchrun (FSDP2)."""
     checkpoint_activations: bool = False
+    """Run the student's blocks twice rather than keep what they saw."""
     epoch_images: int | None = Field(default=None, ge=1)
+    """Images in an epoch, for data without a length, such as a stream."""
     stream_lanes: int = Field(default=8, ge=1)
+    """Shards of a stream that are read side by side."""
     shuffle_buffer: int = Field(default=4096, ge=1)
+    """Images of a stream that are shuffled among each other."""
     report_to: tuple[str, ...] = ()
+    """Trackers beside the log, such as tensorboard or wandb."""
     elastic: tuple[float, ...] | None = None
+    """MLP ratios that the one result shall serve, each step training one of them."""
     text_bank: Path | None = None
+    """Text file: how similar the image tower of a pair finds each of its lines is to stay, too."""
     text_bank_weight: float = Field(default=1.0, gt=0)
+    """Weight of the text bank beside the features."""
     cache_teacher: CacheOptions | None = None
+    """Keep the teacher's targets, so that later epochs don't run it; True for the defaults."""
     adapter: AdapterOptions | None = None
+    """Train low-rank factors in place of the weights; a kind alone stands for its defaults."""
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -194,5 +215,5 @@ class RecoverOptions(Options):
         return self
 
     def view_of(self, epoch: int) -> int:
-        """Which draw of augmentation an epoch sees: its own, or one of those for which targets are kept."""
+        """Return which draw of augmentation an epoch sees: its own, or one of those for which targets are kept."""
         return epoch if self.cache_teacher is None else epoch % self.cache_teacher.views

@@ -24,8 +24,8 @@ from vitrim.distributed.precision import around_recomputation
 from vitrim.distributed.processes import broadcast_, num_processes
 from vitrim.errors import RecipeError
 from vitrim.metrics.judging import FeatureModel
-from vitrim.models.features import FeaturesAt
 from vitrim.models.sites import find_mlps
+from vitrim.types import FeaturesAt
 
 
 class Sharded(FeatureModel):

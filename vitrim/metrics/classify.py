@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.outputs import Outputs, images_and_labels
-from vitrim.models.features import FeaturesAt, device_of, evaluating, features, logits
+from vitrim.models.features import device_of, evaluating, features, logits
+from vitrim.types import FeaturesAt
 
 PROBE_CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty, on the sum of losses
 # L-BFGS steps. Ten times as many moved the accuracy on 10,000 CIFAR-10 thumbnails (192 values each) by 0.06

@@ -16,8 +16,8 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.outputs import Outputs, images_and_labels
-from vitrim.models.features import FeaturesAt, device_of, evaluating, features, logits, num_classes, num_prefix_tokens
-from vitrim.types import Features
+from vitrim.models.features import device_of, evaluating, features, logits, num_classes, num_prefix_tokens
+from vitrim.types import Features, FeaturesAt
 
 
 class TokenComparison:

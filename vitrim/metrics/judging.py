@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.metrics.fidelity import TokenComparison
-from vitrim.models.features import FeaturesAt, device_of, evaluating, features
-from vitrim.types import Features
+from vitrim.models.features import device_of, evaluating, features
+from vitrim.types import Features, FeaturesAt
 
 # Images that judge a student, batch by batch, each with the teacher's features of it on the CPU.
 Judged = Sequence[tuple[Tensor, Features]]

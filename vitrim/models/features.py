@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.types import Features
-
-FeaturesAt = Literal["final", "pre_norm"]
+from vitrim.types import Features, FeaturesAt
 
 FINAL_NORMS = ("norm", "fc_norm", "ln_post", "layernorm", "encoder.layernorm", "encoder.ln", "post_layernorm")
 # What libraries call the part of a larger model (a CLIP pair, a VLM) that takes the images.

@@ -31,14 +31,13 @@ class Result:
     metrics: Metrics
     out: Path | None
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """Return the before/after table as text, a row each; columns without a value in any row are left out."""
-        return table_rows(self.metrics)[1]
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return header and rows of the before/after table as text."""
+        return table_rows(self.metrics)
 
     def summary(self) -> str:
         """Return the before/after table, notes and the line that loads the result, as text."""
-        header, rows = table_rows(self.metrics)
-        lines = [aligned(header, rows), *(f"note: {note}" for note in self.metrics.notes)]
+        lines = [aligned(*self.table()), *(f"note: {note}" for note in self.metrics.notes)]
         if self.metrics.loads_with:
             lines.append(f"Loads with: {self.metrics.loads_with}")
         return "\n".join(lines)
@@ -52,8 +51,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Return the table for notebooks."""
-        header, rows = table_rows(self.metrics)
-        return html_table(header, rows)
+        return html_table(*self.table())
 
 
 def table_rows(metrics: Metrics) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -30,11 +30,10 @@ from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, BudgetError, CheckpointError, RecipeError
 from vitrim.methods import SiteMethod, find_method
 from vitrim.metrics.judging import Judged, features_on_cpu, relative_error
-from vitrim.models.features import FeaturesAt
 from vitrim.ops.least_squares import fit_output
 from vitrim.storage.documents import write_json
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
-from vitrim.types import MlpSite
+from vitrim.types import FeaturesAt, MlpSite
 
 WIDTHS, WIDTH_TENSORS, FORMAT = "elastic.json", "elastic.safetensors", "vitrim-elastic/1"
 SUFFIX = "_of_width_"

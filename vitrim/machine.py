@@ -18,7 +18,7 @@ from vitrim.output.provenance import versions
 FOR_DEVELOPERS = ("docs", "test")
 
 
-def examine(folder: str | Path = ".") -> dict[str, Any]:
+def doctor(folder: str | Path = ".") -> dict[str, Any]:
     """Look at the machine.
 
     Args:
