@@ -1,6 +1,6 @@
 """Takes the picture of the README out of the demo's report: patch tokens of both models as colours.
 
-    make demo && python benchmarks/token_maps.py
+Run `python benchmarks/token_maps.py` after `make demo`.
 """
 
 from __future__ import annotations

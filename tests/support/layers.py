@@ -36,9 +36,9 @@ LAYERS: tuple[dict[str, str], ...] = (
         "calibrate": "a walk through both models, block by block, that sums up what methods and repair need",
         "data": "images, texts and captions: opening, checking, splitting, streaming",
         "metrics": "how close features are and what they are good for; what a run measured, as one value",
-        "report": "the pages with pictures",
     },
     {
+        "report": "the pages with pictures",
         "cost": "parameters, multiply-accumulates, latency, and the memory that a run will need",
         "distributed": "devices, processes, precision, shards of a model",
     },
