@@ -58,11 +58,11 @@ lock: | $(BIN)/python  ## pin the newest versions that go together, for `make te
 		json.load(open("$(VENV)/lock.json"))["install"]), key=str.lower), sep="\n")' \
 		| grep -vE '$(UNPINNED)' > $(LOCK)
 
-audit:  ## look for known vulnerabilities in the lock; asks pypi.org
+audit:  ## look for known vulnerabilities in the lock; asks the package index
 	test -x $(VENV)/audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet pip-audit
 	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement $(LOCK) || { echo 'make audit: FAILED.' \
-		'Where no table stands above, pypi.org did not answer for a package: nothing was audited.' >&2; exit 1; }
+		'Where no table stands above, the package index did not answer for a package: nothing was audited.' >&2; exit 1; }
 
 oldest:  ## run the tests with the oldest versions that vitrim allows; Python 3.11
 	test -x $(VENV)/oldest/bin/python || $(PYTHON) -m venv $(VENV)/oldest

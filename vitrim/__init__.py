@@ -5,6 +5,7 @@ Names are imported when they are first used, so that `import vitrim` does not lo
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,8 @@ __all__ = [
     "tune_text",
     "zero_shot",
 ]
+
+logging.getLogger("vitrim").addHandler(logging.NullHandler())  # what is logged is shown where the user says so
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Progres
     """
     if quiet:
         yield Progress(title, total)
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         bar = _Bar(title, total)
         with bar.bars:
             yield bar

@@ -15,10 +15,10 @@ LAYERS: tuple[dict[str, str], ...] = (
     {
         "errors": "what can go wrong, each kind with a line that says what to do",
         "progress": "bars, and messages to the log",
-        "catalog": "what methods and options say of themselves, read without importing torch",
     },
-    {"checked": "the base of everything a user fills in: frozen, checked, unknown keys refused"},
     {
+        "catalog": "what methods and options say of themselves, read without importing torch",
+        "checked": "the base of everything a user fills in: frozen, checked, unknown keys refused",
         "types": "what all others speak of: an MLP's place and weights, sums, what a method sees",
         "storage": "tensors and JSON in files, read and written piece by piece",
     },
@@ -50,10 +50,12 @@ LAYERS: tuple[dict[str, str], ...] = (
     {
         "clip": "pairs of an image and a text tower: zero-shot, retrieval, tuning the text tower",
         "evaluation": "two models side by side on images",
-        "machine": "what is installed, and what this machine has",
     },
     {"compression": "the jobs: compress, prune in place, prune file to file, slice, compare methods"},
-    {"inspection": "a look at a model before anything is cut"},
+    {
+        "inspection": "a look at a model before anything is cut",
+        "machine": "what is installed, and what this machine has",
+    },
     {"demo": "the model that comes with the package, halved"},
     {"cli": "commands, without logic of their own", "__init__": "the public names"},
 )

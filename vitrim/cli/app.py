@@ -1,25 +1,23 @@
-"""The app itself: running a command line, exit codes, and how results are shown. It does not import torch.
+"""The app itself: running a command line, exit codes, and what the library logs. It does not import torch.
 
 Wrong input ends in one line on standard error and exit code 2; a run stopped by Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
-from rich.table import Table
+from cyclopts.help import PlainFormatter
 
+from vitrim.cli.console import on_terminal, print_help
 from vitrim.errors import Interrupted, VitrimError
-
-# Where there is no terminal nothing is wrapped, and no table is narrower than what is in it.
-UNWRAPPED = 100_000
 
 app = App(
     name="vitrim",
@@ -33,14 +31,31 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSO
 
 def main() -> None:
     """Run the `vitrim` command."""
-    sys.exit(run(sys.argv[1:]))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path with letters that the locale's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
+    app.help_formatter = None if on_terminal() else PlainFormatter()
     try:
-        with _Spoken():
-            app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+        with _log_shown():
+            print_help(
+                lambda console: app(
+                    list(arguments),
+                    console=console,
+                    exit_on_error=False,
+                    print_error=False,
+                    result_action="return_value",
+                )
+            )
     except Interrupted as error:
         return fail(error, 130)
     except KeyboardInterrupt:
@@ -52,19 +67,27 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-class _Spoken:
-    """Shows what the library logs on standard error while a command runs, the message alone."""
+class _ToStandardError(logging.Handler):
+    """Prints messages alone, to standard error as it is at that moment: a progress bar puts something in its place."""
 
-    def __enter__(self) -> None:
-        self.log, self.handler = logging.getLogger("vitrim"), logging.StreamHandler(sys.stderr)
-        self.handler.setFormatter(logging.Formatter("%(message)s"))
-        self.level = self.log.level
-        self.log.addHandler(self.handler)
-        self.log.setLevel(logging.INFO)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message; of several processes, those of the first alone."""
+        if os.environ.get("RANK", "0") == "0":
+            print(self.format(record), file=sys.stderr)
 
-    def __exit__(self, *_: object) -> None:
-        self.log.removeHandler(self.handler)
-        self.log.setLevel(self.level)
+
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Show what the library logs while a command runs; `hush` keeps all but warnings back."""
+    log, handler = logging.getLogger("vitrim"), _ToStandardError()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def hush(quiet: bool) -> bool:
@@ -79,44 +102,3 @@ def fail(message: Any, code: int) -> int:
     who = f"vitrim [{os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "vitrim"
     print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
     return code
-
-
-def make_console() -> Console:
-    """Return a console for standard output: as wide as the terminal, or as what is printed where there is none.
-
-    rich obeys NO_COLOR and TERM=dumb by itself; COLUMNS counts on a terminal alone.
-    """
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, width=UNWRAPPED, force_terminal=False, color_system=None)
-
-
-def say(text: str = "") -> None:
-    """Print a sentence; where it does not fit, the terminal breaks it and we don't."""
-    make_console().print(text, soft_wrap=True, markup=False)
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON document."""
-    print(json.dumps(value, indent=1))
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
-    """Print a table for people."""
-    table = Table(*header, title=title)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    make_console().print(table)
-
-
-def print_notes(notes: Sequence[str]) -> None:
-    """Print what the user should know."""
-    for note in notes:
-        say(f"note: {note}")
-
-
-def number(value: float | None) -> str:
-    """Return a number for a table."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.text import Text
 
-from vitrim.cli.app import Json, app, hush, print_json, print_table, say
+from vitrim.cli.app import Json, app, hush
+from vitrim.cli.console import print_json, print_table, say
 
 # What does not fit on a terminal of 80 characters.
 IN_FILE_ONLY = ("MACs", "on disk (MB)", "top-1 %, cut", "seconds")
@@ -67,9 +69,14 @@ def leaderboard(
     )
     if as_json:
         return print_json(found)
-    header, rows = table(found, best=lambda text: f"[bold]{text}[/bold]")
+    header, rows = table(found)
     shown = [number for number, title in enumerate(header) if title not in IN_FILE_ONLY]
-    print_table([header[number] for number in shown], [[row[number] for number in shown] for row in rows])
+    print_table([header[number] for number in shown], [[_styled(row[number]) for number in shown] for row in rows])
     for line in found["verdict"]:
         say(line)
     say(f"All columns: {out / 'leaderboard.md'}, all values: {out / 'leaderboard.json'}")
+
+
+def _styled(cell: str) -> str | Text:
+    """Return a cell as it is, or in bold where Markdown would have it so."""
+    return Text(cell.strip("*"), style="bold") if cell.startswith("**") else cell

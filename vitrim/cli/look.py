@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitrim.catalog import COLUMNS, method_rows
-from vitrim.cli.app import Json, app, hush, number, print_json, print_notes, print_table, say
+from vitrim.cli.app import Json, app, hush
+from vitrim.cli.console import number, print_json, print_notes, print_table, say
 from vitrim.cli.options import BudgetOptions
 
 NO_BUDGET = BudgetOptions()
@@ -47,7 +48,8 @@ def inspect(
         shares = [(row.path, row.nonzero, *row.above.values(), row.silent) for row in found.activity]
         print_table(header, [(path, *(f"{s:.1%}" for s in rates), silent) for path, *rates, silent in shares])
     if found.checkpoint is not None:
-        print_table((f"prune-checkpoint at {found.rows()[0][0]}", ""), found.checkpoint.rows())
+        at = found.rows()[0][0] if budget.any_given() else "params_ratio 0.5"  # what is done where none is given
+        print_table((f"prune-checkpoint at {at}", ""), found.checkpoint.rows())
     print_notes(found.notes)
 
 
@@ -193,5 +195,5 @@ def methods(*, as_json: Json = False) -> None:
 
 
 def _grouped(keys: Sequence[tuple]) -> dict[tuple, int]:
-    """How often each key occurs, in order of first sight."""
+    """Return how often each key occurs, in order of first sight."""
     return {key: list(keys).count(key) for key in dict.fromkeys(keys)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitrim.cli.app import Json, app, hush, number, print_json, print_notes, print_table, say
+from vitrim.cli.app import Json, app, hush
+from vitrim.cli.console import number, print_json, print_notes, print_table, say
 from vitrim.cli.options import BudgetOptions, CutOptions, TrainOptions
 from vitrim.errors import RecipeError
 

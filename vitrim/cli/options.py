@@ -44,6 +44,10 @@ class BudgetOptions:
     round_to: Annotated[int | None, _help(STEP["round_to"])] = None
     exact: Annotated[bool | None, _help(STEP["exact"], switch=True)] = None
 
+    def any_given(self) -> bool:
+        """Whether it says how small, and not only how that is rounded."""
+        return bool(self.given().keys() - {"round_to", "exact"})
+
     def given(self) -> dict[str, Any]:
         """Return what was given."""
         return {name: value for name, value in self.__dict__.items() if value is not None}

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vitrim.cli.app import Json, app, print_json, print_notes, print_table, say
+from vitrim.cli.app import Json, app
+from vitrim.cli.console import print_json, print_notes, print_table, say
 
 
 @app.command

@@ -272,9 +272,9 @@ def _decide(task: _Task, journal: Journal, work: Path, *, quiet: bool) -> list[s
 def _plan(task: _Task, edits: Sequence[KeepUnits]) -> Plan:
     """Return the plan, its edits in the order of the MLPs."""
     method = task.recipe.steps[0].make_method()
-    order = {site.path: index for index, site in enumerate(task.job.sites)}
+    of_path = {edit.site.path: edit for edit in edits}
     return Plan(
-        edits=tuple(sorted(edits, key=lambda edit: order[edit.site.path])),
+        edits=tuple(of_path[site.path] for site in task.job.sites),
         method=method.name,
         options=method.model_dump(mode="json"),
         seed=task.recipe.seed,

@@ -35,7 +35,7 @@ class Recipe(Checked):
     """Name or folder of the model."""
     data: str | None = None
     """Images to learn from; no labels."""
-    steps: tuple[Step, ...] = Field(default=(Step(),), min_length=1)
+    steps: tuple[Step, ...] = Field(default_factory=lambda: (Step(),), min_length=1)
     """Methods, each at work on what the ones before it have left."""
     scope: str | None = None
     """Dotted path of the part to cut, or the end of one; without, the image tower or the whole model."""

@@ -82,10 +82,17 @@ def _terms(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _held_to(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """The size that a row was brought to."""
-    fitted, share = row["fitted"], report["asked"]["budget"]
+    fitted = row["fitted"]
     if fitted["counted"] is None:
         return f"keep_ratio {fitted['keep_ratio']:g}; it saves neither parameters nor MACs"
-    return f"{share:.0%} {fitted['counted'].replace('macs', 'MACs')}"
+    return f"{_asked(report)[1]:.0%} {fitted['counted'].replace('macs', 'MACs')}"
+
+
+def _asked(report: Mapping[str, Any]) -> tuple[str, float]:
+    """What was counted, `params` or `macs`, and the share that was asked for."""
+    asked = report["asked"]
+    counted = "macs" if "macs_ratio" in asked else "params"
+    return counted, asked[f"{counted}_ratio"]
 
 
 def _value(row: Mapping[str, Any], key: str) -> float | None:
@@ -98,7 +105,7 @@ def _value(row: Mapping[str, Any], key: str) -> float | None:
 
 def _best(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: tuple[str, str, str]) -> float | None:
     """The best value of a column among the rows that met the budget."""
-    met = [row for row in rows if not row["error"] and row["fitted"]["counted"] == report["asked"]["budget_in"]]
+    met = [row for row in rows if not row["error"] and row["fitted"]["counted"] == _asked(report)[0]]
     values = [value for row in met if (value := _value(row, column[1])) is not None]
     pick = max if column[2] in MORE_IS_BETTER else min
     return pick(values) if len(set(values)) > 1 else None
