@@ -9,12 +9,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from vitrim.cli.app import run
+from vitrim.compression.leaderboard import leaderboard
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.errors import OutputError, RecipeError
-from vitrim.compression.leaderboard import leaderboard
-from vitrim.methods import METHODS
-from vitrim.methods.registry import register
+from vitrim.methods import METHODS, ModelMethod, SiteMethod, register
 from vitrim.report.leaderboard import markdown, table, verdict
 from vitrim.surgery import KeepUnits
 
@@ -43,28 +42,38 @@ def data():
     return TensorDataset(torch.randn(60, 3, 32, 32, generator=generator), torch.arange(60) % 5)
 
 
-ABOUT = {"paper": "none", "arxiv": "0.0", "summary": "", "repairs": False}
+class Last(SiteMethod):
+    name, needs, paper, arxiv, summary = "last", "weights", "none", "0.0", ""
+
+    def select(self, view):
+        return torch.arange(view.site.d_hidden - view.num_keep, view.site.d_hidden)
 
 
-def last_units(view, options):
-    return torch.arange(view.site.d_hidden - view.num_keep, view.site.d_hidden)
+class Mended(Last):
+    name = "thrower"
 
 
-def thrower(view, options):
-    yield from ()
-    raise ZeroDivisionError("no\nluck")
+class Thrower(ModelMethod):
+    name, needs, takes, paper, arxiv, summary = "thrower", "weights", "widths", "none", "0.0", ""
+
+    def propose(self, view):
+        yield from ()
+        raise ZeroDivisionError("no\nluck")
 
 
-def model_wide(view, options):
+class Wide(ModelMethod):
     """Cuts without tensors, so that our repair may follow."""
-    for site in view.sites:
-        yield KeepUnits(site=site, keep=tuple(range(site.d_hidden))[-view.widths[site.path] :])
+
+    name, needs, takes, paper, arxiv, summary = "wide", "weights", "widths", "none", "0.0", ""
+
+    def propose(self, view):
+        for site in view.sites:
+            yield KeepUnits(site=site, keep=tuple(range(site.d_hidden))[-view.widths[site.path] :])
 
 
 def test_a_new_method_is_in_the_zoo_and_a_failing_one_stops_no_other(build, data, tmp_path):
-    register("last", needs="weights", **ABOUT)(last_units)
-    register("thrower", scope="model", needs="weights", **ABOUT)(thrower)
-    register("wide", scope="model", needs="weights", **ABOUT)(model_wide)
+    for method in (Last, Thrower, Wide):
+        register(method)
     model = build("timm-vit").copy()
     asked = {"data": data, "budget": 0.6, "recipe": RECIPE, "out": tmp_path, "quiet": True, "baselines": ("last",)}
     found = leaderboard(model, methods=("thrower", "last", "wide", "top-k"), **asked)
@@ -103,7 +112,7 @@ def _check_files(found, folder):
 
 def _check_resumed(model, asked, found, folder):
     """Rows that are there are kept, the failed one is tried again, and a new method joins."""
-    register("thrower", needs="weights", **ABOUT)(last_units)  # mended
+    register(Mended)  # under the same name
     seconds = {(row["method"], row["repair"]): row.get("seconds") for row in found["rows"]}
     again = leaderboard(model, methods=("thrower", "last"), **asked)
     rows = {(row["method"], row["repair"]): row for row in again["rows"]}

@@ -9,24 +9,26 @@ from pathlib import Path
 import pytest
 import scipy.linalg
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 import vitrim
 from tests.support.activations import stored_stats
 from vitrim import methods
+from vitrim.catalog import COLUMNS, field_docs, method_rows
 from vitrim.cli.app import run as run_command
 from vitrim.compression.cut import cut_
+from vitrim.config.options import RecoverOptions, RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.steps import Step
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import METHODS, find_method
-from vitrim.surgery import KeepUnits, Plan, ReplaceActivation, ToInt8, apply_, read_weights, reshape_
+from vitrim.methods import METHODS, Dgmr, LowRank, ModelMethod, Random, SiteMethod, find_method, make_method, register
+from vitrim.surgery import KeepUnits, Plan, apply_, read_weights, reshape_
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.edits == (KeepUnits,)])
-# But for those whose edit has no size.
-SIZELESS = ((ReplaceActivation,), (ToInt8,))
-BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits not in SIZELESS])
+BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.takes != "nothing"])
 QUICK = {"refit_steps": 3}
 FEW = {"fips": {"steps": 3, "every": 1}, "amp": {"rounds": 2, "trials": 3}}  # options of those that search or train
 
@@ -45,7 +47,7 @@ def cut_or_skip(case, *, images=True, **values):
     method, student = find_method(values["method"]), case.copy()
     few = {"repair": QUICK if method.repairs else None, "options": FEW.get(method.name, {})}
     recipe = Recipe.parse({**few, **values})
-    needs = method.propose is not None and method.needs == "images" and not images
+    needs = issubclass(method, ModelMethod) and method.needs == "images" and not images
     try:
         report = cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
     except (RecipeError, SiteNotFoundError) as error:
@@ -64,11 +66,11 @@ def dumped(plan):
 @CUTS
 @pytest.mark.parametrize("images", [True, False])
 def test_the_count_asked_for_is_kept_each_unit_once(kind, method, images):
-    student, report = cut_or_skip(kind, method=method, width=10, images=images)
+    student, report = cut_or_skip(kind, method=method, hidden_dim=10, images=images)
     assert [edit.site for edit in report.plan.edits] == list(kind.sites)
     for edit in report.plan.edits:
         assert len(edit.keep) == len(set(edit.keep))
-        assert find_method(method).propose is not None or len(edit.keep) == 10
+        assert issubclass(find_method(method), ModelMethod) or len(edit.keep) == 10
         assert 0 <= min(edit.keep) and max(edit.keep) < edit.site.d_hidden
         assert read_weights(student, edit.site).num_units == len(edit.keep)
     # A method that sees the whole model may spread the units over it.
@@ -97,7 +99,7 @@ def test_one_seed_gives_one_plan_byte_for_byte(kind, method):
 @BUDGETED
 def test_another_width_gives_another_hash(build, method):
     case = build("timm-vit")
-    first, second = (cut_or_skip(case, method=method, width=width)[1].plan for width in (32, 64))
+    first, second = (cut_or_skip(case, method=method, hidden_dim=width)[1].plan for width in (32, 64))
     assert first.sha256 != second.sha256
 
 
@@ -127,7 +129,7 @@ def test_a_cut_model_is_built_again_from_its_shapes_and_tensors_alone(kind, meth
 @CUTS
 def test_repaired_tensors_stand_in_the_plan_by_hash(build, method, run):
     case = build("timm-split")
-    student, report = cut(case, method=method, width=8, repair=QUICK)
+    student, report = cut(case, method=method, hidden_dim=8, repair=QUICK)
     again = Plan.from_json(json.loads(json.dumps(report.plan.to_json())))
     assert again == report.plan.without_tensors()
     changed = report.plan.edits[0].tensors[f"{case.sites[0].output}.weight"]
@@ -141,21 +143,21 @@ def test_repaired_tensors_stand_in_the_plan_by_hash(build, method, run):
 
 @pytest.mark.parametrize("damage", [{"format": "vitrim-plan/9"}, {"edits": [{}]}, {"edits": None}])
 def test_a_damaged_plan_is_refused(build, damage):
-    document = cut(build("timm-vit"), method="magnitude", width=8)[1].plan.to_json()
+    document = cut(build("timm-vit"), method="magnitude", hidden_dim=8)[1].plan.to_json()
     with pytest.raises(CheckpointError, match=r"^plan: "):
         Plan.from_json({**document, **damage})
 
 
 def test_random_depends_on_the_seed_and_on_the_site(build):
     case = build("timm-vit")
-    first, second = (cut(case, method="random", width=20, seed=seed)[1].plan for seed in (0, 1))
+    first, second = (cut(case, method="random", hidden_dim=20, seed=seed)[1].plan for seed in (0, 1))
     assert first.edits[0].keep != second.edits[0].keep
     assert first.edits[0].keep != first.edits[1].keep
 
 
 def test_random_draws_each_unit_equally_often():
     view = view_of(torch.randn(12, 4), num_keep=4)
-    draws = [METHODS["random"].select(view, None).tolist() for _ in range(1500)]  # the generator moves on
+    draws = [Random().select(view).tolist() for _ in range(1500)]  # the generator moves on
     counts = torch.tensor(draws).flatten().bincount(minlength=12)
     assert all(len(set(draw)) == 4 for draw in draws)
     assert (counts - 500).abs().max() < 90  # five standard deviations
@@ -174,7 +176,7 @@ def view_of(value, *, gate=None, output=None, num_keep, stats=None):
 
 
 def select(name, view, **options):
-    return METHODS[name].select(view, METHODS[name].parse_options(options)).tolist()
+    return make_method(name, options).select(view).tolist()
 
 
 def qr_order(rows: Tensor, count: int) -> list[int]:
@@ -185,7 +187,7 @@ def qr_order(rows: Tensor, count: int) -> list[int]:
 @pytest.mark.parametrize("name", ["dgmr-paper", "dgmr"])
 def test_dgmr_on_weights_picks_what_lapack_picks(kind, name):
     options = {"select_on": "weights"}
-    _, report = cut(kind, method=name, width=24 if kind.sites[0].d_hidden > 24 else 16, options=options, repair=False)
+    _, report = cut(kind, method=name, hidden_dim=24 if kind.sites[0].d_hidden > 24 else 16, options=options, repair=False)
     for edit in report.plan.edits:
         weights = read_weights(kind.model, edit.site)
         rows = weights.value_HD
@@ -197,7 +199,7 @@ def test_dgmr_on_weights_picks_what_lapack_picks(kind, name):
 @CUTS
 def test_published_methods_leave_kept_values_bit_equal(build, method):
     case = build("timm-packed")
-    student, report = cut(case, method=method, width=8, repair=False)
+    student, report = cut(case, method=method, hidden_dim=8, repair=False)
     for edit in report.plan.edits:
         old, new = read_weights(case.model, edit.site), read_weights(student, edit.site)
         assert torch.equal(new.value_HD, old.value_HD[list(edit.keep)])
@@ -211,8 +213,8 @@ def test_biases_and_output_weights_play_no_part_in_the_published_choice(build):
     for block in model.blocks:
         for p in (block.mlp.fc1.bias, block.mlp.fc2.weight, block.mlp.fc2.bias):
             p.data = torch.randn_like(p)
-    expected = cut(case, method="dgmr-paper", width=8)[1].plan.edits
-    report = cut_(model, case.model, case.sites, Recipe(method="dgmr-paper", width=8), None, quiet=True)
+    expected = cut(case, method="dgmr-paper", hidden_dim=8)[1].plan.edits
+    report = cut_(model, case.model, case.sites, Recipe(method="dgmr-paper", hidden_dim=8), None, quiet=True)
     assert [edit.keep for edit in report.plan.edits] == [edit.keep for edit in expected]
 
 
@@ -228,7 +230,7 @@ def test_a_gated_unit_is_scored_by_its_gate_and_value_rows_together():
 
 
 def test_magnitude_equals_a_naive_loop(kind):
-    _, report = cut(kind, method="magnitude", width=11)
+    _, report = cut(kind, method="magnitude", hidden_dim=11)
     for edit in report.plan.edits:
         weights = read_weights(kind.model, edit.site)
         scores = []
@@ -286,12 +288,12 @@ def test_dgmr_on_outputs_picks_what_lowers_the_error_of_a_full_refit_the_most(bi
 
 def test_dgmr_without_images_falls_back_to_weights_and_says_so(build):
     case = build("timm-vit")
-    _, report = cut(case, method="dgmr", width=8, images=False)
+    _, report = cut(case, method="dgmr", hidden_dim=8, images=False)
     assert any("no images given: units were selected on weights alone" in note for note in report.notes)
-    paper = cut(case, method="dgmr-paper", width=8, images=False)[1]
+    paper = cut(case, method="dgmr-paper", hidden_dim=8, images=False)[1]
     assert [edit.keep for edit in report.plan.edits] == [edit.keep for edit in paper.plan.edits]
     assert paper.notes == ()
-    seen = cut(case, method="dgmr", width=8)[1]
+    seen = cut(case, method="dgmr", hidden_dim=8)[1]
     assert seen.notes == ()
     assert [edit.keep for edit in seen.plan.edits] != [edit.keep for edit in paper.plan.edits]
 
@@ -300,7 +302,7 @@ def test_dgmr_without_images_falls_back_to_weights_and_says_so(build):
 def test_what_needs_images_is_refused_without(build, select_on):
     case = build("timm-vit")
     student = case.copy()
-    recipe = Recipe(method="dgmr", width=8, options={"select_on": select_on})
+    recipe = Recipe(method="dgmr", hidden_dim=8, options={"select_on": select_on})
     with pytest.raises(RecipeError, match=rf"select_on='{select_on}' needs images; pass data"):
         cut_(student, case.model, case.sites, recipe, None, quiet=True)
     assert read_weights(student, case.sites[0]).num_units == 96
@@ -308,7 +310,7 @@ def test_what_needs_images_is_refused_without(build, select_on):
 
 @EVERY
 def test_an_unknown_option_is_refused_and_the_known_ones_are_named(method):
-    known = ", ".join(METHODS[method].options.model_fields) or "none"
+    known = ", ".join(METHODS[method].model_fields) or "none"
     with pytest.raises(RecipeError, match=rf"^options\.selec of method {method}: .*; its options are {known}\.$"):
         Recipe.parse({"method": method, "options": {"selec": 1}})
 
@@ -334,6 +336,68 @@ def test_a_method_says_where_it_comes_from(method):
     assert entry.paper and entry.summary
 
 
+@EVERY
+def test_a_method_says_what_each_option_is(method):
+    assert all(field.description for field in METHODS[method].model_fields.values())
+
+
+@EVERY
+def test_a_method_is_frozen_and_its_options_are_all_that_it_dumps(method):
+    made = make_method(method, None)
+    assert made.model_dump().keys() == METHODS[method].model_fields.keys()
+    assert make_method(method, made.model_dump(mode="json")) == made
+    for option in METHODS[method].model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(made, option, None)
+    with pytest.raises(AttributeError, match="is a ClassVar"):
+        made.name = "another"
+
+
+@pytest.mark.parametrize("wrong", [{"select_on": "gradients"}, {"selec": 1}])
+def test_a_constructor_refuses_as_a_recipe_does(wrong):
+    with pytest.raises(RecipeError) as alone:
+        Dgmr(**wrong)
+    with pytest.raises(RecipeError) as read:
+        Recipe.parse({"method": "dgmr", "options": wrong})
+    assert str(alone.value) == str(read.value)
+
+
+def test_a_number_that_is_none_is_refused():
+    with pytest.raises(RecipeError, match=r"options\.delta of method amp: .*finite"):
+        make_method("amp", {"delta": float("nan")})
+
+
+def test_what_is_no_whole_method_is_not_registered():
+    class Silent(ModelMethod):
+        name = "silent"
+
+        def propose(self, view):
+            yield from ()
+
+    with pytest.raises(TypeError, match="Silent: says nothing about paper, arxiv, summary, needs, takes; set it"):
+        register(Silent)
+    with pytest.raises(TypeError, match="is no method; derive it from SiteMethod or ModelMethod"):
+        register(dict)
+    with pytest.raises(TypeError, match="abstract"):
+        SiteMethod()
+    assert "silent" not in METHODS
+
+
+def test_the_catalog_is_the_registry_in_the_same_order():
+    own = [entry for entry in METHODS.values() if entry.__module__.startswith("vitrim.")]
+    plain = [name for name in COLUMNS if name != "edit"]
+    assert method_rows() == [
+        {**{name: getattr(entry, name) for name in plain}, "edit": entry.edits_in_words()} for entry in own
+    ]
+
+
+@pytest.mark.parametrize("entry", [Step, RecoverOptions, RepairOptions, Dgmr, LowRank], ids=lambda e: e.__name__)
+def test_the_documentation_of_fields_is_read_as_pydantic_reads_it(entry):
+    module = entry.__module__.removeprefix("vitrim.")
+    wanted = {name: " ".join(str(field.description).split()) for name, field in entry.model_fields.items()}
+    assert field_docs(module, entry.__name__) == wanted
+
+
 def method_files(folder):
     """The files of a folder that ought to hold a method."""
     return {path.stem for path in folder.glob("*.py")} - {"__init__", "registry"}
@@ -341,14 +405,13 @@ def method_files(folder):
 
 def idle(files, entries):
     """Those files in which none of the registered methods was defined."""
-    decide = [entry.select or entry.propose for entry in entries]
-    return files - {function.__module__.rpartition(".")[2] for function in decide}
+    return files - {entry.__module__.rpartition(".")[2] for entry in entries}
 
 
 def test_every_file_in_methods_is_imported_and_registers_a_method(tmp_path):
     files = method_files(Path(methods.__file__).parent)
     assert idle(files, METHODS.values()) == set()
-    assert files <= set(methods.__all__)
+    assert {entry.__name__ for entry in METHODS.values()} <= set(methods.__all__)
     for name in ("dgmr", "forgotten", "__init__", "registry"):
         (tmp_path / f"{name}.py").touch()
     assert idle(method_files(tmp_path), METHODS.values()) == {"forgotten"}  # the check sees what it should
@@ -357,23 +420,27 @@ def test_every_file_in_methods_is_imported_and_registers_a_method(tmp_path):
 THIRTEENTH = '''
 """Two methods that nobody has thought of, in a file that is no part of the package."""
 from torch import arange
-from vitrim.methods import MethodOptions
-from vitrim.methods.registry import register
+from vitrim.methods import ModelMethod, SiteMethod, register
 from vitrim.surgery import TopKActivation
 
-class FirstOptions(MethodOptions):
+@register
+class FirstUnits(SiteMethod):
+    name, summary, needs = "first-units", "units as they come", "weights"
+    paper, arxiv = "none", "0000.00000"
+
     offset: int = 0
 
-ABOUT = {"needs": "weights", "paper": "none", "arxiv": "0000.00000", "repairs": False}
+    def select(self, view):
+        return arange(view.num_keep) + self.offset
 
-@register("first-units", options=FirstOptions, summary="units as they come", **ABOUT)
-def select(view, options):
-    return arange(view.num_keep) + options.offset
+@register
+class OneActive(ModelMethod):
+    name, summary, needs, takes = "one-active", "one unit a token", "weights", "nothing"
+    paper, arxiv, edits = "none", "0000.00000", (TopKActivation,)
 
-@register("one-active", scope="model", edits=(TopKActivation,), summary="one unit a token", **ABOUT)
-def propose(view, options):
-    for site in view.sites:
-        yield TopKActivation(site=site, num_active=1)
+    def propose(self, view):
+        for site in view.sites:
+            yield TopKActivation(site=site, num_active=1)
 '''
 
 
@@ -390,7 +457,7 @@ def test_a_thirteenth_method_needs_no_edit_of_the_package(tmp_path, monkeypatch,
         Recipe.parse({"method": "first-units", "options": {"offst": 3}})
     digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
     found = vitrim.compress(digits, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.plan.method == "first-units+one-active" and found.metrics["reload_difference"] <= 1e-6
+    assert found.plan.method == "first-units+one-active" and found.metrics.reload_difference <= 1e-6
     cuts = [edit for edit in found.plan.edits if isinstance(edit, KeepUnits)]
     assert cuts and all(edit.keep == tuple(range(3, 3 + edit.width)) for edit in cuts)
     images = torch.randn(2, 3, 32, 32)

@@ -12,8 +12,8 @@ import yaml
 
 import vitrim
 from vitrim.cli.app import run
-from vitrim.machine import doctor
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
+from vitrim.machine import doctor
 from vitrim.output.hub import push
 
 DIGITS = str(files("vitrim") / "assets" / "digits-vit")

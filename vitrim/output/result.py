@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from vitrim.metrics.record import Metrics
-from vitrim.report.figures import format_number
+from vitrim.report.picture import format_number
 from vitrim.report.summary import summarise
 from vitrim.surgery import Plan
 
