@@ -18,7 +18,6 @@ import yaml
 from cyclopts import CycloptsError
 
 from tests.support.documents import DOCS, PAGES, ROOT, blocks_of, commands_of, name
-from vitrim.checked import known_keys
 from vitrim.cli.app import app
 from vitrim.config.options import (
     AdapterOptions,
