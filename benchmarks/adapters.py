@@ -24,10 +24,11 @@ from recovery import Bench
 from torch import nn
 
 from vitrim.config.options import AdapterOptions, RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for
 from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
-from vitrim.recover.run import Recovery
+from vitrim.recover.result import Recovery, Validation
 
 METHODS = {"dgmr": "repaired", "dgmr-paper": "not repaired"}
 KINDS = {"full": "all weights", "lora": "LoRA", "op-lora": "OP-LoRA"}
@@ -84,7 +85,7 @@ def run_row(
     more = {"flip": True, "num_validations": 10, "adapter": adapter_of(kind, rank)}
     options = RecoverOptions(steps=steps, batch_size=batch_size, lr=lr, **more)
     student, marks = copy.deepcopy(cut), list[tuple[int, float]]()
-    found = recover(bench, student, options, lambda step, error: marks.append((step, time.monotonic())))
+    found = recover(bench, student, options, lambda judged: marks.append((judged.step, time.monotonic())))
     (first, started), (last, ended) = marks[1], marks[-1]
     reached = sum(p.numel() for name, p in cut.named_parameters() if not name.startswith("head."))
     trained = found.adapter["num_trained"] if found.adapter else reached
@@ -116,7 +117,7 @@ def recover(
     bench: Bench,
     student: nn.Module,
     options: RecoverOptions,
-    on_validation: Callable[[int, float], None] | None = None,
+    on_validation: Callable[[Validation], None] | None = None,
 ) -> Recovery:
     """The same recovery for every row."""
     return recover_(
@@ -125,9 +126,8 @@ def recover(
         bench.train.augmented(augment_for(bench.teacher, "light", flip=True), bench.seed),
         held_out=list(bench.held_out.split(128)),
         options=options,
-        seed=bench.seed,
+        context=RunContext(quiet=True, seed=bench.seed),
         on_validation=on_validation,
-        quiet=True,
     )
 
 

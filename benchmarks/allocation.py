@@ -50,7 +50,7 @@ def main() -> None:
                 }
             )
             found = vitrim.compress(given.model, data=given.data, recipe=recipe, quiet=True)
-            about, widths = found.metrics["allocation"], list(found.plan.widths.values())
+            about, widths = found.metrics.allocation, list(found.plan.widths.values())
             errors = [
                 f"{about[key][which]:.4f}"
                 for key in ("relative_error", "predicted")

@@ -65,7 +65,7 @@ def main() -> None:
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "original": bench.scores(bench.teacher),
         "mlps": {
-            name: {str(width): bench.row({**recipe, "width": width}) for width in arguments.widths}
+            name: {str(width): bench.row({**recipe, "hidden_dim": width}) for width in arguments.widths}
             for name, recipe in MLPS.items()
         },
         "heads": {

@@ -29,6 +29,7 @@ from torch import nn
 from vitrim.compression.cut import cut_
 from vitrim.config.options import BlockwiseOptions, CacheOptions, CalibrateOptions, RecoverOptions, RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for, first_images, open_images, split_indices, transform_for
 from vitrim.metrics.fidelity import fidelity
 from vitrim.models.features import features
@@ -36,6 +37,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
 from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
+from vitrim.recover.files import RECOVERY_LOG
 from vitrim.recover.losses import feature_loss
 from vitrim.recover.run import Run
 from vitrim.recover.sampler import open_sampler
@@ -83,7 +85,7 @@ def main() -> None:
         arguments.num_images, arguments.epochs, arguments.batch_size, arguments.blockwise_steps = 128, 2, 32, 5
     bench = Bench(arguments)
     if arguments.curve is not None:
-        bench.curve(arguments.curve, shard=arguments.shard)
+        bench.curve(arguments.curve, fsdp=arguments.fsdp)
         return
     result: dict[str, Any] = {
         "environment": environment(),
@@ -124,7 +126,7 @@ class Bench:
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         repair = RepairOptions(feedback=feedback, refit_steps=20 if self.arguments.quick else 300)
         calibrate = CalibrateOptions(num_images=min(1000, self.arguments.num_images))
-        recipe = Recipe(width=self.arguments.width, seed=self.seed, repair=repair, calibrate=calibrate)
+        recipe = Recipe(hidden_dim=self.arguments.width, seed=self.seed, repair=repair, calibrate=calibrate)
         batches, _ = first_images(self.images, calibrate.num_images, seed=self.seed)
         cut_(student, self.teacher, self.sites, recipe, batches, quiet=True)
         return student
@@ -190,8 +192,7 @@ class Bench:
     def ours(self, values: dict[str, Any], folder: Path) -> Iterator[tuple[float, float]]:
         """The loop of vitrim: seconds of each epoch, and the error behind it."""
         options, student = self.options(**values), copy.deepcopy(self.student)
-        cache = None if options.cache_teacher is None else folder
-        run = Run(student, self.teacher, self.train, self.held_out, options, self.seed, cache=cache)
+        run = self.run_of(student, options, work=folder)
         steps_per_epoch = run.num_steps // self.arguments.epochs
         with run.trainable():
             run.result.lr = self.arguments.lr
@@ -199,7 +200,7 @@ class Bench:
                 started = time.perf_counter()
                 for batches in run.batches(run.step, run.step + steps_per_epoch):
                     loss = run.train_step(batches)
-                error = run.validate(loss)
+                error = run.validate(loss).held_out_error
                 yield time.perf_counter() - started, error
 
     def blockwise(self) -> list[dict[str, Any]]:
@@ -221,9 +222,7 @@ class Bench:
                     self.images,
                     held_out=self.held_out,
                     options=options,
-                    seed=self.seed,
-                    folder=Path(folder),
-                    quiet=True,
+                    context=RunContext(work=Path(folder), quiet=True, seed=self.seed),
                 )
             spent = time.perf_counter() - started
             rows.append(
@@ -241,7 +240,7 @@ class Bench:
     def pace(self, start: nn.Module) -> float:
         """Seconds that a step takes: the middle one of five."""
         options, seconds = self.options(steps=5, precision="fp32"), []
-        run = Run(copy.deepcopy(start), self.teacher, self.train, self.held_out, options, self.seed)
+        run = self.run_of(copy.deepcopy(start), options)
         with run.trainable():
             started = time.perf_counter()
             for batches in run.batches(0):
@@ -250,12 +249,19 @@ class Bench:
                 started = time.perf_counter()
         return sorted(seconds)[2]
 
+    def run_of(self, student: nn.Module, options: RecoverOptions, work: Path | None = None) -> Run:
+        """A run of vitrim's loop, before its first step."""
+        context = RunContext(work=work, quiet=True, seed=self.seed)
+        given = {"images": self.train, "held_out": self.held_out, "options": options, "context": context}
+        return Run(student, self.teacher, **given)
+
     def distil(self, start: nn.Module, rate: float, steps: int) -> dict[str, Any]:
         """Some steps of vitrim's loop, in float32 as block by block runs; validated at the end alone."""
         student = copy.deepcopy(start)
         options = self.options(steps=steps, lr=rate, precision="fp32", num_validations=1)
         started = time.perf_counter()
-        recover_(student, self.teacher, self.train, held_out=self.held_out, options=options, seed=self.seed, quiet=True)
+        given = {"held_out": self.held_out, "options": options, "context": RunContext(quiet=True, seed=self.seed)}
+        recover_(student, self.teacher, self.train, **given)
         spent = round(time.perf_counter() - started, 2)
         return {"seconds": spent, "steps": steps, "start": self.error(start), "error": self.error(student)}
 
@@ -266,14 +272,17 @@ class Bench:
             for index, (name, count, more) in enumerate(
                 (("1 process", 1, []), ("2 processes", 2, []), ("2 processes, shards", 2, ["--fsdp"]))
             ):
-                curve = Path(folder) / f"{index}.jsonl"
+                curve = Path(folder) / f"{index}"
                 start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
                 given = ["--quick"] if self.arguments.quick else []
                 numbers = ["--num-images", str(self.arguments.num_images), "--width", str(self.arguments.width)]
                 command = [sys.executable, *start, __file__, *given, *numbers, "--curve", str(curve), *more]
                 started = time.perf_counter()
                 subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-                curves[name] = ([line["loss"] for line in read_journal(curve)], time.perf_counter() - started)
+                curves[name] = (
+                    [line["loss"] for line in read_journal(curve / RECOVERY_LOG)],
+                    time.perf_counter() - started,
+                )
         one = curves["1 process"][0]
         return [
             {
@@ -287,10 +296,10 @@ class Bench:
             for name, (losses, spent) in curves.items()
         ]
 
-    def curve(self, path: Path, *, shard: bool) -> None:
-        """The losses of one run among the processes that torchrun started."""
+    def curve(self, work: Path, *, fsdp: bool) -> None:
+        """Log the losses of one run among the processes that torchrun started, in a work folder."""
         steps = 5 if self.arguments.quick else NUM_CURVE_STEPS
-        options = self.options(steps=steps, precision="fp32", num_validations=1, shard=shard)
+        options = self.options(steps=steps, precision="fp32", num_validations=1, fsdp=fsdp)
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         kept = {site.path: tuple(range(self.arguments.width)) for site in self.sites}
         apply_(student, [KeepUnits(site=site, keep=kept[site.path]) for site in self.sites])
@@ -300,9 +309,7 @@ class Bench:
             self.train,
             held_out=self.held_out,
             options=options,
-            seed=self.seed,
-            log=path,
-            quiet=True,
+            context=RunContext(work=work, quiet=True, seed=self.seed),
         )
 
 

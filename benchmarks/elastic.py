@@ -28,10 +28,12 @@ from recovery import Bench
 from vitrim.compression.cut import cut_
 from vitrim.config.options import RecoverOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for, first_images
 from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
-from vitrim.recover.elastic import Fitting, Widths, serving
+from vitrim.recover.elastic import Widths
+from vitrim.recover.elastic_fit import Fitting, serving
 from vitrim.surgery import apply_
 
 
@@ -155,9 +157,8 @@ class Elastic(Bench):
             self.train.augmented(augment, self.seed),
             held_out=self.judged,
             options=options,
-            seed=self.seed,
+            context=RunContext(quiet=True, seed=self.seed),
             widths=widths,
-            quiet=True,
         )
 
     def sliced(self, student: nn.Module, widths: Widths, ratio: float, own: Mapping[str, Tensor]) -> nn.Module:

@@ -24,6 +24,7 @@ from timm.layers.mlp import Mlp
 from torch import nn
 
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for
 from vitrim.layers.moefication import ExpertMlp
 from vitrim.output.provenance import environment
@@ -114,8 +115,7 @@ def fidelity(bench: Bench, shares: list[float], steps: int) -> list[dict[str, An
         bench.train.augmented(augment_for(bench.teacher, "light", flip=True), bench.seed),
         held_out=bench.batches[:2],
         options=RecoverOptions(steps=steps, batch_size=64, lr=3e-4, precision="bf16", num_validations=2),
-        seed=bench.seed,
-        quiet=True,
+        context=RunContext(quiet=True, seed=bench.seed),
     )
     rows = []
     for activation, model in (("GELU", bench.teacher), ("ReLU, distilled", relu.requires_grad_(False))):

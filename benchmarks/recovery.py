@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vitrim.compression.cut import cut_
 from vitrim.config.options import RecoverOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, augment_for, first_images, open_images, split_indices, transform_for
 from vitrim.metrics.classify import knn_top1
 from vitrim.metrics.fidelity import TokenComparison
@@ -31,6 +32,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
 from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
+from vitrim.recover.result import Validation
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 POINTS = (0.1, 0.3, 1.0)
@@ -133,7 +135,8 @@ class Bench:
         row["points"]["0"] = self.scores(student)
         best: dict[str, Any] = {"error": float("inf")}
 
-        def note(step: int, error: float) -> None:
+        def note(found: Validation) -> None:
+            step, error = found.step, found.held_out_error
             if error < best["error"]:
                 best.update(error=error, state=copy.deepcopy(student.state_dict()))
             if step in {round(point * steps) for point in POINTS}:
@@ -147,9 +150,8 @@ class Bench:
             self.train.augmented(augment_for(self.teacher, "light", flip=True), self.seed),
             held_out=list(self.held_out.split(128)),
             options=options,
-            seed=self.seed,
+            context=RunContext(quiet=True, seed=self.seed),
             on_validation=note,
-            quiet=True,
         )
         row |= {"curve": result.curve, "lr": result.lr, "rate_test": result.rate_test, "cut_s": round(cut_s, 1)}
         return {**row, "total_s": round(time.monotonic() - started, 1)}
@@ -160,7 +162,7 @@ class Bench:
         if method.startswith("magnitude"):
             prune_with_torch_pruning(student, width)
             return student
-        recipe = Recipe(method=method, width=width, seed=self.seed)
+        recipe = Recipe(method=method, hidden_dim=width, seed=self.seed)
         batches = None
         if method == "dgmr":
             options = recipe.calibrate

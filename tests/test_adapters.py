@@ -368,15 +368,14 @@ def test_a_stopped_run_with_adapters_goes_on_bit_for_bit(tmp_path, how, ema):
     chosen = {"steps": 9, "num_validations": 9, "ema": ema, "adapter": options(how), "lr": 5e-3}
     expected = run(whole, teacher, options=chosen)
 
-    def interrupt(step, error):
-        if step == 4:
+    def interrupt(found):
+        if found.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    state = tmp_path / "state"
     with pytest.raises(Interrupted, match=r"step [45] of 9"):
-        run(stopped, teacher, options=chosen, state=state, on_validation=interrupt)
+        run(stopped, teacher, options=chosen, work=tmp_path, on_validation=interrupt)
     assert not adapters(stopped)
-    result = run(again, teacher, options=chosen, state=state, resume=True)
+    result = run(again, teacher, options=chosen, work=tmp_path, resume=True)
     assert expected.best_step > 4
     assert_equal(weights(whole), weights(again))
     assert (result.curve, result.adapter) == (expected.curve, expected.adapter)
@@ -487,10 +486,10 @@ def test_a_compressed_model_bears_no_trace_of_op_lora(tmp_path):
     teacher = make_teacher()
     images = [make_images(20)[i][0] for i in range(20)]
     recover = {"steps": 2, "batch_size": 4, "lr": 1e-3, "adapter": {"kind": "op-lora", "rank": 4}}
-    result = vitrim.compress(teacher, data=images, width=8, recover=recover, out=tmp_path / "small", quiet=True)
+    result = vitrim.compress(teacher, data=images, hidden_dim=8, recover=recover, out=tmp_path / "small", quiet=True)
     tensors = load_file(tmp_path / "small" / "model.safetensors")
     assert tensors.keys() == teacher.state_dict().keys()
-    assert result.metrics["recovery"]["adapter"]["kind"] == "op-lora"
+    assert result.metrics.recovery["adapter"]["kind"] == "op-lora"
     assert_equal(tensors, weights(result.model))
 
 

@@ -20,8 +20,7 @@ from vitrim.config.options import AllocateOptions
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.errors import BudgetError, CheckpointError, RecipeError
-from vitrim.methods import METHODS
-from vitrim.methods.registry import register
+from vitrim.methods import METHODS, SiteMethod, register
 from vitrim.ops.allocation import best_choices, dropped_energy, explained_energy
 
 
@@ -170,7 +169,7 @@ def test_another_budget_runs_no_model_and_is_kept(measured_once, width, round_to
     recipe = Recipe.parse(
         {
             "method": "dgmr",
-            "width": width,
+            "hidden_dim": width,
             "round_to": round_to,
             "repair": {"refit": False},
             "allocate": {"budget": budget, "cache": str(folder)},
@@ -207,9 +206,12 @@ def test_a_method_without_one_order_is_told_of(build, monkeypatch):
     case = build("timm-vit")
     monkeypatch.setattr("vitrim.methods.registry.METHODS", dict(METHODS))
 
-    @register("fickle", needs="weights", paper="none", arxiv="0.0", summary="", repairs=True)
-    def fickle(view, options):
-        return torch.arange(96 - view.num_keep, 96)
+    @register
+    class Fickle(SiteMethod):
+        name, needs, paper, arxiv, summary, repairs = "fickle", "weights", "none", "0.0", "", True
+
+        def select(self, view):
+            return torch.arange(96 - view.num_keep, 96)
 
     half = recipe_of(method="fickle", repair={"refit": False})
     found = allocate(half, case.model, case.sites, case.batches, quiet=True)
@@ -279,18 +281,18 @@ def test_compress_tells_both_errors_and_its_recipe_gives_the_plan_again(build, t
     model, out = build("timm-vit").copy(), tmp_path / "out"
     recipe = recipe_of(calibrate={"batch_size": 16})
     found = vitrim.compress(model, data=images, recipe=recipe, out=out, quiet=True)
-    about = found.metrics["allocation"]
+    about = found.metrics.allocation
     assert sum(found.plan.widths.values()) <= 96
     errors = about["relative_error"]
-    assert errors["allocated"] == found.metrics["after_cut"]["fidelity"]["relative_error"]
-    note = next(note for note in found.metrics["notes"] if note.startswith("allocate:"))
+    assert errors["allocated"] == found.metrics.after_cut.fidelity["relative_error"]
+    note = next(note for note in found.metrics.notes if note.startswith("allocate:"))
     assert f"{errors['allocated']:.4g}" in note and f"{errors['uniform']:.4g}" in note
     assert ("drop allocate" in note) == (errors["allocated"] > errors["uniform"])
     written = Recipe.load(out / "recipe.yaml")
     assert written.widths == found.plan.widths
     again = vitrim.compress(model, data=images, recipe=written, quiet=True)
     assert again.plan.sha256 == found.plan.sha256
-    assert again.metrics["allocation"] is None
+    assert again.metrics.allocation is None
     assert json.loads(Path(out / "metrics.json").read_text())["allocation"]["budget"] == "params"
     equal = vitrim.compress(model, data=images, recipe=written.model_copy(update={"widths": None}), quiet=True)
-    assert equal.metrics["after_cut"]["fidelity"]["relative_error"] == errors["uniform"]
+    assert equal.metrics.after_cut.fidelity["relative_error"] == errors["uniform"]

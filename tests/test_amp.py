@@ -16,7 +16,7 @@ from vitrim.calibrate import LiveModelView
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import RecipeError
-from vitrim.methods import METHODS, amp
+from vitrim.methods import Amp, amp
 from vitrim.models.features import features
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import Features, MlpSite
@@ -35,7 +35,7 @@ def orders(bench):
 
 
 def propose(view, **options):
-    return list(METHODS["amp"].propose(view, METHODS["amp"].parse_options(options)))
+    return list(Amp(**options).propose(view))
 
 
 def mean_entropy(model, batches, tau=TAU):
@@ -139,7 +139,7 @@ def test_amp_keeping_all_units_changes_nothing_and_zeroed_units_are_sliced_units
 def test_amp_a_packed_gated_mlp_loses_gate_and_value_of_a_unit_together(build):
     case = build("timm-packed")
     student = case.copy()
-    recipe = Recipe.parse({"method": "amp", "width": 9})
+    recipe = Recipe.parse({"method": "amp", "hidden_dim": 9})
     for edit in cut_(student, case.model, case.sites, recipe, case.batches, quiet=True).plan.edits:
         old, new = read_weights(case.model, edit.site), read_weights(student, edit.site)
         assert torch.equal(new.gate_HD, old.gate_HD[list(edit.keep)])
@@ -304,7 +304,7 @@ def test_amp_widths_that_differ_are_saved_and_load_again(tmp_path):
     calibrate = {"num_images": 32, "batch_size": 16}
     recipe = Recipe.parse({"method": "amp", "keep_ratio": 0.5, "options": options, "calibrate": calibrate})
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert len({width for _, width in found.metrics["widths"].values()}) > 1
-    assert found.metrics["reload_difference"] <= 1e-6
+    assert len({width for _, width in found.metrics.widths.values()}) > 1
+    assert found.metrics.reload_difference <= 1e-6
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))

@@ -15,7 +15,7 @@ from vitrim.calibrate import LiveModelView
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import MissingExtraError
-from vitrim.methods import METHODS
+from vitrim.methods import Taylor, make_method
 from vitrim.methods.subspace_node import unexplained_variance
 from vitrim.models.features import features
 from vitrim.surgery import read_weights, submodule
@@ -34,7 +34,7 @@ def view_of(value: Tensor, output: Tensor, *, num_keep: int, gate: Tensor | None
 
 
 def select(name: str, view: SiteView, **options) -> list[int]:
-    return METHODS[name].select(view, METHODS[name].parse_options(options)).tolist()
+    return make_method(name, options).select(view).tolist()
 
 
 def test_taylor_is_the_squared_jacobian_times_the_activations():
@@ -51,7 +51,7 @@ def test_taylor_is_the_squared_jacobian_times_the_activations():
 
     view = SimpleNamespace(sites=[site], widths={"mlp": 12}, generator=generator, differentiate=differentiate)
     exact = hidden[:, 0].square().mean(0) * weight.square().sum(1)
-    edit = next(METHODS["taylor"].propose(view, METHODS["taylor"].parse_options({"draws": 200})))
+    edit = next(Taylor(draws=200).propose(view))
     found = exact[list(edit.keep)]
     assert bool((found[1:] <= found[:-1] * 1.2).all())  # 8,000 draws: a standard error of 1.6%
 
@@ -59,7 +59,7 @@ def test_taylor_is_the_squared_jacobian_times_the_activations():
 def test_taylor_keeps_the_units_whose_fading_moves_all_features_most(build):
     case = build("timm-vit")
     bench = LiveModelView(case.copy(), case.sites, {site.path: 24 for site in case.sites}, case.batches, seed=0)
-    edits = list(METHODS["taylor"].propose(bench, METHODS["taylor"].parse_options({"draws": 40})))
+    edits = list(Taylor(draws=40).propose(bench))
     assert [len(edit.keep) for edit in edits] == [24, 24]
     site, step = case.sites[0], 1e-3
     exact = torch.zeros(site.d_hidden)
@@ -169,7 +169,7 @@ def test_a_choice_is_the_same_bare_and_under_repair(build, method):
     kept = []
     for repair in (False, {"refit": False}):
         student = case.copy()
-        recipe = Recipe.parse({"method": method, "width": 12, "repair": repair})
+        recipe = Recipe.parse({"method": method, "hidden_dim": 12, "repair": repair})
         report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
         kept.append([edit.keep for edit in report.plan.edits])
         assert bool(report.errors) == bool(repair)

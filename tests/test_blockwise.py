@@ -266,9 +266,9 @@ def test_bytes_are_those_of_the_files_and_a_disk_without_room_is_refused(build, 
 
     def measure(self, index):
         nonlocal most
-        lesson = real(self, index)
+        task = real(self, index)
         most = sum(path.stat().st_size for path in self.offload.rglob("*.pt"))
-        return lesson
+        return task
 
     monkeypatch.setattr(block_data.BlockData, "enter", measure)
     for values in ({}, {"inputs": "teacher"}, {"train": "block"}):
@@ -394,7 +394,7 @@ def test_the_main_job_trains_blocks_behind_the_cut(build):
     result = vitrim.compress(
         case.model, data=images, recipe=Recipe.parse({**recipe, "blockwise": blocks}), quiet=True, device="cpu"
     )
-    found, metrics = result.metrics["blockwise"], result.metrics
+    found, metrics = result.metrics.blockwise, result.metrics
     assert list(found["errors"]) == ["blocks.0", "blocks.1"]
     before, after = (metrics[key]["fidelity"]["relative_error"] for key in ("after_cut", "after_recovery"))
     assert found["relative_error"] == pytest.approx((before, after), rel=1e-4) and after < before

@@ -13,7 +13,7 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, ModelError, RecipeError
 from vitrim.layers.attention import SlimAttention
-from vitrim.methods import corp
+from vitrim.methods import Corp
 from vitrim.models.attention import find_attentions
 from vitrim.models.sites import find_mlps
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
@@ -72,7 +72,8 @@ def attention_case(build):
 def test_corp_folding_beats_dropping_and_mean_only(build, run):
     case = build("timm-vit")
     folded, dropped, mean_only = (
-        error(run, cut(case, width=24, **options)[0], case) for options in ({}, {"compensate": False}, {"ridge": 1e12})
+        error(run, cut(case, hidden_dim=24, **options)[0], case)
+        for options in ({}, {"compensate": False}, {"ridge": 1e12})
     )
     assert folded < mean_only and folded < dropped
 
@@ -114,7 +115,7 @@ def tower(bias, **options):
     )
     view = LiveModelView(copy.deepcopy(model), sites, {site.path: 10 for site in sites}, batches, seed=0)
     edits = []
-    for edit in corp.propose(view, corp.CorpOptions(**options)):
+    for edit in Corp(**options).propose(view):
         apply_(view.model, [edit])
         edits.append(edit)
     return view.model, model, batches, edits
@@ -177,12 +178,12 @@ def test_corp_streamed_sums_equal_those_of_one_batch_and_a_ridge_does_not_depend
     site = edits[0].site
     view = LiveModelView(model, (site,), {site.path: 10}, batches, seed=0)
     whole = hidden_of(model, edits[0], batches)
-    stats = corp._mlp_stats(view, site, view.weights(site))
+    stats = view.stats(site)
     torch.testing.assert_close(stats.hidden_HH, whole.T @ whole)
     torch.testing.assert_close(stats.hidden_H, whole.sum(0))
     for others in ([torch.cat(batches)], batches * 5):
         view = LiveModelView(model, (site,), {site.path: 10}, others, seed=0)
-        (again,) = corp.propose(view, corp.CorpOptions(ridge=0.1))
+        (again,) = Corp(ridge=0.1).propose(view)
         assert again.keep == edits[0].keep
         for name, tensor in edits[0].tensors.items():
             torch.testing.assert_close(again.tensors[name], tensor)
@@ -310,7 +311,7 @@ def test_corp_needs_plain_attention_and_images(build):
             self.blocks = nn.Sequential(block)
 
     case = build("timm-vit")
-    recipe = Recipe.parse({"method": "corp", "width": 8})
+    recipe = Recipe.parse({"method": "corp", "hidden_dim": 8})
     with pytest.raises(RecipeError, match="corp needs calibration images"):
         cut_(case.copy(), case.model, case.sites, recipe, None, quiet=True)
 
@@ -322,7 +323,7 @@ def test_corp_output_with_slim_attention_loads_in_a_fresh_process(tmp_path):
         {"method": "corp", "keep_ratio": 0.5, "options": {"parts": "both"}, "calibrate": {"num_images": 64}}
     )
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6
-    assert "query and key" in found.metrics["edits"][0]["what"] and found.metrics["widths"]
+    assert found.metrics.reload_difference <= 1e-6
+    assert "query and key" in found.metrics.edits[0]["what"] and found.metrics.widths
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))

@@ -240,7 +240,7 @@ def test_both_mlps_of_a_parallel_block_are_cut(build):
     assert {read_weights(student, site).num_units for site in case.sites} == {40}  # 38.4 rounded to eights
 
 
-@pytest.mark.parametrize("budget", [{"width": 97}, {"width": 0}, {"mlp_ratio": 3.1}, {"width": -8}])
+@pytest.mark.parametrize("budget", [{"hidden_dim": 97}, {"hidden_dim": 0}, {"mlp_ratio": 3.1}, {"hidden_dim": -8}])
 @pytest.mark.parametrize("images", [True, False])
 def test_a_width_out_of_range_is_refused_before_any_work(build, budget, images):
     case = build("timm-vit")
@@ -260,7 +260,7 @@ def test_a_width_out_of_range_is_refused_before_any_work(build, budget, images):
 def test_no_images_means_no_repair_and_a_note_says_so(build):
     case = build("timm-vit")
     student = case.copy()
-    recipe = Recipe.parse({"method": "magnitude", "repair": QUICK, "width": 8})
+    recipe = Recipe.parse({"method": "magnitude", "repair": QUICK, "hidden_dim": 8})
     report = cut_(student, case.model, case.sites, recipe, None, quiet=True)
     assert report.notes == ("no images given: nothing was repaired; pass data for closed-form repair.",)
     assert report.errors == {} and read_weights(student, case.sites[0]).num_units == 8
@@ -297,9 +297,9 @@ def site(d_model, d_hidden):
         ({"keep_ratio": 0.999}, 100, 273, 273),
         ({"keep_ratio": 0.01}, 100, 273, 8),
         ({"keep_ratio": 0.5}, 6, 6, 6),  # fewer units than round_to
-        ({"width": 99}, 100, 400, 99),
-        ({"width": 1, "round_to": 64}, 100, 400, 1),
-        ({"width": 400, "round_to": 64}, 100, 400, 400),
+        ({"hidden_dim": 99}, 100, 400, 99),
+        ({"hidden_dim": 1, "round_to": 64}, 100, 400, 1),
+        ({"hidden_dim": 400, "round_to": 64}, 100, 400, 400),
     ],
 )
 def test_widths(budget, d_model, d_hidden, expected):
@@ -315,17 +315,17 @@ def test_rounding_stays_in_range_and_never_moves_an_exact_width(d_model, d_hidde
     assert rounded % round_to == 0 or rounded == d_hidden
     assert abs(rounded - ratio * d_hidden) <= max(round_to / 2 + 0.5, round_to - ratio * d_hidden)
     width = max(1, int(ratio * d_hidden))
-    assert Recipe(width=width, round_to=round_to).width_of(place) == width
+    assert Recipe(hidden_dim=width, round_to=round_to).width_of(place) == width
     assert Recipe(keep_ratio=1.0, round_to=round_to).width_of(place) == d_hidden
 
 
-@pytest.mark.parametrize("budget", [{"width": 8, "mlp_ratio": 1.0}, {"keep_ratio": 0.5, "width": 3}])
+@pytest.mark.parametrize("budget", [{"hidden_dim": 8, "mlp_ratio": 1.0}, {"keep_ratio": 0.5, "hidden_dim": 3}])
 def test_two_budgets_are_refused(budget):
     with pytest.raises(RecipeError, match="give exactly one of mlp_ratio, keep_ratio and width, not "):
         Recipe.parse(budget)
 
 
-@pytest.mark.parametrize("budget", [{"mlp_ratio": 0}, {"mlp_ratio": -1}, {"keep_ratio": 1.2}, {"width": 1.5}])
+@pytest.mark.parametrize("budget", [{"mlp_ratio": 0}, {"mlp_ratio": -1}, {"keep_ratio": 1.2}, {"hidden_dim": 1.5}])
 def test_budgets_that_mean_nothing_are_refused(budget):
     with pytest.raises(RecipeError, match=rf"^recipe: {next(iter(budget))}: .*got"):
         Recipe.parse(budget)

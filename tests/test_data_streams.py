@@ -308,13 +308,13 @@ def test_a_stopped_run_on_a_stream_goes_on_bit_for_bit_with_workers_or_without(t
     source = piped(write_shards(tmp_path / "shards", num_shards=4, per_shard=5))
     whole, _ = train(open_stream(source))
 
-    def stop(step, error):
-        if step == 4:
+    def stop(found):
+        if found.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(open_stream(source), state=tmp_path / "state.pt", on_validation=stop)
-    again, _ = train(open_stream(source), state=tmp_path / "state.pt", resume=True, num_workers=1)
+        train(open_stream(source), work=tmp_path / "work", on_validation=stop)
+    again, _ = train(open_stream(source), work=tmp_path / "work", resume=True, num_workers=1)
     assert_equal(whole, again)
 
 
@@ -427,7 +427,7 @@ def test_compress_and_evaluate_on_a_stream(tmp_path):
     source = piped(write_shards(tmp_path / "shards", num_shards=3, per_shard=50))
     recover = {"steps": 3, "batch_size": 8, "lr": 1e-4, "report_to": ["tensorboard"]}
     result = vitrim.compress(DIGITS, data=source, recipe=few(), recover=recover, out=tmp_path / "out", quiet=True)
-    assert result.metrics["images"] == {"train": None, "calibration": 96, "held_out": 15, "skipped": 0}
+    assert result.metrics.images == {"train": None, "calibration": 96, "held_out": 15, "skipped": 0}
     assert {path.name for path in tmp_path.iterdir()} == {"shards", "out"}
     assert list((tmp_path / "out" / "logs" / "vitrim").glob("events.*"))
     with pytest.raises(DataError, match="may not end; give limit"):

@@ -93,15 +93,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, ema):
     options = {"steps": 9, "num_validations": 9, "ema": ema}
     expected = run(whole, teacher, options=options)
 
-    def interrupt(step, error):
-        if step == 4:
+    def interrupt(found):
+        if found.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    state = tmp_path / "recover.pt"
     with pytest.raises(Interrupted, match=r"step [45] of 9"):
-        run(stopped, teacher, options=options, state=state, on_validation=interrupt)
+        run(stopped, teacher, options=options, work=tmp_path, on_validation=interrupt)
     again = make_student(teacher)
-    result = run(again, teacher, options=options, state=state, resume=True)
+    result = run(again, teacher, options=options, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
     assert result.curve == expected.curve
 
@@ -127,7 +126,7 @@ def test_the_rate_is_found_by_a_range_test_that_leaves_no_trace():
 )
 def test_the_range_test_asks_more_of_a_rate_where_the_student_is_far_off(monkeypatch, errors, wanted):
     left = iter(errors)
-    monkeypatch.setattr("vitrim.recover.run.relative_error", lambda *_: next(left, errors[-1]))
+    monkeypatch.setattr("vitrim.recover.judge.relative_error", lambda *_: next(left, errors[-1]))
     teacher = make_teacher()
     found = run(make_student(teacher), teacher, options={"lr": None, "steps": 8, "num_validations": 1})
     assert f"{found.lr:g}" == wanted
@@ -187,7 +186,7 @@ def test_a_loss_that_is_no_number_or_explodes_goes_back_and_lowers_the_rate(tmp_
     teacher = make_teacher()
     student = make_student(teacher)
     poison(monkeypatch, at={4}, value=value)
-    result = run(student, teacher, state=tmp_path / "state.pt" if on_disk else None)
+    result = run(student, teacher, work=tmp_path if on_disk else None)
     (note,) = result.notes
     assert "at step 4: went back to step 2 with the rate lowered to 0.0005" in note
     assert result.lr == 5e-4
@@ -208,28 +207,27 @@ def test_a_run_that_diverges_again_and_again_ends_with_its_best_state(monkeypatc
 
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, monkeypatch, damage):
-    state = tmp_path / "state.pt"
+    state = tmp_path / "recover.state"
     teacher = make_teacher()
     whole, student = make_student(teacher), make_student(teacher)
     run(whole, teacher)
 
-    def stop(step, error):
-        if step == 4:
+    def stop(found):
+        if found.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):  # between the validation of step 4 and its state: the last one is step 2's
-        run(student, teacher, state=state, on_validation=stop)
+        run(student, teacher, work=tmp_path, on_validation=stop)
     if damage == "cut short":
         state.write_bytes(state.read_bytes()[:1000])
     else:
         state.unlink()
     again = make_student(teacher)
-    run(again, teacher, state=state, resume=True)
+    run(again, teacher, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
 
 
 def test_a_full_disk_stops_cleanly_and_keeps_the_state_before(tmp_path, monkeypatch):
-    state = tmp_path / "state.pt"
     teacher = make_teacher()
     whole, student = make_student(teacher), make_student(teacher)
     run(whole, teacher)
@@ -243,26 +241,52 @@ def test_a_full_disk_stops_cleanly_and_keeps_the_state_before(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"No space left on device.*make room and go on with resume"):
-        run(student, teacher, state=state)
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "state.pt.before"}
+        run(student, teacher, work=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"recover.state", "recover.state.before", "recovery.jsonl"}
     again = make_student(teacher)
-    run(again, teacher, state=state, resume=True)
+    run(again, teacher, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
+
+
+def test_each_validation_is_told_as_it_happens(tmp_path):
+    teacher, seen = make_teacher(), []
+    result = run(make_student(teacher), teacher, work=tmp_path, on_validation=seen.append)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "recovery.jsonl").read_text().splitlines()]
+    errors = [point["relative_error"] for point in result.curve]
+    assert [found.step for found in seen] == [0, 2, 4, 6] and {found.num_steps for found in seen} == {6}
+    assert [found.held_out_error for found in seen] == errors
+    assert [found.best_error for found in seen] == [min(errors[: index + 1]) for index in range(4)]
+    assert [found.lr for found in seen] == [0.0, rates[1], rates[3], rates[5]]
+
+
+def test_an_error_in_a_callback_ends_the_run_and_its_state_can_be_taken_up(tmp_path):
+    teacher = make_teacher()
+    whole, student = make_student(teacher), make_student(teacher)
+    run(whole, teacher)
+
+    def fail(found):
+        if found.step == 4:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(make_student(teacher), teacher, work=tmp_path, on_validation=fail)
+    run(student, teacher, work=tmp_path, resume=True)
+    assert_equal(weights(whole), weights(student))
 
 
 def test_every_step_is_logged_once_also_by_a_run_that_was_stopped(tmp_path):
     teacher = make_teacher()
-    log, state = tmp_path / "log.jsonl", tmp_path / "state.pt"
+    log = tmp_path / "recovery.jsonl"
 
-    def stop(step, error):
-        if step == 4:
+    def stop(found):
+        if found.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(make_student(teacher), teacher, state=state, log=log, on_validation=stop)
+        run(make_student(teacher), teacher, work=tmp_path, on_validation=stop)
     with log.open("a") as file:
         file.write('{"step": 99, "lo')  # killed in the middle of a line
-    run(make_student(teacher), teacher, state=state, log=log, resume=True)
+    run(make_student(teacher), teacher, work=tmp_path, resume=True)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert ["relative_error" in line for line in lines] == [False, True, False, True, False, True]

@@ -18,6 +18,7 @@ import yaml
 from cyclopts import CycloptsError
 
 from tests.support.documents import DOCS, PAGES, ROOT, blocks_of, commands_of, name
+from vitrim.checked import known_keys
 from vitrim.cli.app import app
 from vitrim.config.options import (
     AdapterOptions,
@@ -27,7 +28,7 @@ from vitrim.config.options import (
     RecoverOptions,
     RepairOptions,
 )
-from vitrim.config.recipe import Recipe, known_keys
+from vitrim.config.recipe import Recipe
 from vitrim.methods import METHODS
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -20,6 +20,7 @@ from vitrim.compression.cut import cut_
 from vitrim.compression.slicing import slice_output
 from vitrim.config.options import RecoverOptions, RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.errors import BudgetError, CheckpointError, OutputError, RecipeError
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.load import origin_of
@@ -27,7 +28,9 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
 from vitrim.output.save import save, write_configs
 from vitrim.recover.distill import recover_
-from vitrim.recover.elastic import Fitting, Slice, Widths, fit_widths, read_widths, save_widths
+from vitrim.recover.elastic import Slice, Widths
+from vitrim.recover.elastic_files import read_widths, save_widths
+from vitrim.recover.elastic_fit import Fitting, fit_widths
 from vitrim.recover.run import Run
 from vitrim.surgery import KeepUnits, Plan, TopKActivation, apply_, transform
 
@@ -131,9 +134,10 @@ def test_a_step_changes_the_units_of_its_width_alone_and_what_all_widths_share()
     student = make_student(teacher, 64)
     options = RecoverOptions(**OPTIONS, warmup_ratio=0.0)
     widths = widths_for(options)
-    run, trained = Run(student, teacher, make_images(), HELD_OUT, options, 0, widths), set()
+    given = {"images": make_images(), "held_out": HELD_OUT, "options": options, "context": RunContext(quiet=True)}
+    run, trained = Run(student, teacher, **given, widths=widths), set()
     with run.trainable():
-        run.start(quiet=True)
+        run.start()
         for batches in run.batches(0, 3):
             before, ratio = weights(student), run.ratio
             run.optimizer.state.clear()  # what Adam remembers of wider steps moves their units on
@@ -171,11 +175,11 @@ def test_the_curve_has_the_error_of_each_width_and_a_state_is_kept_that_makes_no
 def test_a_state_that_is_better_for_one_width_and_worse_for_another_is_not_kept(monkeypatch):
     judged = [(0.4, 0.1), (0.1, 0.11), (0.39, 0.099), (0.1, 0.1001)]  # at the start and three times on the way
     errors = (error for pair in judged for error in pair)
-    monkeypatch.setattr("vitrim.recover.run.relative_error", lambda *_: next(errors))
+    monkeypatch.setattr("vitrim.recover.judge.relative_error", lambda *_: next(errors))
     options = RecoverOptions(**{**OPTIONS, "elastic": (0.5, 1.0)})
     teacher, widths = make_teacher(), widths_for(options)
     student = make_student(teacher, 32)
-    result = recover_(student, teacher, make_images(), held_out=HELD_OUT, options=options, widths=widths, quiet=True)
+    result = recover_(student, teacher, make_images(), held_out=HELD_OUT, options=options, widths=widths)
     assert result.best_step == 4 and result.best_error == pytest.approx((0.39 + 0.099) / 2)
 
 
@@ -191,15 +195,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     whole, stopped, again = (make_student(teacher, 64) for _ in range(3))
     expected, *_, slices = elastic_run(whole, teacher, options={"steps": 9, "num_validations": 9})
 
-    def stop(step, error):
-        if step == 5:
+    def stop(found):
+        if found.step == 5:
             raise KeyboardInterrupt
 
-    state = tmp_path / "state.pt"
     options = {"steps": 9, "num_validations": 9}
     with pytest.raises(KeyboardInterrupt):
-        elastic_run(stopped, teacher, options=options, state=state, on_validation=stop)
-    result, *_, others = elastic_run(again, teacher, options=options, state=state, resume=True)
+        elastic_run(stopped, teacher, options=options, work=tmp_path, on_validation=stop)
+    result, *_, others = elastic_run(again, teacher, options=options, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
     assert result.curve == expected.curve
     assert all(slices[ratio].errors == others[ratio].errors for ratio in slices)
@@ -343,7 +346,7 @@ def write_digits(folder, model=DIGITS, **budget):
 
 @pytest.mark.parametrize("method", ["dgmr-paper", "magnitude", "random"])
 def test_the_units_of_a_smaller_width_are_the_first_of_a_larger(method):
-    small, large = (cut_digits(method=method, width=width)[2].edits for width in (24, 150))
+    small, large = (cut_digits(method=method, hidden_dim=width)[2].edits for width in (24, 150))
     assert all(narrow.keep == wide.keep[:24] for narrow, wide in zip(small, large, strict=True))
 
 
@@ -372,8 +375,8 @@ def test_the_output_is_the_largest_width_with_the_others_beside_it(output):
     errors = json.loads((output.out / "metrics.json").read_text())["elastic"]
     assert errors["0.5"]["repaired"] < errors["0.5"]["sliced"]
     assert errors["2"]["repaired"] == errors["2"]["sliced"] < errors["1"]["repaired"] < errors["0.5"]["repaired"]
-    assert {"mlp_ratio=0.5", "mlp_ratio=1", "mlp_ratio=2"} <= output.metrics["recovery"]["curve"][-1].keys()
-    assert output.metrics["after_recovery"]["fidelity"]["relative_error"] < 0.01
+    assert {"mlp_ratio=0.5", "mlp_ratio=1", "mlp_ratio=2"} <= output.metrics.recovery["curve"][-1].keys()
+    assert output.metrics.after_recovery.fidelity["relative_error"] < 0.01
 
 
 def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_stock_timm(tmp_path, output):
@@ -396,18 +399,18 @@ def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_sto
     assert torch.equal(kept["blocks.0.mlp.fc1.weight"], whole["blocks.0.mlp.fc1.weight"][:48])
     for narrow, wide in zip(sliced.plan.edits, output.plan.edits, strict=True):
         assert narrow.site == wide.site and narrow.keep == wide.keep[:48]
-    assert sliced.metrics["stock"] and sliced.metrics["notes"] == [] and sliced.metrics["reload_difference"] <= 1e-5
-    assert sliced.metrics["errors"] == output.metrics["elastic"]["0.5"]
+    assert sliced.metrics.stock and sliced.metrics.notes == [] and sliced.metrics.reload_difference <= 1e-5
+    assert sliced.metrics["errors"] == output.metrics.elastic["0.5"]
 
 
 def test_the_largest_width_is_the_output_itself(tmp_path, output):
     sliced = slice_output(output.out, tmp_path / "largest", mlp_ratio=2)
-    assert torch.equal(sliced.model(IMAGES), output.model(IMAGES)) and sliced.metrics["notes"] == []
+    assert torch.equal(sliced.model(IMAGES), output.model(IMAGES)) and sliced.metrics.notes == []
 
 
 def test_a_width_that_was_not_trained_is_a_plain_prefix_and_says_so(tmp_path, output):
     sliced = slice_output(output.out, tmp_path / "between", mlp_ratio=1.5)
-    (note,) = sliced.metrics["notes"]
+    (note,) = sliced.metrics.notes
     assert "1.5 was not trained or repaired for" in note
     expected = vitrim.load(output.out)
     widths = widths_of([*find_mlps(expected)], (0.75, 1.0))
@@ -421,20 +424,20 @@ def test_an_output_that_is_not_elastic_can_be_sliced_and_a_slice_sliced_again(tm
     direct, _, plan = cut_digits(mlp_ratio=0.25)
     assert [edit.keep for edit in twice.plan.edits] == [edit.keep for edit in plan.edits]
     assert all(torch.equal(tensor, twice.model.state_dict()[name]) for name, tensor in direct.state_dict().items())
-    assert "not trained or repaired" in twice.metrics["notes"][0]
+    assert "not trained or repaired" in twice.metrics.notes[0]
 
 
 def test_an_output_of_an_output_is_sliced_by_its_last_cut(tmp_path):
-    first = write_digits(tmp_path / "first", width=100)
-    again = write_digits(tmp_path / "again", model=first, method="magnitude", width=16)
+    first = write_digits(tmp_path / "first", hidden_dim=100)
+    again = write_digits(tmp_path / "again", model=first, method="magnitude", hidden_dim=16)
     sliced = slice_output(again, tmp_path / "narrower", mlp_ratio=0.1)
-    expected = cut_digits(first, method="magnitude", width=8)[0]
+    expected = cut_digits(first, method="magnitude", hidden_dim=8)[0]
     assert torch.equal(vitrim.load(sliced.out)(IMAGES), expected.eval()(IMAGES))
 
 
 @pytest.mark.parametrize("what", ["no cut of hidden units", "active a token"])
 def test_an_output_with_other_edits_than_cuts_of_hidden_units_is_refused(tmp_path, what):
-    student, origin, plan = cut_digits(width=32)
+    student, origin, plan = cut_digits(hidden_dim=32)
     site = replace(plan.edits[0].site, d_hidden=32)
     edits = () if what.startswith("no") else (*plan.edits, TopKActivation(site=site, num_active=4))
     write_configs(tmp_path, student, origin=origin, plan=replace(plan, edits=edits))
@@ -488,7 +491,7 @@ def test_a_module_that_only_its_owner_can_build_is_sliced_with_it(tmp_path):
         ({"elastic": [1, 1]}, RecipeError, "at least two different MLP ratios"),
         ({"elastic": [0, 1]}, RecipeError, "MLP ratios above 0"),
         ({"elastic": [1, float("inf")]}, RecipeError, "finite number"),
-        ({"elastic": [1, 2], "width": 8}, RecipeError, "drop keep_ratio, width and stock"),
+        ({"elastic": [1, 2], "hidden_dim": 8}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "keep_ratio": 0.5}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "stock": True}, RecipeError, "drop keep_ratio, width and stock"),
         ({"elastic": [1, 2], "mlp_ratio": 1}, RecipeError, "largest of recover.elastic is 2"),

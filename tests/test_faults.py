@@ -76,10 +76,10 @@ RECIPES = {
     "a deep list": ("options: " + "[" * 5000, "can't be read as YAML"),
     "no date": ("data: 2001-13-45", "can't be read as YAML"),
     "no truth": ("stock: !!bool maybe", "can't be read as YAML"),
-    "a long number": ("width: " + "9" * 5000, "can't be read as YAML"),
+    "a long number": ("hidden_dim: " + "9" * 5000, "can't be read as YAML"),
     "no text": ("\x00", "can't be read"),
-    "a wide MLP": ("width: 1000000000000", "use 1..128"),
-    "a narrow MLP": ("width: -5", "use 1..128"),
+    "a wide MLP": ("hidden_dim: 1000000000000", "use 1..128"),
+    "a narrow MLP": ("hidden_dim: -5", "use 1..128"),
     "no number": ("mlp_ratio: .nan", "finite"),
     "no bound": ("mlp_ratio: .inf", "finite"),
     "no share": ("keep_ratio: -.inf", "finite"),
@@ -352,16 +352,18 @@ def test_a_run_that_can_never_fit_is_refused_before_the_cut(scene, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_run_needs_is_said_first_unless_it_is_to_be_quiet(scene, capsys, monkeypatch):
+def test_what_a_run_needs_is_logged_first_unless_it_is_to_be_quiet(scene, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="vitrim")
     model = vitrim.load(scene.output)
     given = model, find_mlps(model), Recipe(mlp_ratio=0.5, recover={"steps": 2}), [torch.randn(4, 3, 32, 32)] * 2
     memory.check_memory(*given, quiet=True)
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
     monkeypatch.setattr(memory, "_memory_of", lambda _: (10_000, 2**40))  # not free now may be free in a moment
     memory.check_memory(*given, quiet=False)
-    assert "needs about" in (said := capsys.readouterr().err) and "0.1 MB are free" in said
+    (said,) = caplog.messages
+    assert "needs about" in said and "0.1 MB are free" in said
     memory.check_memory(*given[:2], Recipe(mlp_ratio=0.5), None, quiet=False)
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == [said]
 
 
 def test_needs_are_the_same_by_shapes_alone_and_leave_the_model_as_it_was(scene):

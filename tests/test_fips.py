@@ -22,7 +22,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.cost.count import model_size
 from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
 from vitrim.layers.fips import SharedBasisLinear, pack, unpack
-from vitrim.methods import fips
+from vitrim.methods import Fips, fips
 from vitrim.models.sites import find_mlps
 from vitrim.ops.fips import cubic_sparsity, exchange, largest, leading_basis, num_coefficients, rank_for_budget
 from vitrim.surgery import Plan, ToFips, apply_, mlp_output, read_weights, reshape_
@@ -174,7 +174,7 @@ def test_fips_square_layers_are_turned_by_their_role():
     model = Tower(*(Residual(Square(), 16) for _ in range(2))).eval()
     images, sites = torch.randn(4, 3, 32, 32), find_mlps(model)
     student, bench = copy.deepcopy(model), LiveModelView(model, sites, {s.path: 8 for s in sites}, [images], seed=0)
-    (edit,) = fips.propose(bench, fips.FipsOptions(steps=0))
+    (edit,) = Fips(steps=0).propose(bench)
     assert edit.roles == ("input", "output") * 2
     apply_(student, [edit])
     joined = torch.cat(
@@ -359,7 +359,7 @@ def test_fips_masks_hold_after_every_step_and_end_at_the_sparsity(build, schedul
 def test_fips_loss_is_zero_for_the_mlps_as_they_were(kind):
     bench = LiveModelView(kind.copy(), kind.sites, {}, kind.batches, seed=0)
     mlps, joined = fips._joined(bench, kind.sites)
-    pairs = fips._observe(bench, mlps, fips.FipsOptions())
+    pairs = fips._observe(bench, mlps, Fips())
     basis, coeff = leading_basis(joined, kind.sites[0].d_model)
     factors = fips._Factors(basis_DR=basis, coeff_RC=coeff, mask_RC=coeff != 0)
     scale = sum(float(train[1].square().mean()) for train, _ in pairs)
@@ -388,7 +388,7 @@ def test_fips_samples_are_pairs_of_one_token_spread_over_all_batches(build):
     case = build("timm-vit")
     bench = LiveModelView(case.copy(), case.sites, {}, case.batches, seed=0)
     mlps, _ = fips._joined(bench, case.sites)
-    pairs = fips._observe(bench, mlps, fips.FipsOptions(num_tokens=64))
+    pairs = fips._observe(bench, mlps, Fips(num_tokens=64))
     for site, (train, held_out) in zip(case.sites, pairs, strict=True):
         assert len(held_out[0]) == 7 and len(train[0]) == 57
         inputs, outputs = torch.cat([train[0], held_out[0]]), torch.cat([train[1], held_out[1]])
@@ -464,7 +464,7 @@ def test_fips_groups_are_mlps_in_a_row_of_one_width(build):
     with pytest.raises(BudgetError, match="whose model width is another"):
         cut(case, images=False, options={"group": [1, 2]})
     with pytest.raises(BudgetError, match=r"a share of 0\.0\d+ pays for no basis"):
-        cut(case, images=False, width=1, keep_ratio=None, options={"sparsity": 0.0, "group": 1})
+        cut(case, images=False, hidden_dim=1, keep_ratio=None, options={"sparsity": 0.0, "group": 1})
 
 
 def test_fips_goes_before_and_after_what_it_can():
@@ -483,7 +483,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     case = build("timm-vit")
     attention = {"method": "low-rank", "options": {"rank": 4, "only": ["*.attn.*"]}}
     step = {"method": "fips", "keep_ratio": 0.5, "options": {"steps": 4}}
-    recipe = Recipe.parse({"method": "magnitude", "width": 40, "then": [step, attention]})
+    recipe = Recipe.parse({"method": "magnitude", "hidden_dim": 40, "then": [step, attention]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
     shared = [edit for edit in report.plan.edits if isinstance(edit, ToFips)]
@@ -517,9 +517,9 @@ def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
         }
     )
     found = vitrim.compress(model, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6 and not found.metrics["stock"]
-    assert "matrices share a basis of rank" in found.metrics["edits"][0]["what"]
-    assert found.metrics["after"]["parameters"] < 0.75 * found.metrics["before"]["parameters"]
+    assert found.metrics.reload_difference <= 1e-6 and not found.metrics.stock
+    assert "matrices share a basis of rank" in found.metrics.edits[0]["what"]
+    assert found.metrics.after.parameters < 0.75 * found.metrics.before.parameters
     images = torch.randn(2, 3, 32, 32)
     loaded = vitrim.load(tmp_path / "out")
     assert torch.equal(loaded(images), found.model(images))
@@ -527,4 +527,4 @@ def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
     judged = vitrim.evaluate(str(tmp_path / "out"), model, data="digits", limit=32, latency=False)
     assert 0 < judged["fidelity"]["relative_error"] < 1
     with pytest.raises(SiteNotFoundError, match="no MLP found"):
-        vitrim.compress(str(tmp_path / "out"), method="magnitude", width=8, quiet=True)
+        vitrim.compress(str(tmp_path / "out"), method="magnitude", hidden_dim=8, quiet=True)

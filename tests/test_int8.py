@@ -10,6 +10,7 @@ import vitrim
 from vitrim.compression.cut import cut_
 from vitrim.config.options import RecoverOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.cost.count import count_macs
 from vitrim.data import open_images
 from vitrim.layers.int8 import Int8Linear, rounded
@@ -91,7 +92,9 @@ def test_recovery_behind_it_leaves_the_integers_and_trains_the_rest(build):
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     images = open_images([(image, 0) for batch in case.batches for image in batch])
     options = RecoverOptions(steps=12, batch_size=12, lr=3e-4, num_validations=12)
-    found = recover_(student, case.model, images, held_out=case.batches[:1], options=options, quiet=True)
+    found = recover_(
+        student, case.model, images, held_out=case.batches[:1], options=options, context=RunContext(quiet=True)
+    )
     assert found.best_step > 0
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "blocks.0.mlp.fc1.bias" in changed
@@ -106,5 +109,5 @@ def test_behind_a_cut_the_file_is_a_quarter_and_loads_again(tmp_path):
     assert sizes[1] < 0.35 * sizes[0]
     kept = load_file(tmp_path / "int8" / "model.safetensors")
     assert kept["blocks.0.mlp.fc1.weight"].dtype == torch.int8
-    assert second.metrics["after_cut"]["fidelity"]["relative_error"] < 1e-2
+    assert second.metrics.after_cut.fidelity["relative_error"] < 1e-2
     assert [len(first.plan.edits), len(second.plan.edits)] == [6, 24]

@@ -17,8 +17,8 @@ from vitrim.compression.cut import cut_, resume_cut_, save_cut
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
 from vitrim.layers.low_rank import LowRankConv, LowRankLinear
-from vitrim.methods import METHODS, find_method
 from vitrim.methods import low_rank as method
+from vitrim.methods import make_method
 from vitrim.models.layers import find_layers
 from vitrim.models.sites import find_mlps
 from vitrim.ops import low_rank as ops
@@ -58,7 +58,7 @@ def proposed(model: nn.Module, batches=None, *, sites=(), keep=0.5, name="low-ra
     """The edits for a model, each carried out before the next is asked for, and the notes."""
     widths = {site.path: round(keep * site.d_hidden) for site in sites}
     view, edits = LiveModelView(model, sites, widths, batches, seed=seed), []
-    for edit in method.propose(view, METHODS[name].parse_options(options)):
+    for edit in make_method(name, options).propose(view):
         if not next(model.parameters()).is_meta:
             apply_(model, [edit])
         edits.append(edit)
@@ -223,7 +223,7 @@ def test_greenformers_rank_one_is_one_and_rank_1_0_is_the_full_share(rank, expec
     edits, _ = proposed(model, rank=rank, only="*")
     assert [edit.rank for edit in edits] == ([] if expected is None else [expected])
     text = Recipe.parse({"method": "low-rank", "options": {"rank": rank}}).dump()
-    again = find_method("low-rank").parse_options(Recipe.parse(yaml.safe_load(text)).options)
+    again = make_method("low-rank", Recipe.parse(yaml.safe_load(text)).options)
     assert again.rank == rank and type(again.rank) is type(rank)
 
 
@@ -693,7 +693,7 @@ def test_what_was_factored_is_no_mlp_to_cut_any_more(result):
 
 def test_it_follows_a_cut_of_hidden_units_and_is_taken_up_after_a_stop(build, run, tmp_path):
     case = build("timm-vit")
-    values = {"method": "dgmr", "width": 24, "repair": {"refit_steps": 2}}
+    values = {"method": "dgmr", "hidden_dim": 24, "repair": {"refit_steps": 2}}
     recipe = Recipe.parse({**values, "then": [{"method": "low-rank", "keep_ratio": 0.5, "options": {"only": "*.fc?"}}]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)

@@ -1,32 +1,25 @@
 """Every registered method on every kind of MLP, and each method against a slow, obvious version of itself."""
 
 import json
-import runpy
 from dataclasses import replace
-from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import scipy.linalg
 import torch
 from torch import Tensor
 
-import vitrim
 from tests.support.activations import stored_stats
-from vitrim import methods
-from vitrim.cli.app import run as run_command
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
+from vitrim.config.widths import BUDGETS
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import METHODS, find_method
-from vitrim.surgery import KeepUnits, Plan, ReplaceActivation, ToInt8, apply_, read_weights, reshape_
+from vitrim.methods import METHODS, ModelMethod, Random, find_method, make_method
+from vitrim.surgery import KeepUnits, Plan, apply_, read_weights, reshape_
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.edits == (KeepUnits,)])
-# But for those whose edit has no size.
-SIZELESS = ((ReplaceActivation,), (ToInt8,))
-BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.edits not in SIZELESS])
+BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.takes != "nothing"])
 QUICK = {"refit_steps": 3}
 FEW = {"fips": {"steps": 3, "every": 1}, "amp": {"rounds": 2, "trials": 3}}  # options of those that search or train
 
@@ -44,8 +37,10 @@ def cut_or_skip(case, *, images=True, **values):
     """As `cut`; a method that needs images and has none, or can't do this MLP, must say so and change nothing."""
     method, student = find_method(values["method"]), case.copy()
     few = {"repair": QUICK if method.repairs else None, "options": FEW.get(method.name, {})}
+    if method.takes == "nothing":
+        values = {name: value for name, value in values.items() if name not in BUDGETS}
     recipe = Recipe.parse({**few, **values})
-    needs = method.propose is not None and method.needs == "images" and not images
+    needs = issubclass(method, ModelMethod) and method.needs == "images" and not images
     try:
         report = cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
     except (RecipeError, SiteNotFoundError) as error:
@@ -64,11 +59,11 @@ def dumped(plan):
 @CUTS
 @pytest.mark.parametrize("images", [True, False])
 def test_the_count_asked_for_is_kept_each_unit_once(kind, method, images):
-    student, report = cut_or_skip(kind, method=method, width=10, images=images)
+    student, report = cut_or_skip(kind, method=method, hidden_dim=10, images=images)
     assert [edit.site for edit in report.plan.edits] == list(kind.sites)
     for edit in report.plan.edits:
         assert len(edit.keep) == len(set(edit.keep))
-        assert find_method(method).propose is not None or len(edit.keep) == 10
+        assert issubclass(find_method(method), ModelMethod) or len(edit.keep) == 10
         assert 0 <= min(edit.keep) and max(edit.keep) < edit.site.d_hidden
         assert read_weights(student, edit.site).num_units == len(edit.keep)
     # A method that sees the whole model may spread the units over it.
@@ -97,7 +92,7 @@ def test_one_seed_gives_one_plan_byte_for_byte(kind, method):
 @BUDGETED
 def test_another_width_gives_another_hash(build, method):
     case = build("timm-vit")
-    first, second = (cut_or_skip(case, method=method, width=width)[1].plan for width in (32, 64))
+    first, second = (cut_or_skip(case, method=method, hidden_dim=width)[1].plan for width in (32, 64))
     assert first.sha256 != second.sha256
 
 
@@ -127,7 +122,7 @@ def test_a_cut_model_is_built_again_from_its_shapes_and_tensors_alone(kind, meth
 @CUTS
 def test_repaired_tensors_stand_in_the_plan_by_hash(build, method, run):
     case = build("timm-split")
-    student, report = cut(case, method=method, width=8, repair=QUICK)
+    student, report = cut(case, method=method, hidden_dim=8, repair=QUICK)
     again = Plan.from_json(json.loads(json.dumps(report.plan.to_json())))
     assert again == report.plan.without_tensors()
     changed = report.plan.edits[0].tensors[f"{case.sites[0].output}.weight"]
@@ -141,21 +136,21 @@ def test_repaired_tensors_stand_in_the_plan_by_hash(build, method, run):
 
 @pytest.mark.parametrize("damage", [{"format": "vitrim-plan/9"}, {"edits": [{}]}, {"edits": None}])
 def test_a_damaged_plan_is_refused(build, damage):
-    document = cut(build("timm-vit"), method="magnitude", width=8)[1].plan.to_json()
+    document = cut(build("timm-vit"), method="magnitude", hidden_dim=8)[1].plan.to_json()
     with pytest.raises(CheckpointError, match=r"^plan: "):
         Plan.from_json({**document, **damage})
 
 
 def test_random_depends_on_the_seed_and_on_the_site(build):
     case = build("timm-vit")
-    first, second = (cut(case, method="random", width=20, seed=seed)[1].plan for seed in (0, 1))
+    first, second = (cut(case, method="random", hidden_dim=20, seed=seed)[1].plan for seed in (0, 1))
     assert first.edits[0].keep != second.edits[0].keep
     assert first.edits[0].keep != first.edits[1].keep
 
 
 def test_random_draws_each_unit_equally_often():
     view = view_of(torch.randn(12, 4), num_keep=4)
-    draws = [METHODS["random"].select(view, None).tolist() for _ in range(1500)]  # the generator moves on
+    draws = [Random().select(view).tolist() for _ in range(1500)]  # the generator moves on
     counts = torch.tensor(draws).flatten().bincount(minlength=12)
     assert all(len(set(draw)) == 4 for draw in draws)
     assert (counts - 500).abs().max() < 90  # five standard deviations
@@ -174,7 +169,7 @@ def view_of(value, *, gate=None, output=None, num_keep, stats=None):
 
 
 def select(name, view, **options):
-    return METHODS[name].select(view, METHODS[name].parse_options(options)).tolist()
+    return make_method(name, options).select(view).tolist()
 
 
 def qr_order(rows: Tensor, count: int) -> list[int]:
@@ -185,7 +180,9 @@ def qr_order(rows: Tensor, count: int) -> list[int]:
 @pytest.mark.parametrize("name", ["dgmr-paper", "dgmr"])
 def test_dgmr_on_weights_picks_what_lapack_picks(kind, name):
     options = {"select_on": "weights"}
-    _, report = cut(kind, method=name, width=24 if kind.sites[0].d_hidden > 24 else 16, options=options, repair=False)
+    _, report = cut(
+        kind, method=name, hidden_dim=24 if kind.sites[0].d_hidden > 24 else 16, options=options, repair=False
+    )
     for edit in report.plan.edits:
         weights = read_weights(kind.model, edit.site)
         rows = weights.value_HD
@@ -197,7 +194,7 @@ def test_dgmr_on_weights_picks_what_lapack_picks(kind, name):
 @CUTS
 def test_published_methods_leave_kept_values_bit_equal(build, method):
     case = build("timm-packed")
-    student, report = cut(case, method=method, width=8, repair=False)
+    student, report = cut(case, method=method, hidden_dim=8, repair=False)
     for edit in report.plan.edits:
         old, new = read_weights(case.model, edit.site), read_weights(student, edit.site)
         assert torch.equal(new.value_HD, old.value_HD[list(edit.keep)])
@@ -211,8 +208,8 @@ def test_biases_and_output_weights_play_no_part_in_the_published_choice(build):
     for block in model.blocks:
         for p in (block.mlp.fc1.bias, block.mlp.fc2.weight, block.mlp.fc2.bias):
             p.data = torch.randn_like(p)
-    expected = cut(case, method="dgmr-paper", width=8)[1].plan.edits
-    report = cut_(model, case.model, case.sites, Recipe(method="dgmr-paper", width=8), None, quiet=True)
+    expected = cut(case, method="dgmr-paper", hidden_dim=8)[1].plan.edits
+    report = cut_(model, case.model, case.sites, Recipe(method="dgmr-paper", hidden_dim=8), None, quiet=True)
     assert [edit.keep for edit in report.plan.edits] == [edit.keep for edit in expected]
 
 
@@ -228,7 +225,7 @@ def test_a_gated_unit_is_scored_by_its_gate_and_value_rows_together():
 
 
 def test_magnitude_equals_a_naive_loop(kind):
-    _, report = cut(kind, method="magnitude", width=11)
+    _, report = cut(kind, method="magnitude", hidden_dim=11)
     for edit in report.plan.edits:
         weights = read_weights(kind.model, edit.site)
         scores = []
@@ -286,12 +283,12 @@ def test_dgmr_on_outputs_picks_what_lowers_the_error_of_a_full_refit_the_most(bi
 
 def test_dgmr_without_images_falls_back_to_weights_and_says_so(build):
     case = build("timm-vit")
-    _, report = cut(case, method="dgmr", width=8, images=False)
+    _, report = cut(case, method="dgmr", hidden_dim=8, images=False)
     assert any("no images given: units were selected on weights alone" in note for note in report.notes)
-    paper = cut(case, method="dgmr-paper", width=8, images=False)[1]
+    paper = cut(case, method="dgmr-paper", hidden_dim=8, images=False)[1]
     assert [edit.keep for edit in report.plan.edits] == [edit.keep for edit in paper.plan.edits]
     assert paper.notes == ()
-    seen = cut(case, method="dgmr", width=8)[1]
+    seen = cut(case, method="dgmr", hidden_dim=8)[1]
     assert seen.notes == ()
     assert [edit.keep for edit in seen.plan.edits] != [edit.keep for edit in paper.plan.edits]
 
@@ -300,101 +297,7 @@ def test_dgmr_without_images_falls_back_to_weights_and_says_so(build):
 def test_what_needs_images_is_refused_without(build, select_on):
     case = build("timm-vit")
     student = case.copy()
-    recipe = Recipe(method="dgmr", width=8, options={"select_on": select_on})
+    recipe = Recipe(method="dgmr", hidden_dim=8, options={"select_on": select_on})
     with pytest.raises(RecipeError, match=rf"select_on='{select_on}' needs images; pass data"):
         cut_(student, case.model, case.sites, recipe, None, quiet=True)
     assert read_weights(student, case.sites[0]).num_units == 96
-
-
-@EVERY
-def test_an_unknown_option_is_refused_and_the_known_ones_are_named(method):
-    known = ", ".join(METHODS[method].options.model_fields) or "none"
-    with pytest.raises(RecipeError, match=rf"^options\.selec of method {method}: .*; its options are {known}\.$"):
-        Recipe.parse({"method": method, "options": {"selec": 1}})
-
-
-@pytest.mark.parametrize(("method", "value"), [("dgmr", "gradients"), ("dgmr-paper", "outputs"), ("dgmr", 3)])
-def test_an_option_value_that_is_not_allowed_is_refused(method, value):
-    with pytest.raises(RecipeError, match=rf"^options\.select_on of method {method}: "):
-        Recipe.parse({"method": method, "options": {"select_on": value}})
-
-
-def test_an_unknown_method_names_the_nearest():
-    with pytest.raises(RecipeError, match=r"unknown name 'dgrm'; did you mean 'dgmr'\?"):
-        find_method("dgrm")
-    with pytest.raises(RecipeError, match=r"use one of .*dgmr.*magnitude.*random"):
-        find_method("zzz")
-
-
-@EVERY
-def test_a_method_says_where_it_comes_from(method):
-    entry = METHODS[method]
-    assert entry.name == method and entry.needs in ("weights", "images")
-    assert len(entry.arxiv.split(".")) == 2 and entry.arxiv.replace(".", "").isdigit()
-    assert entry.paper and entry.summary
-
-
-def method_files(folder):
-    """The files of a folder that ought to hold a method."""
-    return {path.stem for path in folder.glob("*.py")} - {"__init__", "registry"}
-
-
-def idle(files, entries):
-    """Those files in which none of the registered methods was defined."""
-    decide = [entry.select or entry.propose for entry in entries]
-    return files - {function.__module__.rpartition(".")[2] for function in decide}
-
-
-def test_every_file_in_methods_is_imported_and_registers_a_method(tmp_path):
-    files = method_files(Path(methods.__file__).parent)
-    assert idle(files, METHODS.values()) == set()
-    assert files <= set(methods.__all__)
-    for name in ("dgmr", "forgotten", "__init__", "registry"):
-        (tmp_path / f"{name}.py").touch()
-    assert idle(method_files(tmp_path), METHODS.values()) == {"forgotten"}  # the check sees what it should
-
-
-THIRTEENTH = '''
-"""Two methods that nobody has thought of, in a file that is no part of the package."""
-from torch import arange
-from vitrim.methods import MethodOptions
-from vitrim.methods.registry import register
-from vitrim.surgery import TopKActivation
-
-class FirstOptions(MethodOptions):
-    offset: int = 0
-
-ABOUT = {"needs": "weights", "paper": "none", "arxiv": "0000.00000", "repairs": False}
-
-@register("first-units", options=FirstOptions, summary="units as they come", **ABOUT)
-def select(view, options):
-    return arange(view.num_keep) + options.offset
-
-@register("one-active", scope="model", edits=(TopKActivation,), summary="one unit a token", **ABOUT)
-def propose(view, options):
-    for site in view.sites:
-        yield TopKActivation(site=site, num_active=1)
-'''
-
-
-def test_a_thirteenth_method_needs_no_edit_of_the_package(tmp_path, monkeypatch, capsys):
-    names = ("first-units", "one-active")
-    for name in names:
-        monkeypatch.setitem(METHODS, name, None)  # taken out again after the test
-    (tmp_path / "thirteenth.py").write_text(THIRTEENTH)
-    runpy.run_path(str(tmp_path / "thirteenth.py"))
-    values = {"method": "first-units", "options": {"offset": 3}, "keep_ratio": 0.5, "calibrate": {"num_images": 16}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps({**values, "then": [{"method": "one-active"}]}))
-    recipe = Recipe.load(tmp_path / "recipe.yaml")
-    with pytest.raises(RecipeError, match="its options are offset"):
-        Recipe.parse({"method": "first-units", "options": {"offst": 3}})
-    digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
-    found = vitrim.compress(digits, data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.plan.method == "first-units+one-active" and found.metrics["reload_difference"] <= 1e-6
-    cuts = [edit for edit in found.plan.edits if isinstance(edit, KeepUnits)]
-    assert cuts and all(edit.keep == tuple(range(3, 3 + edit.width)) for edit in cuts)
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))
-    assert run_command(["methods", "--json"]) == 0
-    listed = {row["name"]: row["edit"] for row in json.loads(capsys.readouterr().out)}
-    assert {name: listed[name] for name in names} == {"first-units": "keep units", "one-active": "top k"}

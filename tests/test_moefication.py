@@ -14,7 +14,7 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, CheckpointError, SiteNotFoundError
 from vitrim.layers.moefication import ExpertMlp, Router
-from vitrim.methods import moefication
+from vitrim.methods import Moefication, moefication
 from vitrim.methods.moefication import captured_share, expert_scores
 from vitrim.models.sites import find_mlps
 from vitrim.ops.balanced_kmeans import assign_equally, balanced_kmeans, exchange
@@ -154,7 +154,7 @@ def test_moefication_keeps_the_best_epoch_of_the_router_not_the_second_best(monk
     monkeypatch.setattr(moefication, "captured_share", judge)
     generator = torch.Generator().manual_seed(0)
     inputs, scores = torch.randn(64, 8, generator=generator), torch.rand(64, 4, generator=generator)
-    moefication._train_(router, inputs, scores, 1, moefication.MoeficationOptions(epochs=4), generator)
+    moefication._train_(router, inputs, scores, 1, Moefication(epochs=4), generator)
     assert len(states) == 5 and not torch.equal(states[2]["first.weight"], states[3]["first.weight"])
     assert all(torch.equal(tensor, states[2][name]) for name, tensor in router.state_dict().items())
 
@@ -321,8 +321,8 @@ def test_moefication_of_a_relu_model_is_saved_and_loads_in_a_fresh_process(tmp_p
     vitrim.compress(model, data="digits", recipe=relu, out=tmp_path / "relu", quiet=True)
     recipe = Recipe.parse({**few, "method": "moefication", "keep_ratio": 0.5, "options": {"epochs": 1}})
     found = vitrim.compress(str(tmp_path / "relu"), data="digits", recipe=recipe, out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6 and not found.metrics["stock"]
-    assert found.metrics["edits"][0]["what"] == "6 of 12 experts active a token, router: mlp"
-    assert found.metrics["after"]["macs"] < 0.9 * found.metrics["before"]["macs"]
+    assert found.metrics.reload_difference <= 1e-6 and not found.metrics.stock
+    assert found.metrics.edits[0]["what"] == "6 of 12 experts active a token, router: mlp"
+    assert found.metrics.after.macs < 0.9 * found.metrics.before.macs
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(vitrim.load(tmp_path / "out")(images), found.model(images))

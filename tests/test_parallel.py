@@ -15,6 +15,7 @@ from tests.support.killing import (
 from tests.support.processes import run_python
 from tests.support.two_processes import LONG, SHORT, losses_of, stopped, train, unreadable
 from vitrim.errors import CheckpointError
+from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE
 from vitrim.recover.state import load_state, save_state
 
 WAYS = ("ddp", "sharded")
@@ -25,7 +26,7 @@ def together(tmp_path_factory):
     """What two processes did, each in its own words, and the folder in which they did it."""
     folder = tmp_path_factory.mktemp("two")
     for way in WAYS:
-        stopped({**SHORT, "ema": 0.8}, folder / f"one-{way}.state")
+        stopped({**SHORT, "ema": 0.8}, folder / f"one-{way}")
     (folder / "taken").mkdir()
     done = run_python("-m", "tests.support.two_processes", folder, processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -41,10 +42,10 @@ def furthest(first, second) -> float:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_loss_curve_is_that_of_one_process_over_fifty_steps(together, tmp_path, way):
     _, (main, other) = together
-    alone = train(LONG, log=tmp_path / "log.jsonl")
+    alone = train(LONG, work=tmp_path)
     found = main["same_curve"][way]
     assert len(found["losses"]) == 50
-    assert found["losses"] == pytest.approx(losses_of(tmp_path / "log.jsonl"), rel=1e-3)
+    assert found["losses"] == pytest.approx(losses_of(tmp_path / "recovery.jsonl"), rel=1e-3)
     errors, expected = ([p["relative_error"] for p in result["curve"]] for result in (found, alone))
     assert errors == pytest.approx(expected, rel=1e-3) and errors[-1] < 0.2 * errors[0]
     assert furthest(found, alone) < 2e-5
@@ -86,9 +87,9 @@ def test_a_state_goes_on_on_another_number_of_processes(together, way):
     whole = train({**SHORT, "ema": 0.8})
     assert furthest(whole, main["resumed"][way]) < 1e-5  # two, then two
     assert furthest(whole, main["resumed"][f"one to {way}"]) < 1e-5
-    left = folder / f"left-{way}.state"
-    assert load_state(left)["step"] == 3
-    found = train({**SHORT, "ema": 0.8}, state=left, resume=True)  # two, then one
+    left = folder / f"left-{way}"
+    assert load_state(left / RECOVERY_STATE)["step"] == 3
+    found = train({**SHORT, "ema": 0.8}, work=left, resume=True)  # two, then one
     assert furthest(whole, found) < 1e-5
     assert [point["step"] for point in found["curve"]] == [0, 3, 6, 9]
 
@@ -179,10 +180,10 @@ def test_a_changed_byte_is_noticed_and_the_state_before_taken(tmp_path, at):
 
 
 def test_a_new_run_does_not_go_back_to_an_old_ones_state(tmp_path):
-    teacher, state = make_teacher(), tmp_path / "a.state"
+    teacher, state = make_teacher(), tmp_path / RECOVERY_STATE
     save_state(state, {"step": 1})
     save_state(state, {"step": 2})
-    run(make_student(teacher), teacher, state=state, options={"steps": 1, "num_validations": 1})
+    run(make_student(teacher), teacher, work=tmp_path, options={"steps": 1, "num_validations": 1})
     state.unlink()
     assert load_state(state)["step"] == 0
 
@@ -196,5 +197,5 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path):
     for name in ("ten", *MOMENTS):
         found = torch.load(tmp_path / name / "weights.pt")
         assert all(torch.equal(whole[key], tensor) for key, tensor in found.items()), name
-        steps = [json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / RECOVERY_LOG).read_text().splitlines()]
         assert steps == list(range(1, KILLED["steps"] + 1)), name

@@ -30,9 +30,9 @@ def result(tmp_path_factory):
 def test_half_of_the_parameters_go_and_the_features_stay(result):
     before, after = (result.metrics[when]["parameters"] for when in ("before", "after"))
     assert after == sum(p.numel() for p in result.model.parameters()) < 0.52 * before
-    assert result.metrics["after_recovery"]["fidelity"]["relative_error"] < 0.05
-    assert result.metrics["after_recovery"]["fidelity"]["relative_error"] <= (
-        result.metrics["after_cut"]["fidelity"]["relative_error"] + 1e-9
+    assert result.metrics.after_recovery.fidelity["relative_error"] < 0.05
+    assert result.metrics.after_recovery.fidelity["relative_error"] <= (
+        result.metrics.after_cut.fidelity["relative_error"] + 1e-9
     )
 
 
@@ -44,7 +44,7 @@ def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(stock(images), result.model(images))
     assert torch.equal(vitrim.load(result.out)(images), result.model(images))
-    assert result.metrics["stock"] and result.metrics["reload_difference"] <= 1e-5
+    assert result.metrics.stock and result.metrics.reload_difference <= 1e-5
     assert vitrim.Recipe.load(result.out / "recipe.yaml").recover.steps == 4
     assert json.loads((result.out / "metrics.json").read_text())["images"]["held_out"] == 143
 
@@ -64,7 +64,7 @@ def test_what_vitrim_wrote_can_be_inspected_evaluated_and_cut_again(tmp_path, re
     measured = vitrim.evaluate(str(result.out), DIGITS, "digits", limit=60, latency=False)
     assert measured["student"]["parameters"] < measured["teacher"]["parameters"]
     assert measured["fidelity"]["pooled_cosine"] > 0.95 and "knn" in measured["student"]
-    again = vitrim.compress(str(result.out), method="magnitude", width=40, out=tmp_path / "again", quiet=True)
+    again = vitrim.compress(str(result.out), method="magnitude", hidden_dim=40, out=tmp_path / "again", quiet=True)
     assert vitrim.inspect(str(again.out)).sites[0].d_hidden == 40
 
 
@@ -109,7 +109,7 @@ def test_without_images_dgmr_falls_back_to_weights_and_says_so(tmp_path):
     result = vitrim.compress(tiny(), mlp_ratio=0.5, out=tmp_path / "out", quiet=True)
     paper = vitrim.compress(tiny(), method="dgmr-paper", mlp_ratio=0.5, quiet=True)
     assert [edit.keep for edit in result.plan.edits] == [edit.keep for edit in paper.plan.edits]
-    assert any("selected on weights" in note for note in result.metrics["notes"])
+    assert any("selected on weights" in note for note in result.metrics.notes)
 
 
 def test_a_module_no_library_can_build_is_saved_and_loaded_by_its_owner(tmp_path):
@@ -119,7 +119,7 @@ def test_a_module_no_library_can_build_is_saved_and_loaded_by_its_owner(tmp_path
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 12), mlp).eval()
 
     images = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    result = vitrim.compress(build(), data=images, recipe=few(), width=8, out=tmp_path / "out", quiet=True)
+    result = vitrim.compress(build(), data=images, recipe=few(), hidden_dim=8, out=tmp_path / "out", quiet=True)
     assert torch.equal(vitrim.load(tmp_path / "out", model=build())(images), result.model(images))
 
 
@@ -131,14 +131,14 @@ def test_corrupt_images_are_counted(tmp_path):
     for index in (3, 30, 50):
         (tmp_path / f"{index:02}.png").write_bytes(b"not an image")
     result = vitrim.compress(DIGITS, data=tmp_path, recipe=few(), quiet=True)
-    assert result.metrics["images"]["skipped"] == 3
+    assert result.metrics.images["skipped"] == 3
 
 
 def test_inspection_predicts_the_parameters_that_a_cut_leaves():
     for model, ratio in ((tiny(), 1.0), (DIGITS, 0.5)):
         predicted = vitrim.inspect(model).predicted[ratio]
         result = vitrim.compress(model, method="magnitude", mlp_ratio=ratio, quiet=True)
-        assert predicted == result.metrics["after"]["parameters"]
+        assert predicted == result.metrics.after.parameters
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_inspection_predicts_the_parameters_that_a_cut_leaves():
         ({"model": "timm/vit_tinny_patch16_224"}, ModelError, "did you mean 'timm/vit_tiny"),
         ({"model": "local-dir:/nowhere"}, ModelError, "no such model"),
         ({"data": "/nowhere"}, DataError, "/nowhere"),
-        ({"width": 0}, BudgetError, r"use 1\.\.384"),
-        ({"width": 385}, BudgetError, r"use 1\.\.384"),
+        ({"hidden_dim": 0}, BudgetError, r"use 1\.\.384"),
+        ({"hidden_dim": 385}, BudgetError, r"use 1\.\.384"),
         ({"mlp_ratio": 9.0}, BudgetError, r"use 1\.\.384"),
-        ({"width": 8, "keep_ratio": 0.5}, RecipeError, "exactly one"),
+        ({"hidden_dim": 8, "keep_ratio": 0.5}, RecipeError, "exactly one"),
         ({"method": "dgrm"}, RecipeError, "did you mean 'dgmr'"),
         ({"options": {"select": 1}}, RecipeError, "select_on"),
         ({"options": {"select_on": "outputs"}}, RecipeError, "needs images"),

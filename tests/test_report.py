@@ -10,7 +10,7 @@ import torch
 
 from tests.support.reports import report_data
 from vitrim.errors import OutputError
-from vitrim.report import figures, page, tiles
+from vitrim.report import figures, page, picture, tiles
 from vitrim.report.data import ReportData
 from vitrim.report.page import write_report
 
@@ -274,4 +274,4 @@ def test_patch_colours_share_the_projection_of_the_teacher(data):
     ],
 )
 def test_numbers_are_written_for_people(value, name, text):
-    assert figures.format_number(value, name=name) == text
+    assert picture.format_number(value, name=name) == text

@@ -20,7 +20,7 @@ from vitrim.cli.app import run
 from vitrim.compression import selection
 from vitrim.compression.cut import CutReport, cut_
 from vitrim.compression.file_to_file import prune_checkpoint
-from vitrim.compression.source import open_job
+from vitrim.compression.job import open_job
 from vitrim.config.recipe import Recipe
 from vitrim.cost import memory
 from vitrim.cost.memory import MARGIN, MemoryEstimate, parse_bytes, selection_bytes
@@ -115,7 +115,7 @@ def test_the_same_tensors_as_in_memory_and_the_stock_library_loads_them(each, tm
     untouched = {name: tensor for name, tensor in each.state.items() if name not in expected}
     assert all(torch.equal(state[name], tensor) for name, tensor in untouched.items())
     assert found.plan.sha256 == cut.plan.below(each.encoder).sha256
-    assert found.metrics["stock"]
+    assert found.metrics.stock
     theirs = stock(each.library, tmp_path / "out").state_dict()
     assert theirs.keys() == state.keys() and all(
         torch.equal(theirs[name], state[name].to(theirs[name].dtype)) for name in state
@@ -132,9 +132,9 @@ def test_the_same_repair_as_in_memory(each, tmp_path):
     state = vitrim.load(tmp_path / "out").state_dict()
     assert largest_difference(state, expected) <= (1e-2 if each.dtype == torch.bfloat16 else 1e-4)
     errors = {f"{each.encoder}.{path}".strip("."): errors for path, errors in cut.errors.items()}
-    assert found.metrics["cut_errors"].keys() == errors.keys()
+    assert found.metrics.cut_errors.keys() == errors.keys()
     for path, known in errors.items():
-        assert found.metrics["cut_errors"][path] == pytest.approx(known, rel=1e-4)
+        assert found.metrics.cut_errors[path] == pytest.approx(known, rel=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -160,10 +160,10 @@ def test_transformers_gets_shards_of_the_size_asked_for_and_reads_them(build, tm
 def test_timm_gets_one_file_unless_it_could_not_read_it_anyway(build, tmp_path):
     each = build("timm shards")
     for width in (24, None):
-        recipe = Recipe(width=width) if width else Recipe(mlp_ratio=1, scope="blocks.0")
+        recipe = Recipe(hidden_dim=width) if width else Recipe(mlp_ratio=1, scope="blocks.0")
         found = prune_checkpoint(each.source, tmp_path / str(width), recipe=recipe, shard_size="50KB", quiet=True)
         files = sorted(file.name for file in found.out.glob("*.safetensors"))
-        assert found.metrics["stock"] == (width == 24) == (files == ["model.safetensors"])
+        assert found.metrics.stock == (width == 24) == (files == ["model.safetensors"])
         assert width or files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
         assert vitrim.load(found.out)(torch.stack(IMAGES[:2])).isfinite().all()
 
@@ -172,7 +172,7 @@ def test_a_scope_is_cut_and_the_rest_is_carried_along(build, tmp_path):
     each = build("clip")
     recipe = Recipe(mlp_ratio=1, scope="text_model")
     found = prune_checkpoint(each.source, tmp_path / "out", recipe=recipe, quiet=True)
-    assert list(found.metrics["widths"]) == ["text_model.encoder.layers.0.mlp"]
+    assert list(found.metrics.widths) == ["text_model.encoder.layers.0.mlp"]
     assert "vision_model.encoder.layers.0.mlp.fc1.weight" in tensors_of(found.out)
 
 
@@ -181,7 +181,7 @@ def test_sources_by_every_name(build, tmp_path, pattern):
     each = build("timm")
     source = pattern.format(each.source)
     found = prune_checkpoint(source, tmp_path / "out", recipe=Recipe(method="magnitude"), quiet=True)
-    assert found.metrics["model"] == source
+    assert found.metrics.model == source
     assert about(found)["origin"]["name"] == source and about(found)["origin"]["library"] == "timm"
 
 
@@ -195,16 +195,16 @@ def test_a_hub_id_is_fetched_without_pickles(build, tmp_path, monkeypatch, name,
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     found = prune_checkpoint(source, tmp_path / "out", recipe=Recipe(method="magnitude"), quiet=True)
-    assert asked == [("org/name", True)] and found.metrics["model"] == source
+    assert asked == [("org/name", True)] and found.metrics.model == source
 
 
 def test_a_method_that_needs_no_images_gets_none(build, tmp_path):
     each, recipe = build("timm"), Recipe(method="dgmr-paper", mlp_ratio=1)
     with_images = prune_checkpoint(each.source, tmp_path / "a", recipe=recipe, data=IMAGES, quiet=True)
     without = prune_checkpoint(each.source, tmp_path / "b", recipe=recipe, quiet=True)
-    assert bytes_of(with_images.out) == bytes_of(without.out) and without.metrics["notes"] == []
+    assert bytes_of(with_images.out) == bytes_of(without.out) and without.metrics.notes == []
     selected = prune_checkpoint(each.source, tmp_path / "c", recipe=PRUNE, quiet=True)
-    assert "no images given" in selected.metrics["notes"][0]
+    assert "no images given" in selected.metrics.notes[0]
 
 
 def about(found):

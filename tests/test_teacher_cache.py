@@ -31,9 +31,10 @@ from vitrim.config.options import CacheOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
 from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
+from vitrim.recover.cache_layout import Layout, cache_bytes, decode, draw_positions, encode
 from vitrim.recover.sampler import Sampler
 from vitrim.recover.targets import LiveTargets, open_cached
-from vitrim.recover.teacher_cache import Layout, TeacherCache, cache_bytes, decode, draw_positions, encode
+from vitrim.recover.teacher_cache import TeacherCache
 from vitrim.types import Features
 
 CPU = torch.device("cpu")
@@ -299,18 +300,18 @@ def test_training_on_rounded_targets_or_some_patches_recovers_too(tmp_path, opti
 def test_a_stopped_run_goes_on_bit_for_bit_from_the_cache_beside_its_state(tmp_path, cache):
     whole, stopped, again = (make_student(make_teacher()) for _ in range(3))
     options = {**EPOCH, "cache_teacher": cache}
-    expected = run(whole, make_teacher(), options=options, state=tmp_path / "whole" / "recover.pt")
+    expected = run(whole, make_teacher(), options=options, work=tmp_path / "whole")
 
-    def interrupt(step, error):
-        if step == 4:
+    def interrupt(found):
+        if found.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    state = tmp_path / "stopped" / "recover.pt"
+    work = tmp_path / "stopped"
     with pytest.raises(Interrupted, match=r"step [45] of 18") as stop:
-        run(stopped, make_teacher(), options=options, state=state, on_validation=interrupt)
+        run(stopped, make_teacher(), options=options, work=work, on_validation=interrupt)
     done = 8 * int(str(stop.value).split("step ")[1].split()[0])
     teacher, seen = counted(make_teacher())
-    result = run(again, teacher, options=options, state=state, resume=True)
+    result = run(again, teacher, options=options, work=work, resume=True)
     assert_equal(weights(whole), weights(again))
     assert result.curve == expected.curve
     assert sum(seen) == len(HELD_OUT[0]) + 48 * cache.get("views", 1) - done
@@ -499,6 +500,6 @@ def test_compress_keeps_the_cache_beside_the_run_and_takes_it_away_at_the_end(tm
     result = vitrim.compress(
         make_teacher(), data=images, recipe=recipe, recover=recover, out=tmp_path / "out", quiet=True
     )
-    assert any("for 36 images x 1 views" in note for note in result.metrics["notes"])
+    assert any("for 36 images x 1 views" in note for note in result.metrics.notes)
     assert not [path for path in tmp_path.rglob("*") if "teacher-cache" in path.name]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

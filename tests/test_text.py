@@ -158,15 +158,15 @@ def test_bert_is_cut_repaired_and_distilled(source, result):
     before, after = (result.metrics[when]["parameters"] for when in ("before", "after"))
     assert after == sum(p.numel() for p in result.model.parameters()) == before - 2 * 96 * (2 * 32 + 1)
     assert after == vitrim.inspect(str(source)).predicted[1.0]
-    assert all(errors["repaired"] < 0.7 * errors["unrepaired"] for errors in result.metrics["cut_errors"].values())
+    assert all(errors["repaired"] < 0.7 * errors["unrepaired"] for errors in result.metrics.cut_errors.values())
     errors = [result.metrics[when]["fidelity"]["relative_error"] for when in ("after_cut", "after_recovery")]
     assert errors[1] <= errors[0] + 1e-9 < 0.3
-    assert result.metrics["recovery"]["num_steps"] == 4
+    assert result.metrics.recovery["num_steps"] == 4
 
 
 def test_repair_beats_none_on_held_out_text(source, texts, result):
     plain = vitrim.compress(str(source), data=texts, recipe=vitrim.Recipe.parse({**FEW, "repair": False}), quiet=True)
-    unrepaired, repaired = (r.metrics["after_cut"]["fidelity"]["relative_error"] for r in (plain, result))
+    unrepaired, repaired = (r.metrics.after_cut.fidelity["relative_error"] for r in (plain, result))
     assert repaired < 0.7 * unrepaired
 
 
@@ -174,7 +174,7 @@ def test_the_folder_is_whole_and_transformers_loads_it(source, result):
     names = {"config.json", "model.safetensors", "vitrim.json", "recipe.yaml", "metrics.json", "report.html"}
     assert {path.name for path in result.out.iterdir()} >= names | {"tokenizer.json", "tokenizer_config.json"}
     # Reloaded by transformers in a process that can't import vitrim, before the folder got its name.
-    assert result.metrics["stock"] and result.metrics["reload_difference"] <= 1e-5
+    assert result.metrics.stock and result.metrics.reload_difference <= 1e-5
     stock = transformers.BertModel.from_pretrained(result.out).eval()
     assert stock.config.intermediate_size == 32
     rows = transformers.AutoTokenizer.from_pretrained(result.out)(["a small model"], return_tensors="pt")
@@ -194,7 +194,7 @@ def test_evaluate_on_text(source, texts, result):
 
 
 def test_an_output_is_cut_again_on_text(texts, result):
-    again = vitrim.compress(str(result.out), data=texts, width=16, recipe=vitrim.Recipe.parse(FEW), quiet=True)
+    again = vitrim.compress(str(result.out), data=texts, hidden_dim=16, recipe=vitrim.Recipe.parse(FEW), quiet=True)
     assert set(again.plan.widths.values()) == {16}
 
 
@@ -203,11 +203,11 @@ def test_an_output_holds_its_tokenizer_and_can_be_moved(texts, result, tmp_path)
     about = json.loads((tmp_path / "moved" / "vitrim.json").read_text())
     assert about["origin"]["folder"] is None and about["origin"]["preprocessing"]["tokenizer"] == "."
     few, moved = vitrim.Recipe.parse(FEW), str(tmp_path / "moved")
-    again = vitrim.compress(moved, data=texts, recipe=few, width=8, out=tmp_path / "again", quiet=True)
+    again = vitrim.compress(moved, data=texts, recipe=few, hidden_dim=8, out=tmp_path / "again", quiet=True)
     assert set(again.plan.widths.values()) == {8}
-    values = {"width": 7, "scope": "encoder.layer.0"}
+    values = {"hidden_dim": 7, "scope": "encoder.layer.0"}
     odd = vitrim.compress(moved, data=texts, recipe=few, out=tmp_path / "odd", quiet=True, **values)
-    assert not odd.metrics["stock"] and (tmp_path / "odd" / "tokenizer.json").is_file()
+    assert not odd.metrics.stock and (tmp_path / "odd" / "tokenizer.json").is_file()
 
 
 def test_rows_of_ids_do_without_a_tokenizer():
@@ -216,7 +216,7 @@ def test_rows_of_ids_do_without_a_tokenizer():
     model = build_bert()
     state = copy.deepcopy(model.state_dict())
     result = vitrim.compress(model, data=rows, recipe=vitrim.Recipe.parse(FEW), keep_ratio=0.5, quiet=True)
-    assert result.metrics["images"]["held_out"] == 4 and result.metrics["after_cut"]["fidelity"]["num_images"] == 4
+    assert result.metrics.images["held_out"] == 4 and result.metrics.after_cut.fidelity["num_images"] == 4
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert result.model.config.intermediate_size == 64 and model.config.intermediate_size == 128
 
@@ -284,4 +284,4 @@ def test_a_text_file_among_images_makes_no_text(tmp_path):
         Image.new("RGB", (32, 32), (index * 20, 0, 0)).save(tmp_path / f"{index}.png")
     (tmp_path / "licence.txt").write_text("some text")
     result = vitrim.compress(vit(), data=tmp_path, method="magnitude", quiet=True)
-    assert result.metrics["images"]["held_out"] == 1
+    assert result.metrics.images["held_out"] == 1

@@ -15,10 +15,12 @@ from tests.support.processes import run_python
 from tests.support.text_tuning import QUICK, captioned, opened, state_of, tuned
 from vitrim.clip import text_tower
 from vitrim.clip.contrastive import contrastive_loss
+from vitrim.clip.embedded_pairs import embed_pairs
 from vitrim.clip.embedding_space import embedding_space_of
 from vitrim.clip.tasks import retrieval, tune_text, zero_shot
-from vitrim.clip.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.clip.text_tower import TextOptions, tune_text_
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import open_pairs
 from vitrim.errors import DataError, Interrupted, OutputError, RecipeError
 from vitrim.models.features import features
@@ -138,12 +140,12 @@ def test_tuning_never_returns_worse_than_the_start(folders, monkeypatch):
     """From a state that fits its pairs, steps that go up their loss instead of down."""
     pair, real = opened(folders["open_clip"]), text_tower.contrastive_loss
     pairs, options = embed_pairs(pair, open_pairs(captioned(16))), TextOptions(**{**QUICK, "steps": 40})
-    before = tune_text_(pair, pairs, pairs, options=options, quiet=True)
+    before = tune_text_(pair, pairs, held_out=pairs, options=options, context=RunContext(quiet=True))
     start = state_of(pair.model)
     monkeypatch.setattr(
         text_tower, "contrastive_loss", lambda *args, own=None: real(*args) * (1.0 if own is None else -1.0)
     )
-    result = tune_text_(pair, pairs, pairs, options=options, quiet=True)
+    result = tune_text_(pair, pairs, held_out=pairs, options=options, context=RunContext(quiet=True))
     assert result.best_step == 0 and result.best_loss == pytest.approx(before.best_loss)
     assert result.curve[-1]["held_out_loss"] > 1.5 * result.best_loss
     assert all(torch.equal(start[name], tensor) for name, tensor in pair.model.state_dict().items())
@@ -174,9 +176,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(text_tower._Run, "validate", interrupt)
     with pytest.raises(Interrupted, match=r"text tuning stopped at step [67] of 12; continue with --resume"):
-        tuned(folders["open_clip"], state=tmp_path / "text.state")
+        tuned(folders["open_clip"], work=tmp_path)
     monkeypatch.undo()
-    again, result = tuned(folders["open_clip"], state=tmp_path / "text.state", resume=True)
+    again, result = tuned(folders["open_clip"], work=tmp_path, resume=True)
     assert result.curve == expected.curve and result.best_step == expected.best_step
     assert all(torch.equal(tensor, again.model.state_dict()[name]) for name, tensor in whole.model.state_dict().items())
 
@@ -227,7 +229,7 @@ def test_a_cut_pair_is_tuned_exported_and_loaded_by_its_own_library(folders, tmp
     found = tune_text(str(small.out), data, options=options, held_out=data[:8], out=tmp_path / "tuned", quiet=True)
     about, before = (read_about(folder)["plan"]["edits"] for folder in (found.out, small.out))
     assert [edit["keep"] for edit in about] == [edit["keep"] for edit in before]
-    assert found.metrics["stock"] and found.metrics["reload_difference"] <= 1e-5
+    assert found.metrics.stock and found.metrics.reload_difference <= 1e-5
     if layout.startswith("open_clip"):
         stock, _, _ = open_clip.create_model_and_transforms(f"local-dir:{found.out}")
     else:
@@ -339,10 +341,10 @@ def test_a_bank_of_texts_takes_part_in_every_step(folders, tmp_path, monkeypatch
     seen, real = [], run_module.space_loss
     monkeypatch.setattr(run_module, "space_loss", lambda *args: seen.append(args[2]) or real(*args))
     options = {"steps": 5, "batch_size": 16, "lr": 1e-4, "text_bank": str(bank), "text_bank_weight": 2.0}
-    recipe = vitrim.Recipe.parse({**FEW, "width": 8, "recover": options})
+    recipe = vitrim.Recipe.parse({**FEW, "hidden_dim": 8, "recover": options})
     assert vitrim.Recipe.parse(recipe.model_dump(mode="json")) == recipe
     small = vitrim.compress(str(folders[layout]), data=list(pictures(48)), recipe=recipe, quiet=True)
-    curve = small.metrics["recovery"]["curve"]
+    curve = small.metrics.recovery["curve"]
     assert curve[-1]["relative_error"] < curve[0]["relative_error"]
     pair = opened(folders[layout])
     with torch.no_grad():

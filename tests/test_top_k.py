@@ -183,8 +183,8 @@ def test_a_top_k_model_is_saved_and_loads_in_a_fresh_process(tmp_path):
     recipe = {"method": "dgmr", "keep_ratio": 0.5, "repair": {"refit": False}, "calibrate": {"num_images": 64}}
     recipe |= {"then": [{"method": "top-k", "keep_ratio": 0.25}]}
     found = vitrim.compress(model, data="digits", recipe=Recipe.parse(recipe), out=tmp_path / "out", quiet=True)
-    assert found.metrics["reload_difference"] <= 1e-6 and not found.metrics["stock"]
-    assert found.plan.method == "dgmr+top-k" and len(found.metrics["edits"]) == len(found.metrics["widths"])
+    assert found.metrics.reload_difference <= 1e-6 and not found.metrics.stock
+    assert found.plan.method == "dgmr+top-k" and len(found.metrics.edits) == len(found.metrics.widths)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "48 of 192 units active a token" in page
     tokens = torch.randn(2, 3, 32, 32)

@@ -193,15 +193,15 @@ def test_a_vlm_generates_the_same_text_in_a_process_without_vitrim(tmp_path, lla
 def test_only_the_tower_of_a_vlm_changes_and_the_whole_is_saved(llava, result):
     changed = assert_only_mlps_changed(result.model, llava, "model.vision_tower")
     assert len(changed) == 2 * 4
-    assert result.metrics["encoder"] == "model.vision_tower" and result.metrics["stock"]
-    assert result.metrics["reload_difference"] <= 1e-5 and result.metrics["after_cut"]["fidelity"]["num_images"] == 2
+    assert result.metrics.encoder == "model.vision_tower" and result.metrics.stock
+    assert result.metrics.reload_difference <= 1e-5 and result.metrics.after_cut.fidelity["num_images"] == 2
     stored, live = load_file(result.out / "model.safetensors"), result.model.state_dict()
     assert stored.keys() == live.keys() and all(torch.equal(stored[name], live[name]) for name in live)
     names = {path.name for path in result.out.iterdir()}
     assert {"config.json", "generation_config.json", "preprocessor_config.json"} <= names
     config = json.loads((result.out / "config.json").read_text())
     assert config["vision_config"]["intermediate_size"] == 32 and config["text_config"]["intermediate_size"] == 96
-    assert result.metrics["loads_with"].startswith("transformers.LlavaForConditionalGeneration.from_pretrained(")
+    assert result.metrics.loads_with.startswith("transformers.LlavaForConditionalGeneration.from_pretrained(")
 
 
 def test_a_vlm_is_loaded_measured_and_cut_again_by_vitrim(llava, result):
@@ -215,7 +215,7 @@ def test_a_vlm_is_loaded_measured_and_cut_again_by_vitrim(llava, result):
         < measured["teacher"]["parameters"]
         < sum(p.numel() for p in llava.parameters())
     )
-    again = vitrim.compress(str(result.out), method="magnitude", width=8, quiet=True)
+    again = vitrim.compress(str(result.out), method="magnitude", hidden_dim=8, quiet=True)
     assert_only_mlps_changed(again.model, result.model, "model.vision_tower")
 
 
@@ -243,7 +243,7 @@ def test_a_vlm_in_bf16_stays_in_bf16():
 
 def test_the_language_model_is_cut_on_rows_of_ids(tmp_path, llava):
     found = vitrim.compress(llava, data=ROWS, scope="language_model", keep_ratio=0.5, recipe=FEW, quiet=True)
-    assert found.metrics["encoder"] == "model.language_model" and found.metrics["stock"]
+    assert found.metrics.encoder == "model.language_model" and found.metrics.stock
     assert_only_mlps_changed(found.model, llava, "model.language_model")
     found.model.save_pretrained(tmp_path)
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -299,8 +299,8 @@ def test_the_text_tower_of_clip_is_left_alone_and_widths_may_differ(tmp_path):
 
 def test_a_part_of_the_tower_makes_widths_that_are_not_stock(llava):
     found = vitrim.compress(llava, data=IMAGES, scope="encoder.layers.1", recipe=FEW, quiet=True)
-    assert found.metrics["encoder"] == "model.vision_tower" and not found.metrics["stock"]
-    assert found.metrics["notes"] == ["transformers has no config that cuts 1 of 2 MLPs."]
+    assert found.metrics.encoder == "model.vision_tower" and not found.metrics.stock
+    assert found.metrics.notes == ["transformers has no config that cuts 1 of 2 MLPs."]
     changed = assert_only_mlps_changed(found.model, llava, "model.vision_tower.encoder.layers.1")
     assert len(changed) == 4
 
@@ -333,12 +333,12 @@ def test_stock_takes_the_nearest_width_that_the_config_can_say(tmp_path):
     model = build_dinov2()
     assert vitrim.inspect(model).sites[0].d_hidden == 88
     plain = vitrim.compress(model, method="magnitude", mlp_ratio=1, quiet=True)
-    assert set(plain.plan.widths.values()) == {32} and not plain.metrics["stock"]
-    assert any("(32 of 88); the nearest that it could is 24 (--stock picks it)" in n for n in plain.metrics["notes"])
-    for asked, width, ratio in (({"mlp_ratio": 1}, 24, 1), ({"width": 60}, 64, 3), ({"keep_ratio": 0.95}, 64, 3)):
+    assert set(plain.plan.widths.values()) == {32} and not plain.metrics.stock
+    assert any("(32 of 88); the nearest that it could is 24 (--stock picks it)" in n for n in plain.metrics.notes)
+    for asked, width, ratio in (({"mlp_ratio": 1}, 24, 1), ({"hidden_dim": 60}, 64, 3), ({"keep_ratio": 0.95}, 64, 3)):
         found = vitrim.compress(model, method="magnitude", stock=True, quiet=True, **asked)
-        assert set(found.plan.widths.values()) == {width} and found.metrics["stock"]
-        assert not any("--stock" in note for note in found.metrics["notes"])
+        assert set(found.plan.widths.values()) == {width} and found.metrics.stock
+        assert not any("--stock" in note for note in found.metrics.notes)
         assert found.model.config.mlp_ratio == ratio and model.config.mlp_ratio == 4
     found.model.save_pretrained(tmp_path)
     again = transformers.Dinov2Model.from_pretrained(tmp_path).eval()
@@ -368,8 +368,8 @@ def test_stock_of_a_model_without_a_config_is_an_error():
 def test_a_live_open_clip_model(tmp_path):
     model = write_open_clip(tmp_path / "source", OPEN_CLIP)
     found = vitrim.compress(model, data=IMAGES, recipe=FEW, out=tmp_path / "out", quiet=True)
-    assert found.metrics["encoder"] == "visual" and not found.metrics["stock"]
-    assert found.metrics["loads_with"] == f'vitrim.load("{tmp_path / "out"}", model=...)'
+    assert found.metrics.encoder == "visual" and not found.metrics.stock
+    assert found.metrics.loads_with == f'vitrim.load("{tmp_path / "out"}", model=...)'
     assert_only_mlps_changed(found.model, model, "visual")
     fresh = open_clip.create_model(f"local-dir:{tmp_path / 'source'}")
     loaded, tokens = vitrim.load(tmp_path / "out", model=fresh), torch.randint(0, 64, (2, 16))

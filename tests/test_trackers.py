@@ -11,6 +11,7 @@ import torch
 from packaging.version import Version
 
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import open_images
 from vitrim.errors import MissingExtraError, RecipeError
 from vitrim.models.sites import find_mlps
@@ -19,7 +20,7 @@ from vitrim.recover.trackers import check_trackers
 from vitrim.surgery import KeepUnits, apply_
 
 
-def run(folder, *, report_to, steps=6, **kwargs):
+def run(folder, *, report_to, steps=6, resume=False, **kwargs):
     """A recovery with its log and trackers in a folder."""
     torch.manual_seed(0)
     teacher = timm.create_model(
@@ -29,16 +30,13 @@ def run(folder, *, report_to, steps=6, **kwargs):
     apply_(student, [KeepUnits(site=site, keep=tuple(range(16))) for site in find_mlps(student)])
     images = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     options = RecoverOptions(steps=steps, batch_size=4, lr=1e-3, num_validations=3, report_to=report_to)
-    logs = folder / "logs"
     return recover_(
         student,
         teacher,
         open_images(images[4:]),
         held_out=[images[:4]],
         options=options,
-        log=folder / "recovery.jsonl",
-        logs=logs,
-        quiet=True,
+        context=RunContext(work=folder, resume=resume, quiet=True),
         **kwargs,
     )
 
@@ -117,16 +115,16 @@ def stand_in(monkeypatch, name):
     return told
 
 
-def stop(step, error):
-    if step == 4:
+def stop(found):
+    if found.step == 4:
         raise KeyboardInterrupt  # step 3 is logged, and the last state is that of step 2
 
 
 def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, report_to=("tensorboard",), state=tmp_path / "state", on_validation=stop)
+        run(tmp_path, report_to=("tensorboard",), on_validation=stop)
     assert list(in_tensorboard(tmp_path)["loss"]) == [1, 2, 3]
-    run(tmp_path, report_to=("tensorboard",), state=tmp_path / "state", resume=True)
+    run(tmp_path, report_to=("tensorboard",), resume=True)
     assert in_tensorboard(tmp_path) == in_log(tmp_path)
 
 
@@ -147,10 +145,10 @@ def test_other_trackers_are_used_by_name(tmp_path, monkeypatch, name):
 def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypatch):
     told = stand_in(monkeypatch, "wandb")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, report_to=("wandb",), state=tmp_path / "state", on_validation=stop)
+        run(tmp_path, report_to=("wandb",), on_validation=stop)
     first = dict(told["made"])
     assert first["resume"] == "allow" and first["dir"] == str(tmp_path / "logs") and len(first["id"]) == 8
-    run(tmp_path, report_to=("wandb",), state=tmp_path / "state", resume=True)
+    run(tmp_path, report_to=("wandb",), resume=True)
     assert told["made"] == first
     run(tmp_path, report_to=("wandb",))
     assert told["made"]["id"] != first["id"]
@@ -166,10 +164,14 @@ def test_trackers_that_cannot_be_used_are_refused_before_anything_runs(tmp_path,
     stand_in(monkeypatch, "tensorboard")  # and nothing else is available
     with pytest.raises(MissingExtraError, match="comet_ml is not installed; pip install comet-ml"):
         check_trackers(("tensorboard", "comet_ml"), folder=tmp_path)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.raises(MissingExtraError, match=r"tensorboard is not installed; pip install 'vitrim\[trackers\]'"):
+        check_trackers(("tensorboard",), folder=tmp_path)
     with pytest.raises(RecipeError, match="unknown tracker 'all'"):
         run(tmp_path, report_to=("all",))
 
 
 def test_without_trackers_there_is_the_log_alone(tmp_path):
     run(tmp_path, report_to=())
-    assert [path.name for path in tmp_path.iterdir()] == ["recovery.jsonl"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"recovery.jsonl", "recover.state", "recover.state.before"}

@@ -111,7 +111,7 @@ def test_an_output_with_widths_that_open_clip_cannot_say_has_its_tokenizer(folde
     small = vitrim.compress(
         str(folders["open_clip"]), method="magnitude", scope="resblocks.1", out=tmp_path / "odd", quiet=True
     )
-    assert not small.metrics["stock"]
+    assert not small.metrics.stock
     given = {"names": NAMES, "templates": TEMPLATES, "quiet": True}
     alone = zero_shot(str(small.out), labelled(12), **given)
     assert alone == zero_shot(str(small.out), labelled(12), text_from=str(folders["open_clip"]), **given)

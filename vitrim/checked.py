@@ -35,7 +35,7 @@ else:
             try:
                 return super().__call__(*args, **values)
             except ValidationError as error:
-                raise RecipeError(f"{cls.__name__}: {explain(error, cls)}") from None
+                raise RecipeError(cls.refusal(error)) from None
 
 
 class Checked(BaseModel, metaclass=_Checking):
@@ -46,6 +46,11 @@ class Checked(BaseModel, metaclass=_Checking):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @classmethod
+    def refusal(cls, error: ValidationError) -> str:
+        """Say in one line what is wrong with what the constructor was given."""
+        return f"{cls.__name__}: {explain(error, cls)}"
 
     @classmethod
     def keys(cls) -> list[str]:

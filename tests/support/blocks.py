@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vitrim.config.options import BlockwiseOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import open_images
 from vitrim.repair.blockwise import recover_blocks_
 from vitrim.surgery import KeepUnits, apply_
@@ -20,10 +21,9 @@ def cut(case, share=0.5):
     return student
 
 
-def run(case, student, *, folder=None, images=IMAGES, **values):
+def run(case, student, *, folder=None, images=IMAGES, held_out=(), resume=False, seed=0, **values):
     """Block by block on small batches."""
-    known = {"seed", "resume", "held_out"}
-    rest = {key: values.pop(key) for key in known & values.keys()}
     options = BlockwiseOptions(**{"num_images": 30, "batch_size": 3, "steps": 12, **values})
-    rest = {"held_out": [], "options": options, "folder": folder, "quiet": True, **rest}
-    return recover_blocks_(student, case.model, case.sites, images, **rest)
+    context = RunContext(work=folder, resume=resume, quiet=True, seed=seed)
+    given = {"held_out": held_out, "options": options, "context": context}
+    return recover_blocks_(student, case.model, case.sites, images, **given)

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, open_images
 from vitrim.models.sites import find_mlps
 from vitrim.recover.distill import recover_
@@ -37,12 +38,13 @@ def make_images(num_images: int = 48) -> ImageSet:
 HELD_OUT = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))]
 
 
-def run(student, teacher, **kwargs):
+def run(student, teacher, *, work=None, resume=False, **kwargs):
     options = RecoverOptions(
         **{"steps": 6, "batch_size": 8, "lr": 1e-3, "num_validations": 3, **kwargs.pop("options", {})}
     )
     images = kwargs.pop("images", None) or make_images()
-    return recover_(student, teacher, images, held_out=HELD_OUT, options=options, quiet=True, **kwargs)
+    context = RunContext(work=work, resume=resume, quiet=True)
+    return recover_(student, teacher, images, held_out=HELD_OUT, options=options, context=context, **kwargs)
 
 
 def weights(model):

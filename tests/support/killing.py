@@ -16,9 +16,11 @@ import torch
 
 from tests.support.distillation import HELD_OUT, make_student, make_teacher, weights
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for, open_images
 from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
+from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE
 from vitrim.recover.state import has_state, load_state
 
 DIGITS_16 = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
@@ -38,10 +40,7 @@ def killed_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> None
         images,
         held_out=HELD_OUT,
         options=RecoverOptions(**KILLED),
-        state=folder / "run.state",
-        log=folder / "log.jsonl",
-        resume=True,
-        quiet=True,
+        context=RunContext(work=folder, resume=True, quiet=True),
     )
     torch.save(weights(student), folder / "weights.pt")
 
@@ -70,13 +69,13 @@ def kill_ten_times(folder: Path) -> None:
     draw = random.Random(0)
     for goal in sorted(draw.sample(range(1, KILLED["steps"] - 6), 10)):
         process = start(folder)
-        while last_step(folder / "log.jsonl") < goal and os.waitpid(process, os.WNOHANG) == (0, 0):
+        while last_step(folder / RECOVERY_LOG) < goal and os.waitpid(process, os.WNOHANG) == (0, 0):
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.01))
         os.kill(process, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
-        reached = last_step(folder / "log.jsonl")
-        kept = load_state(folder / "run.state")["step"]
+        reached = last_step(folder / RECOVERY_LOG)
+        kept = load_state(folder / RECOVERY_STATE)["step"]
         assert goal <= reached and kept >= reached - KILLED["save_every"], (goal, reached, kept)
 
 

@@ -152,7 +152,7 @@ class Measured:
         generator = torch.Generator().manual_seed(1)
         judged, *batches = [torch.randn(32, *self.inputs.shape[1:], generator=generator) for _ in range(8)]
         repaired = copy.deepcopy(self.encoder_of(self.model))
-        recipe = Recipe(method="random", width=self.plan.edits[0].width, repair=RepairOptions(refit=False))
+        recipe = Recipe(method="random", hidden_dim=self.plan.edits[0].width, repair=RepairOptions(refit=False))
         cut_(repaired, self.encoder_of(self.model), self.sites, recipe, batches, quiet=True)
         expected = run(self.encoder_of(self.model), judged)
         spread = (expected - expected.mean(0)).square().sum()

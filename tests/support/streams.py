@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for
 from vitrim.models.sites import find_mlps
 from vitrim.recover.distill import recover_
@@ -69,16 +70,21 @@ def make_teacher():
     ).eval()
 
 
-def train(images, **options):
+def train(images, *, work=None, resume=False, on_validation=None, **options):
     """Weights after recovery of a student on some images, and what recovery says."""
     teacher = make_teacher()
     student = copy.deepcopy(teacher)
     apply_(student, [KeepUnits(site=site, keep=tuple(range(16))) for site in find_mlps(student)])
     options = {"steps": 6, "batch_size": 4, "lr": 1e-3, "num_validations": 3, "shuffle_buffer": 8, **options}
     images = images.augmented(augment_for(CFG, "light"), 0)
-    keep = {name: options.pop(name) for name in ("state", "resume", "on_validation") if name in options}
     held_out = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))]
     result = recover_(
-        student, teacher, images, held_out=held_out, options=RecoverOptions(**options), quiet=True, **keep
+        student,
+        teacher,
+        images,
+        held_out=held_out,
+        options=RecoverOptions(**options),
+        context=RunContext(work=work, resume=resume, quiet=True),
+        on_validation=on_validation,
     )
     return student.state_dict(), result

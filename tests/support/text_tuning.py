@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tests.support.pairs import NAMES, WORDS, pictures
-from vitrim.clip.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.clip.embedded_pairs import embed_pairs
+from vitrim.clip.text_tower import TextOptions, tune_text_
+from vitrim.config.run_context import RunContext
 from vitrim.data import open_pairs
 from vitrim.models.towers import open_pair
 from vitrim.output.load import open_model
@@ -27,12 +29,13 @@ def opened(folder):
     return open_pair(*open_model(str(folder)))
 
 
-def tuned(folder, *, options=None, **kwargs):
+def tuned(folder, *, options=None, work=None, resume=False):
     """A pair tuned on 32 captioned images and judged on 8, and what tuning did."""
     pair = opened(folder)
     train, held_out = embed_pairs(pair, open_pairs(captioned(40))).split(8, seed=0)
     chosen = TextOptions(**{**QUICK, **(options or {})})
-    return pair, tune_text_(pair, train, held_out, options=chosen, quiet=True, **kwargs)
+    context = RunContext(work=work, resume=resume, quiet=True)
+    return pair, tune_text_(pair, train, held_out=held_out, options=chosen, context=context)
 
 
 def state_of(model):

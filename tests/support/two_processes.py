@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 import warnings
 from importlib.resources import files
@@ -16,12 +17,14 @@ import torch.distributed as dist
 import vitrim
 from tests.support.distillation import HELD_OUT, Broken, make_images, make_student, make_teacher, weights
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import open_images
 from vitrim.distributed.processes import is_main, join_, on_main, plan_from_main
 from vitrim.errors import OutputError, VitrimError
 from vitrim.recover import run as run_module
 from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
+from vitrim.recover.result import Validation
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
 SHARDED = {"fsdp": True}
@@ -35,15 +38,17 @@ class Stop(Exception):
     """Ends a run as a crash would, on every process at the same step."""
 
 
-def train(options: dict[str, Any], *, images=None, stop_at: int | None = None, **kwargs) -> dict[str, Any]:
+def train(
+    options: dict[str, Any], *, images=None, stop_at: int | None = None, work=None, resume=False
+) -> dict[str, Any]:
     """A run from the same start; losses by step, weights, curve and notes."""
     teacher = make_teacher()
     student = make_student(teacher)
     before = weights(teacher)
     flags = [p.requires_grad for p in student.parameters()]
 
-    def stop(step: int, error: float) -> None:
-        if step == stop_at:
+    def stop(found: Validation) -> None:
+        if found.step == stop_at:
             raise Stop
 
     result = recover_(
@@ -52,9 +57,8 @@ def train(options: dict[str, Any], *, images=None, stop_at: int | None = None, *
         images or make_images(),
         held_out=HELD_OUT,
         options=RecoverOptions(**options),
-        quiet=True,
+        context=RunContext(work=work, resume=resume, quiet=True),
         on_validation=stop,
-        **kwargs,
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert flags == [p.requires_grad for p in student.parameters()]
@@ -66,10 +70,10 @@ def losses_of(log: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
 
 
-def stopped(options: dict[str, Any], state: Path) -> None:
+def stopped(options: dict[str, Any], work: Path) -> None:
     """A run that dies between a validation and its state: the last state is that of the validation before."""
     try:
-        train(options, stop_at=STOPPED_AT, state=state)
+        train(options, stop_at=STOPPED_AT, work=work)
     except Stop:
         return
     raise AssertionError("the run was not stopped")
@@ -84,9 +88,9 @@ def unreadable(num_images: int = 20) -> Any:
 def same_curve(folder: Path) -> dict[str, Any]:
     found = {}
     for name, options in (("ddp", {}), ("sharded", SHARDED)):
-        found[name] = train({**LONG, **options}, log=folder / f"{name}.jsonl")
+        found[name] = train({**LONG, **options}, work=folder / name)
         if is_main():
-            found[name]["losses"] = losses_of(folder / f"{name}.jsonl")
+            found[name]["losses"] = losses_of(folder / name / "recovery.jsonl")
     return found
 
 
@@ -107,15 +111,12 @@ def resumed(folder: Path) -> dict[str, Any]:
     """States of one process taken up by two, and the other way round."""
     found = {}
     for name, options in (("ddp", {}), ("sharded", SHARDED)):
-        state = folder / f"two-{name}.state"
-        stopped({**SHORT, **options, "ema": 0.8}, state)
+        work = folder / f"two-{name}"
+        stopped({**SHORT, **options, "ema": 0.8}, work)
         if is_main():  # as it is now, for one process to go on from
-            for path in state.parent.glob(f"{state.name}*"):
-                (folder / path.name.replace("two", "left")).write_bytes(path.read_bytes())
-        found[name] = train({**SHORT, **options, "ema": 0.8}, state=state, resume=True)
-        found[f"one to {name}"] = train(
-            {**SHORT, **options, "ema": 0.8}, state=folder / f"one-{name}.state", resume=True
-        )
+            shutil.copytree(work, folder / f"left-{name}")
+        found[name] = train({**SHORT, **options, "ema": 0.8}, work=work, resume=True)
+        found[f"one to {name}"] = train({**SHORT, **options, "ema": 0.8}, work=folder / f"one-{name}", resume=True)
     return found
 
 
@@ -129,7 +130,7 @@ def diverging(folder: Path) -> dict[str, Any]:
         return loss * float("nan") if seen[0] == 6 and dist.get_rank() == 1 else loss
 
     found = {}
-    for name, kwargs in (("on disk", {"state": folder / "nan.state"}), ("in memory", {})):
+    for name, kwargs in (("on disk", {"work": folder / "nan"}), ("in memory", {})):
         seen[0] = 0
         run_module.feature_loss = poisoned
         found[name] = train({**SHORT, **SHARDED, "ema": 0.8}, **kwargs)
@@ -146,7 +147,7 @@ def failing(folder: Path) -> dict[str, Any]:
 
     sync, state_module.os.fsync = state_module.os.fsync, full
     try:
-        train({**SHORT, **SHARDED}, state=folder / "full.state")
+        train({**SHORT, **SHARDED}, work=folder / "full")
     except OutputError as error:
         said["full disk"] = str(error)
     finally:
@@ -161,7 +162,7 @@ def failing(folder: Path) -> dict[str, Any]:
         except (VitrimError, ZeroDivisionError) as caught:
             said[name] = f"{type(caught).__name__}: {caught}"
     try:
-        vitrim.compress(DIGITS, width=8, out=folder / "taken", quiet=True)
+        vitrim.compress(DIGITS, hidden_dim=8, out=folder / "taken", quiet=True)
     except OutputError as error:
         said["taken"] = str(error)
     return said
@@ -179,7 +180,7 @@ def compressed(out: Path | None) -> dict[str, Any]:
 
 def taken_over(folder: Path) -> dict[str, Any]:
     """A process without a cut takes the main one's."""
-    recipe = vitrim.Recipe.parse({"width": 16})
+    recipe = vitrim.Recipe.parse({"hidden_dim": 16})
     plan = vitrim.compress(make_teacher(), recipe=recipe, quiet=True).plan
     teacher = make_teacher()
     student = make_student(teacher, 16) if is_main() else make_teacher()

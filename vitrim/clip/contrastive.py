@@ -1,4 +1,4 @@
-"""The loss that CLIP-like pairs are trained with, and vectors gathered from several processes with their gradients.
+"""Computes the loss that CLIP-like pairs are trained with, and gathers vectors of all processes with their gradients.
 
 Each process has some of the captions of a step. It compares them with all images, and its images with all captions, so
 the mean of the parts over the processes is the loss of the whole batch, and so is the mean of the gradients.
@@ -21,17 +21,17 @@ def contrastive_loss(
     *,
     own: slice = slice(None),
 ) -> Tensor:
-    """CLIP's symmetric cross-entropy, or SigLIP's sigmoid loss where there is a bias.
+    """Compute CLIP's symmetric cross-entropy, or SigLIP's sigmoid loss where there is a bias.
 
     Args:
         images_BE: unit vectors of all images of a step.
         texts_BE: unit vectors of their captions, in the same order.
-        scale: what similarities are multiplied by.
-        bias: what is added to them; None for CLIP's loss.
-        own: the part of this process.
+        scale: factor on the similarities.
+        bias: added to them; None for CLIP's loss.
+        own: the part of the batch that this process compares.
 
     Returns:
-        The mean over its own part; over parts of equal size, the mean of these is the loss of the whole.
+        The mean over the process's own part; the mean of equal parts is the loss of the whole batch.
 
     Paper: CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343.
     """
@@ -45,14 +45,14 @@ def contrastive_loss(
 
 
 def gather_rows(rows_QE: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks; gradients go back to where a row came from."""
+    """Concatenate the rows of all processes in the order of their ranks; gradients return to a row's own process."""
     if not (distributed.is_initialized() and distributed.get_world_size() > 1):
         return rows_QE
     return _Gather.apply(rows_QE)  # type: ignore[return-value]
 
 
 class _Gather(torch.autograd.Function):
-    """Every process's loss depends on every row, so a row's gradient is the sum over the processes."""
+    """Gathering with gradients: each process's loss depends on every row, so a row's gradient is their sum."""
 
     @staticmethod
     def forward(ctx: Any, rows_QE: Tensor) -> Tensor:  # type: ignore[override]

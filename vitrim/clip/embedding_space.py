@@ -1,4 +1,4 @@
-"""The space in which the image tower of a pair is distilled: behind its projection, and beside a bank of texts.
+"""Builds the space in which the image tower of a pair is distilled: behind its projection, and beside a bank of texts.
 
 The bank is any text file: captions, prompts, names of classes. It is embedded once, by the original text tower; no
 image needs a caption.
@@ -18,15 +18,18 @@ from vitrim.recover.losses import EmbeddingSpace
 
 
 def embedding_space_of(whole: nn.Module, origin: Origin, options: RecoverOptions) -> EmbeddingSpace | None:
-    """Where the pooled vectors of an encoder are compared; None for one whose features are compared as they are.
+    """Build the space in which an encoder's pooled vectors are compared.
 
     Args:
         whole: the original model.
         origin: how it was built, with the path of the encoder that is distilled.
         options: `text_bank` names the file, `text_bank_weight` how much it counts.
 
+    Returns:
+        The space; None for an encoder whose features are compared as they are.
+
     Raises:
-        RecipeError: the bank can't be read, or what is distilled is not the image tower of a pair.
+        RecipeError: the bank can't be read, or a bank is given and the encoder is not the image tower of a pair.
         ModelError: the model is no pair that vitrim can run, or its tokenizer is not known.
     """
     is_image_tower = bool(origin.encoder) and origin.encoder == encoder_path(whole)

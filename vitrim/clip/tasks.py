@@ -1,15 +1,16 @@
-"""What a CLIP-like pair is used for, from names and folders: zero-shot classification, retrieval, text tuning.
+"""Runs the tasks of a CLIP-like pair from names and folders: zero-shot classification, retrieval, text tuning.
 
 The image tower may be of one model and the text tower of another: a pruned image tower with the original text tower,
-for example. Figures are in percent.
+for example. Scores are in percent.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,27 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vitrim.clip.text_tower import TextOptions, embed_pairs, tune_text_
+from vitrim.clip.embedded_pairs import EmbeddedPairs, embed_pairs
+from vitrim.clip.text_tower import TextOptions, TextTuning, tune_text_
+from vitrim.config.run_context import RunContext
+from vitrim.cost.count import num_parameters
 from vitrim.data import PairSet, open_pairs, transform_for
 from vitrim.data.inputs import open_set, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import entered_on_main, join_, on_main
 from vitrim.errors import OutputError, RecipeError
+from vitrim.metrics.record import Metrics, ModelCost
 from vitrim.metrics.retrieval import embed_captioned, image_text_recall
 from vitrim.metrics.zero_shot import Template, build_classifier, check_widths, embed_all, prompts_for, zero_shot_top
 from vitrim.models.load import load_model
 from vitrim.models.origin import Origin
+from vitrim.models.stock import loads_with
 from vitrim.models.towers import Pair, Tokenize, open_pair
 from vitrim.output.load import Model, is_output, load, open_model, read_about
 from vitrim.output.provenance import environment
+from vitrim.output.result import Result
 from vitrim.output.save import save
-from vitrim.output.stage import TEXT_STATE, staged_output
+from vitrim.output.stage import staged_output
 from vitrim.output.verify import verify
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
@@ -41,15 +48,6 @@ from vitrim.surgery import Plan
 MAX_HELD_OUT = 2048
 # Texts whose vectors are compared when an output is loaded back.
 PROBES = ("a photo of a cat.", "two dogs on a beach", "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """What `tune_text` gives back; `out` is None where nothing was written."""
-
-    model: nn.Module
-    metrics: Mapping[str, Any]
-    out: Path | None
 
 
 def zero_shot(
@@ -164,7 +162,7 @@ def tune_text(
     device: str = "auto",
     resume: bool = False,
     quiet: bool = False,
-) -> Tuned:
+) -> Result:
     """Tune the text tower of a pair to its image tower, which may have been cut, and write the pair to a new folder.
 
     Args:
@@ -177,7 +175,7 @@ def tune_text(
         limit: at most this many images, the first ones.
         split: which part of a source that has parts.
         image_folder: where the images that a `.json` names are.
-        batch_size: images a forward pass; how many captions a step compares stands in the options.
+        batch_size: images a forward pass; `options` say how many captions a step compares.
         num_workers: processes that decode images.
         seed: makes two runs equal.
         device: `auto`, or a torch device.
@@ -190,13 +188,12 @@ def tune_text(
     Raises:
         VitrimError: the input is wrong; nothing is written.
     """
-    chosen = _options(options)
+    started, chosen = time.monotonic(), _options(options)
     join_(device)
     whole, origin, plan = _open_to_write(model, out)
     types = {name: tensor.dtype for name, tensor in _tensors(whole)}
-    pair = open_pair(
-        whole.to(resolve_device(device)).float(), origin, tokenizer=tokenizer
-    )  # bf16 is too coarse to tune
+    whole.to(resolve_device(device)).float()  # bf16 is too coarse to tune
+    pair = open_pair(whole, origin, tokenizer=tokenizer)
     open_source = partial(_open_pairs, origin=origin, split=split, image_folder=image_folder)
     embed = partial(embed_pairs, pair, batch_size=batch_size, num_workers=num_workers)
     stage = nullcontext((None, None)) if out is None else entered_on_main(staged_output(Path(out), resume=resume))
@@ -206,27 +203,42 @@ def tune_text(
             train, judged = train.split(min(MAX_HELD_OUT, max(1, len(train) // 10)), seed)
         else:
             judged = embed(open_source(held_out, limit=None))
-        state = None if work is None else work / TEXT_STATE
-        tuned = tune_text_(pair, train, judged, options=chosen, seed=seed, state=state, resume=resume, quiet=quiet)
+        context = RunContext(work=work, resume=resume, quiet=quiet, device=device, seed=seed)
+        tuned = tune_text_(pair, train, held_out=judged, options=chosen, context=context)
         whole.cpu()
         for name, tensor in _tensors(whole):
             tensor.data = tensor.data.to(types[name])
-        metrics = {
-            "model": origin.name,
-            "pairs": {"train": len(train), "held_out": len(judged), "skipped": train.num_skipped + judged.num_skipped},
-            "options": chosen.model_dump(mode="json"),
-            "text_tuning": dict(tuned.__dict__),
-            "environment": environment(),
-        }
+        metrics = _metrics(pair, plan, tuned, chosen, {"train": train, "held_out": judged})
+        metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
         if folder is not None:
-            metrics |= on_main(lambda: _write(folder, pair, plan, metrics))
-    return Tuned(model=whole, metrics=metrics, out=None if out is None else Path(out))
+            metrics = on_main(_write, folder, pair, plan, metrics, Path(str(out)))
+    return Result(model=whole, plan=plan, metrics=metrics, out=None if out is None else Path(out))
+
+
+def _metrics(
+    pair: Pair, plan: Plan, tuned: TextTuning, options: TextOptions, pairs: Mapping[str, EmbeddedPairs]
+) -> Metrics:
+    """Put together what was measured; tuning changes no size."""
+    size = ModelCost(parameters=num_parameters(pair.model))
+    counts = {name: len(found) for name, found in pairs.items()}
+    return Metrics(
+        model=pair.origin.name,
+        method=plan.method,
+        encoder=pair.origin.encoder,
+        before=size,
+        after=size,
+        images={**counts, "skipped": sum(found.num_skipped for found in pairs.values())},
+        text_tuning={**tuned.__dict__, "options": options.model_dump(mode="json")},
+        notes=tuple(tuned.notes),
+        environment=environment(),
+        **plan.describe(),
+    )
 
 
 def _open(
     model: Model, text_from: Model | None, tokenizer: Tokenize | None, device: str
 ) -> tuple[nn.Module, Origin, Pair]:
-    """What embeds images, how it was built, and the pair that embeds texts, on a device."""
+    """Open the model that embeds images, its origin, and the pair that embeds texts, on a device."""
     whole, origin = open_model(model)
     pair = open_pair(*(open_model(text_from) if text_from is not None else (whole, origin)), tokenizer=tokenizer)
     for each in (whole, pair.model):
@@ -237,13 +249,13 @@ def _open(
 def _open_pairs(
     source: Any, origin: Origin, *, split: str, limit: int | None, image_folder: str | Path | None
 ) -> PairSet:
-    """Images with captions behind a model's own preprocessing."""
+    """Open images with captions, with a model's own preprocessing."""
     transform = transform_for(origin.preprocessing) if "mean" in origin.preprocessing else None
     return open_pairs(source, transform=transform, split=split, limit=limit, image_folder=image_folder)
 
 
 def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:
-    """A model that may be changed, how its uncut form is built, and what was cut of it."""
+    """Open a model that may be changed: the model, the origin of its uncut form, and the plan of its cuts."""
     if isinstance(model, str) and is_output(path := model.removeprefix("local-dir:")):
         about = read_about(Path(path))
         return open_model(model)[0], Origin.from_json(about["origin"]).placed_at(path), Plan.from_json(about["plan"])
@@ -254,13 +266,13 @@ def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name."""
+    """Yield parameters and buffers by name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def _options(given: TextOptions | Mapping[str, Any] | None) -> TextOptions:
-    """Checked options; one epoch where none are given."""
+    """Check options; without any, tune for one epoch."""
     if isinstance(given, TextOptions):
         return given
     try:
@@ -271,18 +283,18 @@ def _options(given: TextOptions | Mapping[str, Any] | None) -> TextOptions:
         raise RecipeError(f"text tuning: {where}: {first['msg']} (got {first['input']!r:.80})") from None
 
 
-def _write(folder: Path, pair: Pair, plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a pair, and load it back: the image tower in a fresh process, the text tower with what loads a folder.
+def _write(folder: Path, pair: Pair, plan: Plan, metrics: Metrics, out: Path) -> Metrics:
+    """Write a pair and load it back: the image tower in a fresh process, the text tower with whatever loads the folder.
+
+    Returns:
+        The finished metrics, as they stand in metrics.json.
 
     Raises:
-        OutputError: it loads to something else.
+        OutputError: what is loaded differs from what was written.
     """
     origin, whole = pair.origin, pair.model
-    stock = save(folder, whole, origin=origin, plan=plan)
-    found: dict[str, Any] = {"stock": stock}
-    probe = random_inputs(origin, 4)
-    if probe is not None:
-        found["reload_difference"] = verify(folder, whole, probe, origin=origin, stock=stock)
+    stock, probe = save(folder, whole, origin=origin, plan=plan), random_inputs(origin, 4)
+    same = None if probe is None else verify(folder, whole, probe, origin=origin, stock=stock)
     again = replace(pair, model=load_model(str(folder))[0] if stock else load(folder))
     ids = pair.tokenize(PROBES)
     difference = float((embed_all(again, ids) - embed_all(pair, ids)).abs().max())
@@ -290,5 +302,7 @@ def _write(folder: Path, pair: Pair, plan: Plan, metrics: Mapping[str, Any]) -> 
         raise OutputError(
             f"{folder}: written, but its text tower does not load back (outputs differ by {difference:.3g})."
         )
-    write_json(folder / "metrics.json", {**metrics, **found})
-    return found
+    loads = loads_with(origin, out, stock=stock)
+    metrics = replace(metrics, stock=stock, loads_with=loads, reload_difference=same)
+    write_json(folder / "metrics.json", metrics.to_json())
+    return metrics

@@ -29,10 +29,10 @@ from vitrim.models.features import device_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import why_not_stock
-from vitrim.output.stage import RECOVERY_LOG, RECOVERY_STATE
-from vitrim.recover.distill import OnValidation, Recovery, recover_
-from vitrim.recover.elastic import Fitting, Slice, Widths, serving
-from vitrim.recover.trackers import TRACKER_LOGS
+from vitrim.recover.distill import OnValidation, recover_
+from vitrim.recover.elastic import Slice, Widths
+from vitrim.recover.elastic_fit import Fitting, serving
+from vitrim.recover.result import Recovery
 from vitrim.repair.blockwise import Blockwise, follow_cut_
 from vitrim.surgery import Edit
 from vitrim.types import MlpSite
@@ -215,16 +215,7 @@ class Trained:
 def train_(models: Models, job: Job, context: RunContext, on_validation: OnValidation | None) -> Trained:
     """Train the student block by block and end to end, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
-    blocks = follow_cut_(
-        models.student,
-        models.teacher,
-        models.sites,
-        recipe,
-        split,
-        context.work,
-        resume=context.resume,
-        quiet=context.quiet,
-    )
+    blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
     if split is None or recipe.recover is None:
         return Trained(blocks=blocks)
     widths = Widths.of(recipe, models.sites)
@@ -258,12 +249,7 @@ def _distil_(
         split.train.augmented(augment, context.seed),
         held_out=[batch.images_BCHW for batch in split.held_out],
         options=options,
-        seed=context.seed,
-        state=None if context.work is None else context.work / RECOVERY_STATE,
-        log=None if context.work is None else context.work / RECOVERY_LOG,
-        logs=None if context.work is None else context.work / TRACKER_LOGS,
-        resume=context.resume,
-        quiet=context.quiet,
+        context=context,
         widths=widths,
         space=job.space,
         on_validation=on_validation,

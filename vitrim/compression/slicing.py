@@ -28,7 +28,8 @@ from vitrim.output.result import Result
 from vitrim.output.save import save
 from vitrim.output.stage import staged_output
 from vitrim.output.verify import verify
-from vitrim.recover.elastic import Slice, first_units, read_widths
+from vitrim.recover.elastic import Slice, first_units
+from vitrim.recover.elastic_files import read_widths
 from vitrim.storage.documents import write_json
 from vitrim.surgery import KeepUnits, Plan, apply_
 

@@ -21,10 +21,9 @@ from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
 from vitrim.output.save import save
-from vitrim.output.stage import RECOVERY_LOG
 from vitrim.output.verify import verify
-from vitrim.recover.elastic import save_widths
-from vitrim.recover.trackers import TRACKER_LOGS
+from vitrim.recover.elastic_files import save_widths
+from vitrim.recover.files import RECOVERY_LOG, TRACKER_LOGS
 from vitrim.report.collect import NOTHING, Seen, collect, look
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan

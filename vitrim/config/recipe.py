@@ -69,7 +69,7 @@ class Recipe(Checked):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         for before, after in pairwise(find_method(step.method) for step in self.steps):
-            if after.first_order() < before.last_order():
+            if after.lowest_order() < before.highest_order():
                 raise RecipeError(
                     f"steps: {after.name} ({after.edits_in_words()}) can't follow {before.name} "
                     f"({before.edits_in_words()}), which puts other modules in the place of those that it works on; "

@@ -1,4 +1,4 @@
-"""How a run goes on, as opposed to what it does."""
+"""How a run goes on, apart from what it computes. Nothing here is part of a recipe, and nothing imports torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """How a run goes on: where its state is kept, whether it resumes, what it shows, on which device and seed."""
+    """How a run goes on: where its state is kept, whether it resumes, what it shows, on which device, from which seed.
+
+    Attributes:
+        work: folder for resumable state, logs and other files of the run; None keeps none.
+        resume: continue from what an earlier run left in `work`; without it, that is discarded.
+        quiet: show no progress.
+        device: `auto`, or the name of a torch device.
+        seed: of everything random; two runs with one seed are equal.
+    """
 
     work: Path | None = None
-    """Folder for what a stopped run needs to go on; None keeps nothing."""
     resume: bool = False
-    """Go on from what an earlier run left in `work`."""
     quiet: bool = False
-    """Show no progress."""
     device: str = "auto"
-    """`auto`, or a torch device."""
     seed: int = 0
-    """Makes two runs equal."""

@@ -1,1 +1,1 @@
-"""What a model costs (parameters, MACs, time) and what a run will need (memory, disk)."""
+"""Cost of a model (parameters, MACs, time), and estimates of what a run takes (memory, disk, time)."""

@@ -1,14 +1,17 @@
-"""What a model costs: parameters, bytes, multiply-accumulates, latency, peak memory.
+"""Measures the cost of a model: parameters, bytes, multiply-accumulates, latency, peak memory.
 
-Everything is measured on the model as it is, in eval mode without gradients. Nothing here looks at how good
-the model is (that is `evaluate/`), and nothing is estimated from a config.
+Everything is measured on the model as it is, in eval mode without gradients. How good the model is, is measured in
+`metrics/`; nothing is estimated from a config.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from contextlib import redirect_stderr
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from vitrim.models.features import evaluating, frozen
 from vitrim.types import MlpSite
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 MIB = 2**20
 
@@ -44,29 +50,29 @@ class ModelSize(TypedDict):
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once, frozen ones too; buffers are not parameters."""
+    """Count parameters, shared ones once, frozen ones too; buffers are not parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def site_parameters(site: MlpSite, width: int) -> int:
-    """Parameters of a site's hidden units at a width: input rows with their biases, output columns, inner norm."""
+    """Count the parameters of a site's units at a width: input rows with biases, output columns, inner norm."""
     num_inputs = 1 if site.kind == "plain" else 2
     per_unit = num_inputs * (site.d_model + int(site.has_bias)) + site.d_model + (2 if site.norm else 0)
     return per_unit * width
 
 
 def site_macs(site: MlpSite, width: int) -> int:
-    """Multiply-accumulates of a site for one token, at a width."""
+    """Count the multiply-accumulates of a site for one token, at a width."""
     return (2 if site.kind == "plain" else 3) * site.d_model * width
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Parameters of a model and the bytes that it holds in memory, buffers included."""
+    """Return the parameters of a model and the bytes that it holds in memory, buffers included."""
     return {"num_parameters": num_parameters(model), "num_bytes": sum(_storages(model).values())}
 
 
 def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
-    """Multiply-accumulates of one image, counted while the model runs (half of torch's FLOPs).
+    """Count the multiply-accumulates of one image while the model runs (half of torch's FLOPs).
 
     Matrix products, convolutions and attention count; norms, activations, softmax and biases don't, as usual
     in papers. Causal attention counts in full.
@@ -126,7 +132,7 @@ def measure_latency(
 
 
 def peak_memory_mib(model: nn.Module, images_BCHW: Tensor) -> float:
-    """Peak memory of one forward pass: the weights, plus the most that the pass held at any moment.
+    """Measure the peak memory of one forward pass: the weights, plus the most that the pass held at any moment.
 
     On CUDA the second part is the allocator's peak above what was allocated before. Elsewhere it is the exact
     peak of live tensors, followed from operator to operator: the input, activations and outputs, each storage
@@ -157,7 +163,7 @@ def peak_memory_mib(model: nn.Module, images_BCHW: Tensor) -> float:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Follows the bytes of tensor storages that are made while it is active, until each is freed."""
+    """Counter of the bytes of tensor storages that are made while it is active, until each is freed."""
 
     def __init__(self, known: set[int]):
         super().__init__()
@@ -188,10 +194,22 @@ class _LiveStorages(TorchDispatchMode):
         self._live_bytes -= size
 
 
-def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
-    from torch.utils.benchmark import Timer
+def import_timer() -> type[Timer]:
+    """Return torch's timer. Importing it makes torch say on standard error that no CUDA was found, which is no news."""
+    log = logging.getLogger("torch.utils.cpp_extension")  # before torch 2.7 it is printed
+    disabled, log.disabled = log.disabled, True
+    try:
+        with redirect_stderr(io.StringIO()):
+            from torch.utils.benchmark import Timer
+    finally:
+        log.disabled = disabled
+    return Timer
 
-    timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
+
+def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
+    timer = import_timer()(
+        "model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads()
+    )
     timer.timeit(1)  # warm-up: allocator, kernel choice, clocks
     run = timer.blocked_autorange(min_run_time=min_run_time_s)
     return {
@@ -202,18 +220,18 @@ def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
 
 
 def _product_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
-    """FLOPs of a matrix product, from the shapes of its factors."""
+    """Return the FLOPs of a matrix product, from the shapes of its factors."""
     return 2 * left[0] * left[1] * right[1]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of softmax(QK')V from the shapes (B, heads, tokens, width): two matrix products."""
+    """Return the FLOPs of softmax(QK')V from the shapes (B, heads, tokens, width): two matrix products."""
     batch, heads, num_queries, width = query
     return 2 * batch * heads * num_queries * key[-2] * (width + value[-1])
 
 
 def _storages(model: nn.Module) -> Mapping[int, int]:
-    """Bytes of each storage behind the parameters and buffers, by address."""
+    """Return the bytes of each storage behind the parameters and buffers, by address."""
     tensors = [*model.parameters(), *model.buffers()]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}

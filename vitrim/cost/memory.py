@@ -1,4 +1,4 @@
-"""What a run will need, said before it starts: memory, disk and time, from shapes alone."""
+"""Estimates of what a run takes, from shapes alone and before it starts: memory, disk and time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from vitrim.models.sites import find_mlps
 from vitrim.storage.tensor_files import CHUNK_BYTES
 from vitrim.types import MlpSite
 
+LOG = logging.getLogger("vitrim")
+
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Where the system does not say: Python with torch and timm.
 PROGRAM_BYTES = 600 * 10**6
@@ -36,16 +38,21 @@ PRODUCTS, PICK_S = 4.0, 6e-4
 # What allocators round up and keep: EVA-CLIP-E took 7% more than its arrays add up to (benchmarks/streaming.py).
 MARGIN = 1.08
 PROBE_S = 0.2
-log = logging.getLogger("vitrim")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes that calibration needs beside the running program, and the widths that decide about the rest.
+    """Estimate of the memory that calibration takes beside the running program.
 
-    `streams` may be offloaded to disk; `resident` is what lies outside the blocks and one block, for teacher and
-    student each; `sample` the tokens kept for the refit, `batch` one batch's activations; `chunk` tokens are added to
-    the sums at a time; `hidden` are the units of the widest MLP and `kept` those that stay.
+    Attributes:
+        streams: bytes of the blocks' inputs and outputs for all images; they may be offloaded to disk.
+        resident: bytes of the weights outside the blocks and of the largest block, for teacher and student.
+        sample: bytes of the tokens kept for the refit.
+        batch: bytes of the activations of one batch.
+        chunk: tokens that are added to the sums at a time.
+        hidden: hidden units of the widest MLP.
+        kept: units that stay of the MLP that keeps the most.
+        d_model: largest model width.
     """
 
     streams: int
@@ -58,7 +65,12 @@ class MemoryEstimate:
     d_model: int
 
     def bytes(self, *, offloaded: bool, moments: torch.dtype) -> int:
-        """The most at any moment: while moments are summed up, or while units are selected by them."""
+        """Return the bytes of the peak: while moments are summed up, or while units are selected by them.
+
+        Args:
+            offloaded: whether the blocks' inputs and outputs are kept on disk.
+            moments: type in which the (H, H) sums are kept.
+        """
         square, cross = self.hidden**2 * moments.itemsize, self.hidden * self.d_model * 8
         tiles = 0 if moments == torch.float64 else 2 * min(TILE_ROWS, self.hidden) * self.hidden * 8
         summing = self.batch + self.chunk * (self.hidden + self.d_model) * 8 + tiles
@@ -68,12 +80,12 @@ class MemoryEstimate:
 
     @property
     def choices(self) -> list[tuple[bool, torch.dtype]]:
-        """Ways to run, the best first: activations offloaded or not, and moments; exact ones before others."""
+        """Pairs of (offloaded, moments) that `bytes` takes, the best first: exact moments before rounded ones."""
         return [(offloaded, dtype) for dtype in (torch.float64, torch.float32) for offloaded in (False, True)]
 
     @property
     def least(self) -> int:
-        """Bytes of the way that needs the fewest."""
+        """Bytes of the choice that takes the fewest."""
         return min(self.bytes(offloaded=offloaded, moments=moments) for offloaded, moments in self.choices)
 
 
@@ -87,16 +99,16 @@ def estimate_memory(
     num_images: int,
     batch_size: int,
 ) -> MemoryEstimate:
-    """What calibration will need.
+    """Estimate the memory that calibration takes.
 
     Args:
-        sites: what is cut, by paths from the encoder.
+        sites: the MLPs that are cut, by paths from the encoder.
         widths: hidden units that stay in each of them.
         repair: the repair that follows, if any.
-        encoder: the model; it is not changed. One on the meta device is not run but for its shapes.
-        inputs: one image, or one row of token ids; its values play no part.
-        num_images: how many there will be.
-        batch_size: images a batch.
+        encoder: the model; not changed. On the meta device only its shapes are followed.
+        inputs: one image (C, H, W), or one row of token ids (N,); its values don't matter.
+        num_images: how many images calibration reads.
+        batch_size: images in a batch.
     """
     tokens = tokens_per_site(encoder, inputs, sites)
     repair = repair or RepairOptions()
@@ -127,42 +139,44 @@ def check_memory(
     recipe: Recipe,
     batches: Sequence[Tensor] | None,
 ) -> None:
-    """Say what a run in memory needs beside its two models, and refuse one that this machine could never hold.
+    """Log the memory that a run takes beside its two models, and refuse one that this machine could never hold.
 
     Args:
         encoder: the teacher, on the device of the run.
-        sites: what is cut, by paths from the encoder.
+        sites: the MLPs that are cut, by paths from the encoder.
         widths: hidden units that stay in each of them.
-        recipe: what will be done.
+        recipe: method, repair and training.
         batches: calibration images, if there are any.
 
     Raises:
-        BudgetError: it is more than all memory that there is, in use or not.
+        BudgetError: the run takes more than all memory of the device, in use or not.
     """
     step, device = recipe.steps[0], next(encoder.parameters()).device
     method, repair = step.make_method(), step.repair_options()
-    needed = {"training": 16 * sum(p.numel() for p in encoder.parameters())}  # gradients, two moments, the best state
+    bytes_of = {"training": 16 * sum(p.numel() for p in encoder.parameters())}  # gradients, two moments, the best state
     if recipe.recover is None and recipe.blockwise is None:
-        needed = {}
+        bytes_of = {}
     if batches and isinstance(method, SiteMethod) and (method.needs == "images" or repair is not None):
         num_images, size = sum(map(len, batches)), len(batches[0])
-        needs = estimate_memory(sites, widths, repair, encoder, batches[0][0], num_images=num_images, batch_size=size)
-        needed["calibration"] = replace(needs, resident=0).bytes(offloaded=False, moments=torch.float64)
-    if not needed or device.type not in ("cpu", "cuda"):
+        estimate = estimate_memory(
+            sites, widths, repair, encoder, batches[0][0], num_images=num_images, batch_size=size
+        )
+        bytes_of["calibration"] = replace(estimate, resident=0).bytes(offloaded=False, moments=torch.float64)
+    if not bytes_of or device.type not in ("cpu", "cuda"):
         return
-    most = max(needed, key=lambda step: needed[step])
-    said = f"{most} needs about {show_bytes(needed[most])} of {device.type} memory beside the models"
+    most = max(bytes_of, key=lambda step: bytes_of[step])
+    said = f"{most} needs about {show_bytes(bytes_of[most])} of {device.type} memory beside the models"
     free, total = _memory_of(device)
-    if needed[most] > total:
+    if bytes_of[most] > total:
         raise BudgetError(
             f"{said}, there are {show_bytes(total)}; lower calibrate.num_images or calibrate.batch_size, or use "
             "prune-checkpoint with --memory-budget."
         )
-    log.info("%s, %s are free", said, show_bytes(free))
+    LOG.info("%s, %s are free", said, show_bytes(free))
 
 
 def _memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes of a device's memory that are free, and all of them; swap counts as memory."""
+    """Return the free bytes of a device's memory, and all of them; swap counts as memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     memory = psutil.virtual_memory()
@@ -170,12 +184,12 @@ def _memory_of(device: torch.device) -> tuple[int, int]:
 
 
 def selection_bytes(site: MlpSite, width: int, itemsize: int) -> int:
-    """Memory that picking a site's units on weights alone takes: its tensors, and the working copies.
+    """Estimate the bytes that selecting a site's units by weights alone takes: its tensors and the working copies.
 
     Args:
         site: the MLP.
-        width: units that stay.
-        itemsize: bytes of a value in the file.
+        width: units to keep.
+        itemsize: bytes of one value in the file.
     """
     row = site.d_model * (1 if site.kind == "plain" else 2)
     weights = site.d_hidden * (row + site.d_model) * itemsize
@@ -185,12 +199,12 @@ def selection_bytes(site: MlpSite, width: int, itemsize: int) -> int:
 
 
 def copying_bytes(largest: int) -> int:
-    """Memory that passing tensors through takes, given the bytes of the largest one that is cut."""
+    """Estimate the bytes that copying tensors between files takes, from the bytes of the largest one that is cut."""
     return 2 * largest + CHUNK_BYTES
 
 
 def selection_seconds(sites: Sequence[MlpSite], widths: Sequence[int]) -> float:
-    """Time to pick units on weights alone on this machine, from a short product that is timed."""
+    """Estimate the seconds that selection by weights alone takes on this machine, from a short timed product."""
     rate, total = _flops_per_s(), 0.0
     for site, width in zip(sites, widths, strict=True):
         row = site.d_model * (1 if site.kind == "plain" else 2)
@@ -199,7 +213,7 @@ def selection_seconds(sites: Sequence[MlpSite], widths: Sequence[int]) -> float:
 
 
 def program_bytes() -> int:
-    """The most memory that this process has held so far: the libraries, and an architecture without weights."""
+    """Return the most bytes that this process has held so far: the libraries, and an architecture without weights."""
     if sys.platform == "win32":
         return PROGRAM_BYTES
     import resource
@@ -208,35 +222,35 @@ def program_bytes() -> int:
 
 
 def parse_bytes(text: str | int) -> int:
-    """A size such as 4GB, 512MiB or 1000000.
+    """Parse a size such as 4GB, 512MiB or 1000000 into bytes.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: the text is no size above 0.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
     if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise RecipeError(f"size: {text!r} is none; write a number of bytes, or such as 4GB or 512MiB.")
+        raise RecipeError(f"size: {text!r} is no size; write a number of bytes, or a size such as 4GB or 512MiB.")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def show_bytes(count: int) -> str:
-    """A size for people."""
+    """Format bytes for people, such as 1.24 GB, rounded up."""
     unit, name, digits = (10**9, "GB", 2) if count >= 10**8 else (10**6, "MB", 1)
     return f"{math.ceil(count / unit * 10**digits) / 10**digits:.{digits}f} {name}"
 
 
 def show_seconds(seconds: float) -> str:
-    """A time for people, no more exact than an estimate is."""
+    """Format seconds for people, as seconds or minutes."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _values_of(site: MlpSite) -> int:
-    """Values that a token has at once: what is kept of the teacher's block, and the student's while its MLP runs."""
+    """Count the values held at once for a token: of the teacher's block, and of the student's while its MLP runs."""
     return 8 * site.d_model + (4 if site.kind == "plain" else 6) * site.d_hidden
 
 
 def _flops_per_s() -> float:
-    """Floating-point operations a second of float32 products: the best of a few that take a fifth of a second."""
+    """Measure floating-point operations a second of float32 products: the best within PROBE_S seconds."""
     square, best, stop = torch.ones(768, 768), 0.0, time.perf_counter() + PROBE_S
     while time.perf_counter() < stop:
         start = time.perf_counter()
@@ -246,7 +260,7 @@ def _flops_per_s() -> float:
 
 
 def tokens_per_site(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]) -> list[int]:
-    """Return tokens an image at each site, seen by hooks in a forward pass, on meta if parameters are there."""
+    """Count the tokens of an image at each site, by hooks in a forward pass; on meta if any parameter is there."""
     if any(parameter.is_meta for parameter in encoder.parameters()):
         encoder, inputs = copy.deepcopy(encoder).to("meta"), inputs.to("meta")
     first, seen = next(encoder.parameters()), [0] * len(sites)

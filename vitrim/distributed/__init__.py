@@ -1,1 +1,1 @@
-"""The processes of a run: what they tell each other, how models are spread over them, and in which precision."""
+"""Processes of a run: how they agree, how models are spread over them, on which device and in which precision."""

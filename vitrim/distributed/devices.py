@@ -8,7 +8,11 @@ from vitrim.errors import RecipeError
 
 
 def resolve_device(name: str) -> torch.device:
-    """A torch device by name; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    """Return a torch device by name; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        RecipeError: the name is unknown, or the machine has no such device.
+    """
     if name != "auto":
         try:
             return torch.empty(0, device=name).device

@@ -1,8 +1,8 @@
-"""Whether models run in bf16, and where it does not pay although asked for: attention that is trained on a CPU.
+"""Runs models in bf16 where that was asked for and pays; attention that is trained on a CPU stays in float32.
 
-Its backward pass in bf16 takes 571 ms where that in float32 takes 104 (torch 2.14, a Xeon with AMX, one thread, 128
-images of 65 tokens through six blocks of width 192), more than all that bf16 saves in the products of a step. The call
-is caught where torch's own functions are called, so no model's forward is touched.
+The backward pass of that attention in bf16 takes 571 ms where that in float32 takes 104 (torch 2.14, a Xeon with AMX,
+one thread, 128 images of 65 tokens through six blocks of width 192), more than all that bf16 saves in the products of a
+step. The call is caught where torch's own functions are called, so no model's forward is touched.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vitrim.config.options import Precision
 
 
 def is_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether models run in bf16: where it was asked for, or where a GPU has it."""
+    """Return whether models run in bf16: where it was asked for, or with `auto` where a GPU has it."""
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16" or (precision == "auto" and on_gpu)
 
 
 def autocast(precision: Precision, device: torch.device, *, keep_casts: bool = True) -> torch.autocast:
-    """Run models in that precision; with `keep_casts` the bf16 copies of weights stay until the context is left."""
+    """Return the autocast of a precision; with `keep_casts`, bf16 copies of weights stay until the context is left."""
     enabled = is_bf16(precision, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keep_casts)
 
 
 def attention_in_float32(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
-    """Hold this around forward and backward pass: attention that takes gradients under autocast runs in float32.
+    """Return a context for forward and backward pass in which attention under autocast runs in float32.
 
     Args:
         device: where the model is; on any but a CPU nothing changes.
@@ -42,7 +42,7 @@ def attention_in_float32(device: torch.device, *, enabled: bool) -> AbstractCont
 
 
 def around_recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For torch's `checkpoint`: what to hold around a forward pass, and around its repetition in the backward pass.
+    """Return two contexts for torch's `checkpoint`: around a forward pass, and around its repetition in backward.
 
     The backward pass is itself one of the functions that are caught, and within one torch catches no others.
     """
@@ -62,5 +62,5 @@ class _Float32Attention(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    """A tensor of floating point in float32; a mask of booleans, a number or None as it is."""
+    """Return a floating-point tensor in float32; boolean masks, numbers and None as they are."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

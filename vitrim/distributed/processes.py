@@ -1,8 +1,8 @@
-"""The processes of one run: who is the main one, how all agree, and how the others learn what went wrong there.
+"""Talks between the processes of one run: which is the main one, and how values and errors reach the others.
 
 One process is the usual case, and then every function here does the plain thing at once. Several are started by
-torchrun. What they tell each other goes over a gloo group of its own, because some wait while the main process measures
-and writes, which takes longer than collectives between GPUs may. Gradients and shards are not dealt with here.
+torchrun. Messages go over a gloo group of their own, because some processes wait while the main one measures and
+writes, which takes longer than collectives between GPUs may. Gradients and shards are not dealt with here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATIENCE = timedelta(hours=24)
 
 
 def join_(device: str) -> None:
-    """Join the processes that torchrun started, where it did; each of them then has a GPU of its own.
+    """Join the processes that torchrun started; without torchrun, do nothing. Each process then has a GPU of its own.
 
     Args:
         device: as in a recipe; on "cpu" the processes talk over gloo even where there are GPUs.
@@ -41,27 +41,27 @@ def join_(device: str) -> None:
 
 
 def num_processes() -> int:
-    """How many processes take part in the run."""
+    """Return how many processes take part in the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process; 0 is the main one."""
+    """Return the number of this process; 0 is the main one."""
     return 0 if num_processes() == 1 else dist.get_rank()
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes, reports and prints."""
+    """Return whether this process is the one that writes, reports and prints."""
     return rank() == 0
 
 
 def from_main(value: T) -> T:
-    """The main process's value, on every process; of the others' own nothing remains."""
+    """Return the main process's value on every process; the others' own values are dropped."""
     return from_process(0, value)
 
 
 def from_process(source: int, value: T) -> T:
-    """One process's value, on every process."""
+    """Return the value of process `source` on every process."""
     if num_processes() == 1:
         return value
     box = [value]
@@ -78,7 +78,8 @@ def on_main(work: Callable[..., T], *args: Any, **options: Any) -> T:
         options: the same, by name.
 
     Raises:
-        VitrimError: on every process what the main one raised, in other words where it was no error for users.
+        VitrimError: on every process, whatever the main one raised; what is no error of ours reaches the others as a
+            VitrimError with its text.
     """
     if num_processes() == 1:
         return work(*args, **options)
@@ -87,7 +88,7 @@ def on_main(work: Callable[..., T], *args: Any, **options: Any) -> T:
     if is_main():
         try:
             done.append(work(*args, **options))
-        except Exception as caught:  # told to the others before it goes on its way, or they would wait for ever
+        except Exception as caught:  # the others hear of it before it is raised, or they would wait for ever
             error = caught
     said = from_main(_words(error))
     if error is not None:
@@ -99,19 +100,19 @@ def on_main(work: Callable[..., T], *args: Any, **options: Any) -> T:
 
 @contextmanager
 def entered_on_main(context: AbstractContextManager[T]) -> Iterator[T]:
-    """Enter and leave a context on the main process alone; every process gets its value, and its errors."""
+    """Enter and leave a context on the main process alone; every process gets its value and its errors."""
     with ExitStack() as stack:
         yield on_main(lambda: stack.enter_context(context))
         on_main(stack.close)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is up on any process."""
+    """Return whether the flag is True on any process."""
     return mean(float(flag)) > 0
 
 
 def mean(value: float) -> float:
-    """The mean of a number over the processes; no number if it is none on one of them."""
+    """Return the mean of a number over the processes; NaN if it is NaN on one of them."""
     if num_processes() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64)
@@ -121,7 +122,7 @@ def mean(value: float) -> float:
 
 @torch.no_grad()
 def broadcast_(tensors: Iterable[Tensor]) -> None:
-    """Give tensors the main process's values; every process has the same shapes in the same order."""
+    """Give tensors the main process's values; every process passes the same shapes in the same order."""
     if num_processes() == 1:
         return
     for tensor in tensors:
@@ -131,11 +132,11 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 
 
 def plan_from_main(plan: Plan | None, student: nn.Module) -> Plan | None:
-    """The main process's plan on every process, and its student in place of their own.
+    """Give every process the main process's plan and student.
 
     Args:
-        plan: what the student has behind it; None where it is uncut.
-        student: cut by the same plan but for rounding, or uncut and then given its form here.
+        plan: the plan by which the student was cut; None where it is uncut.
+        student: cut by the same plan but for rounding, or uncut and then cut here; gets the main process's values.
 
     Returns:
         The plan, its tensors on the CPU where they came from another process; None if the main process has none.
@@ -156,20 +157,20 @@ def plan_from_main(plan: Plan | None, student: nn.Module) -> Plan | None:
 
 
 def _words(error: Exception | None) -> VitrimError | None:
-    """An error as the other processes raise it: one that can be sent, whatever it holds."""
+    """Turn an error into one that can be sent to other processes."""
     if error is None or isinstance(error, VitrimError):
         return error
     return VitrimError(f"the main process failed ({type(error).__name__}: {error}); its own message says where.")
 
 
 def _control() -> dist.ProcessGroup:
-    """The group for words between processes."""
+    """Return the group for messages between processes."""
     return _control_beside(dist.group.WORLD)
 
 
 @cache
 def _control_beside(world: Any) -> dist.ProcessGroup:
-    """The same, made once for each group of all."""
+    """Make that group, once for each group of all processes."""
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group

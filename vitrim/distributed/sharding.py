@@ -29,15 +29,15 @@ from vitrim.types import FeaturesAt
 
 
 class Sharded(FeatureModel):
-    """A model in shards. Every process has to call it as often as the others: each call gathers from all."""
+    """Model in shards. Every process has to call it as often as the others: each call gathers from all."""
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pooled vector and patch tokens, in memory of their own: the hooks of a sharding can't stand on views."""
+        """Return pooled vector and patch tokens, in memory of their own: hooks of a sharding don't work on views."""
         pooled_BD, patches_BND = super().forward(images_BCHW)
         return pooled_BD.clone(), None if patches_BND is None else patches_BND.clone()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it, outside of inference mode: what is gathered there could never take part in training."""
+        """Run the model outside of inference mode: tensors gathered there could never take part in training."""
         trains = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
             found = super().__call__(*args, **kwargs)
@@ -47,7 +47,7 @@ class Sharded(FeatureModel):
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """The transformer blocks of a model, known by the MLPs in them; inner ones before those around them."""
+    """Return the paths of a model's transformer blocks, known by the MLPs in them; inner blocks before outer ones."""
     paths = dict.fromkeys(site.block for site in find_mlps(model))
     return sorted(paths, key=lambda path: -path.count("."))
 
@@ -65,7 +65,7 @@ def shard(
         dtype: type of the shards; None keeps each parameter's own.
 
     Raises:
-        RecipeError: the model has a parameter that can't be cut.
+        RecipeError: a parameter is a single number, which can't be cut.
     """
     broadcast_([*model.parameters(), *model.buffers()])
     model.to("cpu")
@@ -84,12 +84,12 @@ def shard(
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor as a whole; where it is in shards, every process has to ask for it."""
+    """Return a tensor as a whole; where it is in shards, every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def share_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor in shards where another of its shape is, else as it is."""
+    """Return this process's share of a whole tensor, cut as `like` is; the tensor itself if `like` is whole."""
     if not isinstance(like, DTensor) or like.shape != tensor.shape:
         return tensor
     # Each process has the whole, so that none needs to send anything.
@@ -97,13 +97,13 @@ def share_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
+    """Return this process's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def checkpointed(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """Let blocks keep their inputs alone for the backward pass, and run again in it: exact, for a third more compute.
+    """Let blocks keep only their inputs for the backward pass and run again in it: exact, for a third more compute.
 
     Args:
         model: holds the blocks.
@@ -124,5 +124,5 @@ def checkpointed(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
 
 
 def _modules(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
-    """The modules at these paths, each once: blocks may be looped."""
+    """Return the modules at these paths, each once: a block may stand at several paths."""
     return list(dict.fromkeys(model.get_submodule(path) for path in paths))

@@ -9,7 +9,7 @@ from vitrim.methods.low_rank import Lortsar, LowRank
 from vitrim.methods.magnitude import Magnitude
 from vitrim.methods.moefication import Moefication
 from vitrim.methods.random_units import Random
-from vitrim.methods.registry import METHODS, Method, ModelMethod, SiteMethod, find_method, make_method
+from vitrim.methods.registry import METHODS, Method, ModelMethod, SiteMethod, find_method, make_method, register
 from vitrim.methods.relufy import Relufy
 from vitrim.methods.subspace_node import SubspaceNode
 from vitrim.methods.taylor import Taylor
@@ -39,4 +39,5 @@ __all__ = [
     "TorchPruning",
     "find_method",
     "make_method",
+    "register",
 ]

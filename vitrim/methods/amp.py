@@ -39,6 +39,7 @@ class Amp(ModelMethod):
     summary = "units by what they change of the entropy of a batch's similarities; widths by an entropy budget a layer"
     needs = "images"
     repairs = False
+    takes = "widths"
 
     delta: float | None = None
     """By how many nats a layer may raise the entropy; None finds what meets the budget. With it widths are what it

@@ -41,6 +41,7 @@ class Corp(ModelMethod):
     summary = "MLP units by active energy and head dims by logit energy, the dropped ones folded into the rest"
     needs = "images"
     repairs = False
+    takes = "widths"
     edits = (KeepUnits, KeepHeadDims)
 
     parts: Literal["mlp", "attention", "both"] = "mlp"

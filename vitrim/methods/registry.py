@@ -46,7 +46,16 @@ class Method(Checked):
     needs: ClassVar[Needs]
     repairs: ClassVar[bool] = False
     edits: ClassVar[tuple[type[Edit], ...]] = (KeepUnits,)
-    takes: ClassVar[BudgetUse] = "widths"
+    takes: ClassVar[BudgetUse]
+
+    @classmethod
+    def refusal(cls, error: ValidationError) -> str:
+        """Say what is wrong with an option, and which there are."""
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        allowed = ", ".join(cls.model_fields) or "none"
+        said = first["msg"].removeprefix("Value error, ")
+        return f"options.{key} of method {cls.name}: {said}; its options are {allowed}."
 
     def goes_by(self) -> BudgetUse:
         """Return what of a budget these options leave to go by."""
@@ -58,18 +67,20 @@ class Method(Checked):
         return ", ".join(kind.KIND.replace("_", " ") for kind in cls.edits)
 
     @classmethod
-    def first_order(cls) -> int:
+    def lowest_order(cls) -> int:
         """Return the lowest order of its edits: nothing before it may have a higher one."""
         return min(kind.ORDER for kind in cls.edits)
 
     @classmethod
-    def last_order(cls) -> int:
+    def highest_order(cls) -> int:
         """Return the highest order of its edits."""
         return max(kind.ORDER for kind in cls.edits)
 
 
 class SiteMethod(Method):
     """A method that is asked MLP by MLP which hidden units stay."""
+
+    takes: ClassVar[BudgetUse] = "widths"
 
     @abstractmethod
     def select(self, view: SiteView) -> Tensor:
@@ -89,7 +100,16 @@ Kind = TypeVar("Kind", bound=type[Method])
 
 
 def register(kind: Kind) -> Kind:
-    """Add a method to the list, under its name."""
+    """Add a method to the list, under its name; written above its class as a decorator.
+
+    Raises:
+        TypeError: it is of neither kind, or does not say all that a method has to.
+    """
+    if not issubclass(kind, SiteMethod | ModelMethod):
+        raise TypeError(f"{kind.__qualname__}: is no method; derive it from SiteMethod or ModelMethod.")
+    silent = [name for name in ("name", "paper", "arxiv", "summary", "needs", "takes") if not hasattr(kind, name)]
+    if silent:
+        raise TypeError(f"{kind.__qualname__}: says nothing about {', '.join(silent)}; set it on the class.")
     METHODS[kind.name] = kind
     return kind
 
@@ -113,12 +133,4 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     Raises:
         RecipeError: there is no method of that name, or an option is unknown or has a value that is not allowed.
     """
-    kind = find_method(name)
-    try:
-        return kind.model_validate(dict(options or {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        allowed = ", ".join(kind.model_fields) or "none"
-        said = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"options.{key} of method {name}: {said}; its options are {allowed}.") from None
+    return find_method(name)(**dict(options or {}))

@@ -31,6 +31,7 @@ class Taylor(ModelMethod):
     summary = "units by the squared first-order change of the features"
     needs = "images"
     repairs = False
+    takes = "widths"
 
     draws: int = Field(default=1, ge=1)
     """Random signs drawn for each image; more make the estimate steadier, each costs a pass with gradients."""

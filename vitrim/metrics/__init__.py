@@ -1,4 +1,4 @@
-"""What is left of a model: its features against the original's, and what they are good for."""
+"""Measures of a model: its features against the original's, and how well they classify and retrieve."""
 
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import block_fidelity, fidelity, retrieval_recall

@@ -1,4 +1,4 @@
-"""How good features are for classification: a model's own head, nearest neighbours, a linear probe.
+"""Measures features by classification: a model's own head, nearest neighbours, a linear probe.
 
 Labels are class numbers; -1 means unknown, and such images are left out of every score. The backbone is never
 trained: the probe fits a linear classifier on features that were extracted once.
@@ -26,7 +26,7 @@ PROBE_MAX_STEPS = 300
 
 
 def top1(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Accuracy of a classifier's own head, 0..1.
+    """Measure the accuracy of a classifier's own head, 0..1.
 
     Args:
         model: a model with a head.
@@ -48,7 +48,7 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> float:
 
 
 def extract(model: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final") -> tuple[Tensor, Tensor]:
-    """Pooled features of all images, on the CPU.
+    """Collect the pooled features of all images, on the CPU.
 
     Args:
         model: a vision encoder.
@@ -80,7 +80,7 @@ def knn_top1(
     temperature: float = 0.07,
     chunk_size: int = 1024,
 ) -> float:
-    """Accuracy of a weighted vote among the nearest neighbours, 0..1.
+    """Measure the accuracy of a weighted vote among the nearest neighbours, 0..1.
 
     The k images of highest cosine vote with exp(cosine / temperature), as in DINO, arXiv 2104.14294, 4.1.
 
@@ -94,7 +94,7 @@ def knn_top1(
         chunk_size: test images compared at a time.
 
     Raises:
-        DataError: no labelled image on one side, or k outside 1..N.
+        DataError: one side has no labelled image, or k is outside 1..N.
     """
     train_ND, train_labels = _labelled(train_ND, train_labels, "knn: training")
     test_ND, test_labels = _labelled(test_ND, test_labels, "knn: test")
@@ -121,7 +121,7 @@ def linear_probe_top1(
     c: float | None = None,
     seed: int = 0,
 ) -> float:
-    """Accuracy of a logistic regression on standardised features, 0..1.
+    """Measure the accuracy of a logistic regression on standardised features, 0..1.
 
     Args:
         train_ND: features to fit on.
@@ -133,7 +133,7 @@ def linear_probe_top1(
         seed: of that split.
 
     Raises:
-        DataError: no labelled image on one side, too few to hold some out, or of one class.
+        DataError: one side has no labelled image, there are too few to hold some out, or all are of one class.
 
     Cost: scikit-learn's L-BFGS; 10,000 x 192 with 10 classes takes 3 s on one core.
     """
@@ -163,7 +163,7 @@ def _fit_and_score(train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test
 
 
 def _labelled(found_ND: Tensor, labels: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """The rows with a known label, on the CPU, in float32."""
+    """Return the rows with a known label, on the CPU, in float32."""
     if len(found_ND) != len(labels):
         got = f"{len(found_ND)} features and {len(labels)} labels"
         raise DataError(f"{where}: {got}; pass one label per image, -1 where unknown.")

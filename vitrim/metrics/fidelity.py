@@ -1,4 +1,4 @@
-"""How close a student's features are to its teacher's: relative error, cosine, agreement, retrieval.
+"""Measures how close a student's features are to its teacher's: relative error, cosine, agreement, retrieval.
 
 No labels are needed. Sums are streamed in float64 with running means, so any number of images fits in memory
 and a large common offset of the features costs no digits. Nothing here trains or changes a model.
@@ -21,7 +21,7 @@ from vitrim.types import Features, FeaturesAt
 
 
 class TokenComparison:
-    """Streams the relative error and the mean cosine of a student's tokens S against a teacher's tokens T.
+    """Running relative error and mean cosine of a student's tokens S against a teacher's tokens T.
 
     Relative error is ||S - T||^2 / ||T - mean(T)||^2: 0 is identical, 1 is predicting the mean. The spread
     around the mean is merged from batch to batch (Chan's update), not taken as a difference of large sums.
@@ -51,14 +51,14 @@ class TokenComparison:
 
     @property
     def relative_error(self) -> float:
-        """The relative error so far; infinite if the teacher is constant and the student differs from it."""
+        """Relative error so far; infinite if the teacher is constant and the student differs from it."""
         if self._spread == 0:
             return 0.0 if self._error == 0 else float("inf")
         return self._error / self._spread
 
     @property
     def cosine(self) -> float:
-        """The mean cosine so far."""
+        """Mean cosine so far."""
         return self._cosine / self.num_tokens
 
 
@@ -77,7 +77,7 @@ def fidelity(
         teacher: the reference, with the same feature width.
         batches: tensors (B, C, H, W), or tuples that start with one (such as `Batch`).
         at: features behind ("final") or in front of ("pre_norm") the final norm.
-        outputs: what the student and the teacher put out is added to these, for measures that need no more.
+        outputs: get the outputs of the student and of the teacher, for further measures.
 
     Returns:
         `relative_error` and `cosine` of all tokens together (patches, and the pooled vector where it is a
@@ -191,7 +191,7 @@ def retrieval_recall(
 
 
 def _kinds(model: nn.Module, found: Features) -> dict[str, list[Tensor]]:
-    """Tokens (B, tokens, D) by the prefix of their results; a pooled vector that is a mean is no token."""
+    """Return tokens (B, tokens, D) by the prefix of their results; a pooled vector that is a mean is no token."""
     pooled = [found.pooled_BD[:, None]]
     if found.patches_BND is None:
         return {"": pooled, "pooled_": pooled}
@@ -212,7 +212,7 @@ def _count_agreed(student_BC: Tensor | None, teacher_BC: Tensor | None) -> int:
 
 
 def _catch_outputs(model: nn.Module, block_names: Sequence[str], hooks: ExitStack) -> dict[str, Tensor]:
-    """A dict that each forward pass fills with the blocks' outputs, for as long as `hooks` is open."""
+    """Return a dict that each forward pass fills with the blocks' outputs, for as long as `hooks` is open."""
     caught: dict[str, Tensor] = {}
 
     def hook_for(name: str):
@@ -231,5 +231,5 @@ def _catch_outputs(model: nn.Module, block_names: Sequence[str], hooks: ExitStac
 
 
 def _float64(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has none (Apple's MPS)."""
+    """Return a tensor in float64, on the CPU where its device has none (Apple's MPS)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

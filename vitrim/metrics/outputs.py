@@ -1,4 +1,4 @@
-"""What a model puts out for images, gathered batch by batch, so that one pass serves several measures."""
+"""Gathers a model's outputs for images batch by batch, so that one pass serves several measures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Outputs:
         self._labels: list[Tensor] = []
 
     def add(self, pooled_BD: Tensor | None, scores_BC: Tensor | None, labels_B: Tensor) -> None:
-        """Take a batch; what the model does not put out, or nobody will ask for, is None in all of them."""
+        """Add a batch; outputs that the model does not have, or that nobody will ask for, are None in every batch."""
         self._pooled += [] if pooled_BD is None else [pooled_BD.float().cpu()]
         self._predicted += [] if scores_BC is None else [scores_BC.argmax(1).cpu()]
         self._labels.append(labels_B)
@@ -39,7 +39,7 @@ class Outputs:
         return sum(map(len, self._labels))
 
     def top1(self) -> float:
-        """Accuracy of the model's own head, 0..1.
+        """Return the accuracy of the model's own head, 0..1.
 
         Raises:
             DataError: no image had a label.
@@ -51,7 +51,7 @@ class Outputs:
 
 
 def images_and_labels(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of each batch that has images; labels are -1 where a batch brings none."""
+    """Yield images and labels of each batch that has images; labels are -1 where a batch brings none."""
     for batch in batches:
         parts: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
         images = parts[0]

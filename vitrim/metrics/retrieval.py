@@ -1,6 +1,6 @@
-"""Finding captions by images and images by captions: recall among the k most similar, both ways.
+"""Measures retrieval of captions by images and of images by captions: recall among the k most similar, both ways.
 
-Similarities are made for a few queries against all candidates at a time, never for all against all, so a million
+Similarities are computed for a few queries against all candidates at a time, never for all against all, so a million
 pairs take no more memory than their vectors. Several captions may belong to one image: a query by image is right if any
 of its own captions is found.
 """
@@ -30,7 +30,7 @@ def image_text_recall(
     ks: Sequence[int] = (1, 5, 10),
     chunk_numbers: int = CHUNK_NUMBERS,
 ) -> dict[str, dict[str, float]]:
-    """Recall in both directions, by cosine.
+    """Measure the recall in both directions, by cosine.
 
     Candidates that tie count as in a random order of the tie, so vectors that collapsed to one point get the recall of
     guessing.
@@ -100,7 +100,7 @@ def embed_captioned(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, l
 
 
 def _hits_of_images(similar_QM: Tensor, own: slice, image_of_own: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    """For each k how many of these images find one of their own captions, which stand in the columns `own`.
+    """Count for each k how many of these images find one of their own captions, which stand in the columns `own`.
 
     `tied` candidates are as good as the best own caption, `wrong` of them of other images, and `better` are better. So
     k results hold k - better of the tied, in random order: they miss every own one by the hypergeometric law.
@@ -122,14 +122,14 @@ def _hits_of_images(similar_QM: Tensor, own: slice, image_of_own: Tensor, ks: Se
 
 
 def _chunks(num_queries: int, num_candidates: int, numbers: int) -> Iterator[tuple[int, int]]:
-    """Queries to compare at a time."""
+    """Yield ranges of queries to compare at a time."""
     size = max(1, min(MAX_QUERIES, numbers // num_candidates))
     for start in range(0, num_queries, size):
         yield start, min(start + size, num_queries)
 
 
 def _check(images_ND: Tensor, texts_MD: Tensor, image_of_M: Tensor) -> None:
-    """Refuse what can't be compared."""
+    """Raise a DataError for vectors and owners that can't be compared."""
     shapes = f"images {tuple(images_ND.shape)}, texts {tuple(texts_MD.shape)}, owners {tuple(image_of_M.shape)}"
     if not len(images_ND) or images_ND.shape[-1] != texts_MD.shape[-1] or len(image_of_M) != len(texts_MD):
         raise DataError(f"retrieval: got {shapes}; pass vectors of one width, and the image of each text.")

@@ -1,7 +1,7 @@
-"""Classification without training: class names in prompts, embedded by the text tower, are the classifier.
+"""Classifies without training: class names in prompts, embedded by the text tower, are the classifier.
 
 The standard names and templates of ImageNet-1K are read from open_clip, never kept here. Image tower and text tower may
-be of different models, as long as they put out vectors of one space.
+be of different models, as long as their vectors are in one space.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ TEXTS_PER_BATCH = 256
 def zero_shot_top(
     model: nn.Module, pair: Pair, classes_CE: Tensor, batches: Iterable[Any], *, ks: Sequence[int] = (1, 5)
 ) -> dict[str, float]:
-    """Share of images whose class is among the k most similar, 0..1.
+    """Measure the share of images whose class is among the k most similar, 0..1.
 
     Scores that tie count as in a random order of the tie.
 
     Args:
-        model: what embeds the images: a pair, or an image tower of the same space.
-        pair: whose scale and bias make the scores.
+        model: embeds the images: a pair, or an image tower of the same space.
+        pair: its scale and bias turn similarities into scores.
         classes_CE: unit vectors of the classes, from `build_classifier`.
         batches: tuples that start with (images_BCHW, labels_B), such as `Batch`; labels of -1 are left out.
         ks: how many classes to look at; those above the number of classes are left out.
@@ -47,8 +47,8 @@ def zero_shot_top(
         `top1`, `top5` and so on, `num_images` with a label, `num_skipped` that could not be read.
 
     Raises:
-        DataError: no image has a label, or a label is beyond the classes.
-        ModelError: the two towers put out vectors of different widths.
+        DataError: no image has a label, or a label is larger than the number of classes allows.
+        ModelError: the vectors of the two towers have different widths.
     """
     ks = [k for k in ks if k <= len(classes_CE)]
     hits, num_images, num_skipped = dict.fromkeys(ks, 0.0), 0, 0
@@ -77,10 +77,10 @@ def zero_shot_top(
 def build_classifier(
     pair: Pair, prompts: Sequence[Sequence[str]], *, cache: str | Path | None = None, quiet: bool = True
 ) -> Tensor:
-    """One unit vector for each class: the mean of its prompts' unit vectors, normalised.
+    """Compute a unit vector for each class: the mean of its prompts' unit vectors, normalised.
 
     Args:
-        pair: whose text tower and tokenizer are used.
+        pair: its text tower and tokenizer are used.
         prompts: the texts of each class, as many for one as for another; see `prompts_for`.
         cache: folder that keeps classifiers by a hash of token ids and the text tower's weights; None keeps none.
         quiet: show no progress.
@@ -104,7 +104,7 @@ def build_classifier(
 
 
 def prompts_for(names: str | Path | Sequence[str], templates: str | Path | Sequence[Template]) -> list[list[str]]:
-    """The texts of each class.
+    """Put the name of each class into each template.
 
     Args:
         names: `imagenet`, a text file with a name a line, or names in the order of the labels.
@@ -112,7 +112,7 @@ def prompts_for(names: str | Path | Sequence[str], templates: str | Path | Seque
             with `{}` where the name goes, or functions from a name to a text.
 
     Raises:
-        RecipeError: there is no name or no template, or a template has no place for the name.
+        RecipeError: there is no name or no template, a file can't be read, or a template has no place for the name.
         MissingExtraError: open_clip, which has the standard ones, is not installed.
     """
     names = imagenet()[0] if names == "imagenet" else _lines(names, "names")
@@ -126,7 +126,7 @@ def prompts_for(names: str | Path | Sequence[str], templates: str | Path | Seque
 
 
 def embed_all(pair: Pair, ids_TN: Tensor, *, quiet: bool = True) -> Tensor:
-    """The text tower's vectors (T, E) of rows of ids, batch by batch, on the CPU; not normalised."""
+    """Compute the text tower's vectors (T, E) of rows of token ids, batch by batch, on the CPU; not normalised."""
     found = []
     with evaluating(pair.model), progress("texts", len(ids_TN), quiet=quiet) as bar:
         for ids_BN in ids_TN.split(TEXTS_PER_BATCH):
@@ -136,7 +136,7 @@ def embed_all(pair: Pair, ids_TN: Tensor, *, quiet: bool = True) -> Tensor:
 
 
 def check_widths(images_BE: Tensor, texts_TE: Tensor) -> None:
-    """Refuse vectors of two spaces.
+    """Refuse image and text vectors of different spaces.
 
     Raises:
         ModelError: their widths differ.
@@ -147,7 +147,7 @@ def check_widths(images_BE: Tensor, texts_TE: Tensor) -> None:
 
 
 def _shares(scores_BC: Tensor, labels_B: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """For each k the chance that the right class is among the k best, when ties are in random order."""
+    """Compute for each k the chance that the right class is among the k best, when ties are in random order."""
     own_B1 = scores_BC.gather(1, labels_B[:, None])
     num_better_B = (scores_BC > own_B1).sum(1)
     num_tied_B = (scores_BC == own_B1).sum(1)  # itself included
@@ -155,7 +155,7 @@ def _shares(scores_BC: Tensor, labels_B: Tensor, ks: Sequence[int]) -> dict[int,
 
 
 def _lines(source: Any, what: str) -> list[Any]:
-    """Items of a list, or lines of a text file."""
+    """Return the items of a list, or the lines of a text file."""
     if isinstance(source, str | Path):
         try:
             source = Path(source).read_text(encoding="utf-8").splitlines()
@@ -168,7 +168,7 @@ def _lines(source: Any, what: str) -> list[Any]:
 
 
 def _hash(pair: Pair, ids_TN: Tensor, num_prompts: int) -> str:
-    """Of everything that a classifier depends on."""
+    """Hash everything that a classifier depends on."""
     weights = {name: tensor_sha256(p) for name, p in sorted(pair.text_parameters().items())}
     what = [type(pair.model).__name__, num_prompts, tensor_sha256(ids_TN), weights]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
@@ -182,7 +182,7 @@ def _read(path: Path) -> Tensor:
 
 
 def _write(path: Path, classes_CE: Tensor) -> None:
-    """Beside its place first, so that no other process sees half a file."""
+    """Write under another name and rename, so that no other process sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     save_file({"classes_CE": classes_CE.contiguous()}, beside)

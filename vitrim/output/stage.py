@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from vitrim.errors import OutputError
 
-CUT_STATE, RECOVERY_STATE, RECOVERY_LOG = "cut.json", "recover.state", "recovery.jsonl"
+CUT_STATE = "cut.json"
 
 
 PICKS, TEXT_STATE = "picks.jsonl", "text.state"

@@ -1,1 +1,1 @@
-"""Getting the features back: the local refit of one MLP, and distillation of the whole model without labels."""
+"""Recovery of a cut model: distillation of the original into it, without labels."""

@@ -1,8 +1,8 @@
-"""Holds adapters on a student while it trains: which weights get one, what else trains, and what it costs.
+"""Holds adapters on a student while it trains: which weights get one, what else trains, and how much memory it takes.
 
 Linear weights get adapters, torch's own attention included. Convolutions, embeddings and bare matrices (a CLIP
-projection) don't, and stay as they are. What an adapter is stands in `layers/adapters.py`, how its factors are written
-in `peft_layout.py`.
+projection) don't, and stay as they are. The adapters themselves are in `layers/adapters.py`, the file format of their
+factors in `peft_layout.py`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ TRAINING_BYTES = 16
 def adapted(
     model: nn.Module, options: AdapterOptions | None, *, seed: int = 0, write: bool = True
 ) -> Iterator[dict[str, Any] | None]:
-    """Hold adapters on a model; afterwards they are merged, come what may, and written where that was asked for.
+    """Hold adapters on a model in this context; at the end they are always merged, and written if that was asked for.
 
     Args:
-        model: its parameters that the loss reaches require gradients, the others don't.
-        options: kind, rank, targets and the rest; None holds none.
-        seed: of the adapters' start.
+        model: the parameters that the loss reaches require gradients, the others don't.
+        options: kind, rank, targets and the rest; None holds no adapters.
+        seed: of the adapters' initial values.
         write: whether this process is the one that writes.
 
     Yields:
-        What was done, as plain values: counts, memory in MiB, the weights left out with the reason; after training also
-        how many of the generators' hidden units have died.
+        Plain values: counts, memory in MiB, and the weights left out with the reason; after training also how many of
+        the generators' hidden units have died. None without options.
 
     Raises:
         RecipeError: a target names no such weight, or no weight can have an adapter of this rank.
@@ -67,7 +67,7 @@ def adapted(
 def attach_(model: nn.Module, options: AdapterOptions, *, seed: int = 0) -> dict[str, Any]:
     """Put an adapter on each linear weight that trains now, and freeze everything else.
 
-    Args, Returns and Raises are those of `adapted`, but for the writing.
+    Args, Raises and the returned values are those of `adapted`, without the writing.
     """
     places = _chosen(list(_linear_weights(model)), options.targets)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -102,7 +102,7 @@ def attach_(model: nn.Module, options: AdapterOptions, *, seed: int = 0) -> dict
 
 
 def notes_on(adapted: dict[str, Any] | None) -> list[str]:
-    """What users should know of adapters that were held: the weights that stayed as they were."""
+    """List the weights that got no adapter and stayed as they were, as notes for the user."""
     skipped = adapted["skipped"] if adapted else {}
     if not skipped:
         return []
@@ -111,7 +111,7 @@ def notes_on(adapted: dict[str, Any] | None) -> list[str]:
 
 
 def without_decay(model: nn.Module, options: AdapterOptions | None) -> set[int]:
-    """Ids of the parameters that weight decay leaves alone: those of generators, unless it was asked for.
+    """Return the ids of the parameters without weight decay: those of generators, unless it was asked for.
 
     Decay on A and B pulls a weight back to where it started. On a generator it does not: what it emits is a product of
     decayed layers plus b2, where A starts and which is a vector, so A and B shrink unevenly and not at the rate given.
@@ -142,7 +142,7 @@ def _weight(place: Place) -> nn.Parameter:
 
 
 def _linear_weights(model: nn.Module) -> Iterator[Place]:
-    """The weights of linear layers and of torch's attention that train now."""
+    """Yield the weights of linear layers and of torch's attention that train now."""
     for path, module in model.named_modules():
         names: Sequence[str] = ("weight",) if isinstance(module, nn.Linear) else ()
         names = ATTENTION_WEIGHTS if isinstance(module, nn.MultiheadAttention) else names
@@ -153,7 +153,7 @@ def _linear_weights(model: nn.Module) -> Iterator[Place]:
 
 
 def _chosen(places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
-    """The places whose names end in a target; all of them without targets."""
+    """Return the places whose names end in a target; all of them where there are no targets."""
     for target in targets:
         if not any(_ends_in(place.name, target) for place in places):
             ends = sorted({".".join(place.name.split(".")[-2:]) for place in places})
@@ -165,5 +165,5 @@ def _chosen(places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
 
 
 def _ends_in(name: str, target: str) -> bool:
-    """Whether the last parts of a dotted name are these."""
+    """Return whether a dotted name ends in the parts of another."""
     return f".{name}".endswith(f".{target}")

@@ -9,11 +9,10 @@ model worse.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,21 +20,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream
 from vitrim.distributed.processes import any_process
 from vitrim.errors import Interrupted, RecipeError
 from vitrim.progress import progress
 from vitrim.recover.elastic import Widths
+from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE, TRACKER_LOGS
 from vitrim.recover.losses import EmbeddingSpace
-from vitrim.recover.run import Recovery, Run
+from vitrim.recover.result import Recovery, Validation
+from vitrim.recover.run import Run
 from vitrim.recover.sampler import StreamSampler
 from vitrim.recover.schedule import stop_on_interrupt
+from vitrim.recover.snapshot import place_tensor, restore_, take_snapshot
 from vitrim.recover.state import clear_state, has_state, load_state, save_state
-from vitrim.recover.targets import cache_folder
 from vitrim.recover.trackers import Trackers
 from vitrim.storage.tensor_writer import read_journal
 
-OnValidation = Callable[[int, float], None]
+LOG = logging.getLogger("vitrim")
+
+OnValidation = Callable[[Validation], None]
 
 
 def recover_(
@@ -45,13 +49,8 @@ def recover_(
     *,
     held_out: Sequence[Tensor],
     options: RecoverOptions,
-    seed: int = 0,
-    state: Path | None = None,
-    resume: bool = False,
-    log: Path | None = None,
-    logs: Path | None = None,
-    quiet: bool = False,
-    on_validation: Callable[[int, float], None] | None = None,
+    context: RunContext | None = None,
+    on_validation: OnValidation | None = None,
     widths: Widths | None = None,
     space: EmbeddingSpace | None = None,
 ) -> Recovery:
@@ -63,47 +62,39 @@ def recover_(
         images: what to train on, augmented already; labels are not read.
         held_out: preprocessed images (B, C, H, W) that judge which state is best.
         options: length, batch, rate and the rest.
-        seed: of the order of images.
-        state: where to keep a resumable state; None keeps none.
-        resume: continue from `state` where it exists, or from the one before where it is damaged.
-        log: file that gets one JSON line a step; None writes none.
-        logs: folder for the files of `options.report_to`.
-        quiet: show no progress.
-        on_validation: called with step and relative error whenever held-out images are judged.
-        widths: with `options.elastic`, the widths that the student is to serve.
-        space: for the image tower of a pair, where the pooled vector is compared; see `text_bank.embedding_space_of`.
+        context: the seed of the order of images, the folder for state, log and tracker files (see `files.py`), whether
+            to continue from the state there, and whether progress is shown. Without it: seed 0, no files.
+        on_validation: called with a `Validation` before the first step and whenever held-out images are judged, on
+            every process; an exception that it raises ends the run. Not called again for the start of a resumed run.
+        widths: with `options.elastic`, the widths that the student serves.
+        space: for the image tower of a pair, where pooled vectors are compared; see `clip.embedding_space`.
 
     Returns:
-        The curve and what was chosen.
+        The curve of held-out errors and what was chosen.
 
     Raises:
-        Interrupted: stopped by Ctrl-C; with `state`, the run can be resumed.
-        OutputError: the state or the teacher cache could not be written; what was kept before is whole.
-        CheckpointError: the folder of the teacher cache holds that of another teacher, other data or options.
-        RecipeError: `options.elastic` was given without widths, a tracker is unknown or has no folder, or what is asked
-            for can't be done with a stream.
+        Interrupted: stopped by Ctrl-C; with a work folder, the run can be resumed.
+        OutputError: the state or the teacher cache could not be written; the state before it is whole.
+        CheckpointError: the teacher cache in its folder is of another teacher, other data or other options, or the
+            state to resume from is damaged.
+        RecipeError: `options.elastic` was given without widths, a tracker is unknown or has no folder, or an option
+            does not work with a stream.
         MissingExtraError: a tracker is not installed.
     """
+    context = context or RunContext()
     if options.elastic is not None and widths is None:
         raise RecipeError("recover.elastic: recover_ needs its widths; pass widths=Widths.of(recipe, sites).")
-    run = Run(student, teacher, images, held_out, options, seed, widths, cache_folder(options, state), space)
-    if not quiet and run.is_main:
+    given = {"images": images, "held_out": held_out, "options": options, "context": context}
+    run = Run(student, teacher, **given, widths=widths, space=space)
+    if run.is_main and not context.quiet:
         for note in run.targets.notes:
-            print(note, file=sys.stderr)
-    keeper = _Keeper(run, state, log, Trackers(run.accelerator, options, logs))
+            LOG.info(note)
+    keeper = _Keeper(run)
     with run.trainable():
-        if resume and state is not None and has_state(state):
-            run.load(keeper.last())
-        else:
-            if state is not None:
-                clear_state(state)
-            run.start(quiet)
-            keeper.keep()
-            if on_validation:
-                on_validation(0, run.result.best_error)
+        _start(run, keeper, on_validation)
         keeper.open_log()
         try:
-            _loop(run, keeper, quiet, on_validation)
+            _loop(run, keeper, on_validation)
         finally:
             keeper.trackers.close()
         run.finish()
@@ -111,34 +102,47 @@ def recover_(
     return run.result
 
 
+def _start(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None:
+    """Take up the state of a stopped run, or judge the untrained student and keep it."""
+    if run.context.resume and keeper.state is not None and has_state(keeper.state):
+        restore_(run, keeper.last())
+        return
+    if keeper.state is not None:
+        clear_state(keeper.state)
+    first = run.start()
+    keeper.keep()
+    if on_validation:
+        on_validation(first)
+
+
 def _left_out(run: Run) -> list[str]:
-    """How many images of a stream could not be read, over all processes."""
-    if not isinstance(run.order, StreamSampler):
+    """Note how many images of a stream could not be read, over all processes."""
+    if not isinstance(run.sampler, StreamSampler):
         return []
-    mine = torch.tensor(len(run.order.unreadable), device=run.device)
+    mine = torch.tensor(len(run.sampler.unreadable), device=run.device)
     num_images = int(run.accelerator.reduce(mine, reduction="sum"))  # type: ignore[arg-type]
     return [f"{num_images} images of the stream could not be read and were left out."] if num_images else []
 
 
-def _loop(run: Run, keeper: _Keeper, quiet: bool, on_validation: Callable[[int, float], None] | None) -> None:
-    """Steps from where the run stands to its end, with validation, state, Ctrl-C, and a way back from divergence."""
-    with stop_on_interrupt() as stop, progress("distil", run.num_steps, quiet=quiet or not run.is_main) as bar:
+def _loop(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None:
+    """Take steps from where the run is to its end, with validation, state, Ctrl-C, and a way back from divergence."""
+    quiet = run.context.quiet or not run.is_main
+    with stop_on_interrupt() as stop, progress("distil", run.num_steps, quiet=quiet) as bar:
         first = run.step
         while run.step < run.num_steps:
             bar.done = run.step
             for batches in run.batches(run.step):
                 loss = run.train_step(batches)
-                due = run.is_due()
-                error = run.validate(loss) if due and not run.diverged else None
-                if run.diverged or (error is not None and not math.isfinite(error)):
+                judged = run.validate(loss) if run.is_due() and not run.diverged else None
+                if run.diverged or (judged is not None and not math.isfinite(judged.held_out_error)):
                     if not run.roll_back(keeper.last(), loss):
                         return
                     break
-                if error is not None and on_validation:
-                    on_validation(run.step, error)
-                speed = (run.step - first) * run.order.global_batch / max(1e-9, time.monotonic() - bar.started)
+                if judged is not None and on_validation:
+                    on_validation(judged)
+                speed = (run.step - first) * run.sampler.global_batch / max(1e-9, time.monotonic() - bar.started)
                 bar.advance(1, f"error {run.result.curve[-1]['relative_error']:.4f}, {speed:.0f} images/s")
-                keeper.note(loss, error, speed)
+                keeper.note(loss, judged, speed)
                 stopped = any_process(stop.is_set()) and run.step < run.num_steps
                 if stopped or run.is_kept():
                     keeper.keep()
@@ -148,22 +152,28 @@ def _loop(run: Run, keeper: _Keeper, quiet: bool, on_validation: Callable[[int, 
 
 
 class _Keeper:
-    """Keeps good states, on disk or in memory, and the log."""
+    """Good states of a run, on disk or in memory, and its log."""
 
-    def __init__(self, run: Run, state: Path | None, log: Path | None, trackers: Trackers) -> None:
-        self.run, self.state, self.log, self.trackers = run, state, log, trackers
+    def __init__(self, run: Run) -> None:
+        work = run.context.work
+        self.run = run
+        self.state = None if work is None else work / RECOVERY_STATE
+        self.log = None if work is None else work / RECOVERY_LOG
+        self.trackers = Trackers(run.accelerator, run.options, work and work / TRACKER_LOGS)
         self.copy: dict[str, Any] = {}
 
     def keep(self) -> None:
-        """Keep the run as it stands."""
+        """Keep the run as it is now."""
         if self.state is None:
-            self.copy = _copied(self.run.state())
+            self.copy = _copied(take_snapshot(self.run))
         else:
-            save_state(self.state, self.run.state())
+            save_state(self.state, take_snapshot(self.run))
 
     def last(self) -> dict[str, Any]:
-        """The last good state."""
-        return self.copy if self.state is None else load_state(self.state, self.run.place)
+        """Return the last good state."""
+        if self.state is None:
+            return self.copy
+        return load_state(self.state, lambda keys, tensor: place_tensor(self.run, keys, tensor))
 
     def open_log(self) -> None:
         """Start the log and the trackers, or cut off what a stopped run logged after its last state."""
@@ -173,10 +183,10 @@ class _Keeper:
         kept = [line for line in read_journal(self.log) if line["step"] <= self.run.step] if self.run.step else []
         self.log.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def note(self, loss: float, error: float | None, speed: float) -> None:
-        """Log a step."""
+    def note(self, loss: float, judged: Validation | None, speed: float) -> None:
+        """Log a step: its loss, its rate, images per second, and the held-out error where it was judged."""
         values = {"loss": loss, "lr": self.run.current_rate, "images_per_s": round(speed, 1)}
-        values |= {} if error is None else {"relative_error": error}
+        values |= {} if judged is None else {"relative_error": judged.held_out_error}
         self.trackers.note(self.run.step, values)
         if self.log is None or not self.run.is_main:
             return
@@ -185,7 +195,7 @@ class _Keeper:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of nested values; whole tensors go to the CPU, shards are small and stay."""
+    """Copy nested values; whole tensors go to the CPU, shards are small and stay where they are."""
     if isinstance(value, Tensor):
         return value.detach().clone() if isinstance(value, DTensor) else value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):

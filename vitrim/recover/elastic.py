@@ -1,54 +1,46 @@
 """One student for several widths: its units stand in pick order, so the first K of them are the student cut to K.
 
 All widths share everything but their output projections: what the first K columns should put out is another thing when
-the others are gone. So each width but the largest gets output weights of its own, by least squares, before and after
-training; in between they train with the rest, each step running the student at one of its widths. No foreign `forward`
-is copied and no second model is trained. Cutting a width out of what was written is `slicing.py`'s.
-
-Shapes: D model width, K units of a width.
+the others are gone, so each width but the largest has output weights of its own (`elastic_fit.py`). A step runs the
+student at one of its widths; no foreign `forward` is copied and no second model is trained. Cutting a width out of a
+written output is done in `compression/slicing.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from vitrim.calibrate import SiteVisit, walk
-from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
-from vitrim.errors import DAMAGED, BudgetError, CheckpointError, RecipeError
+from vitrim.errors import BudgetError, RecipeError
 from vitrim.methods import SiteMethod, find_method
-from vitrim.metrics.judging import Judged, features_on_cpu, relative_error
-from vitrim.ops.least_squares import fit_output
-from vitrim.storage.documents import write_json
-from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
-from vitrim.types import FeaturesAt, MlpSite
+from vitrim.surgery import KeepUnits, submodule
+from vitrim.types import MlpSite
 
-WIDTHS, WIDTH_TENSORS, FORMAT = "elastic.json", "elastic.safetensors", "vitrim-elastic/1"
+# In the name of a parameter that belongs to one of several widths.
 SUFFIX = "_of_width_"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """The widths of one student: its MLPs as they are, and for each ratio, the smallest first, units by site path."""
+    """Widths that one student serves.
+
+    Attributes:
+        sites: the student's MLPs as they are, at the largest width.
+        units: for each MLP ratio, the smallest first, the hidden units by site path.
+    """
 
     sites: tuple[MlpSite, ...]
     units: Mapping[float, Mapping[str, int]]
 
     @classmethod
     def of(cls, recipe: Recipe, sites: Sequence[MlpSite]) -> Widths | None:
-        """The widths that a recipe asks for, None where it asks for one alone.
+        """Return the widths that a recipe asks for; None where it asks for a single one.
 
         Args:
             recipe: with `recover.elastic`.
@@ -61,7 +53,8 @@ class Widths:
         ratios = None if recipe.recover is None else recipe.recover.elastic
         if ratios is None:
             return None
-        if len(recipe.steps) > 1 or not issubclass(find_method(recipe.steps[0].method), SiteMethod):
+        step, *later = recipe.steps
+        if later or not issubclass(find_method(step.method), SiteMethod):
             raise RecipeError("recover.elastic: needs one method that picks each MLP's units in order, such as dgmr.")
         units = {}
         for ratio in ratios:
@@ -79,17 +72,17 @@ class Widths:
 
     @property
     def largest(self) -> float:
-        """The ratio of the student itself."""
+        """MLP ratio of the student itself."""
         return max(self.units)
 
     def at(self, step: int, seed: int) -> float:
-        """The ratio that a step trains: each once in as many steps as there are, in an order drawn anew each time."""
+        """Return the ratio that a step trains: each once in a round of steps, in an order drawn anew for each round."""
         turn, place = divmod(step, len(self.units))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
         return list(self.units)[int(torch.randperm(len(self.units), generator=generator)[place])]
 
     def edits(self, ratio: float) -> list[KeepUnits]:
-        """The cut of the student to a ratio."""
+        """Return the edits that cut the student to a ratio."""
         return [first_units(site, self.units[ratio][site.path]) for site in self.sites]
 
     @contextmanager
@@ -109,7 +102,7 @@ class Widths:
 
     @contextmanager
     def with_own_outputs(self, model: nn.Module, own: Mapping[float, Mapping[str, Tensor]]) -> Iterator[None]:
-        """Let output projections hold further parameters, which `held` reads at their ratio.
+        """Add output weights for each width as parameters, which `held` reads at their ratio; removed at the end.
 
         Args:
             model: the student; afterwards it is as it was, and `own_outputs` has to be asked before.
@@ -128,7 +121,7 @@ class Widths:
                     delattr(module, name)
 
     def own_outputs(self, model: nn.Module) -> dict[float, dict[str, Tensor]]:
-        """What the output projections hold for each ratio but the largest."""
+        """Return copies of the output weights that belong to each ratio but the largest, by their full names."""
         state, found = model.state_dict(), {}
         for ratio in [ratio for ratio in self.units if ratio != self.largest]:
             ours = [name for name in state if name.endswith(self._suffix(ratio))]
@@ -136,20 +129,53 @@ class Widths:
         return found
 
     def _suffix(self, ratio: float) -> str:
-        """What tells the parameters of a ratio apart from those of the largest."""
+        """Return what a ratio's own parameters have behind the name of the largest width's."""
         return f"{SUFFIX}{list(self.units).index(ratio)}"
 
 
+def at_width(model: nn.Module, widths: Widths | None, ratio: float | None) -> AbstractContextManager[None]:
+    """Run a live student at a ratio in this context; None for either leaves it as it is."""
+    return nullcontext() if widths is None or ratio is None else widths.held(model, ratio)
+
+
 def first_units(site: MlpSite, width: int) -> KeepUnits:
-    """The edit that leaves an MLP its first units."""
+    """Return the edit that keeps the first `width` units of an MLP."""
     return KeepUnits(site=site, keep=tuple(range(width)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One width of a student.
+
+    Attributes:
+        units: hidden units by site path.
+        tensors: output tensors that belong to this width, by full name.
+        errors: relative errors on held-out images: `sliced` of the student's first units and nothing else, `trained`
+            with the output weights as they were trained, `repaired` with those that are kept.
+    """
+
+    units: Mapping[str, int]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def below(self, prefix: str) -> Slice:
+        """Return the same slice as seen from a module that holds the student at `prefix`."""
+        units, tensors = ({f"{prefix}.{k}".strip("."): v for k, v in d.items()} for d in (self.units, self.tensors))
+        return replace(self, units=units, tensors=tensors)
 
 
 @dataclass(kw_only=True)
 class _Layer:
-    """A layer whose parameters have hidden units along `dim`, in `num_groups` groups; `attribute` says how many.
+    """A layer with hidden units along one dimension of its parameters, which can run with the first of them alone.
 
-    Where it holds a parameter of the same name and this suffix, that one is read instead.
+    Attributes:
+        module: the layer.
+        dim: the dimension of its parameters that counts hidden units.
+        width: how many units it runs with.
+        attribute: the name under which the module keeps the number of units.
+        num_groups: how many entries of `dim` belong to each unit, one group of units after the other.
+        suffix: a parameter with this behind its name is read in place of the one without.
+        own: the module's parameters while a call replaces them.
     """
 
     module: nn.Module
@@ -162,7 +188,7 @@ class _Layer:
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
-        """Let the layer see its first units alone whenever it is called."""
+        """Let the layer run with its first units alone in this context."""
         size: Any = self.width * self.num_groups
         before = getattr(self.module, self.attribute, None)
         handles = [
@@ -195,7 +221,7 @@ class _Layer:
 
 
 def _layers(model: nn.Module, site: MlpSite, width: int, *, suffix: str) -> Iterator[_Layer]:
-    """The layers of an MLP that know how many hidden units it has."""
+    """Yield the layers of an MLP whose shapes depend on the number of hidden units."""
     rows = {"dim": 0, "width": width, "attribute": "out_features"}
     yield _Layer(module=submodule(model, site.value), num_groups=site.num_groups, **rows)
     if site.gate is not None:
@@ -203,198 +229,3 @@ def _layers(model: nn.Module, site: MlpSite, width: int, *, suffix: str) -> Iter
     if site.norm is not None:
         yield _Layer(module=submodule(model, site.norm), dim=0, width=width, attribute="normalized_shape")
     yield _Layer(module=submodule(model, site.output), dim=1, width=width, attribute="in_features", suffix=suffix)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """One width of a student: units by site path, the output tensors that are its own, and what they are worth.
-
-    Errors are relative, on held-out images: `sliced` of the student's first units and nothing else, `trained` with the
-    output weights as they were trained, `repaired` with those that are kept.
-    """
-
-    units: Mapping[str, int]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    errors: Mapping[str, float] = field(default_factory=dict)
-
-    def below(self, prefix: str) -> Slice:
-        """The same as seen from a module that holds the student at `prefix`."""
-        units, tensors = ({f"{prefix}.{k}".strip("."): v for k, v in d.items()} for d in (self.units, self.tensors))
-        return replace(self, units=units, tensors=tensors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitting:
-    """What output weights are fitted and judged with.
-
-    `batches` are calibration images, all of which enter the sums; `held_out` images judge, by features read at `at`.
-    `options` None fits nothing.
-    """
-
-    teacher: nn.Module
-    batches: Sequence[Tensor]
-    held_out: Sequence[Tensor]
-    options: RepairOptions | None
-    at: FeaturesAt = "final"
-
-    @cached_property
-    def judged(self) -> Judged:
-        """The held-out images with the teacher's features."""
-        return [(batch, features_on_cpu(self.teacher, batch, self.at)) for batch in self.held_out]
-
-
-@contextmanager
-def serving(student: nn.Module, widths: Widths | None, fitting: Fitting) -> Iterator[dict[float, Slice]]:
-    """Have a student serve its widths while it is trained in this context.
-
-    Args:
-        student: at its largest width; it ends with its own parameters alone.
-        widths: what it serves; None leaves it as it is.
-        fitting: how output weights are fitted.
-
-    Yields:
-        What each width has for itself, by ratio; filled when training has ended.
-    """
-    found: dict[float, Slice] = {}
-    if widths is None:
-        yield found
-        return
-    start = {ratio: each.tensors for ratio, each in fit_widths(student, widths, fitting).items()}
-    with widths.with_own_outputs(student, start):
-        yield found
-        trained = widths.own_outputs(student)
-    found.update(fit_widths(student, widths, fitting, start=trained))
-
-
-def fit_widths(
-    student: nn.Module,
-    widths: Widths,
-    fitting: Fitting,
-    *,
-    start: Mapping[float, Mapping[str, Tensor]] | None = None,
-) -> dict[float, Slice]:
-    """Fit output weights for each width but the largest, site after site as the cut does.
-
-    A site's fit is taken only where it lowers the error on held-out images. So no width ends worse than the student's
-    first units alone, or than it starts.
-
-    Args:
-        student: at its largest width; it is not changed.
-        widths: what it serves.
-        fitting: the teacher, the images and the options.
-        start: by ratio, output tensors to start from where they are better than the student's own columns.
-
-    Returns:
-        By ratio, the smallest first. The largest has no tensors: the student itself is that width.
-    """
-    found: dict[float, Slice] = {}
-    for ratio, units in widths.units.items():
-        sliced = copy.deepcopy(student)
-        apply_(sliced, widths.edits(ratio))
-        errors = {"sliced": relative_error(sliced, fitting.judged, fitting.at)}
-        if ratio != widths.largest:
-            sites = [replace(site, d_hidden=units[site.path]) for site in widths.sites]
-            best = _trained_(sliced, sites, (start or {}).get(ratio, {}), fitting, errors)
-            errors["repaired"] = _fit_(sliced, sites, fitting, best)
-            tensors = {name: t for site in sites for name, t in _output_tensors(sliced, site).items()}
-            found[ratio] = Slice(units=units, tensors=tensors, errors=errors)
-        else:
-            found[ratio] = Slice(units=units, errors={**errors, "repaired": errors["sliced"]})
-    return found
-
-
-def _trained_(
-    sliced: nn.Module, sites: Sequence[MlpSite], own: Mapping[str, Tensor], fitting: Fitting, errors: dict[str, float]
-) -> float:
-    """Give a slice output weights that were trained for it, unless it is better without; its error."""
-    if not own:
-        return errors["sliced"]
-    before = {site.path: _output_tensors(sliced, site) for site in sites}
-    for site in sites:
-        _put_(sliced, site, {name: own[name] for name in before[site.path]})
-    errors["trained"] = relative_error(sliced, fitting.judged, fitting.at)
-    if errors["trained"] > errors["sliced"]:
-        for site in sites:
-            _put_(sliced, site, before[site.path])
-    return min(errors["trained"], errors["sliced"])
-
-
-def _fit_(sliced: nn.Module, sites: Sequence[MlpSite], fitting: Fitting, best: float) -> float:
-    """Fit the output weights of one MLP after the other by least squares; the error that is left."""
-    if fitting.options is None:
-        return best
-    feedback, ridge = fitting.options.feedback, fitting.options.ridge
-    for visit in walk(fitting.teacher, sliced, sites, fitting.batches, feedback=feedback, num_held_out=0, max_tokens=0):
-        before = _output_tensors(sliced, visit.site)
-        _put_(sliced, visit.site, _fitted(sliced, visit, ridge))
-        error = relative_error(sliced, fitting.judged, fitting.at)
-        if error < best:
-            best = error
-        else:
-            _put_(sliced, visit.site, before)
-    return best
-
-
-def _output_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
-    """Copies of the output projection's tensors, by full name."""
-    layer = submodule(model, site.output)
-    return {f"{site.output}.{name}": p.detach().clone() for name, p in layer.named_parameters(recurse=False)}
-
-
-def _fitted(model: nn.Module, visit: SiteVisit, ridge: float) -> dict[str, Tensor]:
-    """The same by least squares on what calibration saw."""
-    weights, site = read_weights(model, visit.site), visit.site
-    all_units = torch.arange(site.d_hidden)
-    weight_DK, bias_D = fit_output(visit.stats, all_units, weights.output_DH, weights.output_bias_D, ridge=ridge)
-    fitted = {f"{site.output}.weight": weight_DK, f"{site.output}.bias": bias_D}
-    return {name: tensor.to(weights.output_DH) for name, tensor in fitted.items() if tensor is not None}
-
-
-def _put_(model: nn.Module, site: MlpSite, tensors: Mapping[str, Tensor]) -> None:
-    """Give a site other tensors."""
-    apply_(model, [replace(first_units(site, site.d_hidden), tensors=tensors)])
-
-
-def save_widths(folder: Path, model: nn.Module, slices: Mapping[float, Slice]) -> None:
-    """Write the widths beside a model's weights.
-
-    Args:
-        folder: the output folder.
-        model: what stands in it, whole; tensors are stored in its types.
-        slices: by ratio, with paths from the root of the whole model.
-    """
-    own = model.state_dict()
-    tensors = {
-        f"{ratio}/{name}": tensor.to("cpu", own[name].dtype).contiguous()
-        for ratio, found in slices.items()
-        for name, tensor in found.tensors.items()
-    }
-    (folder / WIDTH_TENSORS).write_bytes(save(tensors))
-    widths = [
-        {"mlp_ratio": ratio, "units": dict(found.units), "errors": dict(found.errors)}
-        for ratio, found in slices.items()
-    ]
-    write_json(folder / WIDTHS, {"format": FORMAT, "widths": widths})
-
-
-def read_widths(folder: Path) -> dict[float, Slice]:
-    """What `save_widths` wrote, the smallest first; empty where a folder holds one width alone.
-
-    Raises:
-        CheckpointError: it is damaged or of another version.
-    """
-    if not (folder / WIDTHS).exists():
-        return {}
-    try:
-        about = json.loads((folder / WIDTHS).read_text())
-        if about["format"] != FORMAT:
-            raise CheckpointError(f"{folder / WIDTHS}: format is {about['format']!r}; this version reads {FORMAT!r}.")
-        tensors = load_file(folder / WIDTH_TENSORS)
-        found = {}
-        for entry in about["widths"]:
-            ratio = float(entry["mlp_ratio"])
-            own = {name.removeprefix(f"{ratio}/"): t for name, t in tensors.items() if name.startswith(f"{ratio}/")}
-            found[ratio] = Slice(units=dict(entry["units"]), tensors=own, errors=dict(entry["errors"]))
-    except (*DAMAGED, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: its widths are damaged ({error!r:.160}); write the output again.") from None
-    return found

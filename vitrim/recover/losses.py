@@ -18,9 +18,13 @@ from vitrim.types import Features
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSpace:
-    """What follows an image tower in a pair: its projection where it stands outside of the tower, and a bank of texts.
+    """Shared space of an image and a text tower, in which a student's pooled vector is compared with the teacher's.
 
-    `bank_TE` are unit vectors, `scale` is the pair's own, `weight` that of the bank beside the features.
+    Attributes:
+        project: the image tower's projection into the space, where it is a module outside of the tower.
+        bank_TE: unit vectors of a bank of T texts; None for none.
+        scale: what the pair multiplies similarities by.
+        weight: of the loss on the bank, beside that on the features.
     """
 
     project: nn.Module | None = None
@@ -29,19 +33,19 @@ class EmbeddingSpace:
     weight: float = 1.0
 
     def to(self, device: torch.device) -> EmbeddingSpace:
-        """The same on a device, frozen and in float32."""
+        """Return the same space on a device, frozen and in float32."""
         project = None if self.project is None else copy.deepcopy(self.project).to(device).float().requires_grad_(False)
         return replace(self, project=project, bank_TE=None if self.bank_TE is None else self.bank_TE.to(device))
 
     def placed(self, found: Features) -> Features:
-        """Features with the pooled vector projected."""
+        """Return features with the pooled vector projected into the space."""
         if self.project is None:
             return found
         return Features(pooled_BD=self.project(found.pooled_BD.float()), patches_BND=found.patches_BND)
 
 
 def patches_at(found: Features, positions_BP: Tensor | None) -> Features:
-    """The same features with the patches at some positions of each image; None keeps all."""
+    """Return features with the patches at these positions (B, P) of each image; None keeps all."""
     if positions_BP is None or found.patches_BND is None:
         return found
     index_BPD = positions_BP.to(found.patches_BND.device)[..., None].expand(-1, -1, found.patches_BND.shape[-1])
@@ -49,7 +53,7 @@ def patches_at(found: Features, positions_BP: Tensor | None) -> Features:
 
 
 def feature_loss(student: Features, teacher: Features) -> Tensor:
-    """Mean squared error of the pooled vector plus that of the patch tokens; labels never enter.
+    """Compute the mean squared error of the pooled vectors plus that of the patch tokens; labels never enter.
 
     Paper: DGMR, arXiv 2506.08591, section 3; no normalisation, no temperature.
     """
@@ -60,7 +64,7 @@ def feature_loss(student: Features, teacher: Features) -> Tensor:
 
 
 def space_loss(student: Features, teacher: Features, space: EmbeddingSpace) -> Tensor:
-    """The feature loss in the space of a pair, and with a bank the divergence of how similar its texts are.
+    """Compute the feature loss in the space of a pair, plus the divergence of the similarities to its bank of texts.
 
     The similarities, times the pair's scale, are made a distribution over the texts; the loss is KL(teacher, student),
     the mean over the images. A bias, as SigLIP's, would be the same for all texts and so changes nothing.

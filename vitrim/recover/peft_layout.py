@@ -1,6 +1,6 @@
 """Writes the factors of a model's adapters as PEFT does, so that `peft` can put them on the model they were trained on.
 
-An OP-LoRA adapter is written as the ordinary LoRA that it amounts to. Nothing is read back here: that is PEFT's.
+An OP-LoRA adapter is written as the ordinary LoRA that it amounts to. Nothing is read back here; PEFT does that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFIX, OUTPUT, WEIGHTS = "base_model.model.", ".base_layer.out_proj", "adapter_
 
 
 def check_peft(model: nn.Module) -> None:
-    """Say before training what `save_adapter` could not do after it.
+    """Refuse before training whatever `save_adapter` could not write after it.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -44,7 +44,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
     Args:
         model: with adapters attached, all of one rank and alpha.
-        folder: made where it is missing.
+        folder: where to write; made where it is missing.
 
     Raises:
         OutputError: the folder can't be written.
@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def peft_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (R, N) and B (M, R) of each adapter, on the CPU, by the name that PEFT gives its layer.
+    """Return the factors A (R, N) and B (M, R) of each adapter, on the CPU, by the name that PEFT gives its layer.
 
     PEFT adapts torch's attention as a whole and names its output projection below it, which gets one that adds nothing.
     """

@@ -1,4 +1,4 @@
-"""Which images each step and each process sees: a function of seed and step alone, for any number of processes."""
+"""Deals out the images of each step to each process: a function of seed and step alone, for any number of processes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from vitrim.errors import RecipeError
 
 
 class MicroBatch(NamedTuple):
-    """Images that could be read, (B, C, H, W), with their numbers in the training set, and the epoch.
+    """Images of one forward pass that could be read.
 
-    In a stream no image has a number: there it is the position in the run, another one each time, and the epoch is 0.
+    Attributes:
+        images_BCHW: the images.
+        rows_B: their numbers in the training set; in a stream their positions in the run, since images have no numbers.
+        epoch: the pass over the training set; 0 in a stream.
     """
 
     images_BCHW: Tensor
@@ -26,7 +29,15 @@ class MicroBatch(NamedTuple):
 
 
 class Sampler:
-    """The order of images: shuffled anew each epoch, dealt out to processes, cut into micro-batches."""
+    """Order of a set of images: shuffled anew each epoch, dealt out to processes, cut into micro-batches.
+
+    Args:
+        images: the training set.
+        options: batch size, accumulation, views and workers.
+        seed: of the order.
+        rank: number of this process.
+        num_processes: how many share each step.
+    """
 
     def __init__(
         self, images: ImageSet, options: RecoverOptions, seed: int, *, rank: int = 0, num_processes: int = 1
@@ -37,7 +48,7 @@ class Sampler:
         self.steps_per_epoch = max(1, len(images) // self.global_batch)
 
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
-        """This process's images for steps `first`..`last`, a list of as many micro-batches for every process."""
+        """Yield this process's micro-batches of each step from `first` up to `last`, as many for every process."""
         share = math.ceil(self.global_batch / self.num_processes)
         micro = math.ceil(share / self.options.gradient_accumulation_steps)
         num_micro = math.ceil(share / micro)
@@ -58,7 +69,7 @@ class Sampler:
             step += len(parts)
 
     def _load(self, micro_batches: Sequence[Sequence[int]], epoch: int) -> Iterator[MicroBatch]:
-        """Images of given lists of numbers."""
+        """Yield the images with these numbers, micro-batch after micro-batch."""
         from torch.utils.data import DataLoader
 
         self.images.set_epoch(self.options.view_of(epoch))
@@ -74,11 +85,16 @@ class Sampler:
 
 
 class StreamSampler:
-    """The order of a stream: position p of the run is the next image of lane p modulo the number of lanes.
+    """Order of a stream: position p of the run is the next image of lane p modulo the number of lanes.
 
     Step s trains the positions s * B up to (s + 1) * B, for any number of processes. Process r of W decodes those with
     p = r modulo W, and reads the lanes they fall on: each shard is read by one process where W divides the number of
     lanes, by W / lanes of them where it is a multiple, and by all where the two have no common divisor.
+
+    Args are those of `Sampler`.
+
+    Raises:
+        RecipeError: an option does not work with a stream.
     """
 
     def __init__(
@@ -95,13 +111,13 @@ class StreamSampler:
         self.unreadable: set[tuple[int, int]] = set()
 
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
-        """This process's images for steps `first`..`last`, a list of as many micro-batches for every process."""
+        """Yield this process's micro-batches of each step from `first` up to `last`, as many for every process."""
         loaded = self.images.load(self._draws(first, last), num_workers=self.options.num_workers)
         for _ in range(first, last):
             yield [self._micro_batch(*next(loaded)) for _ in range(self.options.gradient_accumulation_steps)]
 
     def _draws(self, first: int, last: int) -> Iterator[list[Draw]]:
-        """This process's share of each micro-batch, not decoded; lanes that it has no share in are not read."""
+        """Yield this process's share of each micro-batch, not decoded; lanes without a share in it are not read."""
         common = math.gcd(self.num_lanes, self.num_processes)
         mine = range(self.rank % common, self.num_lanes, common)
         lanes = {lane: self._lane(lane, first * self.global_batch) for lane in mine}
@@ -116,7 +132,7 @@ class StreamSampler:
             yield drawn
 
     def _lane(self, lane: int, start: int) -> Iterator[Record]:
-        """A lane from the first position not below `start`."""
+        """Yield a lane from the first position not below `start`."""
         return self.images.lane(
             lane,
             num_lanes=self.num_lanes,
@@ -133,10 +149,11 @@ class StreamSampler:
 
 
 def check_stream(images: ImageStream, options: RecoverOptions) -> None:
-    """Refuse what can't be done with a stream.
+    """Refuse options that don't work with a stream.
 
     Raises:
-        RecipeError: epochs of unknown length, or a cache of what the teacher says to images that never come again.
+        RecipeError: the length is given in epochs and an epoch has no length, or a cache of the teacher's features is
+            asked for, although no image comes again.
     """
     if options.steps is None and options.epoch_images is None:
         raise RecipeError(
@@ -153,6 +170,6 @@ def check_stream(images: ImageStream, options: RecoverOptions) -> None:
 def open_sampler(
     images: ImageSet | ImageStream, options: RecoverOptions, seed: int, *, rank: int = 0, num_processes: int = 1
 ) -> Sampler | StreamSampler:
-    """The order of a set or of a stream."""
+    """Return the sampler for a set or a stream of images; see `Sampler` and `StreamSampler`."""
     kind = StreamSampler if isinstance(images, ImageStream) else Sampler
     return kind(images, options, seed, rank=rank, num_processes=num_processes)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Keeps the state of a run in one file from which any number of processes goes on, whatever kills the one that writes.
+"""Keeps the state of a run in one file from which any number of processes can continue, whenever the writer is killed.
 
 The file is a safetensors file: tensors whole, in a fixed order, a digest of all bytes as the last one, and the nesting
 with all plain values as JSON in its header. `torch.distributed.checkpoint` is not used. Its own format reads an index
@@ -6,8 +6,8 @@ through `pickle`, which executes what it finds; its safetensors format holds ten
 every machine sees. Here shards are gathered one tensor at a time and only the main process touches the disk, so memory
 holds one whole tensor more, nothing depends on how many processes there are, and nothing is ever unpickled.
 
-A new state is written beside the last one, brought to disk, and takes its place by renaming; the one before stays. So
-at any moment at least one whole state is there, and its digest says that it is whole.
+A new state is written under another name, synced to disk and renamed; the one before it stays. So at any moment at
+least one whole state is there, and its digest shows that it is whole.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ Place = Callable[[Sequence[Any], Tensor], Tensor]
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write nested tensors and plain values so that they are there whole or not at all, and keep what was there before.
+    """Write nested tensors and plain values as a whole or not at all, and keep the state that was there before.
 
     Args:
         path: file to write, on a disk that the main process sees.
-        state: mappings, lists and tuples of tensors, numbers, strings and None; every process passes its own, equal
-            but for its shares of tensors in shards.
+        state: mappings, lists and tuples of tensors, numbers, strings and None; every process passes its own, equal but
+            for its shares of tensors in shards.
 
     Raises:
-        OutputError: it could not be written, as on a full disk; the states before it are whole.
+        OutputError: the file could not be written, as on a full disk; the states before it are whole.
     """
     tensors: list[Tensor] = []
     header = _header(_packed(state, tensors), tensors)
@@ -66,7 +66,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def has_state(path: Path) -> bool:
-    """Whether `save_state` has left something to go on from; every process asks, the main one looks."""
+    """Return whether `save_state` has left a state to continue from; every process has to ask."""
 
     def look() -> bool:
         found, new, before = _candidates(path)
@@ -76,7 +76,7 @@ def has_state(path: Path) -> bool:
 
 
 def clear_state(path: Path) -> None:
-    """Remove what an earlier run left, so that no damage can lead back to it."""
+    """Remove the states of an earlier run, so that a damaged new one can't lead back to them."""
 
     def remove() -> None:
         for candidate in _candidates(path):
@@ -89,8 +89,9 @@ def load_state(path: Path, place: Place = lambda keys, tensor: tensor) -> dict[s
     """Read what `save_state` wrote, or the state before it where the last one is damaged; nothing in it is executed.
 
     Args:
-        path: as for `save_state`; every process asks for it, the main one reads.
-        place: takes the keys that lead to a tensor and the whole of it, on the CPU; gives what is to stand there.
+        path: as for `save_state`; every process has to call this, the main one reads.
+        place: called with the keys that lead to a tensor and the whole tensor on the CPU; returns what to put in its
+            place.
 
     Raises:
         CheckpointError: no state can be read.
@@ -107,7 +108,7 @@ def load_state(path: Path, place: Place = lambda keys, tensor: tensor) -> dict[s
 
 
 def _candidates(path: Path) -> list[Path]:
-    """Where a state may be, the latest first: in its place, whole but not yet renamed, or the one before."""
+    """Return where a state may be, the latest first: in its place, whole but not yet renamed, or the one before."""
     return [path, _beside(path, "new"), _beside(path, "before")]
 
 
@@ -116,7 +117,7 @@ def _beside(path: Path, word: str) -> Path:
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> Any:
-    """Nested values as JSON; tensors go to a list and stand in it by number."""
+    """Turn nested values into JSON values; tensors are appended to a list and replaced by their numbers."""
     if isinstance(value, Tensor):
         tensors.append(value.detach())
         return {TENSOR: len(tensors) - 1}
@@ -129,7 +130,7 @@ def _packed(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _unpacked(value: Any, tensor_at: Callable[[str, Sequence[Any]], Tensor], keys: Sequence[Any]) -> Any:
-    """The inverse of `_packed`; tensors are asked for in the order in which they stand in the file."""
+    """Rebuild nested values: the inverse of `_packed`; tensors are asked for in the order of the file."""
     if isinstance(value, list):
         return [_unpacked(item, tensor_at, (*keys, index)) for index, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -143,7 +144,7 @@ def _unpacked(value: Any, tensor_at: Callable[[str, Sequence[Any]], Tensor], key
 
 
 def _header(nesting: Any, tensors: Sequence[Tensor]) -> bytes:
-    """The start of a safetensors file, padded so that values are aligned to eight bytes."""
+    """Build the start of a safetensors file, padded so that values are aligned to eight bytes."""
     about: dict[str, Any] = {"__metadata__": {"format": FORMAT, "nesting": json.dumps(nesting)}}
     start = 0
     for index, tensor in enumerate(tensors):
@@ -161,7 +162,7 @@ def _header(nesting: Any, tensors: Sequence[Tensor]) -> bytes:
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write parts and their digest beside `path`, then let it take its place."""
+    """Write parts and their digest under another name, then rename the file to `path`."""
     beside = _beside(path, "new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def _opened(path: Path) -> tuple[Any, TensorFiles]:
-    """The nesting and the tensors of the latest state that is whole.
+    """Open the latest state that is whole: its nesting and its tensors.
 
     Raises:
         CheckpointError: there is none.
@@ -200,7 +201,7 @@ def _opened(path: Path) -> tuple[Any, TensorFiles]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is there and holds what was meant to be in it."""
+    """Return whether a file exists, and its digest is that of its contents."""
     try:
         _read(path)
     except DAMAGE:
@@ -209,7 +210,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[Any, TensorFiles]:
-    """The nesting and the tensors of one file, if its digest is right."""
+    """Read one file if its digest is right: its nesting and its tensors."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         left = path.stat().st_size - DIGEST_BYTES

@@ -1,4 +1,4 @@
-"""Where a micro-batch's targets come from: the teacher, run on it without gradients, or a cache of what it gave."""
+"""Gives the targets of a micro-batch: the teacher's features, from running it without gradients or from a cache."""
 
 from __future__ import annotations
 
@@ -14,46 +14,52 @@ from vitrim.config.options import RecoverOptions
 from vitrim.data import ImageSet
 from vitrim.distributed.precision import autocast, is_bf16
 from vitrim.errors import RecipeError
-from vitrim.metrics.judging import read
+from vitrim.metrics.judging import read_features
+from vitrim.recover.cache_layout import Layout
+from vitrim.recover.files import TEACHER_CACHE
 from vitrim.recover.sampler import MicroBatch
-from vitrim.recover.teacher_cache import Layout, TeacherCache
+from vitrim.recover.teacher_cache import TeacherCache
 from vitrim.types import Features, tensor_sha256
 
 # Images that stand for all of them when a cache is opened again: their pixels under augmentation must be the same.
 NUM_WITNESSES = 16
-CACHE_FOLDER = "teacher-cache"
 
 
 class Target(NamedTuple):
-    """The teacher's features of a micro-batch, and which patches they are (B, P); None for all."""
+    """Targets of a micro-batch.
+
+    Attributes:
+        features: the teacher's features.
+        positions_BP: which patches these are; None for all.
+    """
 
     features: Features
     positions_BP: Tensor | None = None
 
 
 class Targets(Protocol):
-    """What a run asks of its targets."""
+    """Source of targets, as a run uses it."""
 
     def __call__(self, batch: MicroBatch) -> Target:
-        """The targets of a micro-batch, on the device."""
+        """Return the targets of a micro-batch, on the device."""
         ...
 
     def flush(self) -> None:
-        """Bring to disk what a resumed run is to find."""
+        """Write to disk whatever a resumed run needs."""
         ...
 
     def refresh(self) -> None:
-        """Take up what other processes have brought to disk."""
+        """Take up what other processes have written to disk."""
         ...
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the user should know."""
+        """Sentences for the user."""
         ...
 
 
 class LiveTargets:
-    """The teacher itself, in the precision of the run; nothing is kept."""
+    """Targets from running the teacher, in the precision of the run; nothing is kept."""
 
     notes: Sequence[str] = ()
 
@@ -61,21 +67,21 @@ class LiveTargets:
         self.teacher, self.options, self.device = teacher, options, device
 
     def __call__(self, batch: MicroBatch) -> Target:
-        """The teacher's features of a micro-batch, on the device."""
+        """Run the teacher on a micro-batch; its features are on the device."""
         with torch.no_grad(), in_precision(self.options, self.device):
-            return Target(read(self.teacher, batch.images_BCHW.to(self.device), self.options.features_at))
+            return Target(read_features(self.teacher, batch.images_BCHW.to(self.device), self.options.features_at))
 
     def flush(self) -> None:
-        """There is nothing to bring to disk."""
+        """Do nothing: nothing is kept."""
 
     def refresh(self) -> None:
-        """There is nothing to take up."""
+        """Do nothing: nothing is shared."""
 
 
 class CachedTargets:
-    """What the teacher gave when it first met a view of an image, from disk; the teacher runs on what is not there.
+    """Targets from a cache on disk; the teacher runs on images whose view is not there yet.
 
-    The first time gives what is kept as well, rounded and with some patches only, so that it makes no difference
+    The first time, too, gives what the cache keeps, rounded and with some patches only, so that it makes no difference
     whether a target was there already.
     """
 
@@ -83,7 +89,7 @@ class CachedTargets:
         self.live, self.cache = live, cache
 
     def __call__(self, batch: MicroBatch) -> Target:
-        """The kept features of a micro-batch, on the device."""
+        """Return the cached features of a micro-batch, on the device; missing ones are added first."""
         view = self.live.options.view_of(batch.epoch)
         missing_B = ~self.cache.has(batch.rows_B, view)
         if bool(missing_B.any()):
@@ -92,7 +98,7 @@ class CachedTargets:
         return Target(*self.cache.read(batch.rows_B, view, self.live.device))
 
     def flush(self) -> None:
-        """Write a shard of what is in memory only."""
+        """Write the features that are in memory only as a shard."""
         self.cache.flush()
 
     def refresh(self) -> None:
@@ -101,37 +107,40 @@ class CachedTargets:
 
     @property
     def notes(self) -> Sequence[str]:
-        """The size of the cache, and damaged shards."""
+        """Size of the cache, and damaged shards."""
         return self.cache.notes
 
 
-def cache_folder(options: RecoverOptions, state: Path | None) -> Path | None:
-    """Where the teacher's targets are kept: where the options say, else beside the run's state.
+def cache_folder(options: RecoverOptions, work: Path | None) -> Path | None:
+    """Return the folder for the teacher's targets: the one that the options name, else one in the work folder.
+
+    Returns:
+        The folder; None where no cache is asked for.
 
     Raises:
-        RecipeError: a cache is asked for, and there is neither.
+        RecipeError: a cache is asked for, and neither the options nor the run have a folder for it.
     """
     if options.cache_teacher is None:
         return None
-    if options.cache_teacher.folder is None and state is None:
+    if options.cache_teacher.folder is None and work is None:
         raise RecipeError("recover.cache_teacher: this run writes nothing; name a folder for the cache.")
-    return options.cache_teacher.folder or (state and state.with_name(CACHE_FOLDER))
+    return options.cache_teacher.folder or (work and work / TEACHER_CACHE)
 
 
 def open_cached(live: LiveTargets, images: ImageSet, like: Features, *, seed: int, folder: Path) -> CachedTargets:
-    """Targets that are kept in a folder.
+    """Open the cache of a teacher's features in a folder, or start one there.
 
     Args:
         live: the teacher.
         images: the training images, augmented already.
         like: features of the teacher, for their sizes.
         seed: of the run; the positions of patches follow from it.
-        folder: what `cache_folder` said.
+        folder: see `cache_folder`.
 
     Raises:
         CheckpointError: the folder holds the cache of another teacher, other data or options.
         OutputError: the folder can't be used, or has no room.
-        RecipeError: more patches are asked for than there are.
+        RecipeError: more patches are asked for than the model has.
     """
     options = live.options.cache_teacher
     assert options is not None
@@ -148,13 +157,13 @@ def open_cached(live: LiveTargets, images: ImageSet, like: Features, *, seed: in
 
 
 def _weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Hash of a model's names and values."""
+    """Hash a model's names and values."""
     lines = [f"{name} {tensor_sha256(tensor)}" for name, tensor in sorted(state.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _witnesses_sha256(images: ImageSet, num_views: int) -> str:
-    """Hash of some images as training sees them: it speaks for the data, their order and their augmentation."""
+    """Hash some images as training sees them, in place of all data, their order and their augmentation."""
     digest = hashlib.sha256()
     for place, witness in enumerate(range(0, len(images), max(1, len(images) // NUM_WITNESSES))):
         images.set_epoch(place % num_views)
@@ -164,5 +173,5 @@ def _witnesses_sha256(images: ImageSet, num_views: int) -> str:
 
 
 def in_precision(options: RecoverOptions, device: torch.device) -> torch.autocast:
-    """Run models as the options say. Weights in shards are whole for a moment only, so no casts of them are kept."""
+    """Return autocast as the options say; casts of sharded weights are not kept, since these are whole only briefly."""
     return autocast(options.precision, device, keep_casts=not options.fsdp)

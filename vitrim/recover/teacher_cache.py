@@ -1,8 +1,8 @@
-"""Keeps a teacher's targets on disk, so that it runs once on each view of each image.
+"""Keeps a teacher's features on disk, so that the teacher runs once on each view of each image.
 
-A cache is a folder: `index.json` says of what, and safetensors shards hold the targets. A shard is written beside its
-place, synced and renamed, and names its own images, so every shard that is there counts, whoever wrote it, and a kill
-costs only what was not yet written. Neither images nor positions of patches are stored: both follow from seeds.
+A cache is a folder: `index.json` says whose features it holds, and safetensors shards hold them. A shard is written
+under another name, synced and renamed, and lists its own images, so every shard counts, whichever process wrote it, and
+a kill costs only what was not yet written. Neither images nor positions of patches are stored: both follow from seeds.
 
 Nothing here runs a model. Sizes of shards are checked, their values are not.
 
@@ -11,121 +11,43 @@ Shapes: B images, N patch tokens, P of them kept, D width; V views, R rows of th
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from vitrim.config.options import CacheOptions
-from vitrim.errors import CheckpointError, OutputError, RecipeError
+from vitrim.errors import CheckpointError, OutputError
+from vitrim.recover.cache_layout import Layout, cache_bytes, decode, draw_positions, encode
+from vitrim.recover.cache_shards import Shard, write_whole
 from vitrim.recover.losses import patches_at
-from vitrim.storage.tensor_files import TensorFiles, open_tensors, tensor_bytes
+from vitrim.storage.tensor_files import TensorFiles, open_tensors
 from vitrim.types import Features
 
 FORMAT, INDEX, SUFFIX = "vitrim-teacher-cache/1", "index.json", ".safetensors"
 # Targets of a shard stay in memory until it is written.
 SHARD_BYTES = 128 * 2**20
-# What is written beside its place for longer is the rest of a run that was killed.
+# A file still unrenamed after this long was left by a run that was killed.
 STALE_S = 3600
 # Said of the cache for people, so not compared.
 LABEL = "data"
 # More than the targets of a shard: a place is the number of a shard times this, plus the position in it.
 STRIDE = 2**32
-# A scale of zero, of a vector of zeros, would give 0 / 0.
-TINY = torch.finfo(torch.float32).tiny
-
-CacheType = Literal["bf16", "int8", "float32"]
-STORED: dict[CacheType, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What is kept of an image: a pooled vector, and `num_kept` of its patch tokens (N, D), in a type."""
-
-    dtype: CacheType
-    pooled: int
-    patches: tuple[int, int] | None
-    num_kept: int
-
-    @classmethod
-    def of(cls, found: Features, options: CacheOptions) -> Layout:
-        """The layout for features like these.
-
-        Raises:
-            RecipeError: more patches are asked for than there are.
-        """
-        pooled = found.pooled_BD.shape[-1]
-        if found.patches_BND is None:
-            return cls(dtype=options.dtype, pooled=pooled, patches=None, num_kept=0)
-        num_patches, width = found.patches_BND.shape[1:]
-        num_kept = options.num_patches or max(1, round((options.patch_ratio or 1.0) * num_patches))
-        if num_kept > num_patches:
-            raise RecipeError(f"recover.cache_teacher.num_patches: {num_kept} asked; the model has {num_patches}.")
-        return cls(dtype=options.dtype, pooled=pooled, patches=(num_patches, width), num_kept=num_kept)
-
-    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The tensors of a shard: type, and shape without the first dimension, which counts images."""
-        values = {"pooled": (self.pooled,)} | ({"patches": (self.num_kept, self.patches[1])} if self.patches else {})
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"row": (torch.int64, ()), "view": (torch.int64, ())}
-        for name, shape in values.items():
-            found[name] = (STORED[self.dtype], shape)
-            if self.dtype == "int8":
-                found[f"{name}_scale"] = (torch.float32, shape[:-1])
-        return found
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes that one view of one image takes."""
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors().values())
-
-
-def cache_bytes(layout: Layout, num_images: int, num_views: int = 1) -> int:
-    """Bytes that a full cache takes on disk, but for a header of under 1 kB a shard."""
-    return layout.image_bytes * num_images * num_views
-
-
-def encode(values: Tensor, dtype: CacheType) -> tuple[Tensor, Tensor | None]:
-    """Values (..., D) in the type in which they are kept; for int8 with a scale for each vector (...).
-
-    The error of a value is at most 2^-8 of it in bf16, and 1/254 of the largest value of its vector in int8. A value
-    that is no number makes its whole vector so.
-    """
-    if dtype != "int8":
-        return values.to(STORED[dtype]), None
-    values = values.float()
-    scale = values.abs().amax(-1) / 127
-    return (values / scale.clamp_min(TINY)[..., None]).round().to(torch.int8), scale
-
-
-def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """The inverse of `encode`, float32."""
-    return stored.float() if scale is None else stored.float() * scale[..., None]
-
-
-def draw_positions(seed: int, row: int, view: int, *, num_kept: int, num_patches: int) -> Tensor:
-    """Which patches of a view of an image are kept: a sorted random set (P,) that follows from the arguments alone."""
-    digest = hashlib.blake2b(f"{seed},{row},{view}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    return torch.randperm(num_patches, generator=generator)[:num_kept].sort().values
 
 
 class TeacherCache:
-    """Targets by row of the training set and view, in a folder that several processes and runs may share.
+    """Teacher's features by row of the training set and view, in a folder that several processes and runs may share.
 
     Args:
         folder: where shards go; made where it does not exist.
-        about: JSON values that tell whose targets these are; another cache's differ.
+        about: JSON values that tell one cache from another, such as the teacher's hash.
         layout: what is kept of an image.
         num_images: R.
         num_views: V.
@@ -134,7 +56,7 @@ class TeacherCache:
 
     Raises:
         CheckpointError: the folder holds the cache of something else, or a damaged index.
-        OutputError: it can't be written, is no cache, or has no room for what is still to come.
+        OutputError: the folder can't be written, is no cache, or has no room for the features still missing.
     """
 
     def __init__(
@@ -152,8 +74,8 @@ class TeacherCache:
         self.shard_images = max(1, shard_bytes // layout.image_bytes)
         self.notes: list[str] = []
         self._places_VR = torch.full((num_views, num_images), -1, dtype=torch.int64)
-        self._shards: list[_Shard] = []
-        self._open: _Shard | None = None
+        self._shards: list[Shard] = []
+        self._open: Shard | None = None
         self._seen: set[str] = set()
         said = {"format": FORMAT, "seed": seed, "views": num_views, "num_images": num_images}
         _claim(folder, {**said, **asdict(layout), **about})
@@ -161,19 +83,24 @@ class TeacherCache:
         self._check_room()
 
     def has(self, rows_B: Tensor, view: int) -> Tensor:
-        """Which of these images have targets (B,)."""
+        """Return which of these images have cached features, (B,)."""
         return self._places_VR[view, rows_B] >= 0
 
     def add(self, rows_B: Tensor, view: int, found: Features) -> None:
-        """Keep the features of images that have none yet, all patches given.
+        """Add the features of images that have none yet.
+
+        Args:
+            rows_B: the images' rows in the training set.
+            view: which draw of augmentation was seen.
+            found: their features, with all patches.
 
         Raises:
-            OutputError: a shard was full and could not be written.
+            OutputError: a full shard could not be written.
         """
         if self._open is not None and len(self._open) >= self.shard_images:
             self.flush()
         if self._open is None:
-            self._open = _Shard(self.layout)
+            self._open = Shard(self.layout)
             self._shards.append(self._open)
         kept = patches_at(found, self.positions(rows_B, view))
         parts = {"row": rows_B, "view": torch.full_like(rows_B, view)}
@@ -186,7 +113,10 @@ class TeacherCache:
         self._places_VR[view, rows_B] = torch.arange(first, first + len(rows_B))
 
     def read(self, rows_B: Tensor, view: int, device: torch.device) -> tuple[Features, Tensor | None]:
-        """Targets of images that have them, float32, and which patches these are, (B, P); None for all.
+        """Read the features of images that have them.
+
+        Returns:
+            Features in float32 on a device, and which patches these are, (B, P); None for all.
 
         Raises:
             CheckpointError: a shard has become unreadable.
@@ -206,28 +136,28 @@ class TeacherCache:
         return Features(pooled_BD=pooled_BD, patches_BND=patches_BPD), positions
 
     def positions(self, rows_B: Tensor, view: int) -> Tensor | None:
-        """Which patches of these images are kept (B, P); None for all."""
+        """Return which patches of these images are kept, (B, P); None for all."""
         if self.layout.patches is None or self.layout.num_kept == self.layout.patches[0]:
             return None
         sizes = {"num_kept": self.layout.num_kept, "num_patches": self.layout.patches[0]}
         return torch.stack([draw_positions(self.seed, row, view, **sizes) for row in rows_B.tolist()])
 
     def flush(self) -> None:
-        """Write what is in memory only, as a shard of its own.
+        """Write the features that are in memory only, as a shard of their own.
 
         Raises:
-            OutputError: it could not be written, as on a full disk; the shards before it are whole.
+            OutputError: the shard could not be written, as on a full disk; those before it are whole.
         """
         if self._open is None:
             return
         path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"  # a name that no other process takes
-        _write_whole(path, save(self._open.stacked()))
+        write_whole(path, save(self._open.stacked()))
         self._seen.add(path.name)
         self._open.written(open_tensors(path))
         self._open = None
 
     def refresh(self) -> None:
-        """Take up shards that others have written since; a damaged one is noted, and counts as not there."""
+        """Take up shards that other processes have written since; a damaged one is noted and ignored."""
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             if path.name in self._seen:
                 continue
@@ -239,11 +169,11 @@ class TeacherCache:
                 self.notes.append(f"teacher cache: its targets are made again, remove the file: {error}")
                 continue
             number, rows = len(self._shards), files["row"]
-            self._shards.append(_Shard(self.layout, files))
+            self._shards.append(Shard(self.layout, files))
             self._places_VR[files["view"], rows] = number * STRIDE + torch.arange(len(rows))
 
     def _check(self, path: Path, files: TensorFiles) -> None:
-        """Refuse a shard that does not have the tensors of the layout, or speaks of images that are not there."""
+        """Refuse a shard without the tensors of the layout, or with rows or views out of range."""
         num_images = files.infos["row"].shape[0] if "row" in files else 0
         found = {name: (info.dtype, info.shape) for name, info in files.infos.items()}
         wanted = {name: (dtype, (num_images, *shape)) for name, (dtype, shape) in self.layout.tensors().items()}
@@ -254,7 +184,7 @@ class TeacherCache:
                 raise CheckpointError(f"{path}: names a {name} outside 0..{limit - 1}.")
 
     def _check_room(self) -> None:
-        """Say what the whole will take, and refuse what the disk can't hold."""
+        """Note the size of the full cache, and refuse one that the disk has no room for."""
         num_views, num_images = self._places_VR.shape
         total = cache_bytes(self.layout, num_images, num_views)
         missing = self.layout.image_bytes * int((self._places_VR < 0).sum())
@@ -269,51 +199,8 @@ class TeacherCache:
         self.notes.insert(0, f"teacher cache: {size} in {self.folder}{there}")
 
 
-class _Shard:
-    """Targets of some images, in memory until they are written."""
-
-    def __init__(self, layout: Layout, files: TensorFiles | None = None) -> None:
-        self.names, self.files = tuple(layout.tensors()), files
-        self._rows: dict[str, list[Tensor]] = {name: [] for name in self.names}
-
-    def __len__(self) -> int:
-        return len(self._rows["row"]) if self.files is None else self.files.infos["row"].shape[0]
-
-    def extend(self, parts: Mapping[str, Tensor]) -> None:
-        """Add images, in memory."""
-        for name, part in parts.items():
-            self._rows[name].extend(part)
-
-    def stacked(self) -> dict[str, Tensor]:
-        """Everything in memory, to be written."""
-        return {name: torch.stack(rows) for name, rows in self._rows.items()}
-
-    def written(self, files: TensorFiles) -> None:
-        """Read from these files from now on."""
-        self.files, self._rows = files, {}
-
-    def read_into(self, parts: Mapping[str, Tensor], slots: Sequence[int], positions: Sequence[int]) -> None:
-        """Copy the targets at some positions to slots of larger tensors."""
-        if self.files is None:
-            for name, part in parts.items():
-                for slot, position in zip(slots, positions, strict=True):
-                    part[slot] = self._rows[name][position]
-            return
-        path = self.files.infos["row"].file
-        try:
-            with path.open("rb", buffering=0) as file:
-                for name, part in parts.items():
-                    raw, size = tensor_bytes(part), part[0].nbytes
-                    for slot, position in zip(slots, positions, strict=True):
-                        file.seek(self.files.infos[name].start + position * size)
-                        if file.readinto(raw[slot * size : (slot + 1) * size]) != size:
-                            raise OSError(0, "ends too early")
-        except OSError as error:
-            raise CheckpointError(f"{path}: can't be read ({error.strerror}); remove it and go on.") from None
-
-
 def _claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make a folder the cache of something, or see that it is."""
+    """Write the index of a new cache, or check that the folder's index is that of this one."""
     index = folder / INDEX
     about = json.loads(json.dumps(about))  # tuples are lists there
     try:
@@ -325,7 +212,7 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
         if others and not index.exists():
             raise OutputError(f"{folder}: holds files and is no teacher cache; name another folder.")
         if not index.exists():
-            _write_whole(index, (json.dumps(about, indent=1) + "\n").encode())
+            write_whole(index, (json.dumps(about, indent=1) + "\n").encode())
         stored = json.loads(index.read_text())
     except ValueError as error:
         raise CheckpointError(f"{index}: damaged ({error}); remove the folder or name another one.") from None
@@ -339,20 +226,6 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
             )
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename: it is there as a whole or not at all."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"{path}: can't be written ({error.strerror}); make room and go on with resume.") from None
-
-
 def _show(num_bytes: int) -> str:
-    """A size for people."""
+    """Format bytes for people, in GB or MB."""
     return f"{num_bytes / 10**9:,.1f} GB" if num_bytes >= 10**9 else f"{num_bytes / 10**6:,.1f} MB"

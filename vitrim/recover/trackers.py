@@ -1,7 +1,7 @@
-"""Trackers: TensorBoard and, by name, whatever else accelerate speaks to get each line of the log as well.
+"""Sends each line of the log to trackers as well: TensorBoard, or by name whatever else accelerate supports.
 
 A resumed run goes on in the same TensorBoard folder (steps after the last state are dropped there) and in the same run
-of Weights & Biases; others begin a new run. The JSONL log is written in any case, and not here.
+of Weights & Biases; others begin a new run. The JSONL log is written in any case, in `distill.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from typing import Any
 from vitrim.config.options import RecoverOptions
 from vitrim.errors import MissingExtraError, RecipeError
 
-TRACKER_LOGS, RUN_ID = "logs", "run-id"
+# File with the name of the run, which a resumed run has to find again.
+RUN_ID = "run-id"
 PROJECT = "vitrim"
+# Trackers that an extra of this package installs.
+EXTRA, IN_EXTRA = "trackers", ("tensorboard",)
 
 
 def check_trackers(names: Sequence[str], *, folder: Path | None) -> None:
-    """Find out whether trackers can be used.
+    """Refuse trackers that can't be used, before anything runs.
 
     Args:
         names: accelerate's names.
-        folder: what is written of the run; None where nothing is.
+        folder: where the run writes its files; None where it writes none.
 
     Raises:
         RecipeError: a name is unknown, or its tracker writes files and there is no folder.
@@ -39,7 +42,7 @@ def check_trackers(names: Sequence[str], *, folder: Path | None) -> None:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
             raise RecipeError(f"recover.report_to: unknown tracker {name!r}; accelerate knows {known}.")
         if name in LoggerType.list() and name not in map(str, get_available_trackers()):
-            package = name.replace("_", "-")
+            package = f"'vitrim[{EXTRA}]'" if name in IN_EXTRA else name.replace("_", "-")
             raise MissingExtraError(f"recover.report_to: {name} is not installed; pip install {package}.")
         if folder is None and LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
             raise RecipeError(
@@ -48,12 +51,16 @@ def check_trackers(names: Sequence[str], *, folder: Path | None) -> None:
 
 
 class Trackers:
-    """The trackers of a run; without names, none.
+    """Trackers of a run, from its start to its end; does nothing where `report_to` names none.
 
     Args:
         accelerator: of the run.
-        options: of the run; `report_to` names the trackers, the rest is told to them.
-        folder: where they write.
+        options: of the run; `report_to` names the trackers, which also get the other options.
+        folder: where they write their files.
+
+    Raises:
+        RecipeError: a name is unknown, or its tracker writes files and there is no folder.
+        MissingExtraError: the package of a tracker is not installed.
     """
 
     def __init__(self, accelerator: Any, options: RecoverOptions, folder: Path | None) -> None:
@@ -61,7 +68,7 @@ class Trackers:
         self.accelerator, self.options, self.folder = accelerator, options, folder
 
     def open(self, step: int) -> None:
-        """Start, or go on after a step."""
+        """Start the trackers; a resumed run, with `step` steps done, continues its curves."""
         if not self.options.report_to:
             return
         from accelerate.tracking import filter_trackers
@@ -76,17 +83,17 @@ class Trackers:
         self.accelerator.init_trackers(PROJECT, config=None if step else plain, init_kwargs=continuing)
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
-        """What a step gave."""
+        """Send the values of a step to the trackers."""
         if self.options.report_to:
             self.accelerator.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Let them write what they hold. Processes stay together: accelerate's own `end_training` would part them."""
+        """Let the trackers write what they hold; accelerate's own `end_training` would also end the process group."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
     def _run_id(self, *, new: bool) -> str:
-        """A name for this run that a resumed one finds again."""
+        """Return an id for this run, from the file where a resumed run finds it again."""
         assert self.folder is not None
         file = self.folder / RUN_ID
         if new or not file.exists():

@@ -1,1 +1,1 @@
-"""Repair of a cut MLP or block by itself: the local refit, and block by block from disk."""
+"""Repair of a cut MLP or block by itself: least squares, the local refit, and training block by block from disk."""

@@ -1,7 +1,7 @@
-"""What each block of a student is trained on: streams of tokens on disk, and how a block's error follows from them.
+"""Gives each block of a student its task: inputs and targets from activations on disk, and its error on them.
 
-Images are decoded once. Of the streams only those of the block at hand are there; of its batches, three at a time are
-in memory: one that is worked on, one that is done with, one that is being read.
+Images are decoded once. Only the activations of the current block are on disk; of its batches, three at a time are in
+memory: one that is worked on, one that is done, one that is being read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vitrim.types import MlpSite
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A process's place among those that share the images; by itself it reads them all."""
+    """Place of a process among those that share the images; a single process reads them all."""
 
     rank: int = 0
     num: int = 1
@@ -40,10 +40,16 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTask:
-    """What a block is trained on: its batches by number, and how outputs come of inputs.
+    """Task of a block: the batches to learn from, and how its output follows from an input.
 
-    `scale_D` is the layer scale behind an MLP that is trained outside its block, `share` the part of all batches that
-    these are.
+    Attributes:
+        read: gives inputs and target of a batch, by its number.
+        predict: gives the block's output for an input.
+        fit: numbers of the batches to learn from.
+        held_out: numbers of the batches that judge.
+        device: where the student is.
+        share: which part of all batches this process has.
+        scale_D: layer scale behind an MLP that is trained outside its block; 1 for none.
     """
 
     read: Callable[[int], tuple[Any, Tensor]]
@@ -55,14 +61,14 @@ class BlockTask:
     scale_D: Tensor | float = 1.0
 
     def losses(self, seed: int) -> Generator[Tensor, None, None]:
-        """The mean squared error of a token, batch after batch in a random order, without end."""
+        """Yield the mean squared error of a token, batch after batch in a random order, without end."""
         generator = torch.Generator().manual_seed(seed)
         orders = (torch.randperm(len(self.fit), generator=generator).tolist() for _ in repeat(None))
         for batch in read_ahead(self.read, (self.fit[i] for order in orders for i in order)):
             yield self._errors(batch).mean()
 
     def judge(self) -> float:
-        """The mean squared error of a token on what is held out, of all processes that share the images."""
+        """Return the mean squared error of a token on the held-out batches of all processes that share the images."""
         total, num_tokens = 0.0, 0.0
         for batch in read_ahead(self.read, self.held_out):
             errors = self._errors(batch)
@@ -77,18 +83,18 @@ class BlockTask:
 
 
 class BlockData:
-    """The streams of both models, and what they give each block to learn from.
+    """Activations of student and teacher along the blocks, from which each block gets its task.
 
     Args:
         student: the cut model.
         teacher: the original.
-        blocks: those that the streams pass, in forward order.
+        blocks: paths of the blocks, in forward order.
         sites: the MLPs that were cut.
         images: what to learn from.
-        options: how many images in which batches, and what is trained on what.
+        options: how many images in which batches, and which parts are trained on what.
         seed: of the choice of images.
         share: the part of the images that this process reads.
-        offload: folder for images and streams; None keeps them in memory.
+        offload: folder for images and activations; None keeps them in memory.
     """
 
     def __init__(
@@ -113,10 +119,13 @@ class BlockData:
             self.inputs = Activations(student, blocks, batches, frozen=False, offload=offload and offload / "student")
 
     def enter(self, index: int) -> BlockTask:
-        """Bring the streams to a block, and say what it is to learn.
+        """Bring the activations to a block, and return its task.
 
-        An MLP behind a residual sum with a fixed layer scale learns outside its block, so that what stands in front of
-        it is run once and not at every step. What it should put out makes up for all that its block gets wrong.
+        An MLP behind a residual sum with a fixed layer scale learns outside its block, so that whatever comes before it
+        is run once and not at every step. Its target makes up for everything that its block gets wrong.
+
+        Args:
+            index: number of the block; blocks are entered in order.
         """
         self.theirs.enter(index)
         if self.inputs is not self.theirs:
@@ -135,17 +144,17 @@ class BlockData:
             theirs = self.theirs.observe(site, i)
             _, ours = observe(self.student, site, self.inputs.call(i))
             pairs.put(i, (ours["input"].cpu(), corrected(theirs, ours, scale_D, 1.0).cpu()))
-        return self._lesson(pairs.get, partial(mlp_output, self.student, site), scale_D.clone())
+        return self._task(pairs.get, partial(mlp_output, self.student, site), scale_D.clone())
 
     def _of_block(self, index: int) -> BlockTask:
         for i in range(len(self.theirs.batches)):
             self.theirs.run(i)
         calls, outputs, block = self.inputs.calls, self.theirs.outputs, submodule(self.student, self.blocks[index])
-        return self._lesson(
+        return self._task(
             lambda i: (calls.get(i), outputs.get(i)), lambda call: first_tensor(block(*call[0], **call[1]))
         )
 
-    def _lesson(
+    def _task(
         self, read: Callable[[int], Any], predict: Callable[[Any], Tensor], scale_D: Tensor | float = 1.0
     ) -> BlockTask:
         num_batches = len(self.theirs.batches)
@@ -164,14 +173,14 @@ class BlockData:
 def disk_bytes(
     teacher: nn.Module, sites: Sequence[MlpSite], sample: Tensor, *, num_images: int, options: BlockwiseOptions
 ) -> int:
-    """Bytes that lessons take: the images, both streams, and what an MLP is trained on outside its block.
+    """Estimate the bytes on disk: the images, the activations of both models, and an MLP's own inputs and targets.
 
     Args:
         teacher: the model.
         sites: the MLPs that are cut.
         sample: a few preprocessed images.
-        num_images: how many are read.
-        options: what is trained on what.
+        num_images: how many images are read.
+        options: which parts are trained on what.
     """
     calls, outputs = activation_bytes(teacher, forward_order(teacher, sites, sample), sample)
     streams = calls + outputs + (calls if options.inputs == "student" else 0)
@@ -180,7 +189,7 @@ def disk_bytes(
 
 
 def read_ahead(read: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
-    """Batches in an order, each read from disk while the one before it is worked on."""
+    """Yield batches in an order of numbers, each read while the one before it is worked on."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
         for number in numbers:
@@ -193,10 +202,10 @@ def read_ahead(read: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[A
 
 
 def _decode(images: ImageSet, options: BlockwiseOptions, seed: int, share: Share, folder: Path | None) -> Store:
-    """A process's share of the images, in batches of its share of a batch.
+    """Decode a process's share of the images, in batches of its share of a batch.
 
     Raises:
-        DataError: there is none.
+        DataError: no image could be read.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     loader = images.loader(
@@ -215,7 +224,7 @@ def _decode(images: ImageSet, options: BlockwiseOptions, seed: int, share: Share
 
 
 def _movable(value: Any, device: torch.device) -> Any:
-    """Nested values on a device, free to take part in a backward pass."""
+    """Move nested tensors to a device, as tensors that can take part in a backward pass."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -35,7 +35,7 @@ def refit_(
     Args:
         student: the model whose site is already cut and repaired.
         visit: the site with its cached tokens.
-        num_steps: Adam steps; the cost is bounded by them.
+        num_steps: Adam steps.
         batch_tokens: tokens a step.
         lr: peak learning rate, with a cosine to zero.
         seed: of the order of tokens.
@@ -74,22 +74,22 @@ def improve_(
     num_steps: int,
     lr: float,
     exact: float = 0.0,
-    share: Callable[[Sequence[nn.Parameter]], None] | None = None,
+    average_: Callable[[Sequence[nn.Parameter]], None] | None = None,
 ) -> tuple[float, float]:
-    """Train parameters of a module in place by a short run of Adam; what does not lower the error is undone.
+    """Train parameters of a module in place by a short run of Adam, and undo it unless the error has become lower.
 
     Args:
-        module: what is held in eval mode and whose other parameters take no gradients.
-        parameters: what is trained.
-        loss: draws a batch and gives its loss.
-        judge: the error on what is held out.
+        module: held in eval mode; its other parameters take no gradients.
+        parameters: the parameters to train.
+        loss: draws a batch and returns its loss.
+        judge: returns the error on held-out data.
         num_steps: Adam steps.
         lr: peak learning rate, with a cosine to zero.
-        exact: an error up to which nothing is left to do.
-        share: makes the gradients of all processes one, before each step.
+        exact: an error up to this counts as none, and nothing is trained.
+        average_: replaces gradients by their means over the processes, before each step.
 
     Returns:
-        The error before and after. A run that is broken off undoes what it did.
+        The error before and after. A run that is interrupted is undone, too.
     """
     with _training(module, parameters):
         with torch.no_grad():
@@ -98,7 +98,7 @@ def improve_(
         if before <= exact:
             return before, before
         try:
-            _descend_(parameters, loss, num_steps=num_steps, lr=lr, share=share)
+            _descend_(parameters, loss, num_steps=num_steps, lr=lr, average_=average_)
             with torch.no_grad():
                 after = judge()
         finally:
@@ -110,7 +110,7 @@ def improve_(
 
 
 def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
-    """Copies of the parameters of a site's layers, by full name, in a fixed order."""
+    """Return copies of the parameters of a site's layers, by full name, in a fixed order."""
     return {name: p.detach().clone() for name, p in _site_parameters(model, site).items()}
 
 
@@ -120,24 +120,24 @@ def _descend_(
     *,
     num_steps: int,
     lr: float,
-    share: Callable[[Sequence[nn.Parameter]], None] | None,
+    average_: Callable[[Sequence[nn.Parameter]], None] | None,
 ) -> None:
-    """The run of Adam itself."""
+    """Take the Adam steps."""
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=num_steps + 1, pct_start=0.1)
     for _ in range(num_steps):
         value = loss()
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        if share is not None:
-            share(parameters)
+        if average_ is not None:
+            average_(parameters)
         optimizer.step()
         schedule.step()
 
 
 @contextmanager
 def _training(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let these parameters alone take gradients, in eval mode (no dropout), and put modes and flags back."""
+    """Let only these parameters take gradients, in eval mode (no dropout), and put modes and flags back at the end."""
     modes = [(part, part.training) for part in module.modules()]
     flags = [(p, p.requires_grad) for p in {**dict.fromkeys(module.parameters()), **dict.fromkeys(parameters)}]
     module.eval()
@@ -163,7 +163,7 @@ def _site_parameters(model: nn.Module, site: MlpSite) -> dict[str, nn.Parameter]
 
 
 def _held_out_error(student: nn.Module, visit: SiteVisit, scale_D: Tensor | float) -> float:
-    """Mean squared error on the held-out tokens, in chunks."""
+    """Compute the mean squared error on the held-out tokens, in chunks."""
     total, device = 0.0, weight_of(student, visit.site.output).device
     pairs = zip(visit.held_out.inputs_ND.split(8192), visit.held_out.targets_ND.split(8192), strict=True)
     for inputs, targets in pairs:

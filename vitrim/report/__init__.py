@@ -1,1 +1,1 @@
-"""The report of one compression: a single self-contained HTML page, pictures first."""
+"""Report of a compression: a single self-contained HTML page, pictures first."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, CheckpointError, OutputError
 from vitrim.metrics.record import Metrics
-from vitrim.report.figures import final_value, format_number
 from vitrim.report.page import render, write_page
 from vitrim.report.pareto import Point, draw_pareto
+from vitrim.report.picture import final_value, format_number
 from vitrim.report.summary import summarise
 
 FILE_SIZE = "file size (MB)"

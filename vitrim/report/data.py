@@ -1,4 +1,4 @@
-"""What a report shows, as plain values: no model, no file."""
+"""Plain values that a report shows: no model, no file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """What a report shows; whatever is empty or None is left out of the page.
+    """Values that a report shows; whatever is empty or None is left out of the page.
 
     Attributes:
         model: name of the model.
@@ -32,7 +32,8 @@ class ReportData:
         neighbours: empty, or "num_images" that were searched, "overlap" (0..1, the share of nearest images that both
             models have in common, over all of them), "queries" (one {"image", "original", "smaller"}: an image's
             number, and the numbers of those nearest to it), and by number "thumbnails" (3, H, W) and "labels".
-        answers: empty, or "labels" of held-out images and what each model takes them for, "before" and "after".
+        answers: empty, or class numbers of held-out images: their "labels", and each model's answers "before" and
+            "after".
         recipe_yaml: the recipe as text.
         environment: library and machine names to versions.
         notes: sentences for the reader.

@@ -1,7 +1,7 @@
-"""The pictures of the report: each function takes plain values and returns a `Picture`, or None without data.
+"""Draws the lines and bars of the report: each function turns plain values into a `Picture`, or into None without data.
 
-Lines and bars become inline SVG whose colours are CSS variables of the page, so they follow light, dark and
-print. What is made of pixels is in `tiles`. This module writes no file, and never touches pyplot's global state.
+Drawings become inline SVG whose colours are CSS variables of the page, so they follow light, dark and print. Pictures
+made of pixels are in `tiles.py`. This module writes no file, and never touches pyplot's global state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -19,6 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from vitrim.report.picture import Picture, final_value, format_change, format_number
 
 # Stand-ins that no default of matplotlib uses; `finish` swaps them for the page's CSS variables.
 INK, MUTED, RULE, BEFORE, CUT, AFTER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
@@ -37,80 +38,15 @@ STYLE: dict[Any, Any] = {
     "grid.color": RULE,
     "grid.linewidth": 0.6,
 }
-styled = matplotlib.rc_context(STYLE)  # what draws wears it
+styled = matplotlib.rc_context(STYLE)  # decorates every function that draws
 WIDTH_IN = 8.6
 MAX_CURVE_POINTS = 120  # of a residual curve; keeps the page of a 64-block model under 3 MB
 MAX_CLASSES = 16  # in the picture of answers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Strip:
-    """One row of the patch picture: a PNG as a data URI."""
-
-    label: str
-    alt: str
-    uri: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """One image as a data URI; `agreed` where both models found it."""
-
-    alt: str
-    uri: str
-    agreed: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """A query, and its nearest images in each model, nearest first."""
-
-    query: Tile
-    original: tuple[Tile, ...]
-    smaller: tuple[Tile, ...]
-    agreed: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One section of the page: `svg` (the inside of an svg element), `strips` or `searches`; or words alone."""
-
-    key: str
-    title: str
-    caption: str
-    alt: str
-    legend: tuple[tuple[str, str], ...] = ()
-    view_box: str = ""
-    svg: str = ""
-    strips: tuple[Strip, ...] = ()
-    searches: tuple[Search, ...] = ()
-
-
-def format_number(value: float | None, *, name: str = "") -> str:
-    """Write a number for people: 22.1M, 1.24B parameters or 4.61G MACs, 0.1234, and a dash for None."""
-    if value is None or not math.isfinite(value):
-        return "\N{EN DASH}"
-    if value < 9999.5:
-        return f"{value:.2f}" if "%" in name else f"{value:.4g}"
-    units = ((1e12, "T"), (1e9, "B" if name.lower().startswith("param") else "G"), (1e6, "M"), (1e3, "k"))
-    scale, suffix = next(unit for unit in units if value >= 0.9995 * unit[0])
-    return f"{value / scale:.3g}{suffix}"
-
-
-def format_change(change: float, unit: str) -> str:
-    """A signed number with a typographic minus, such as +48.3%."""
-    return f"{change:+.1f}{unit}".replace("-", "\N{MINUS SIGN}")
-
-
-def final_value(row: Mapping[str, float | None]) -> float | None:
-    """The value at the end: after recovery, or after the cut where there was none."""
-    after = row.get("after")
-    return row.get("after_cut") if after is None else after
-
-
 @styled
 def draw_size(summary: Mapping[str, Mapping[str, float | None]]) -> Picture | None:
-    """Bars of parameters and MACs, before and after.
+    """Draw bars of parameters and MACs, before and after.
 
     Args:
         summary: row name to values; the rows "parameters" and "MACs per image" are drawn.
@@ -127,7 +63,7 @@ def draw_size(summary: Mapping[str, Mapping[str, float | None]]) -> Picture | No
 
 @styled
 def draw_latency(latency: Mapping[str, Mapping[int, float]]) -> Picture | None:
-    """Bars of the time of one batch, a panel for each batch size.
+    """Draw bars of the time of one batch, a panel for each batch size.
 
     Args:
         latency: "before" and "after", each from batch size to milliseconds.
@@ -141,7 +77,7 @@ def draw_latency(latency: Mapping[str, Mapping[int, float]]) -> Picture | None:
 
 @styled
 def draw_block_errors(block_errors: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """Lines of the relative error of each block's output, after the cut and at the end.
+    """Draw lines of the relative error of each block's output, after the cut and at the end.
 
     Args:
         block_errors: one mapping for each block with "block", "after_cut" and "after" (None: not measured).
@@ -176,7 +112,7 @@ def draw_block_errors(block_errors: Sequence[Mapping[str, Any]]) -> Picture | No
 
 @styled
 def draw_residuals(curves: Mapping[str, Mapping[str, Any]]) -> Picture | None:
-    """One small panel for each site: what Gram-Schmidt leaves after k picks, with the cut marked.
+    """Draw a small panel for each site: the energy that Gram-Schmidt leaves after k picks, with the cut marked.
 
     Args:
         curves: site path to "residual" (fractions from 1 down), "num_units" and "cut"; "picks" says after
@@ -207,7 +143,7 @@ def draw_residuals(curves: Mapping[str, Mapping[str, Any]]) -> Picture | None:
 
 @styled
 def draw_widths(sites: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """Bars of the hidden units of each MLP, what is left in front of what there was; None where all kept one share.
+    """Draw bars of the hidden units of each MLP, before and kept; None where all kept the same share.
 
     Args:
         sites: one mapping for each cut MLP with "path", "width_before" and "width_after".
@@ -237,10 +173,10 @@ def draw_widths(sites: Sequence[Mapping[str, Any]]) -> Picture | None:
 
 @styled
 def draw_answers(answers: Mapping[str, Sequence[int]]) -> Picture | None:
-    """Bars of the right answers that each class has gained and lost.
+    """Draw bars of the right answers that each class has gained and lost.
 
     Args:
-        answers: "labels", and what each model takes these images for, "before" and "after".
+        answers: class numbers of the images: their "labels", and each model's answers "before" and "after".
     """
     columns = (answers.get(key, ()) for key in ("labels", "before", "after"))
     rows = [row for row in zip(*columns, strict=True) if row[0] >= 0]
@@ -277,7 +213,7 @@ def draw_answers(answers: Mapping[str, Sequence[int]]) -> Picture | None:
 
 @styled
 def draw_recovery(points: Sequence[Mapping[str, float]]) -> Picture | None:
-    """Lines of the held-out error and the training loss over the steps of recovery, on a log axis.
+    """Draw lines of the held-out error and the training loss over the steps of recovery, on a log axis.
 
     Args:
         points: mappings with "step" and "relative_error" or "loss"; both kinds may be mixed.
@@ -312,7 +248,7 @@ def draw_recovery(points: Sequence[Mapping[str, float]]) -> Picture | None:
 
 
 def new_figure(num_panels: int, *, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of equal panels in a row, with horizontal grid lines only."""
+    """Make a figure of equal panels in a row, with horizontal grid lines only."""
     figure = Figure(figsize=(WIDTH_IN, height))
     figure.set_layout_engine("constrained", w_pad=0.12)
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
@@ -325,13 +261,13 @@ def new_figure(num_panels: int, *, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], *, color: str) -> None:
-    """A line with a dot at each point, while there is room for dots."""
+    """Draw a line with a dot at each point, while there is room for dots."""
     marker = "o" if len(x) <= 40 else None
     axes.plot(x, y, color=color, linewidth=1.8, marker=marker, markersize=4.5, clip_on=False)
 
 
 def _draw_pairs(pairs: Sequence[tuple[str, float, float]], *, unit: str = "", **texts: Any) -> Picture | None:
-    """A panel for each (title, before, after): two bars, their values, the change."""
+    """Draw a panel for each (title, before, after): two bars, their values, the change."""
     if not pairs:
         return None
     figure, panels = new_figure(len(pairs), height=1.25)
@@ -353,7 +289,7 @@ def _draw_pairs(pairs: Sequence[tuple[str, float, float]], *, unit: str = "", **
 
 
 def _draw_residual(axes: Axes, curve: Mapping[str, Any], label: str) -> float:
-    """Fill one panel; returns the fraction left at the cut."""
+    """Draw one panel; returns the fraction left at the cut."""
     residual = np.asarray(curve["residual"], dtype=float)
     picks = np.asarray(curve.get("picks") or np.linspace(0, curve["num_units"], len(residual)), dtype=float)
     left = round(float(np.interp(curve["cut"], picks, residual)), 6)  # below is rounding, not energy
@@ -376,7 +312,7 @@ def _draw_residual(axes: Axes, curve: Mapping[str, Any], label: str) -> float:
 
 
 def _short_labels(paths: Sequence[str]) -> dict[str, str]:
-    """'blocks.3.mlp' becomes 'block 3' where that still tells all paths apart."""
+    """Shorten paths such as 'blocks.3.mlp' to 'block 3' where that still tells all of them apart."""
     numbers = {path: ".".join(part for part in path.split(".") if part.isdigit()) for path in paths}
     if not all(numbers.values()) or len(set(numbers.values())) < len(paths):
         return {path: path for path in paths}

@@ -1,4 +1,4 @@
-"""The report of one compression: a single self-contained HTML page, pictures first.
+"""Writes the report of one compression: a single self-contained HTML page, pictures first.
 
 It takes plain values, so it can be made (and tested) without a model. It measures nothing and knows no model.
 """
@@ -16,6 +16,7 @@ from markupsafe import Markup
 from vitrim.errors import OutputError
 from vitrim.report import figures, tiles
 from vitrim.report.data import ReportData
+from vitrim.report.picture import final_value, format_change, format_number
 
 HEADLINE_BATCH = 8  # or the nearest that was timed
 
@@ -34,7 +35,7 @@ def write_report(path: Path, data: ReportData) -> None:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page whole or not at all.
+    """Write the text of a page as a whole or not at all.
 
     Raises:
         OutputError: the file can't be written.
@@ -52,7 +53,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def _render(data: ReportData) -> str:
-    """The page as text."""
+    """Render the page as text."""
     candidates = [
         figures.draw_size(data.summary),
         figures.draw_latency(data.latency),
@@ -74,7 +75,7 @@ def _render(data: ReportData) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of this package's templates; foreign text is escaped."""
+    """Render one of this package's templates; foreign text is escaped."""
     environment = Environment(
         loader=PackageLoader("vitrim", "report"),
         autoescape=True,
@@ -86,17 +87,17 @@ def render(template: str, **values: Any) -> str:
 
 
 def _headline(data: ReportData) -> Markup:
-    """One sentence: how much smaller, how much faster here, how close. Says only what was measured."""
+    """Write one sentence of what was measured: how much smaller, how much faster on this machine, how close."""
     size, close = [], []
     for name, noun in (("parameters", "parameters"), ("MACs per image", "MACs")):
         row = data.summary.get(name, {})
-        before, after = row.get("before"), figures.final_value(row)
+        before, after = row.get("before"), final_value(row)
         if before and after is not None:
             word = "fewer" if after <= before else "more"
             percent = f"{100 * abs(before - after) / before:.0f}%"
             size.append(Markup("<b>{} {}</b> {}").format(percent, word, noun))
-    cosine = figures.final_value(data.summary.get("cosine CLS", {}))
-    error = figures.final_value(data.summary.get("relative error", {}))
+    cosine = final_value(data.summary.get("cosine CLS", {}))
+    error = final_value(data.summary.get("relative error", {}))
     if cosine is not None:
         close.append(Markup("CLS cosine <b>{}</b>").format(_cosine(cosine)))
     if error is not None:
@@ -116,18 +117,18 @@ def _headline(data: ReportData) -> Markup:
 
 
 def _cosine(value: float) -> str:
-    """Three digits, or as many more as it takes not to be rounded to 1."""
+    """Format a cosine with three digits, or with as many more as it takes not to be rounded to 1."""
     return next((text for digits in (3, 4, 5, 6) if float(text := f"{value:.{digits}f}") < 1), "1")
 
 
 def _summary_row(name: str, row: Mapping[str, float | None]) -> dict[str, str]:
-    """The cells of one row: the values, and the change where one makes sense."""
-    before, after = row.get("before"), figures.final_value(row)
+    """Format one row of the table: the values, and the change where one makes sense."""
+    before, after = row.get("before"), final_value(row)
     change = ""
     if before is not None and after is not None:
         if "%" in name:
-            change = figures.format_change(after - before, " points")
+            change = format_change(after - before, " points")
         elif before > 0 and "error" not in name and "cosine" not in name:
-            change = figures.format_change(100 * (after / before - 1), "%")
-    cells = {key: figures.format_number(row.get(key), name=name) for key in ("before", "after_cut", "after")}
+            change = format_change(100 * (after / before - 1), "%")
+    cells = {key: format_number(row.get(key), name=name) for key in ("before", "after_cut", "after")}
     return {"name": name, "change": change, **cells}

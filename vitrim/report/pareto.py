@@ -1,4 +1,4 @@
-"""The picture of a comparison: what each run costs against how far it is from the original, and the front.
+"""Draws the picture of a comparison: the cost of each run against its distance from the original, and the front.
 
 Points are told apart by number and shape, and those that no other beats are filled. It takes plain values and reads
 no file.
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitrim.report.figures import AFTER, INK, MUTED, Picture, finish, format_number, new_figure, styled
+from vitrim.report.figures import AFTER, INK, MUTED, finish, new_figure, styled
+from vitrim.report.picture import Picture, format_number
 
 MARKERS = "os^DvPX"
 SIDES = (
@@ -28,7 +29,7 @@ ROOM = (10, 9)  # what a label takes, in points
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A run, or with number 0 the original: less is better in both."""
+    """Run in the picture, or with number 0 the original; less is better in both `cost` and `error`."""
 
     number: int
     name: str
@@ -37,7 +38,7 @@ class Point:
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats: none is at most as large in both values, and smaller in one. Cheapest first."""
+    """Return the points that no other beats (at most as large in both values, smaller in one), the cheapest first."""
     kept = [
         point
         for point in points
@@ -53,7 +54,7 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 
 @styled
 def draw_pareto(panels: Mapping[str, Sequence[Point]]) -> Picture | None:
-    """Runs by cost and relative error, a panel for each cost; None without any.
+    """Draw runs by cost and relative error, a panel for each cost; None without any.
 
     Args:
         panels: the name of the cost to its points.
@@ -95,7 +96,7 @@ def draw_pareto(panels: Mapping[str, Sequence[Point]]) -> Picture | None:
 
 
 def _draw_point(axes: Any, point: Point, *, on_front: bool) -> None:
-    """A star for the original, and for a run the shape of its number, filled where it is on the front."""
+    """Draw a star for the original, and for a run the shape of its number, filled where it is on the front."""
     edge, fill = (AFTER, AFTER) if on_front else (MUTED, "none")
     marker, size = MARKERS[(point.number - 1) % len(MARKERS)], 7
     if not point.number:
@@ -133,7 +134,7 @@ def _label(axes: Any, points: Sequence[Point]) -> None:
 
 
 def _meet(spot: tuple[float, float], other: tuple[float, float], own: Any) -> bool:
-    """Whether a label would cover another label, or another point than its own."""
+    """Return whether a label would cover another label, or another point than its own."""
     if other == (own[0], own[1]):
         return False
     return abs(spot[0] - other[0]) < ROOM[0] and abs(spot[1] - other[1]) < ROOM[1]

@@ -1,4 +1,4 @@
-"""The pictures of the report that are made of pixels: patch tokens as colours, and what is nearest to an image.
+"""Draws the pictures of the report that are made of pixels: patch tokens as colours, and the nearest images of a query.
 
 They are self-contained data URIs: PNG where colours must be exact, JPEG for photographs.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrim.errors import OutputError
-from vitrim.report.figures import Picture, Search, Strip, Tile
+from vitrim.report.picture import Picture, Search, Strip, Tile
 
 TILE_PX = 144
 GAP_PX = 10
@@ -28,7 +28,7 @@ def draw_patches(
     student: Tensor | None,
     grid: tuple[int, int] | None,
 ) -> Picture | None:
-    """Rows of image, teacher, student and difference; the first three principal components as colours.
+    """Draw rows of image, teacher, student and difference; the first three principal components as colours.
 
     Args:
         images: pictures in 0..1, (B, 3, H, W), or None.
@@ -64,7 +64,7 @@ def draw_patches(
 
 
 def patch_colors(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Colours of patch tokens, by the projection and scaling of the teacher's.
+    """Turn patch tokens into colours, by the projection and scaling of the teacher's.
 
     Args:
         teacher: patch tokens of the original, (B, N, D) with D >= 3.
@@ -91,7 +91,7 @@ def patch_colors(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def draw_neighbours(found: Mapping[str, Any]) -> Picture | None:
-    """Rows of a query and its nearest images in both models.
+    """Draw rows of a query and its nearest images in both models.
 
     Args:
         found: as `ReportData.neighbours` describes it; empty where nothing was searched.
@@ -126,7 +126,7 @@ def draw_neighbours(found: Mapping[str, Any]) -> Picture | None:
 
 
 def _strip(label: str, tiles: Sequence[Tensor], *, smooth: bool = False) -> Strip:
-    """A row of tiles (rows, columns, 3) in 0..1 as one PNG with transparent gaps."""
+    """Draw tiles (rows, columns, 3) in 0..1 in a row, as one PNG with transparent gaps."""
     canvas = Image.new("RGBA", (len(tiles) * (TILE_PX + GAP_PX) - GAP_PX, TILE_PX), (0, 0, 0, 0))
     resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     for index, tile in enumerate(tiles):
@@ -140,7 +140,7 @@ def _strip(label: str, tiles: Sequence[Tensor], *, smooth: bool = False) -> Stri
 
 
 def _jpeg(image_CHW: Tensor) -> str:
-    """A thumbnail as a data URI; what is smaller than it is enlarged."""
+    """Encode a thumbnail as a data URI; a smaller image is enlarged."""
     pixels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

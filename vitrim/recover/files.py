@@ -1,0 +1,12 @@
+"""Names of what a recovery leaves in its work folder."""
+
+from __future__ import annotations
+
+# What a stopped run continues from; see `state.py`.
+RECOVERY_STATE = "recover.state"
+# One JSON line a step.
+RECOVERY_LOG = "recovery.jsonl"
+# Folder for the files of the trackers in `options.report_to`.
+TRACKER_LOGS = "logs"
+# Folder for the teacher's targets, where the options name no other.
+TEACHER_CACHE = "teacher-cache"

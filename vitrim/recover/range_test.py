@@ -1,0 +1,62 @@
+"""Finds a learning rate by short runs from the same start, each with a full schedule, at falling rates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vitrim.config.options import RecoverOptions
+from vitrim.progress import progress
+from vitrim.recover.judge import score
+from vitrim.recover.schedule import rate_shape
+
+if TYPE_CHECKING:
+    from vitrim.recover.run import Run
+
+# Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
+RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
+# LoRA's factors tolerate about 25 times the rate that the weights themselves do; OP-LoRA's generators do not.
+LORA_RATES = (2e-2, 1e-2, 5e-3, *RATES)
+# A short run may end at this multiple of the error at the start, if that error is below NEAR.
+SHOCK, NEAR = 1.5, 0.1
+
+
+def rates_to_try(options: RecoverOptions) -> tuple[float, ...]:
+    """Return the rates of the range test, the largest first; LoRA adapters start higher than weights."""
+    return LORA_RATES if options.adapter is not None and options.adapter.kind == "lora" else RATES
+
+
+def find_rate(run: Run) -> float:
+    """Choose a learning rate, and leave the run as it was before its first step.
+
+    Where a rate improves the student at once, the best such rate is taken. A repaired student is near its optimum: no
+    short run improves it, all that shows is the shock of the first noisy steps; then the largest rate whose shock stays
+    within SHOCK is taken, since the full run has the time to make up for it. A student that is not NEAR the original
+    has everything to gain, so there a rate has to improve it.
+
+    Args:
+        run: judged at its start, with no step done; its `rate_test` gets the error at each rate tried.
+
+    Returns:
+        The chosen rate; the lowest one where all are too high.
+    """
+    num_steps = max(8, min(30, run.num_steps // 10))
+    start = run.values()
+    errors: dict[float, float] = {}
+    chosen: float | None = None
+    shock = SHOCK if run.result.curve[0]["relative_error"] < NEAR else 1.0
+    rates = rates_to_try(run.options)
+    with progress("range test", len(rates), quiet=run.context.quiet or not run.is_main) as bar:
+        for rate in rates:
+            for batches in run.batches(0, num_steps):
+                run.train_step(batches, lr=rate * rate_shape(run.step, num_steps, run.options.warmup_ratio))
+            errors[rate] = score(run.judge.errors(run.judged), run.result.curve[0])
+            run.start_over_(start)
+            bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")
+            if chosen is not None and errors[rate] >= errors[chosen]:
+                break
+            if errors[rate] <= shock * run.best_score:
+                chosen = rate
+                if errors[rate] > run.best_score:
+                    break
+    run.result.rate_test = {f"{rate:g}": error for rate, error in errors.items()}
+    return chosen or rates[-1]

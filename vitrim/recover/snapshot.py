@@ -1,0 +1,68 @@
+"""The state of a run as nested tensors and plain values: taken, put back, and placed in shards.
+
+Tensors are stored under the names of their parameters, so any number of processes can restore them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vitrim.distributed.sharding import share_of
+from vitrim.recover.result import Recovery
+
+if TYPE_CHECKING:
+    from vitrim.recover.run import Run
+
+
+def take_snapshot(run: Run) -> dict[str, Any]:
+    """Return everything from which a run continues exactly, once the teacher's targets so far are on disk.
+
+    The tensors are the run's own, not copies.
+    """
+    run.targets.flush()
+    moments = {name: run.optimizer.state.get(p, {}) for name, p in run.named_parameters().items()}
+    return {
+        "student": run.trained.state_dict(),
+        "optimizer": {name: dict(kept) for name, kept in moments.items()},
+        "best": run.best,
+        "ema": run.ema,
+        "step": run.step,
+        "usual": dict(run.usual),
+        "best_score": run.best_score,
+        "result": dict(run.result.__dict__),
+    }
+
+
+def restore_(run: Run, saved: Mapping[str, Any]) -> None:
+    """Put a snapshot into a run; what changes in place is copied, so that the snapshot can be restored again."""
+    run.trained.load_state_dict(saved["student"])
+    run.optimizer.state.clear()
+    for name, p in run.named_parameters().items():
+        moments = saved["optimizer"][name].items()
+        if moments:  # torch counts steps on the CPU
+            run.optimizer.state[p] = {
+                key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments
+            }
+    run.best, run.step, run.usual = dict(saved["best"]), saved["step"], dict(saved["usual"])
+    run.best_score = saved["best_score"]
+    run.ema = {name: average.to(run.device, copy=True) for name, average in saved["ema"].items()}
+    kept = saved["result"]
+    run.result = Recovery(**{**kept, "curve": list(kept["curve"]), "notes": list(kept["notes"])})
+
+
+def place_tensor(run: Run, keys: Sequence[Any], tensor: Tensor) -> Tensor:
+    """Return a tensor of a saved state as this process holds it.
+
+    Args:
+        run: the run that will take it up.
+        keys: the keys that lead to the tensor in the saved state; one of them may be the name of a parameter.
+        tensor: the whole tensor.
+
+    Returns:
+        This process's share, where the run holds the parameter of that name in shards; else the tensor itself.
+    """
+    held = run.trained.state_dict()
+    return share_of(tensor, held[name]) if (name := next((key for key in keys if key in held), None)) else tensor
