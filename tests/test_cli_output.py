@@ -162,6 +162,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments):
     assert done.returncode != 0 and done.stderr == ""
 
 
+def test_timing_a_model_does_not_speak_of_cuda():
+    time = "import torch; from vitrim.cost.count import measure_latency; "
+    time += "measure_latency(torch.nn.Linear(2, 2), torch.ones(1, 2), batch_sizes=(1,), min_run_time_s=0.0)"
+    done = subprocess.run([sys.executable, "-c", time], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
+
+
 def test_the_library_logs_in_silence_and_the_command_line_shows_it(capsys, monkeypatch):
     log = "import logging, vitrim; logging.getLogger('vitrim').warning('said')"
     done = subprocess.run([sys.executable, "-c", log], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from vitrim.metrics.record import Metrics
+from vitrim.report.picture import format_number
 from vitrim.report.summary import summarise
 from vitrim.surgery import Plan
 
@@ -55,8 +56,6 @@ class Result:
 
 def table_rows(metrics: Metrics) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return header and rows of the before/after table as text, without columns that hold nothing."""
-    from vitrim.report.figures import format_number  # draws with matplotlib, which is slow to import
-
     found = summarise(metrics)
     keys = [key for key in ("before", "after_cut", "after") if any(row[key] is not None for row in found.values())]
     if metrics.after_recovery is None and "after" in keys and "after_cut" in keys:
