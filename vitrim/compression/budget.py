@@ -103,11 +103,13 @@ def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict
 
 
 def _units(width: Width, site: MlpSite, share: float) -> int:
-    """Return a share of an MLP's units, rounded down to the multiple asked for, or its own width."""
+    """Return a share of an MLP's units, rounded down to the multiple asked for; its own width and all units stay."""
     own = [path for path in width.own if is_end(path, site.path)]
     if own:
         return width.of(site)
     units = share * site.d_hidden
+    if units >= site.d_hidden:
+        return site.d_hidden
     multiple = 1 if width.exact or units < width.round_to else width.round_to
     return max(1, min(site.d_hidden, int(units / multiple) * multiple))
 
