@@ -66,7 +66,10 @@ CHECKPOINTS = {
 }
 # Selection and repair on images, in a process of its own; the images are noise, since only memory is looked at.
 CALIBRATE = """
-import json, sys, torch, vitrim
+import json, logging, sys, torch, vitrim
+
+logging.getLogger("vitrim").addHandler(logging.StreamHandler())
+logging.getLogger("vitrim").setLevel("INFO")
 source, out, budget, num_images, batch_size, size = sys.argv[1:]
 generator = torch.Generator().manual_seed(0)
 images = list(torch.randn(int(num_images), 3, int(size), int(size), generator=generator))
@@ -124,12 +127,14 @@ def one(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any
     row["naive_s"] = naive_seconds(source, known, depth)
     row["copy_s"] = timed(lambda: copy(source, folder / "copy"))
     remove(folder / "copy")
-    inspected = run_measured(vitrim("inspect", source, "--json"))
+    inspected = run_measured(vitrim("inspect", source, "--mlp-ratio", "1", "--json"))
     row["inspect"] = {key: inspected[key] for key in ("seconds", "peak_bytes")}
     row["estimate_run"] = json.loads(inspected["output"])["checkpoint"]
     done = run_measured(vitrim("prune-checkpoint", source, folder / "whole", "--mlp-ratio", "1", "--json"))
     printed = json.loads(done["output"])
-    row |= {key: printed[key] for key in ("parameters", "bytes", "stock", "loads_with")}
+    for key, field in (("parameters", "parameters"), ("bytes", "num_bytes")):
+        row[key] = [printed[when][field] for when in ("before", "after")]
+    row |= {key: printed[key] for key in ("stock", "loads_with")}
     row |= {"seconds": done["seconds"], "peak_bytes": done["peak_bytes"], "sha256": hashes(folder / "whole")}
     if depth > arguments.kill_depth:
         for part in ("source", "whole"):

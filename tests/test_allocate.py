@@ -18,6 +18,7 @@ from vitrim.cli.options import CutOptions
 from vitrim.compression.allocate import allocate, through
 from vitrim.config.options import AllocateOptions
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.errors import BudgetError, CheckpointError, RecipeError
 from vitrim.methods import METHODS, SiteMethod, register
@@ -102,28 +103,34 @@ def test_final_errors_run_through_what_was_measured():
 
 
 def recipe_of(**values):
-    return Recipe.parse({"method": "dgmr", "keep_ratio": 0.5, "repair": {"refit": False}, "allocate": "auto", **values})
+    given = {"method": "dgmr", "keep_ratio": 0.5, "round_to": 8, "repair": {"refit": False}, "allocate": "auto"}
+    return Recipe.parse({**given, **values})
 
 
-@pytest.mark.parametrize("budget", ["params", "macs", "latency"])
-def test_widths_cost_no_more_than_equal_ones_and_promise_no_less(kind, budget, tmp_path):
-    found = allocate(
-        recipe_of(allocate={"budget": budget, "cache": tmp_path}), kind.model, kind.sites, kind.batches, quiet=True
-    )
-    about, recipe = found.about, found.recipe
+def allocated(recipe, model, sites, batches):
+    """The widths that are found beside equal ones."""
+    uniform = {site.path: recipe.width().of(site) for site in sites}
+    return allocate(recipe, uniform, model, sites, batches, context=RunContext(quiet=True))
+
+
+@pytest.mark.parametrize("counted", ["params", "macs", "latency"])
+def test_widths_cost_no_more_than_equal_ones_and_promise_no_less(kind, counted, tmp_path):
+    recipe = recipe_of(allocate={"cost": counted, "cache": tmp_path})
+    found = allocated(recipe, kind.model, kind.sites, kind.batches)
+    about, units = found.about, found.units
     assert about["cost"] <= about["allowed"]
     assert about["predicted"]["allocated"] <= about["predicted"]["uniform"]
-    assert recipe.allocate is None and recipe.widths.keys() == {site.path for site in kind.sites}
-    uniform = Recipe(keep_ratio=0.5)
+    assert about["counted"] == counted and units.keys() == {site.path for site in kind.sites}
+    uniform = Recipe(keep_ratio=0.5, round_to=8).width()
     for site in kind.sites:
-        width = recipe.width_of(site)
-        assert width % 8 == 0 or width in (uniform.width_of(site), site.d_hidden)
-    if budget == "latency":
+        width = units[site.path]
+        assert width % 8 == 0 or width in (uniform.of(site), site.d_hidden)
+    if counted == "latency":
         return
-    tokens = 1 if budget == "params" else tokens_of(kind)
-    cost = site_parameters if budget == "params" else site_macs
-    assert about["allowed"] == sum(cost(site, uniform.width_of(site)) * tokens for site in kind.sites)
-    assert about["cost"] == sum(cost(site, recipe.width_of(site)) * tokens for site in kind.sites)
+    tokens = 1 if counted == "params" else tokens_of(kind)
+    cost = site_parameters if counted == "params" else site_macs
+    assert about["allowed"] == sum(cost(site, uniform.of(site)) * tokens for site in kind.sites)
+    assert about["cost"] == sum(cost(site, units[site.path]) * tokens for site in kind.sites)
 
 
 def tokens_of(case):
@@ -142,8 +149,7 @@ def test_width_goes_where_it_matters(build):
         model.blocks[1].mlp.fc2.weight.mul_(1e-3)
     for method, repair in (("dgmr", {"refit": False}), ("magnitude", False)):
         recipe = recipe_of(method=method, repair=repair)
-        widths = allocate(recipe, model, case.sites, case.batches, quiet=True).recipe.widths
-        assert widths == {"blocks.0.mlp": 88, "blocks.1.mlp": 8}
+        assert allocated(recipe, model, case.sites, case.batches).units == {"blocks.0.mlp": 88, "blocks.1.mlp": 8}
 
 
 def refuse(*_):
@@ -155,7 +161,7 @@ def measured_once(tmp_path_factory):
     """A model that can't be run any more, and the folder with what was measured on it."""
     case, folder = build_case("timm-vit"), tmp_path_factory.mktemp("curves")
     model = case.copy()
-    allocate(recipe_of(allocate={"cache": folder}), model, case.sites, case.batches, quiet=True)
+    allocated(recipe_of(allocate={"cache": folder}), model, case.sites, case.batches)
     model.register_forward_pre_hook(refuse)
     for block in model.blocks:
         block.register_forward_pre_hook(refuse)
@@ -164,7 +170,7 @@ def measured_once(tmp_path_factory):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(8, 96), st.sampled_from([1, 4, 8, 24]), st.sampled_from(["params", "macs"]))
-def test_another_budget_runs_no_model_and_is_kept(measured_once, width, round_to, budget):
+def test_another_budget_runs_no_model_and_is_kept(measured_once, width, round_to, counted):
     case, model, folder = measured_once
     recipe = Recipe.parse(
         {
@@ -172,13 +178,13 @@ def test_another_budget_runs_no_model_and_is_kept(measured_once, width, round_to
             "hidden_dim": width,
             "round_to": round_to,
             "repair": {"refit": False},
-            "allocate": {"budget": budget, "cache": str(folder)},
+            "allocate": {"cost": counted, "cache": str(folder)},
         }
     )
-    found = allocate(recipe, model, case.sites, case.batches, quiet=True)
-    assert sum(found.recipe.widths.values()) <= 2 * width
+    found = allocated(recipe, model, case.sites, case.batches)
+    assert sum(found.units.values()) <= 2 * width
     assert found.about["predicted"]["allocated"] <= found.about["predicted"]["uniform"]
-    assert all(1 <= found.recipe.width_of(site) <= site.d_hidden for site in case.sites)
+    assert all(1 <= found.units[site.path] <= site.d_hidden for site in case.sites)
     assert len(list(folder.iterdir())) == 1
 
 
@@ -188,10 +194,10 @@ def test_another_budget_runs_no_model_and_is_kept(measured_once, width, round_to
 def test_what_was_measured_serves_nothing_else(measured_once, change):
     case, model, folder = measured_once
     with pytest.raises(AssertionError, match="the model was run"):
-        allocate(recipe_of(allocate={"cache": folder}, **change), model, case.sites, case.batches, quiet=True)
+        allocated(recipe_of(allocate={"cache": folder}, **change), model, case.sites, case.batches)
     with pytest.raises(AssertionError, match="the model was run"):
         batches = [batch + 1 for batch in case.batches]
-        allocate(recipe_of(allocate={"cache": folder}), model, case.sites, batches, quiet=True)
+        allocated(recipe_of(allocate={"cache": folder}), model, case.sites, batches)
 
 
 def test_damaged_measurements_are_refused(measured_once, tmp_path):
@@ -199,7 +205,7 @@ def test_damaged_measurements_are_refused(measured_once, tmp_path):
     (file,) = folder.iterdir()
     (tmp_path / file.name).write_text(file.read_text()[:-20])
     with pytest.raises(CheckpointError, match="it is only a cache"):
-        allocate(recipe_of(allocate={"cache": tmp_path}), model, case.sites, case.batches, quiet=True)
+        allocated(recipe_of(allocate={"cache": tmp_path}), model, case.sites, case.batches)
 
 
 def test_a_method_without_one_order_is_told_of(build, monkeypatch):
@@ -214,18 +220,18 @@ def test_a_method_without_one_order_is_told_of(build, monkeypatch):
             return torch.arange(96 - view.num_keep, 96)
 
     half = recipe_of(method="fickle", repair={"refit": False})
-    found = allocate(half, case.model, case.sites, case.batches, quiet=True)
-    assert any("does not pick units in one order" in note for note in found.notes)
-    straight = allocate(recipe_of(), case.model, case.sites, case.batches, quiet=True)
+    found = allocated(half, case.model, case.sites, case.batches)
+    assert any("picks units in another order at each width" in note for note in found.notes)
+    straight = allocated(recipe_of(), case.model, case.sites, case.batches)
     assert straight.notes == ()
 
 
 def test_what_can_not_be_allocated_is_refused(build, tmp_path):
     case = build("timm-vit")
     with pytest.raises(RecipeError, match="decides about the whole model by itself"):
-        allocate(recipe_of(method="top-k", repair=False), case.model, case.sites, case.batches)
+        allocated(recipe_of(method="top-k", repair=False), case.model, case.sites, case.batches)
     with pytest.raises(RecipeError, match="need calibration images"):
-        allocate(recipe_of(), case.model, case.sites, None)
+        allocated(recipe_of(), case.model, case.sites, None)
     with pytest.raises(RecipeError, match="use compress, or give its widths"):
         vitrim.prune_checkpoint("nowhere", tmp_path / "out", recipe=recipe_of())
 
@@ -234,9 +240,15 @@ def test_what_can_not_be_allocated_is_refused(build, tmp_path):
     ("values", "message"),
     [
         ({"widths": {"blocks.0.mlp": 8}, "allocate": "auto"}, "drop one of the two"),
-        ({"allocate": "auto", "stock": True}, "allocate: stock and recover.elastic want the same width"),
-        ({"widths": {"mlp": 8}, "recover": {"steps": 1, "elastic": [0.5, 1]}}, "widths: stock and recover.elastic"),
-        ({"allocate": {"budgt": "macs"}}, "did you mean 'allocate.budget'"),
+        (
+            {"allocate": "auto", "recover": {"steps": 1, "elastic": [0.5, 1]}},
+            "allocate: recover.elastic wants the same width",
+        ),
+        (
+            {"widths": {"mlp": 8}, "recover": {"steps": 1, "elastic": [0.5, 1]}},
+            "widths: recover.elastic wants the same width",
+        ),
+        ({"allocate": {"cots": "macs"}}, "did you mean 'allocate.cost'"),
         ({"allocate": "sometimes"}, "allocate"),
     ],
 )
@@ -249,31 +261,32 @@ def test_a_recipe_that_contradicts_itself_is_refused(values, message):
     ("given", "expected"),
     [
         ({"allocate": "auto"}, AllocateOptions(cache=Path("kept"))),
-        ({"budget": "macs"}, AllocateOptions(budget="macs", cache=Path("kept"))),
+        ({"allocate_cost": "macs"}, AllocateOptions(cost="macs", cache=Path("kept"))),
         ({"allocate": "uniform"}, None),
         ({}, AllocateOptions(cache=Path("kept"))),
     ],
 )
 def test_the_command_line_goes_over_the_recipe(given, expected):
     base = Recipe.parse({"allocate": {"cache": "kept"}})
-    assert base.updated(CutOptions(**given).given()).allocate == expected
-    with pytest.raises(RecipeError, match="a budget needs allocate=auto"):
-        CutOptions(allocate="uniform", budget="macs").given()
+    assert base.updated(CutOptions(**given).given()).steps[0].allocate == expected
+    with pytest.raises(RecipeError, match="--allocate-cost goes with --allocate auto"):
+        CutOptions(allocate="uniform", allocate_cost="macs").given()
 
 
 def test_widths_are_given_by_path_or_the_end_of_it(build):
     first, second = build("timm-vit").sites
-    recipe = Recipe.parse({"keep_ratio": 0.25, "widths": {"blocks.0.mlp": 17}, "then": [{"method": "magnitude"}]})
-    assert (recipe.width_of(first), recipe.width_of(second)) == (17, 24)
-    assert recipe.width_of(first.below("visual.trunk")) == 17
-    both = Recipe(widths={"mlp": 9, "visual.blocks.1.mlp": 5})
-    assert (both.width_of(first), both.width_of(second)) == (9, 5)
-    assert recipe.stages()[1].width_of(first) == first.d_hidden  # a later step has its own: here, all that is left
-    assert Recipe.parse({"allocate": "uniform"}).allocate is None
+    step = {"keep_ratio": 0.25, "round_to": 8, "widths": {"blocks.0.mlp": 17}}
+    recipe = Recipe.parse({"steps": [step, {"method": "magnitude"}]})
+    assert (recipe.width().of(first), recipe.width().of(second)) == (17, 24)
+    assert recipe.width().of(first.below("visual.trunk")) == 17
+    both = Recipe(widths={"mlp": 9, "visual.blocks.1.mlp": 5}).width()
+    assert (both.of(first), both.of(second)) == (9, 5)
+    assert recipe.width(1).of(first) == first.d_hidden  # a later step has its own: here, all that is left
+    assert Recipe.parse({"allocate": "uniform"}).steps[0].allocate is None
     with pytest.raises(BudgetError, match="widths=97 asks to keep 97 of 96"):
-        Recipe(widths={"mlp": 97}).width_of(first)
+        Recipe(widths={"mlp": 97}).width().of(first)
     with pytest.raises(BudgetError, match=r"no MLP 'blocks.7.mlp'; there are blocks.0.mlp"):
-        Recipe(widths={"blocks.7.mlp": 8}).check_widths([first, second])
+        Recipe(widths={"blocks.7.mlp": 8}).width().check([first, second])
 
 
 def test_compress_tells_both_errors_and_its_recipe_gives_the_plan_again(build, tmp_path):
@@ -289,10 +302,13 @@ def test_compress_tells_both_errors_and_its_recipe_gives_the_plan_again(build, t
     assert f"{errors['allocated']:.4g}" in note and f"{errors['uniform']:.4g}" in note
     assert ("drop allocate" in note) == (errors["allocated"] > errors["uniform"])
     written = Recipe.load(out / "recipe.yaml")
-    assert written.widths == found.plan.widths
+    assert written.steps == recipe.steps
     again = vitrim.compress(model, data=images, recipe=written, quiet=True)
     assert again.plan.sha256 == found.plan.sha256
-    assert again.metrics.allocation is None
-    assert json.loads(Path(out / "metrics.json").read_text())["allocation"]["budget"] == "params"
-    equal = vitrim.compress(model, data=images, recipe=written.model_copy(update={"widths": None}), quiet=True)
+    assert again.metrics.allocation == about
+    assert json.loads(Path(out / "metrics.json").read_text())["allocation"]["counted"] == "params"
+    given = written.updated({"allocate": "uniform", "widths": dict(found.plan.widths)})
+    known = vitrim.compress(model, data=images, recipe=given, quiet=True)
+    assert known.plan.sha256 == found.plan.sha256 and known.metrics.allocation is None
+    equal = vitrim.compress(model, data=images, recipe=written.updated({"allocate": "uniform"}), quiet=True)
     assert equal.metrics.after_cut.fidelity["relative_error"] == errors["uniform"]

@@ -258,7 +258,7 @@ def test_the_check_of_tests_itself_sees_what_it_should(source, wrong):
 LONGEST_FUNCTION, LONGEST_FILE = 40, 400
 # Longer on 2026-11-27. Both lists may only shrink: a name that is short enough now has to go from its list.
 LONG_FUNCTIONS: set[str] = set()
-LONG_FILES = {"vitrim/recover/run.py"} | {
+LONG_FILES = {
     f"tests/test_{name}.py"
     for name in (
         "adapters",

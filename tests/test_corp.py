@@ -72,7 +72,8 @@ def attention_case(build):
 def test_corp_folding_beats_dropping_and_mean_only(build, run):
     case = build("timm-vit")
     folded, dropped, mean_only = (
-        error(run, cut(case, hidden_dim=24, **options)[0], case) for options in ({}, {"compensate": False}, {"ridge": 1e12})
+        error(run, cut(case, hidden_dim=24, **options)[0], case)
+        for options in ({}, {"compensate": False}, {"ridge": 1e12})
     )
     assert folded < mean_only and folded < dropped
 

@@ -237,10 +237,10 @@ def test_both_mlps_of_a_parallel_block_are_cut(build):
     case = build("timm-parallel")
     student, report = cut(case, method="dgmr")
     assert [edit.site.path for edit in report.plan.edits] == [site.path for site in case.sites]
-    assert {read_weights(student, site).num_units for site in case.sites} == {40}  # 38.4 rounded to eights
+    assert {read_weights(student, site).num_units for site in case.sites} == {32}  # 38.4 rounded to sixteens
 
 
-@pytest.mark.parametrize("budget", [{"hidden_dim": 97}, {"hidden_dim": 0}, {"mlp_ratio": 3.1}, {"hidden_dim": -8}])
+@pytest.mark.parametrize("budget", [{"hidden_dim": 97}, {"keep_ratio": 0.001}, {"mlp_ratio": 3.1}, {"mlp_ratio": 0.01}])
 @pytest.mark.parametrize("images", [True, False])
 def test_a_width_out_of_range_is_refused_before_any_work(build, budget, images):
     case = build("timm-vit")
@@ -280,52 +280,73 @@ def site(d_model, d_hidden):
 @pytest.mark.parametrize(
     ("budget", "d_model", "d_hidden", "expected"),
     [
-        ({}, 384, 1536, 384),  # nothing asked for is MLP ratio 1
-        ({}, 100, 400, 100),  # which is exact
-        ({"mlp_ratio": 1.0}, 100, 400, 100),
+        ({"mlp_ratio": 1.0}, 384, 1536, 384),
+        ({"mlp_ratio": 1.0}, 100, 400, 100),  # exact, though no multiple of 16
         ({"mlp_ratio": 0.5}, 100, 400, 48),
-        ({"mlp_ratio": 2.0}, 100, 400, 200),
-        ({"mlp_ratio": 0.53}, 384, 1536, 200),
+        ({"mlp_ratio": 2.0}, 100, 400, 192),
+        ({"mlp_ratio": 2.0, "round_to": 8}, 100, 400, 200),
+        ({"mlp_ratio": 1.99, "exact": True}, 100, 400, 199),
+        ({"mlp_ratio": 0.53}, 384, 1536, 208),
+        ({"mlp_ratio": 0.53, "round_to": 8}, 384, 1536, 200),
         ({"mlp_ratio": 4.0}, 100, 400, 400),
-        ({"mlp_ratio": 4.0}, 25, 100, 100),  # the full width, though no multiple of 8
-        ({"mlp_ratio": 0.01}, 100, 400, 8),  # never nothing
+        ({"mlp_ratio": 4.0}, 25, 100, 100),  # the full width, though no multiple of 16
+        ({"mlp_ratio": 0.01}, 100, 400, 1),  # never nothing, nor more than asked for
         ({"keep_ratio": 1.0}, 100, 273, 273),
-        ({"keep_ratio": 0.5}, 100, 273, 136),
+        ({"keep_ratio": 0.5}, 100, 273, 144),
+        ({"keep_ratio": 0.5, "round_to": 8}, 100, 273, 136),
+        ({"keep_ratio": 0.5, "exact": True}, 100, 273, 136),
         ({"keep_ratio": 0.5, "round_to": 1}, 100, 273, 136),
         ({"keep_ratio": 0.5, "round_to": 64}, 100, 273, 128),
         ({"keep_ratio": 0.99}, 100, 273, 272),
         ({"keep_ratio": 0.999}, 100, 273, 273),
-        ({"keep_ratio": 0.01}, 100, 273, 8),
-        ({"keep_ratio": 0.5}, 6, 6, 6),  # fewer units than round_to
+        ({"keep_ratio": 0.01}, 100, 273, 3),
+        ({"keep_ratio": 0.5}, 6, 6, 3),  # fewer units than round_to
         ({"hidden_dim": 99}, 100, 400, 99),
         ({"hidden_dim": 1, "round_to": 64}, 100, 400, 1),
         ({"hidden_dim": 400, "round_to": 64}, 100, 400, 400),
     ],
 )
 def test_widths(budget, d_model, d_hidden, expected):
-    assert Recipe.parse(budget).width_of(site(d_model, d_hidden)) == expected
+    assert Recipe.parse(budget).width().of(site(d_model, d_hidden)) == expected
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.floats(0.001, 1.0))
 @settings(max_examples=200, deadline=None)
 def test_rounding_stays_in_range_and_never_moves_an_exact_width(d_model, d_hidden, round_to, ratio):
     place = site(d_model, d_hidden)
-    rounded = Recipe(keep_ratio=ratio, round_to=round_to).width_of(place)
-    assert 1 <= rounded <= d_hidden
-    assert rounded % round_to == 0 or rounded == d_hidden
-    assert abs(rounded - ratio * d_hidden) <= max(round_to / 2 + 0.5, round_to - ratio * d_hidden)
+    asked = Recipe(keep_ratio=ratio, round_to=round_to).width()
+    if round(ratio * d_hidden) == 0:
+        with pytest.raises(BudgetError, match="asks to keep 0 of"):
+            asked.of(place)
+    else:
+        rounded = asked.of(place)
+        assert 1 <= rounded <= d_hidden
+        assert rounded % round_to == 0 or rounded == d_hidden or ratio * d_hidden < round_to
+        assert abs(rounded - ratio * d_hidden) <= round_to / 2 + 0.5
     width = max(1, int(ratio * d_hidden))
-    assert Recipe(hidden_dim=width, round_to=round_to).width_of(place) == width
-    assert Recipe(keep_ratio=1.0, round_to=round_to).width_of(place) == d_hidden
+    assert Recipe(hidden_dim=width, round_to=round_to).width().of(place) == width
+    assert Recipe(keep_ratio=1.0, round_to=round_to).width().of(place) == d_hidden
 
 
 @pytest.mark.parametrize("budget", [{"hidden_dim": 8, "mlp_ratio": 1.0}, {"keep_ratio": 0.5, "hidden_dim": 3}])
 def test_two_budgets_are_refused(budget):
-    with pytest.raises(RecipeError, match="give exactly one of mlp_ratio, keep_ratio and width, not "):
+    with pytest.raises(
+        RecipeError, match="give exactly one of params_ratio, macs_ratio, mlp_ratio, keep_ratio, hidden_dim, not "
+    ):
         Recipe.parse(budget)
 
 
-@pytest.mark.parametrize("budget", [{"mlp_ratio": 0}, {"mlp_ratio": -1}, {"keep_ratio": 1.2}, {"hidden_dim": 1.5}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"mlp_ratio": 0},
+        {"mlp_ratio": -1},
+        {"keep_ratio": 1.2},
+        {"hidden_dim": 1.5},
+        {"hidden_dim": 0},
+        {"hidden_dim": -8},
+    ],
+)
 def test_budgets_that_mean_nothing_are_refused(budget):
     with pytest.raises(RecipeError, match=rf"^recipe: {next(iter(budget))}: .*got"):
         Recipe.parse(budget)

@@ -433,6 +433,6 @@ def test_compress_and_evaluate_on_a_stream(tmp_path):
     with pytest.raises(DataError, match="may not end; give limit"):
         vitrim.evaluate(result.model, DIGITS, source, latency=False)
     found = vitrim.evaluate(str(tmp_path / "out"), DIGITS, source, limit=20, latency=False)
-    assert found["fidelity"]["relative_error"] < 1
+    assert found.fidelity["relative_error"] < 1
     with pytest.raises(RecipeError, match="stream of unknown length"):
         vitrim.compress(DIGITS, data=source, recipe=few(), recover={"epochs": 1}, out=tmp_path / "b", quiet=True)

@@ -468,14 +468,14 @@ def test_fips_groups_are_mlps_in_a_row_of_one_width(build):
 
 
 def test_fips_goes_before_and_after_what_it_can():
-    Recipe.parse({"method": "dgmr", "then": [{"method": "fips"}]})
-    Recipe.parse({"method": "fips", "then": [{"method": "low-rank"}]})
+    Recipe.parse({"steps": [{"method": "dgmr"}, {"method": "fips"}]})
+    Recipe.parse({"steps": [{"method": "fips"}, {"method": "low-rank"}]})
     for earlier in ("dgmr", "corp", "relufy"):
-        with pytest.raises(RecipeError, match=f"then: {earlier} .* can't follow fips"):
-            Recipe.parse({"method": "fips", "then": [{"method": earlier}]})
+        with pytest.raises(RecipeError, match=f"steps: {earlier} .* can't follow fips"):
+            Recipe.parse({"steps": [{"method": "fips"}, {"method": earlier}]})
     for later in ("top-k", "moefication"):
-        with pytest.raises(RecipeError, match=f"then: fips .* can't follow {later}"):
-            Recipe.parse({"method": later, "then": [{"method": "fips"}]})
+        with pytest.raises(RecipeError, match=f"steps: fips .* can't follow {later}"):
+            Recipe.parse({"steps": [{"method": later}, {"method": "fips"}]})
 
 
 def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, run, tmp_path, monkeypatch):
@@ -483,7 +483,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     case = build("timm-vit")
     attention = {"method": "low-rank", "options": {"rank": 4, "only": ["*.attn.*"]}}
     step = {"method": "fips", "keep_ratio": 0.5, "options": {"steps": 4}}
-    recipe = Recipe.parse({"method": "magnitude", "hidden_dim": 40, "then": [step, attention]})
+    recipe = Recipe.parse({"steps": [{"method": "magnitude", "hidden_dim": 40}, step, attention]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
     shared = [edit for edit in report.plan.edits if isinstance(edit, ToFips)]
@@ -499,7 +499,7 @@ def test_fips_after_a_cut_shares_what_is_left_and_says_where_nothing_is(build, r
     assert found is not None and found.plan.sha256 == report.plan.sha256
     assert torch.equal(run(resumed, case.batches[0]), run(student, case.batches[0]))
     for first in (step, {"method": "low-rank", "keep_ratio": 0.5}):
-        recipe = Recipe.parse({**first, "then": [step]})
+        recipe = Recipe.parse({"steps": [first, step]})
         with pytest.raises(SiteNotFoundError, match="fips: no MLP is left to share a basis"):
             cut_(case.copy(), case.model, case.sites, recipe, case.batches, quiet=True)
 
@@ -525,6 +525,6 @@ def test_fips_is_written_loads_in_a_fresh_process_and_can_be_judged(tmp_path):
     assert torch.equal(loaded(images), found.model(images))
     assert any(name.endswith("basis") for name, _ in loaded.named_parameters())
     judged = vitrim.evaluate(str(tmp_path / "out"), model, data="digits", limit=32, latency=False)
-    assert 0 < judged["fidelity"]["relative_error"] < 1
+    assert 0 < judged.fidelity["relative_error"] < 1
     with pytest.raises(SiteNotFoundError, match="no MLP found"):
         vitrim.compress(str(tmp_path / "out"), method="magnitude", hidden_dim=8, quiet=True)

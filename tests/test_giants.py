@@ -111,6 +111,6 @@ def test_inspecting_the_largest_clip_tower_takes_less_than_a_gibibyte():
     run = giants.run_measured([*command, "--json"])
     assert run["peak_mib"] < 1024
     found, counted = json.loads(run["output"]), RESULT["table"][name]["parameters"]
-    predicted = {row["mlp_ratio"]: row["parameters"] for row in found["predicted"]}
+    predicted = {row["mlp_ratio"]: row["parameters"] for row in found["predicted"] if "mlp_ratio" in row}
     for ratio, key in ((2.0, "r2"), (1.0, "r1")):  # what goes does not depend on the projection that timm adds
         assert found["parameters"]["total"] - predicted[ratio] == counted["uncut"] - counted[key]

@@ -73,7 +73,7 @@ def test_a_whole_model_stays_close_and_costs_as_many_products(build, run, activa
 
 def test_behind_low_rank_both_factors_are_rounded_but_not_those_of_what_is_skipped(build, run):
     low_rank = {"method": "low-rank", "options": {"rank": 2}, "repair": False}
-    case, student, report = cut(build, recipe={**low_rank, "then": [{"method": "int8", "options": {"skip": ["proj"]}}]})
+    case, student, report = cut(build, recipe={"steps": [low_rank, {"method": "int8", "options": {"skip": ["proj"]}}]})
     _, alone, _ = cut(build, recipe=low_rank)
     paths = {edit.layer.path for edit in report.plan.edits if edit.KIND == "int8"}
     assert "blocks.0.mlp.fc1.down" in paths and "blocks.0.mlp.fc1.up" in paths and "head" in paths
@@ -86,7 +86,7 @@ def test_behind_low_rank_both_factors_are_rounded_but_not_those_of_what_is_skipp
 
 
 def test_recovery_behind_it_leaves_the_integers_and_trains_the_rest(build):
-    stacked = {"method": "magnitude", "keep_ratio": 0.25, "repair": False, "then": [{"method": "int8"}]}
+    stacked = {"steps": [{"method": "magnitude", "keep_ratio": 0.25, "repair": False}, {"method": "int8"}]}
     case, student, report = cut(build, recipe=stacked)
     assert [edit.KIND for edit in report.plan.edits] == ["keep_units"] * 2 + ["int8"] * 8
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}

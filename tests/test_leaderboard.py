@@ -71,7 +71,7 @@ class Wide(ModelMethod):
             yield KeepUnits(site=site, keep=tuple(range(site.d_hidden))[-view.widths[site.path] :])
 
 
-def test_a_new_method_is_in_the_zoo_and_a_failing_one_stops_no_other(build, data, tmp_path):
+def test_a_new_method_is_in_the_leaderboard_and_a_failing_one_stops_no_other(build, data, tmp_path):
     for method in (Last, Thrower, Wide):
         register(method)
     model = build("timm-vit").copy()
@@ -112,7 +112,7 @@ def _check_files(found, folder):
 
 def _check_resumed(model, asked, found, folder):
     """Rows that are there are kept, the failed one is tried again, and a new method joins."""
-    register(Mended)  # under the same name
+    register(Mended)
     seconds = {(row["method"], row["repair"]): row.get("seconds") for row in found["rows"]}
     again = leaderboard(model, methods=("thrower", "last"), **asked)
     rows = {(row["method"], row["repair"]): row for row in again["rows"]}

@@ -669,14 +669,14 @@ def result(tmp_path_factory):
 
 def test_compress_factors_the_digits_model_and_it_loads_with_the_same_outputs(result):
     metrics = result.metrics
-    assert metrics["after"]["parameters"] == count(result.model) < 0.53 * metrics["before"]["parameters"]
-    assert metrics["after"]["macs"] < 0.6 * metrics["before"]["macs"]
-    assert metrics["reload_difference"] <= 1e-5 and not metrics["stock"]
-    assert metrics["after_recovery"]["fidelity"]["relative_error"] < 0.2
+    assert metrics.after.parameters == count(result.model) < 0.53 * metrics.before.parameters
+    assert metrics.after.macs < 0.6 * metrics.before.macs
+    assert metrics.reload_difference <= 1e-5 and not metrics.stock
+    assert metrics.after_recovery.fidelity["relative_error"] < 0.2
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(vitrim.load(result.out)(images), result.model(images))
-    assert any("has no config for low rank; the result loads with vitrim.load" in note for note in metrics["notes"])
-    assert {row["edit"] for row in metrics["edits"]} == {"low rank"}
+    assert any("has no config for low rank; the result loads with vitrim.load" in note for note in metrics.notes)
+    assert {row["edit"] for row in metrics.edits} == {"low rank"}
 
 
 def test_the_report_lists_the_layers(result):
@@ -688,13 +688,14 @@ def test_what_was_factored_is_no_mlp_to_cut_any_more(result):
     with pytest.raises(SiteNotFoundError, match="no MLP found"):
         find_mlps(result.model)
     measured = vitrim.evaluate(str(result.out), DIGITS, "digits", limit=60, latency=False)
-    assert measured["student"]["parameters"] == count(result.model)
+    assert measured.student.cost.parameters == count(result.model)
 
 
 def test_it_follows_a_cut_of_hidden_units_and_is_taken_up_after_a_stop(build, run, tmp_path):
     case = build("timm-vit")
     values = {"method": "dgmr", "hidden_dim": 24, "repair": {"refit_steps": 2}}
-    recipe = Recipe.parse({**values, "then": [{"method": "low-rank", "keep_ratio": 0.5, "options": {"only": "*.fc?"}}]})
+    second = {"method": "low-rank", "keep_ratio": 0.5, "options": {"only": "*.fc?"}}
+    recipe = Recipe.parse({"steps": [values, second]})
     student = case.copy()
     report = cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)
     assert [edit.KIND for edit in report.plan.edits] == ["keep_units"] * 2 + ["low_rank"] * 4
@@ -708,7 +709,7 @@ def test_it_follows_a_cut_of_hidden_units_and_is_taken_up_after_a_stop(build, ru
     assert found is not None and found.plan.sha256 == report.plan.sha256
     assert torch.equal(run(again, case.batches[0]), run(student, case.batches[0]))
     with pytest.raises(RecipeError, match=r"dgmr \(keep units\) can't follow low-rank \(low rank\)"):
-        Recipe.parse({"method": "low-rank", "then": [{"method": "dgmr"}]})
+        Recipe.parse({"steps": [{"method": "low-rank"}, {"method": "dgmr"}]})
 
 
 def test_a_repair_that_was_asked_for_and_has_nothing_to_do_is_noted(build):

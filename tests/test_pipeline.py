@@ -28,7 +28,7 @@ def result(tmp_path_factory):
 
 
 def test_half_of_the_parameters_go_and_the_features_stay(result):
-    before, after = (result.metrics[when]["parameters"] for when in ("before", "after"))
+    before, after = (cost.parameters for cost in (result.metrics.before, result.metrics.after))
     assert after == sum(p.numel() for p in result.model.parameters()) < 0.52 * before
     assert result.metrics.after_recovery.fidelity["relative_error"] < 0.05
     assert result.metrics.after_recovery.fidelity["relative_error"] <= (
@@ -62,8 +62,8 @@ def test_what_vitrim_wrote_can_be_inspected_evaluated_and_cut_again(tmp_path, re
     found = vitrim.inspect(str(result.out))
     assert {site.d_hidden for site in found.sites} == {96}
     measured = vitrim.evaluate(str(result.out), DIGITS, "digits", limit=60, latency=False)
-    assert measured["student"]["parameters"] < measured["teacher"]["parameters"]
-    assert measured["fidelity"]["pooled_cosine"] > 0.95 and "knn" in measured["student"]
+    assert measured.student.cost.parameters < measured.teacher.cost.parameters
+    assert measured.fidelity["pooled_cosine"] > 0.95 and "knn" in measured.student.scores
     again = vitrim.compress(str(result.out), method="magnitude", hidden_dim=40, out=tmp_path / "again", quiet=True)
     assert vitrim.inspect(str(again.out)).sites[0].d_hidden == 40
 
@@ -79,7 +79,7 @@ def test_evaluate_runs_each_model_once_for_features_and_once_for_its_head(result
     ]
     found = vitrim.evaluate(*models.values(), "digits", limit=40, latency=False)
     assert seen == {"student": 2 * 40 + 10, "teacher": 2 * 40 + 10}  # 10 for the check of the input, MACs and memory
-    assert found["teacher"]["top1"] > 90 and "linear_probe" in found["student"]
+    assert found.teacher.scores["top1"] > 90 and "linear_probe" in found.student.scores
     for handle in handles:
         handle.remove()
 
@@ -136,9 +136,10 @@ def test_corrupt_images_are_counted(tmp_path):
 
 def test_inspection_predicts_the_parameters_that_a_cut_leaves():
     for model, ratio in ((tiny(), 1.0), (DIGITS, 0.5)):
-        predicted = vitrim.inspect(model).predicted[ratio]
+        (predicted,) = vitrim.inspect(model, mlp_ratio=ratio).predicted
         result = vitrim.compress(model, method="magnitude", mlp_ratio=ratio, quiet=True)
-        assert predicted == result.metrics.after.parameters
+        assert predicted.parameters == result.metrics.after.parameters
+        assert predicted.hidden_dims == result.plan.widths
 
 
 @pytest.mark.parametrize(
@@ -147,14 +148,14 @@ def test_inspection_predicts_the_parameters_that_a_cut_leaves():
         ({"model": "timm/vit_tinny_patch16_224"}, ModelError, "did you mean 'timm/vit_tiny"),
         ({"model": "local-dir:/nowhere"}, ModelError, "no such model"),
         ({"data": "/nowhere"}, DataError, "/nowhere"),
-        ({"hidden_dim": 0}, BudgetError, r"use 1\.\.384"),
+        ({"hidden_dim": 0}, RecipeError, "hidden_dim: .*greater than or equal to 1"),
         ({"hidden_dim": 385}, BudgetError, r"use 1\.\.384"),
         ({"mlp_ratio": 9.0}, BudgetError, r"use 1\.\.384"),
         ({"hidden_dim": 8, "keep_ratio": 0.5}, RecipeError, "exactly one"),
         ({"method": "dgrm"}, RecipeError, "did you mean 'dgmr'"),
         ({"options": {"select": 1}}, RecipeError, "select_on"),
         ({"options": {"select_on": "outputs"}}, RecipeError, "needs images"),
-        ({"recover": 10}, RecipeError, "needs images"),
+        ({"recover_steps": 10}, RecipeError, "needs images"),
         ({"recover": {"steps": 10, "stepz": 1}, "data": "digits"}, RecipeError, "recover.steps"),
         ({"scope": "tower"}, vitrim.VitrimError, "scope 'tower'"),
         ({"out": "/proc/nothing/out"}, OutputError, "can't be written"),

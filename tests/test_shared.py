@@ -17,16 +17,18 @@ pytestmark = [
 
 
 def test_half_of_a_real_vit_goes_and_its_features_stay():
-    recipe = vitrim.Recipe.parse({"calibrate": {"num_images": 256}, "repair": {"refit_steps": 10, "max_tokens": 8192}})
+    recipe = vitrim.Recipe.parse(
+        {"mlp_ratio": 1, "calibrate": {"num_images": 256}, "repair": {"refit_steps": 10, "max_tokens": 8192}}
+    )
     ours = vitrim.compress(
         f"local-dir:{MODEL}", data=open_images(DATA / "train.parquet", limit=400), recipe=recipe, quiet=True
     )
-    paper = vitrim.compress(f"local-dir:{MODEL}", method="dgmr-paper", quiet=True)
+    paper = vitrim.compress(f"local-dir:{MODEL}", method="dgmr-paper", mlp_ratio=1, quiet=True)
     test = DATA / "test.parquet"
     scores = [
         vitrim.evaluate(model, f"local-dir:{MODEL}", test, limit=500, latency=False)
         for model in (ours.model, paper.model)
     ]
-    assert scores[0]["student"]["parameters"] < 0.51 * scores[0]["teacher"]["parameters"]
-    assert scores[0]["fidelity"]["relative_error"] < 0.02 < scores[1]["fidelity"]["relative_error"]
-    assert scores[0]["student"]["top1"] > scores[0]["teacher"]["top1"] - 2 > scores[1]["student"]["top1"]
+    assert scores[0].student.cost.parameters < 0.51 * scores[0].teacher.cost.parameters
+    assert scores[0].fidelity["relative_error"] < 0.02 < scores[1].fidelity["relative_error"]
+    assert scores[0].student.scores["top1"] > scores[0].teacher.scores["top1"] - 2 > scores[1].student.scores["top1"]

@@ -70,7 +70,9 @@ def test_without_images_it_says_what_it_needs(build, hungriest):
         cut_(case.copy(), case.model, case.sites, Recipe(method="hungriest", hidden_dim=8), None, quiet=True)
 
 
-TWICE = {"method": "magnitude", "hidden_dim": 40, "then": [{"method": "dgmr", "hidden_dim": 12, "repair": {"refit_steps": 2}}]}
+FIRST = {"method": "magnitude", "hidden_dim": 40}
+SECOND = {"method": "dgmr", "hidden_dim": 12, "repair": {"refit_steps": 2}}
+TWICE = {"steps": [FIRST, SECOND]}
 
 
 def test_steps_work_on_what_the_ones_before_have_left(build, run):
@@ -90,14 +92,16 @@ def test_steps_work_on_what_the_ones_before_have_left(build, run):
 
 def test_a_step_without_a_width_takes_all_that_is_left(build):
     case = build("timm-vit")
-    student, report = cut(case, method="magnitude", hidden_dim=12, repair=False, then=[{"method": "random"}])
+    student, report = cut(
+        case, steps=[{"method": "magnitude", "hidden_dim": 12, "repair": False}, {"method": "random"}]
+    )
     assert [edit.width for edit in report.plan.edits] == [12] * 2 * len(case.sites)
     assert all(site.d_hidden == 12 for site in find_mlps(student))
 
 
 def test_a_cut_of_several_steps_is_taken_up_with_every_tensor_of_its_plan(build, run, tmp_path):
     case = build("timm-vit")
-    recipe = Recipe.parse({**TWICE, "repair": {"refit_steps": 2}})
+    recipe = Recipe.parse({"steps": [{**FIRST, "repair": {"refit_steps": 2}}, SECOND]})
     student, teacher = case.copy(), case.model
     report = cut_(student, teacher, case.sites, recipe, case.batches, quiet=True)
     save_cut(student, report, recipe, tmp_path)
@@ -114,15 +118,15 @@ def test_a_step_that_finds_nothing_left_says_so(build, monkeypatch):
         raise SiteNotFoundError("none")
 
     monkeypatch.setattr("vitrim.compression.cut.find_mlps", none)
-    with pytest.raises(SiteNotFoundError, match="then: dgmr finds no MLP"):
+    with pytest.raises(SiteNotFoundError, match="steps: dgmr finds no MLP"):
         cut(case, **TWICE)
 
 
 def test_a_step_for_mlps_after_one_that_replaced_them_all_is_no_silent_nothing(build):
     low_rank = {"method": "low-rank", "options": {"rank": 2}}
-    with pytest.raises(SiteNotFoundError, match=r"then: top-k finds no MLP .* put it first, or leave it out"):
-        cut(build("timm-vit"), **low_rank, then=[{"method": "top-k"}])
-    _, report = cut(build("timm-vit"), **low_rank, then=[{"method": "int8"}])  # needs no MLP
+    with pytest.raises(SiteNotFoundError, match=r"steps: top-k finds no MLP .* put it first, or leave it out"):
+        cut(build("timm-vit"), steps=[low_rank, {"method": "top-k"}])
+    _, report = cut(build("timm-vit"), steps=[low_rank, {"method": "int8"}])  # needs no MLP
     assert len({type(edit) for edit in report.plan.edits}) == 2
 
 
@@ -147,19 +151,19 @@ def replacing():
 
 
 def test_an_order_that_cannot_work_is_refused_before_anything_runs(replacing):
-    Recipe.parse({"method": "dgmr", "then": [{"method": "replacing"}]})
-    with pytest.raises(RecipeError, match=r"then: dgmr \(keep units\) can't follow replacing"):
-        Recipe.parse({"method": "replacing", "then": [{"method": "dgmr"}]})
+    Recipe.parse({"steps": [{"method": "dgmr"}, {"method": "replacing"}]})
+    with pytest.raises(RecipeError, match=r"steps: dgmr \(keep units\) can't follow replacing"):
+        Recipe.parse({"steps": [{"method": "replacing"}, {"method": "dgmr"}]})
     with pytest.raises(RecipeError, match="unknown name"):
-        Recipe.parse({"method": "dgmr", "then": [{"method": "nobody"}]})
+        Recipe.parse({"steps": [{"method": "dgmr"}, {"method": "nobody"}]})
 
 
 def test_a_step_does_not_inherit_budget_or_options_and_the_recipe_round_trips():
     recipe = Recipe.parse({**TWICE, "seed": 3})
-    first, second = recipe.stages()
-    assert (first.width, second.width, second.seed) == (40, 12, 3) and not first.then and not second.then
-    bare = Recipe.parse({"hidden_dim": 9, "repair": False, "then": [{"method": "random"}]}).stages()[1]
-    assert bare.width is None and bare.repair is None
+    first, second = recipe.steps
+    assert (first.hidden_dim, second.hidden_dim, recipe.seed) == (40, 12, 3)
+    bare = Recipe.parse({"steps": [{"hidden_dim": 9, "repair": False}, {"method": "random"}]}).steps[1]
+    assert bare.budget is None and bare.repair is None
     assert Recipe.parse(json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
 
 

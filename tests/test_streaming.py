@@ -19,8 +19,8 @@ from vitrim.calibrate import activations
 from vitrim.cli.app import run
 from vitrim.compression import selection
 from vitrim.compression.cut import CutReport, cut_
-from vitrim.compression.file_to_file import prune_checkpoint
-from vitrim.compression.job import open_job
+from vitrim.compression.file_to_file import checkpoint_widths, prune_checkpoint
+from vitrim.compression.source import open_checkpoint
 from vitrim.config.recipe import Recipe
 from vitrim.cost import memory
 from vitrim.cost.memory import MARGIN, MemoryEstimate, parse_bytes, selection_bytes
@@ -120,7 +120,7 @@ def test_the_same_tensors_as_in_memory_and_the_stock_library_loads_them(each, tm
     assert theirs.keys() == state.keys() and all(
         torch.equal(theirs[name], state[name].to(theirs[name].dtype)) for name in state
     )
-    assert found.metrics["parameters"][1] == sum(tensor.numel() for tensor in ours.parameters())
+    assert found.metrics.after.parameters == sum(tensor.numel() for tensor in ours.parameters())
     assert snapshot([each.folder]) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -148,7 +148,7 @@ def test_transformers_gets_shards_of_the_size_asked_for_and_reads_them(build, tm
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert {file.name for file in files} == set(index["weight_map"].values()) and len(files) > 3
     assert all(len(load_file(file)) == 1 or sum(t.nbytes for t in load_file(file).values()) <= 20_000 for file in files)
-    assert index["metadata"]["total_size"] == found.metrics["bytes"][1]
+    assert index["metadata"]["total_size"] == found.metrics.after.num_bytes
     state = stock("transformers", tmp_path / "out").state_dict()
     whole = prune_checkpoint(each.source, tmp_path / "whole", recipe=PRUNE, quiet=True)
     assert sorted(file.name for file in whole.out.glob("*.safetensors*")) == ["model.safetensors"]
@@ -180,7 +180,7 @@ def test_a_scope_is_cut_and_the_rest_is_carried_along(build, tmp_path):
 def test_sources_by_every_name(build, tmp_path, pattern):
     each = build("timm")
     source = pattern.format(each.source)
-    found = prune_checkpoint(source, tmp_path / "out", recipe=Recipe(method="magnitude"), quiet=True)
+    found = prune_checkpoint(source, tmp_path / "out", recipe=Recipe(method="magnitude", mlp_ratio=1), quiet=True)
     assert found.metrics.model == source
     assert about(found)["origin"]["name"] == source and about(found)["origin"]["library"] == "timm"
 
@@ -194,7 +194,7 @@ def test_a_hub_id_is_fetched_without_pickles(build, tmp_path, monkeypatch, name,
         return build(name).source
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    found = prune_checkpoint(source, tmp_path / "out", recipe=Recipe(method="magnitude"), quiet=True)
+    found = prune_checkpoint(source, tmp_path / "out", recipe=Recipe(method="magnitude", mlp_ratio=1), quiet=True)
     assert asked == [("org/name", True)] and found.metrics.model == source
 
 
@@ -202,7 +202,7 @@ def test_a_method_that_needs_no_images_gets_none(build, tmp_path):
     each, recipe = build("timm"), Recipe(method="dgmr-paper", mlp_ratio=1)
     with_images = prune_checkpoint(each.source, tmp_path / "a", recipe=recipe, data=IMAGES, quiet=True)
     without = prune_checkpoint(each.source, tmp_path / "b", recipe=recipe, quiet=True)
-    assert bytes_of(with_images.out) == bytes_of(without.out) and without.metrics.notes == []
+    assert bytes_of(with_images.out) == bytes_of(without.out) and without.metrics.notes == ()
     selected = prune_checkpoint(each.source, tmp_path / "c", recipe=PRUNE, quiet=True)
     assert "no images given" in selected.metrics.notes[0]
 
@@ -215,9 +215,9 @@ def about(found):
 
 
 def calibration_bytes(each, recipe, choice):
-    job = open_job(each.source, recipe)
+    job = open_checkpoint(each.source, recipe)
     batches = first_images(open_images(IMAGES), 2000, seed=0, batch_size=recipe.calibrate.batch_size)[0]
-    needs = selection.needs_for(job, recipe, batches)
+    needs = selection.estimate_calibration(job, recipe, checkpoint_widths(job, recipe)[0], batches)
     offloaded, moments = needs.choices[choice]
     return needs.bytes(offloaded=offloaded, moments=moments)
 
@@ -278,7 +278,7 @@ def test_a_budget_that_is_too_small_says_what_would_be_enough(build, tmp_path):
 @pytest.mark.parametrize("size", ["", "4 apples", "GB", "-1GB", "0", "1e9"])
 def test_sizes_that_are_none(build, tmp_path, size):
     with pytest.raises(RecipeError, match="size: "):
-        prune_checkpoint(build("timm").source, tmp_path / "out", shard_size=size, quiet=True)
+        prune_checkpoint(build("timm").source, tmp_path / "out", recipe=PRUNE, shard_size=size, quiet=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -308,10 +308,11 @@ def test_one_block_of_each_model_is_in_memory_at_a_time(build, tmp_path, monkeyp
 
 def test_inspect_says_what_pruning_will_need(build, tmp_path):
     each = build("timm bf16")
-    found = vitrim.inspect(each.source)
+    found = vitrim.inspect(each.source, mlp_ratio=1)
     done = prune_checkpoint(each.source, tmp_path / "out", recipe=PRUNE, quiet=True)
     said = found.checkpoint
-    assert (said.source, said.output) == tuple(done.metrics["bytes"]) and said.dtypes == ("bfloat16",)
+    before, after = done.metrics.before, done.metrics.after
+    assert (said.source, said.output) == (before.num_bytes, after.num_bytes) and said.dtypes == ("bfloat16",)
     assert said.memory > said.program > 10**8 and 0 < said.seconds < 60
     assert said.calibration["images"] == 2000
     assert said.calibration["disk"] == 3 * 2000 * 17 * 32 * 4
@@ -323,7 +324,7 @@ def test_inspect_says_what_pruning_will_need(build, tmp_path):
 def test_inspect_reads_no_values(build, monkeypatch):
     each = build("clip")
     monkeypatch.setattr("vitrim.storage.tensor_files.TensorFiles.chunks", None)
-    assert vitrim.inspect(each.source).checkpoint.dtypes == ("bfloat16", "int64")
+    assert vitrim.inspect(each.source, mlp_ratio=1).checkpoint.dtypes == ("bfloat16", "int64")
 
 
 def test_inspect_names_what_can_not_be_pruned_file_to_file(build, tmp_path):
@@ -331,16 +332,16 @@ def test_inspect_names_what_can_not_be_pruned_file_to_file(build, tmp_path):
     state = tensors_of(tmp_path / "copy")
     del state["blocks.1.mlp.fc1.weight"]
     save_file(state, tmp_path / "copy" / "model.safetensors")
-    found = vitrim.inspect(str(tmp_path / "copy"))
+    found = vitrim.inspect(str(tmp_path / "copy"), mlp_ratio=1)
     assert found.checkpoint is None and "holds no blocks.1.mlp.fc1.weight" in found.notes[0] and len(found.sites) == 3
     (tmp_path / "copy" / "model.safetensors").unlink()
-    assert vitrim.inspect(str(tmp_path / "copy")).notes == ()
+    assert vitrim.inspect(str(tmp_path / "copy"), mlp_ratio=1).notes == ()
 
 
 def test_a_giant_is_forecast_within_reason():
     """EVA-CLIP-E: what moments of 15,360 units take, by hand."""
     site = MlpSite(path="m", kind="plain", d_model=1792, d_hidden=15360, value="v", output="o")
-    needs = MemoryEstimate(streams=0, resident=0, sample=0, batch=0, chunk=0, hidden=15360, kept=1792, d_model=1792)
+    needs = MemoryEstimate(activations=0, resident=0, sample=0, batch=0, chunk=0, hidden=15360, kept=1792, d_model=1792)
     square, cross = 15360**2 * 8, 15360 * 1792 * 8
     assert needs.bytes(offloaded=False, moments=torch.float64) == int(MARGIN * (2 * square + 7 * cross))
     assert needs.bytes(offloaded=False, moments=torch.float32) == int(MARGIN * (square + 7 * cross))

@@ -130,7 +130,7 @@ def test_images_need_every_tensor_of_the_encoder(copied, tmp_path):
 
 def test_images_of_another_size_are_refused(pristine, tmp_path):
     with pytest.raises(DataError, match="can't run on float32"):
-        prune_checkpoint(pristine["timm"], tmp_path / "out", data=[torch.ones(3, 40, 40)] * 4, quiet=True)
+        prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, data=[torch.ones(3, 40, 40)] * 4, quiet=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +157,7 @@ BAD = {
     "a model by name": ("timm/vit_tiny_patch16_224", [], "no model folder there"),
     "a file with nothing beside it": ("{0}/lone.safetensors", [], "no model folder there"),
     "an existing output": ("{1}", ["--exists"], "exists already"),
-    "too wide": ("{1}", ["--width", "129"], "use 1..128"),
+    "too wide": ("{1}", ["--hidden-dim", "129"], "use 1..128"),
     "recover": ("{1}", ["--recipe", "{0}/recipe.yaml"], "recover: "),
     "a budget that is none": ("{1}", ["--memory-budget", "lots", "--data", "digits"], "size: 'lots'"),
     "no such data": ("{1}", ["--data", "{0}/photos"], "photos"),
@@ -191,7 +191,7 @@ def no_space(*_):
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_worked_out(pristine, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(file_to_file, "pick_on_weights", None)
+    monkeypatch.setattr(file_to_file, "select_on_weights", None)
     with pytest.raises(OutputError, match=r"needs 0\.\d MB for the output, the disk has 0\.\d MB left; make room"):
         prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, quiet=True)
     assert list(tmp_path.iterdir()) == []

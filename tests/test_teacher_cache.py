@@ -496,7 +496,7 @@ def test_what_the_model_or_the_run_does_not_allow_is_refused(tmp_path):
 def test_compress_keeps_the_cache_beside_the_run_and_takes_it_away_at_the_end(tmp_path):
     images = [make_images(40)[i][0] for i in range(40)]
     recover = {"steps": 9, "batch_size": 12, "lr": 1e-4, "cache_teacher": True}
-    recipe = Recipe.parse({"calibrate": {"num_images": 16}, "repair": False})
+    recipe = Recipe.parse({"mlp_ratio": 1, "calibrate": {"num_images": 16}, "repair": False})
     result = vitrim.compress(
         make_teacher(), data=images, recipe=recipe, recover=recover, out=tmp_path / "out", quiet=True
     )

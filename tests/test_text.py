@@ -23,7 +23,7 @@ from vitrim.models.load import load_model, origin_of, tokenizer_of
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-FEW = {"repair": {"refit_steps": 10, "max_tokens": 2048}, "calibrate": {"batch_size": 16}}
+FEW = {"mlp_ratio": 1, "repair": {"refit_steps": 10, "max_tokens": 2048}, "calibrate": {"batch_size": 16}}
 
 
 @cache
@@ -155,11 +155,12 @@ def test_a_live_encoder_remembers_the_folder_that_it_came_from(source, texts):
 
 
 def test_bert_is_cut_repaired_and_distilled(source, result):
-    before, after = (result.metrics[when]["parameters"] for when in ("before", "after"))
+    before, after = (cost.parameters for cost in (result.metrics.before, result.metrics.after))
     assert after == sum(p.numel() for p in result.model.parameters()) == before - 2 * 96 * (2 * 32 + 1)
-    assert after == vitrim.inspect(str(source)).predicted[1.0]
+    (predicted,) = vitrim.inspect(str(source), mlp_ratio=1).predicted
+    assert after == predicted.parameters
     assert all(errors["repaired"] < 0.7 * errors["unrepaired"] for errors in result.metrics.cut_errors.values())
-    errors = [result.metrics[when]["fidelity"]["relative_error"] for when in ("after_cut", "after_recovery")]
+    errors = [judged.relative_error for judged in (result.metrics.after_cut, result.metrics.after_recovery)]
     assert errors[1] <= errors[0] + 1e-9 < 0.3
     assert result.metrics.recovery["num_steps"] == 4
 
@@ -188,9 +189,9 @@ def test_the_folder_is_whole_and_transformers_loads_it(source, result):
 
 def test_evaluate_on_text(source, texts, result):
     measured = vitrim.evaluate(str(result.out), str(source), texts, limit=20)
-    assert measured["fidelity"]["num_images"] == 20 and measured["fidelity"]["relative_error"] < 0.3
-    assert measured["student"]["macs"] < measured["teacher"]["macs"]
-    assert "knn" not in measured["student"]
+    assert measured.fidelity["num_images"] == 20 and measured.fidelity["relative_error"] < 0.3
+    assert measured.student.cost.macs < measured.teacher.cost.macs
+    assert "knn" not in measured.student.scores
 
 
 def test_an_output_is_cut_again_on_text(texts, result):
@@ -283,5 +284,5 @@ def test_a_text_file_among_images_makes_no_text(tmp_path):
     for index in range(12):
         Image.new("RGB", (32, 32), (index * 20, 0, 0)).save(tmp_path / f"{index}.png")
     (tmp_path / "licence.txt").write_text("some text")
-    result = vitrim.compress(vit(), data=tmp_path, method="magnitude", quiet=True)
+    result = vitrim.compress(vit(), data=tmp_path, method="magnitude", mlp_ratio=1, quiet=True)
     assert result.metrics.images["held_out"] == 1

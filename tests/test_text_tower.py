@@ -250,7 +250,7 @@ def test_without_out_nothing_is_written_and_a_module_is_left_unchanged(folders, 
     before = state_of(model)
     found = tune_text(model, captioned(20), options=QUICK, quiet=True)
     assert found.out is None and not list(tmp_path.iterdir())
-    assert found.metrics["pairs"] == {"train": 18, "held_out": 2, "skipped": 0}
+    assert found.metrics.images == {"train": 18, "held_out": 2, "skipped": 0}
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert any(not torch.equal(before[name], tensor) for name, tensor in found.model.state_dict().items())
 
@@ -363,7 +363,7 @@ def test_a_bank_of_texts_takes_part_in_every_step(folders, tmp_path, monkeypatch
     ],
 )
 def test_a_bank_that_does_not_fit_is_found_before_anything_is_cut(folders, tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr("vitrim.compression.pipeline.cut_", lambda *args, **kwargs: pytest.fail("cut"))
+    monkeypatch.setattr("vitrim.compression.pipeline.cut_models_", lambda *args, **kwargs: pytest.fail("cut"))
     text = change.pop("text", "two\nlines")
     if text:
         (tmp_path / "bank.txt").write_text(text)

@@ -180,8 +180,8 @@ def test_a_top_k_model_is_saved_and_loads_in_a_fresh_process(tmp_path):
     from importlib.resources import files
 
     model = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
-    recipe = {"method": "dgmr", "keep_ratio": 0.5, "repair": {"refit": False}, "calibrate": {"num_images": 64}}
-    recipe |= {"then": [{"method": "top-k", "keep_ratio": 0.25}]}
+    steps = [{"method": "dgmr", "keep_ratio": 0.5, "repair": {"refit": False}}, {"method": "top-k", "keep_ratio": 0.25}]
+    recipe = {"calibrate": {"num_images": 64}, "steps": steps}
     found = vitrim.compress(model, data="digits", recipe=Recipe.parse(recipe), out=tmp_path / "out", quiet=True)
     assert found.metrics.reload_difference <= 1e-6 and not found.metrics.stock
     assert found.plan.method == "dgmr+top-k" and len(found.metrics.edits) == len(found.metrics.widths)

@@ -7,7 +7,11 @@ from importlib.resources import files
 import vitrim
 
 DIGITS = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
-FEW = {"calibrate": {"num_images": 96, "batch_size": 32}, "repair": {"refit_steps": 10, "max_tokens": 2048}}
+FEW = {
+    "mlp_ratio": 1,
+    "calibrate": {"num_images": 96, "batch_size": 32},
+    "repair": {"refit_steps": 10, "max_tokens": 2048},
+}
 
 
 def few(**kwargs):

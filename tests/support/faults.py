@@ -31,6 +31,7 @@ from tests.support.checkpoints import SOURCES, snapshot
 from tests.support.processes import ROOT
 from vitrim.cli.app import run
 from vitrim.config.recipe import Recipe
+from vitrim.config.steps import Step
 from vitrim.data import open_images
 from vitrim.errors import VitrimError
 from vitrim.output.verify import checking_with
@@ -52,9 +53,10 @@ ELASTIC = Recipe.parse(
 )
 FULL = {
     **Recipe().model_dump(mode="json"),
-    "then": [{"method": "low-rank", "options": {"rank": 0.5}}],
-    "allocate": {"budget": "macs"},
-    "repair": {"ridge": 1e-3},
+    "steps": [
+        {**Step(mlp_ratio=1).model_dump(mode="json"), "allocate": {"cost": "macs"}, "repair": {"ridge": 1e-3}},
+        {"method": "low-rank", "options": {"rank": 0.5}},
+    ],
     "recover": {"steps": 3, "adapter": {"kind": "lora", "rank": 4}, "cache_teacher": {"views": 2}},
 }
 MLP = {"path": "blocks.0.mlp", "value": "blocks.0.mlp.fc1", "output": "blocks.0.mlp.fc2", "block": "blocks.0"}
@@ -264,8 +266,10 @@ def use_recipe(path: Path) -> None:
     """All that is done with a recipe before there is a model."""
     recipe = Recipe.load(path).updated({"seed": 1})
     recipe.dump()
-    for stage in recipe.stages():
-        stage.width_of(SITE)
+    for number in range(len(recipe.steps)):
+        width = recipe.width(number)
+        if not width.is_of_the_model:
+            width.of(SITE)
 
 
 def _plan(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:

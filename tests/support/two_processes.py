@@ -170,11 +170,13 @@ def failing(folder: Path) -> dict[str, Any]:
 
 def compressed(out: Path | None) -> dict[str, Any]:
     """The main job from start to end."""
-    recipe = vitrim.Recipe.parse({"calibrate": {"batch_size": 16}, "repair": {"refit_steps": 5, "max_tokens": 2048}})
+    recipe = vitrim.Recipe.parse(
+        {"mlp_ratio": 1, "calibrate": {"batch_size": 16}, "repair": {"refit_steps": 5, "max_tokens": 2048}}
+    )
     recover = {"steps": 4, "batch_size": 16, "lr": 1e-4, "fsdp": True}
     images = [images for images, *_ in make_images(64).loader(batch_size=64)]
     result = vitrim.compress(make_teacher(), data=images, recipe=recipe, recover=recover, out=out, quiet=True)
-    metrics = {name: value for name, value in result.metrics.items() if name != "seconds"}
+    metrics = {name: value for name, value in result.metrics.to_json().items() if name != "seconds"}
     return {"sha256": result.plan.sha256, "weights": weights(result.model), "metrics": json.dumps(metrics)}
 
 

@@ -32,7 +32,7 @@ from vitrim.compression.cut import cut_, select
 from vitrim.config.options import Counted, RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
-from vitrim.cost.count import site_macs, site_parameters
+from vitrim.cost.count import import_timer, site_macs, site_parameters
 from vitrim.data import Split
 from vitrim.errors import DAMAGED, CheckpointError, RecipeError
 from vitrim.methods import SiteMethod
@@ -365,9 +365,7 @@ def _time_(found: _Measured, teacher: nn.Module, site: MlpSite, widths: Sequence
     Raises:
         RecipeError: it can't be run by itself.
     """
-    from torch.utils.benchmark import Timer
-
-    known = found.times.setdefault(_shape(site, found), {})
+    known, make_timer = found.times.setdefault(_shape(site, found), {}), import_timer()
     device, timers = device_of(teacher), {}
     tokens = torch.randn(1, _timed_tokens(site, found), site.d_model, generator=torch.Generator().manual_seed(0))
     inner = site.within(site.path)
@@ -375,7 +373,7 @@ def _time_(found: _Measured, teacher: nn.Module, site: MlpSite, widths: Sequence
         holder = nn.Sequential(copy.deepcopy(submodule(teacher, site.path)))
         apply_(holder, [KeepUnits(site=inner.below("0"), keep=tuple(range(width)))])
         names = {"run": run_mlp, "mlp": holder[0], "site": inner, "tokens": tokens.to(device)}
-        timers[width] = Timer("run(mlp, site, tokens)", globals=names, num_threads=torch.get_num_threads())
+        timers[width] = make_timer("run(mlp, site, tokens)", globals=names, num_threads=torch.get_num_threads())
     seen: dict[int, list[float]] = {width: [] for width in timers}
     with evaluating(teacher):
         for _ in range(TIMED_ROUNDS + 1):  # the first is a warm-up

@@ -171,5 +171,5 @@ def _calibration(needs: MemoryEstimate, num_images: int) -> dict[str, int]:
         "images": num_images,
         "memory": needs.bytes(offloaded=offloaded, moments=moments),
         "least": needs.least,
-        "disk": needs.streams,
+        "disk": needs.activations,
     }

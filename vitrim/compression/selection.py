@@ -156,7 +156,7 @@ def placement_within(estimate: MemoryEstimate, memory_budget: str | int | None, 
     for offloaded, moments in estimate.choices:
         if estimate.bytes(offloaded=offloaded, moments=moments) <= budget:
             if offloaded:
-                check_space(work, estimate.streams, "activations (fewer with calibrate.num_images, none in memory)")
+                check_space(work, estimate.activations, "activations (fewer with calibrate.num_images, none in memory)")
             return Placement(offload=work / "offload" if offloaded else None, moments=moments)
     raise RecipeError(
         f"memory_budget: {show_bytes(budget)} is not enough, calibration needs {show_bytes(estimate.least)}; allow "

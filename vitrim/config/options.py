@@ -52,7 +52,7 @@ class AllocateOptions(Checked):
     cost: Counted = "params"
     """What expense is counted in: parameters, multiply-accumulates, or time measured on the device."""
     cache: Path | None = None
-    """Folder that keeps the error curves, for other widths and costs; None keeps them for this run alone."""
+    """Folder that keeps the error curves, for other widths and costs; without, they are kept for this run alone."""
 
 
 class BlockwiseOptions(Checked):
@@ -65,7 +65,7 @@ class BlockwiseOptions(Checked):
     steps: int = Field(default=300, ge=1)
     """Steps spent on each block."""
     lr: float | None = Field(default=None, gt=0)
-    """Rate; None is 1e-3 for the MLP and 5e-4 for the whole block."""
+    """Rate; without, 1e-3 for the MLP and 5e-4 for the whole block."""
     inputs: Literal["student", "teacher"] = "student"
     """The student's own inputs, so that a block corrects the blocks before it, or the teacher's, so that blocks are
     independent and are spread over processes."""
@@ -83,11 +83,11 @@ class CacheOptions(Checked):
     dtype: Literal["bf16", "int8", "float32"] = "bf16"
     """Type in which targets are kept."""
     patch_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Share of the patch tokens that is kept, at random; None keeps all."""
+    """Share of the patch tokens that is kept, at random; without, all."""
     num_patches: int | None = Field(default=None, ge=1)
-    """Patch tokens that are kept, at random; None keeps all."""
+    """Patch tokens that are kept, at random; without, all."""
     folder: Path | None = None
-    """Folder that stays and serves other runs; None keeps the cache beside the run's state."""
+    """Folder that stays and serves other runs; without, the cache lies beside the run's state."""
 
     @model_validator(mode="after")
     def _one_share(self) -> CacheOptions:
@@ -135,7 +135,7 @@ class RecoverOptions(Checked):
     batch_size: int = Field(default=128, ge=1)
     """Images in a pass, over all processes."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak rate; None finds it by a short range test."""
+    """Peak rate; without, a short range test finds it."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps in which the rate rises."""
     weight_decay: tuple[float, float] = (0.0, 0.0)

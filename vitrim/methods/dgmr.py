@@ -33,7 +33,7 @@ class Dgmr(SiteMethod):
     repairs = True
 
     select_on: SelectOn | None = None
-    """What units are told apart by; None takes outputs where there are images, else weights."""
+    """What units are told apart by; without, outputs where there are images, else weights."""
 
     def select(self, view: SiteView) -> Tensor:
         """Indices of the units to keep, in pick order.
