@@ -49,6 +49,14 @@ def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
     assert json.loads((result.out / "metrics.json").read_text())["images"]["held_out"] == 143
 
 
+def test_the_file_of_metrics_is_what_is_returned(result):
+    written, returned = json.loads((result.out / "metrics.json").read_text()), result.metrics.to_json()
+    assert written == json.loads(json.dumps(returned))
+    assert written["seconds"] > 0 and written["loads_with"].startswith("timm.create_model(")
+    assert str(result.out) in written["loads_with"] and written["reload_difference"] <= 1e-5
+    assert Metrics.from_json(written).to_json() == returned | {"notes": written["notes"], "edits": written["edits"]}
+
+
 def test_a_second_run_with_the_seed_gives_the_same_plan_byte_for_byte(tmp_path, result):
     again = vitrim.compress(DIGITS, data="digits", recipe=few(), out=tmp_path / "again", quiet=True)
     first, second = (json.loads((out / "vitrim.json").read_text()) for out in (result.out, again.out))
