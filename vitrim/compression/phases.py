@@ -67,9 +67,13 @@ class Models:
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenWidths:
-    """Hidden units that stay in each MLP, by path; `about` describes how unequal widths were found."""
+    """Hidden units that stay in each MLP, by path.
+
+    `elastic` holds all widths of a result that serves several; `about` describes how unequal widths were found.
+    """
 
     units: Mapping[str, int]
+    elastic: Widths | None = None
     notes: tuple[str, ...] = ()
     about: Mapping[str, Any] | None = None
 
@@ -98,13 +102,14 @@ def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths
         BudgetError: the MLPs can't meet the budget.
     """
     step, sites, notes = job.recipe.steps[0], models.sites, ()
+    elastic = Widths.of(job.recipe, sites)
     units = on_main(_solve, job, models, context)
     if _may_round(job.recipe) and len(sites):
         units, note = near_stock(units, job.origin, sites)
         notes = () if note is None else (note,)
     check_memory(models.teacher, sites, units.values(), job.recipe, models.batches)
     if step.allocate is None:
-        return ChosenWidths(units=units, notes=notes)
+        return ChosenWidths(units=units, elastic=elastic, notes=notes)
     found = on_main(allocate, job.recipe, units, models.teacher, sites, models.batches, context=context)
     return ChosenWidths(units=found.units, notes=(*notes, *found.notes), about=found.about)
 
@@ -215,13 +220,14 @@ class Trained:
         }
 
 
-def train_(models: Models, job: Job, context: RunContext, on_validation: OnValidation | None) -> Trained:
+def train_(
+    models: Models, job: Job, widths: Widths | None, context: RunContext, on_validation: OnValidation | None
+) -> Trained:
     """Train the student block by block and end to end, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
     blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
     if split is None or recipe.recover is None:
         return Trained(blocks=blocks)
-    widths = Widths.of(recipe, models.sites)
     fitting = Fitting(
         teacher=models.teacher,
         batches=split.calibration,

@@ -142,7 +142,7 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     cut = cut_models_(models, job, widths, context)
     after_cut = on_main(judge, models)
     widths = on_main(beside_equal_widths, widths, after_cut, job, models, context)
-    trained = train_(models, job, context, on_validation)
+    trained = train_(models, job, widths.elastic, context, on_validation)
     after_recovery = on_main(judge, models) if trained.anything else None
     before, after = on_main(measure_costs, models, job)
     plan = cut.plan.below(job.origin.encoder)
