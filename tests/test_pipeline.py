@@ -10,6 +10,7 @@ import vitrim
 from tests.support.digits import DIGITS, few
 from vitrim.data import open_images
 from vitrim.errors import BudgetError, DataError, ModelError, OutputError, RecipeError
+from vitrim.metrics.record import Metrics
 from vitrim.models.load import load_model
 
 

@@ -39,7 +39,8 @@ def load(
         The cut model in eval mode.
 
     Raises:
-        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`; or the hub has no such repository.
+        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`.
+        ModelError: the hub has no such repository, or can't be reached.
     """
     path = local_folder(source)
     about = read_about(path)
@@ -59,7 +60,7 @@ def local_folder(source: str | Path) -> Path:
     """Return the folder of an output, downloaded first where it is on the Hugging Face hub.
 
     Raises:
-        CheckpointError: the hub has no such repository, or can't be reached.
+        ModelError: the hub has no such repository, or can't be reached.
     """
     name = str(source)
     if not name.startswith(HUB):
