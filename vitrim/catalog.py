@@ -1,7 +1,6 @@
 """Documentation of methods and options, read from their source code: importing them would import torch, which is slow.
 
-`vitrim methods` and the command line's help use it, so that every option is documented in one place, beside its
-field.
+`vitrim methods` and the command line's help use it, so that every option is documented once, beside its field.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Inspection:
         sites: its MLPs.
         parameters: counts: `total`, those in MLPs (`mlp`), and all `other`.
         predicted: how small the model would get, one row per budget.
-        checkpoint: what `prune_checkpoint` will need for this budget; None if no weights are on this machine.
+        checkpoint: what `prune_checkpoint` will need at the requested budget; None if no weights are on this machine.
         notes: notes for the user, such as why the files can't be pruned.
         activity: one row per MLP, if images were given.
     """

@@ -108,7 +108,7 @@ _run_check: ContextVar[RunCheck] = ContextVar("run_check", default=in_fresh_proc
 
 @contextlib.contextmanager
 def checking_with(run_check: RunCheck) -> Iterator[None]:
-    """Use another function than `in_fresh_process` to run all checks inside this context.
+    """Run all checks inside this context with another function than `in_fresh_process`.
 
     Args:
         run_check: takes a check, returns the difference, and raises `check.failed(reason)` if that is too large.
