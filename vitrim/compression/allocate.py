@@ -5,7 +5,7 @@ final features is measured by cutting only that MLP, at a few widths. Then the w
 optimally. All measurements are kept in a file, so another budget needs no forward pass.
 
 Errors of several MLPs are assumed to add up, and the later effects of feedback, refit and recovery are not modelled; so
-the result is measured beside equal widths of the same cost.
+the result is compared with equal widths of the same cost.
 
 Shapes: H hidden units, D model width.
 """

@@ -133,7 +133,7 @@ class RecoverOptions(Checked):
     epochs: float | None = Field(default=None, gt=0)
     """Length of distillation in epochs."""
     batch_size: int = Field(default=128, ge=1)
-    """Images per forward pass, summed over all processes."""
+    """Images in a pass, over all processes."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. By default a short test finds one."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)

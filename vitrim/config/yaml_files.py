@@ -14,7 +14,7 @@ MAX_VALUES = 10_000
 def read_yaml(text: str, *, where: str) -> Any:
     """Return the value in a YAML text that holds only plain data.
 
-    Anything larger than a recipe could be is refused before it is expanded: nested aliases can stand for any number of
+    Anything larger than a recipe could be is refused before it is expanded: nested aliases can expand to any number of
     values.
 
     Args:
