@@ -7,8 +7,6 @@ LOCK := requirements/$(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c
 	'import sysconfig as s; print(s.get_platform(), s.get_python_version(), sep="-")').txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND := Agg
-# mkdocs-material prints an announcement otherwise
-export NO_MKDOCS_2_WARNING := 1
 
 # Not in the lock: torch and what comes with it belong to the machine, setuptools to the virtual environment.
 UNPINNED := ^(vitrim|setuptools|torch|torchvision|triton|nvidia-.*|cuda-.*)==
@@ -41,13 +39,14 @@ check: $(VENV)/.test  ## everything but the tests: format, lint, types, docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	$(BIN)/zensical build --strict
 
 docs: $(VENV)/.test  ## serve the documentation on localhost
-	$(BIN)/mkdocs serve
+	$(BIN)/zensical serve
 
 bench: $(VENV)/.test  ## the numbers in the README; needs ../shared
-	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/headline.py
+	$(BIN)/python benchmarks/headline.py --write
 
 faults: $(VENV)/.test  ## hostile files and failing disks, many of each; writes docs/reliability.md; Linux, needs cc
 	-$(BIN)/pip install --quiet --editable '.[fuzz]'
@@ -73,4 +72,4 @@ oldest:  ## run the tests with the oldest versions that vitrim allows; Python 3.
 		--ignore tests/test_parallel.py -k 'not ($(NOT_WITH_OLDEST))'
 
 clean:
-	rm -rf $(VENV) vitrim-demo build dist site
+	rm -rf $(VENV) vitrim-demo build dist site .cache

@@ -1,10 +1,9 @@
-"""Compares cuts by what is left right after them and after equal distillation: the table of the README.
+"""Compares cuts by what is left right after them and after equal distillation, each method with and without our repair.
 
-One run, equal images, equal steps, equal recovery code for every row: (a) DGMR as published, (b) dgmr as vitrim ships
-it, (c) magnitude with torch-pruning's own MLP pruning, (d) random units. Needs ../shared (CIFAR-10 and the ViT trained
-on it). Prints a table and writes JSON with machine, versions, seed and command.
+One run, equal images, equal steps, equal recovery code for every row. Needs ../shared (CIFAR-10 and the ViT trained on
+it). Prints a table and writes JSON with machine, versions, seed and command, and a picture beside it.
 
-    python benchmarks/recovery.py            # all ratios, about 40 minutes on 2 cores
+    python benchmarks/recovery.py            # all ratios, over an hour on 2 cores
     python benchmarks/recovery.py --ratios 1 --steps 20
 """
 
@@ -39,10 +38,10 @@ POINTS = (0.1, 0.3, 1.0)
 COLORS = {
     "dgmr-paper": "#4c78a8",
     "dgmr": "#d1495b",
-    "magnitude (torch-pruning)": "#8a8a8a",
+    "magnitude": "#8a8a8a",
     "random": "#c9a227",
 }
-METHODS = tuple(COLORS)
+ROWS = [(method, repair) for method in COLORS for repair in ("none", "ours")]
 
 
 def main() -> None:
@@ -57,11 +56,9 @@ def main() -> None:
     bench = Bench(arguments.num_images, arguments.seed)
     rows = []
     for ratio in arguments.ratios:
-        for method in METHODS:
-            rows.append(bench.row(ratio, method, arguments.steps))
+        for method, repair in ROWS:
+            rows.append(bench.row(ratio, method, repair, arguments.steps))
             print(format_row(rows[-1]), flush=True)
-    for ratio in arguments.ratios:
-        print(catching_up(rows, ratio))
     result = {
         "environment": environment(),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
@@ -70,23 +67,22 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, Path("docs/assets/recovery.svg"))
+    draw(result, arguments.out.with_suffix(".svg"))
     print(markdown(result))
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table as the README shows it: top-1 and relative error, after the cut and along the steps."""
+    """The table: top-1 and relative error, after the cut and along the steps."""
     points = ["after the cut", "10% of steps", "30%", "100%"]
-    lines = ["| MLP ratio | method | " + " | ".join(points) + " |", "|---|---|" + "---|" * len(points)]
+    lines = ["| MLP ratio | method | repair | " + " | ".join(points) + " |", "|---|---|---|" + "---|" * len(points)]
     for row in result["rows"]:
         cells = [f"{p['top1']:.2f} ({p['relative_error']:.4f})" for p in row["points"].values()]
-        name = f"**{row['method']}**" if row["method"] == "dgmr" else row["method"]
-        lines.append(f"| {row['ratio']:g} | {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['ratio']:g} | `{row['method']}` | {row['repair']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The picture of the README: held-out relative error along the steps, one panel a MLP ratio."""
+    """Held-out relative error along the steps, one panel a MLP ratio; dashed where nothing was repaired."""
     from matplotlib.figure import Figure
 
     ratios = list(dict.fromkeys(row["ratio"] for row in result["rows"]))
@@ -95,10 +91,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for panel, ratio in zip(panels, ratios, strict=True):
         for row in (row for row in result["rows"] if row["ratio"] == ratio):
             best = torch.tensor([point["relative_error"] for point in row["curve"]]).cummin(0).values
-            ours = row["method"] == "dgmr"
-            color = COLORS[row["method"]]
-            steps = [point["step"] for point in row["curve"]]
-            panel.plot(steps, best, label=row["method"], color=color, linewidth=2.4 if ours else 1.4, marker=".")
+            steps, dashes = [point["step"] for point in row["curve"]], "-" if row["repair"] == "ours" else "--"
+            label = f"{row['method']}, repair: {row['repair']}"
+            panel.plot(steps, best, dashes, label=label, color=COLORS[row["method"]], marker=".")
         panel.set(yscale="log", title=f"hidden width {ratio:g} x model width", xlabel="distillation steps")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.25)
@@ -125,13 +120,14 @@ class Bench:
         self.test_images, self.test_labels = stack(open_images(data / "test.parquet", transform=transform))
         self.target = tokens_of(self.teacher, self.test_images)
 
-    def row(self, ratio: float, method: str, steps: int) -> dict[str, Any]:
+    def row(self, ratio: float, method: str, repair: str, steps: int) -> dict[str, Any]:
         """Cut, judge, distil, judge on the way."""
         width, started = round(ratio * 192), time.monotonic()
-        student = self.cut(method, width)
+        student = self.cut(method, width, repair == "ours")
         cut_s = time.monotonic() - started
         options = RecoverOptions(steps=steps, batch_size=128, flip=True, num_validations=10)
-        row: dict[str, Any] = {"ratio": ratio, "method": method, "width": width, "steps": steps, "points": {}}
+        row: dict[str, Any] = {"ratio": ratio, "method": method, "repair": repair, "width": width, "steps": steps}
+        row["points"] = {}
         row["points"]["0"] = self.scores(student)
         best: dict[str, Any] = {"error": float("inf")}
 
@@ -156,17 +152,12 @@ class Bench:
         row |= {"curve": result.curve, "lr": result.lr, "rate_test": result.rate_test, "cut_s": round(cut_s, 1)}
         return {**row, "total_s": round(time.monotonic() - started, 1)}
 
-    def cut(self, method: str, width: int) -> nn.Module:
-        """A cut copy of the teacher."""
+    def cut(self, method: str, width: int, repair: bool | None = None) -> nn.Module:
+        """A cut copy of the teacher; without `repair`, repaired where the method is by default."""
         student = copy.deepcopy(self.teacher).requires_grad_(True)
-        if method.startswith("magnitude"):
-            prune_with_torch_pruning(student, width)
-            return student
-        recipe = Recipe(method=method, hidden_dim=width, seed=self.seed)
-        batches = None
-        if method == "dgmr":
-            options = recipe.calibrate
-            batches, _ = first_images(self.train, options.num_images, seed=self.seed, batch_size=options.batch_size)
+        recipe = Recipe(method=method, hidden_dim=width, repair=repair, seed=self.seed)
+        options = recipe.calibrate
+        batches, _ = first_images(self.train, options.num_images, seed=self.seed, batch_size=options.batch_size)
         cut_(student, self.teacher, self.sites, recipe, batches, quiet=True)
         return student
 
@@ -190,20 +181,6 @@ class Bench:
         }
 
 
-def prune_with_torch_pruning(model: nn.Module, width: int) -> None:
-    """Cut every MLP to a width by torch-pruning's group magnitude (L2) importance, with its own dependency graph."""
-    import torch_pruning as tp
-
-    graph = tp.DependencyGraph().build_dependency(model, example_inputs=torch.randn(1, 3, 32, 32))
-    importance = tp.importance.GroupMagnitudeImportance(p=2)
-    for block in model.blocks:  # type: ignore[union-attr]
-        layer = block.mlp.fc1
-        group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=list(range(layer.out_features)))
-        scores = importance(group)
-        cut = scores.argsort()[: layer.out_features - width].tolist()
-        graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=cut).prune()
-
-
 def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
     """Tokens behind the final norm."""
     with evaluating(model):
@@ -220,19 +197,9 @@ def format_row(row: dict[str, Any]) -> str:
     """One line of the table: top-1 / kNN / relative error at each point."""
     cells = [f"{p['top1']:6.2f} {p['knn']:6.2f} {p['relative_error']:8.5f}" for p in row["points"].values()]
     return (
-        f"{row['ratio']:<5g}{row['method']:28}" + " | ".join(cells) + f" | rate {row['lr']:g}, {row['total_s']:.0f} s"
-    )
-
-
-def catching_up(rows: list[dict[str, Any]], ratio: float) -> str:
-    """How many steps the published recipe needs to reach what dgmr has before its first step."""
-    ours, paper = (next(r for r in rows if r["ratio"] == ratio and r["method"] == m) for m in ("dgmr", "dgmr-paper"))
-    start = ours["curve"][0]["relative_error"]
-    step = next((int(point["step"]) for point in paper["curve"] if point["relative_error"] <= start), None)
-    steps = f"after {step} steps" if step is not None else f"not within {paper['steps']} steps"
-    best = min(point["relative_error"] for point in paper["curve"])
-    return (
-        f"ratio {ratio:g}: dgmr-paper reaches dgmr's error before training ({start:.4f}) {steps} (its best: {best:.4f})"
+        f"{row['ratio']:<5g}{row['method']:12}{row['repair']:6}"
+        + " | ".join(cells)
+        + f" | rate {row['lr']:g}, {row['total_s']:.0f} s"
     )
 
 

@@ -134,7 +134,7 @@ def test_a_spilled_run_equals_one_in_memory(build, tmp_path, name, values):
         report = run(case, student, folder=folder, images=images, **values)
         found.append((weights(student), report))
     assert not changed(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["blocks"]  # the streams are gone
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["blocks"]  # the activations are gone
 
 
 def test_attention_and_norms_are_trained_on_request_only(build):
@@ -243,7 +243,7 @@ def test_ctrl_c_in_the_middle_of_a_block_leaves_the_block_as_it_was(build, tmp_p
     monkeypatch.setattr(block_data.BlockTask, "_errors", errors)
     with pytest.raises(Interrupted, match="0 of 2 blocks"):
         run(case, student, folder=tmp_path)
-    assert not changed(start, weights(student)) and not list(tmp_path.glob("streams*"))
+    assert not changed(start, weights(student)) and not list(tmp_path.glob("activations*"))
 
 
 def test_blocks_of_other_options_or_damaged_ones_are_refused(build, tmp_path):
@@ -378,12 +378,12 @@ def test_two_processes_share_the_blocks_or_the_images(alone, tmp_path):
 def test_a_run_that_is_killed_between_blocks_ends_with_equal_tensors(alone, tmp_path):
     killed, nothing = drive(tmp_path, "kill")
     assert killed.returncode == -signal.SIGKILL and nothing == []
-    assert (tmp_path / "student" / "streams-0").exists()
+    assert (tmp_path / "student" / "activations-0").exists()
     resumed, (again,) = drive(tmp_path, "resume")
     assert resumed.returncode == 0, resumed.stderr
     assert again["student"][1] == alone["student"][1]
     assert not changed(alone["student"][0], again["student"][0])
-    assert not (tmp_path / "student" / "streams-0").exists()
+    assert not (tmp_path / "student" / "activations-0").exists()
 
 
 def test_the_main_job_trains_blocks_behind_the_cut(build):

@@ -32,7 +32,17 @@ def test_inspect_prints_a_table_or_one_json_document(capsys):
     assert "683,242 parameters" in capsys.readouterr().out
     assert run(["inspect", DIGITS, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["sites"]) == 6 and found["predicted"][1] == {"mlp_ratio": 1.0, "parameters": 349738}
+    assert len(found["sites"]) == 6
+    (row,) = [row for row in found["predicted"] if row.get("mlp_ratio") == 1.0]
+    assert row["parameters"] == 349738 and set(row["hidden_dims"].values()) == {96}
+
+
+def test_inspect_predicts_the_one_budget_that_is_asked_for(capsys):
+    assert run(["inspect", DIGITS, "--hidden-dim", "50", "--exact"]) == 0
+    shown = capsys.readouterr().out
+    assert "hidden_dim 50" in shown and "mlp_ratio" not in shown
+    assert run(["inspect", DIGITS, "--mlp-ratio", "1", "--hidden-dim", "50"]) == 2
+    assert "give exactly one of params_ratio" in capsys.readouterr().err
 
 
 def test_methods_lists_every_method_with_its_paper(capsys):
@@ -46,7 +56,7 @@ def test_compress_and_evaluate(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     command = ["compress", DIGITS, "--data", "digits", "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
-    assert run([*command, "--steps", "2", "--mlp-ratio", "0.5", "--json"]) == 0
+    assert run([*command, "--recover-steps", "2", "--mlp-ratio", "0.5", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["widths"]["blocks.0.mlp"] == [384, 48] and printed["recovery"]["num_steps"] == 2
     assert run(["evaluate", str(tmp_path / "out"), "--against", DIGITS, "--data", "digits", "--limit", "40"]) == 0
@@ -82,15 +92,17 @@ def test_options_of_the_command_line_reach_the_recipe(tmp_path, monkeypatch, cap
         raise VitrimError("that is all")
 
     monkeypatch.setattr("vitrim.compression.pipeline.compress", stop_there)
-    given = "--method low-rank --option rank=0.5 --option solver=svd --blockwise block --steps 8"
+    given = "--method low-rank --option rank=0.5 --option solver=svd --blockwise block --recover-steps 8"
     given += " --gradient-accumulation-steps 2 --precision bf16 --checkpoint-activations"
     given += " --save-every 3 --epoch-images 64"
     command = ["compress", DIGITS, "--out", str(tmp_path / "out"), *given.split()]
     assert run(command) == 2 and "that is all" in capsys.readouterr().err
     (recipe,) = seen
-    assert recipe.method == "low-rank" and recipe.options == {"rank": 0.5, "solver": "svd"}
+    (step,) = recipe.steps
+    assert step.method == "low-rank" and step.options == {"rank": 0.5, "solver": "svd"}
     assert recipe.blockwise.train == "block"
     wanted = {
+        "steps": 8,
         "gradient_accumulation_steps": 2,
         "precision": "bf16",
         "checkpoint_activations": True,
@@ -130,8 +142,8 @@ BAD = {
     "missing data": (["compress", DIGITS, "--data", "{0}/none", "--out", "{0}/out"], "none"),
     "empty data": (["compress", DIGITS, "--data", "{0}/empty", "--out", "{0}/out"], "no images"),
     "corrupt data": (["compress", DIGITS, "--data", "{0}/corrupt", "--out", "{0}/out"], "could be read"),
-    "width 0": (["compress", DIGITS, "--width", "0", "--out", "{0}/out"], "use 1..384"),
-    "width above": (["compress", DIGITS, "--width", "385", "--out", "{0}/out"], "use 1..384"),
+    "width 0": (["compress", DIGITS, "--hidden-dim", "0", "--out", "{0}/out"], "greater than or equal to 1"),
+    "width above": (["compress", DIGITS, "--hidden-dim", "385", "--out", "{0}/out"], "use 1..384"),
     "ratio 0": (["compress", DIGITS, "--mlp-ratio", "0", "--out", "{0}/out"], "greater than 0"),
     "recipe key": (["compress", "--recipe", "{0}/recipe.yaml", "--out", "{0}/out"], "unknown key 'distil'"),
     "no recipe": (["compress", "--recipe", "{0}/none.yaml", "--out", "{0}/out"], "none.yaml"),
@@ -140,7 +152,7 @@ BAD = {
     "existing": (["compress", DIGITS, "--out", "{0}/existing"], "exists already"),
     "unknown option": (["compress", DIGITS, "--out", "{0}/out", "--wdith", "3"], "wdith"),
     "unknown command": (["shrink"], "shrink"),
-    "no number": (["compress", DIGITS, "--out", "{0}/out", "--width", "wide"], "wide"),
+    "no number": (["compress", DIGITS, "--out", "{0}/out", "--hidden-dim", "wide"], "wide"),
     "evaluate": (["evaluate", "{0}/empty", "--against", DIGITS, "--data", "digits"], "config.json"),
 }
 
@@ -164,7 +176,7 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path):
         "digits",
         "--recipe",
         str(tmp_path / "recipe.yaml"),
-        "--steps",
+        "--recover-steps",
         "16",
         "--quiet",
     ]

@@ -18,10 +18,10 @@ import yaml
 from cyclopts import CycloptsError
 
 from tests.support.documents import DOCS, PAGES, ROOT, blocks_of, commands_of, name
-from vitrim.checked import known_keys
 from vitrim.cli.app import app
 from vitrim.config.options import (
     AdapterOptions,
+    AllocateOptions,
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
@@ -29,6 +29,7 @@ from vitrim.config.options import (
     RepairOptions,
 )
 from vitrim.config.recipe import Recipe
+from vitrim.config.steps import Step
 from vitrim.methods import METHODS
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -54,12 +55,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_recipe_loads(path: Path):
     recipe = Recipe.load(path)
-    assert path.name.startswith(f"{recipe.method}_")
+    assert path.name.startswith(f"{recipe.steps[0].method}_")
     assert len(path.read_text().splitlines()) <= 25
 
 
 def test_every_method_has_a_recipe():
-    assert {Recipe.load(path).method for path in RECIPES} >= METHODS.keys()
+    assert {step.method for path in RECIPES for step in Recipe.load(path).steps} >= METHODS.keys()
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
@@ -73,14 +74,16 @@ def test_the_reference_has_every_key_of_a_recipe_with_its_default():
     keys = {*data} | {f"{part}.{key}" for part in data if isinstance(data[part], dict) for key in data[part]}
     deeper = ("cache_teacher", "adapter")
     keys |= {f"recover.{part}.{key}" for part in deeper for key in data["recover"][part]}
-    assert keys - {"options.select_on"} == {*known_keys()}
+    assert keys - {"options.select_on"} == {*Recipe.keys()} - {"steps"}
     recipe = Recipe.parse(data)
     assert recipe.calibrate == CalibrateOptions()
-    assert recipe.repair == RepairOptions()
+    assert recipe.steps[0].repair == RepairOptions()
+    assert recipe.steps[0].allocate == AllocateOptions()
     assert recipe.blockwise == BlockwiseOptions()
     assert recipe.recover == RecoverOptions(epochs=2, cache_teacher=CacheOptions(), adapter=AdapterOptions())
-    assert {"round_to", "seed", "device", "scope", "method", "stock"} <= {
-        key for key, value in data.items() if value == Recipe.model_fields[key].default
+    fields = {**Recipe.model_fields, **Step.model_fields}
+    assert {"round_to", "exact", "seed", "device", "scope", "method"} <= {
+        key for key, value in data.items() if value == fields[key].default
     }
 
 

@@ -373,4 +373,4 @@ def test_needs_are_the_same_by_shapes_alone_and_leave_the_model_as_it_was(scene)
     real = memory.estimate_memory(*given, model, torch.zeros(3, 32, 32), **shape)
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     assert real == memory.estimate_memory(*given, copy.deepcopy(model).to("meta"), torch.zeros(3, 32, 32), **shape)
-    assert real.streams == 3 * 8 * 17 * 32 * 4  # three streams of 17 tokens an image
+    assert real.activations == 3 * 8 * 17 * 32 * 4  # three times 17 tokens an image

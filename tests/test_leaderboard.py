@@ -71,18 +71,12 @@ class Wide(ModelMethod):
             yield KeepUnits(site=site, keep=tuple(range(site.d_hidden))[-view.widths[site.path] :])
 
 
-def test_a_new_method_is_in_the_zoo_and_a_failing_one_stops_no_other(build, data, tmp_path):
+def test_a_new_method_is_in_the_leaderboard_and_a_failing_one_stops_no_other(build, data, tmp_path):
     for method in (Last, Thrower, Wide):
         register(method)
     model = build("timm-vit").copy()
-    asked = {
-        "data": data,
-        "params_ratio": 0.6,
-        "recipe": RECIPE,
-        "out": tmp_path,
-        "quiet": True,
-        "baselines": ("last",),
-    }
+    asked = {"data": data, "params_ratio": 0.6, "recipe": RECIPE, "out": tmp_path}
+    asked |= {"quiet": True, "baselines": ("last",)}
     found = leaderboard(model, methods=("thrower", "last", "wide", "top-k"), **asked)
     rows = {(row["method"], row["repair"]): row for row in found["rows"]}
     assert list(rows) == [
@@ -119,7 +113,7 @@ def _check_files(found, folder):
 
 def _check_resumed(model, asked, found, folder):
     """Rows that are there are kept, the failed one is tried again, and a new method joins."""
-    register(Mended)  # under the same name
+    register(Mended)
     seconds = {(row["method"], row["repair"]): row.get("seconds") for row in found["rows"]}
     again = leaderboard(model, methods=("thrower", "last"), **asked)
     rows = {(row["method"], row["repair"]): row for row in again["rows"]}
@@ -142,7 +136,7 @@ def test_a_share_of_macs_is_met(build, data):
         assert row["after_cut"]["top1"] is None  # no head
 
 
-@pytest.mark.parametrize("values", [{"params_ratio": 0.0}, {"params_ratio": 1.0}, {"methods": ("dgrm",)}])
+@pytest.mark.parametrize("values", [{"params_ratio": 0.0}, {"macs_ratio": 1.0}, {"methods": ("dgrm",)}])
 def test_what_can_not_be_compared_is_refused(build, data, values):
     with pytest.raises(RecipeError, match=r"is no share of the model|did you mean 'dgmr'"):
         leaderboard(build("timm-vit").model, data=data, **values)

@@ -13,13 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     "name, page, made_by",
     [
-        ("recovery", "README.md", "markdown"),
+        ("headline", "README.md", "before_after"),
+        ("headline", "docs/choosing.md", "markdown"),
         ("repair", "docs/choosing.md", "markdown"),
         ("selection", "docs/checkpoints.md", "markdown"),
         ("streaming", "docs/checkpoints.md", "markdown"),
         ("streaming", "docs/checkpoints.md", "calibration_table"),
-        ("streaming", "README.md", "markdown"),
-        ("selection", "README.md", "markdown"),
         ("adapters", "docs/methods/op-lora.md", "markdown"),
         ("tiny_clip", "docs/clip.md", "markdown"),
         ("corp", "docs/methods/corp.md", "mlp_table"),

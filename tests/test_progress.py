@@ -15,6 +15,14 @@ def test_plain_lines_say_how_far_and_how_long(capsys, monkeypatch):
     assert said.out == "" and said.err == "cut: 1/2, 0 s left blocks.0\ncut: 2/2 blocks.0\n"
 
 
+@pytest.mark.parametrize(("term", "bar"), [("xterm", module._Bar), ("dumb", module._Plain)])
+def test_a_terminal_that_can_only_print_gets_lines(monkeypatch, term, bar):
+    monkeypatch.setattr(module.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", term)
+    with progress("cut", 1) as shown:
+        assert type(shown) is bar
+
+
 def test_few_plain_lines_where_work_is_quick_and_none_where_it_is_to_be_quiet(capsys):
     with progress("cut", 1000) as bar:
         for _ in range(1000):

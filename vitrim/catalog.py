@@ -7,6 +7,7 @@ field.
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -17,12 +18,20 @@ COLUMNS = ("name", "arxiv", "needs", "edit", "summary", "paper")
 
 
 def method_rows() -> list[dict[str, str]]:
-    """Return name, arxiv, needs, edit, summary and paper of every registered method, in the order of registration."""
+    """Return name, arxiv, needs, edit, summary and paper of every method, in the order of registration.
+
+    Methods that a program has registered beside the package's own are there if the program has run.
+    """
     kinds = dict(_edit_kinds())
-    return [
+    own = [
         {**{name: str(found[name]) for name in COLUMNS if name != "edit"}, "edit": _edits(found, kinds)}
         for found in _registered()
     ]
+    registry = sys.modules.get("vitrim.methods.registry")
+    known = {row["name"] for row in own}
+    others = [] if registry is None else [kind for name, kind in registry.METHODS.items() if name not in known]
+    plain = [name for name in COLUMNS if name != "edit"]
+    return own + [{**{name: getattr(kind, name) for name in plain}, "edit": kind.edits_in_words()} for kind in others]
 
 
 @cache

@@ -66,7 +66,9 @@ class CutOptions:
     option: Annotated[
         list[str] | None, Parameter(negative="", help="An option of the method, as KEY=VALUE; may be given again.")
     ] = None
-    repair: Annotated[bool | None, _help(STEP["repair"])] = None
+    repair: Annotated[
+        bool | None, _help("Closed-form repair after the cut; without either switch, the method's own habit.")
+    ] = None
     refit: Annotated[bool | None, _help(REPAIR["refit"])] = None
     seed: Annotated[int | None, _help(RECIPE["seed"])] = None
     device: Annotated[str | None, _help(RECIPE["device"])] = None

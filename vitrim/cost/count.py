@@ -6,9 +6,12 @@ Everything is measured on the model as it is, in eval mode without gradients. Ho
 
 from __future__ import annotations
 
+import io
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from contextlib import redirect_stderr
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from vitrim.models.features import evaluating, frozen
 from vitrim.types import MlpSite
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 MIB = 2**20
 
@@ -188,10 +194,22 @@ class _LiveStorages(TorchDispatchMode):
         self._live_bytes -= size
 
 
-def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
-    from torch.utils.benchmark import Timer
+def import_timer() -> type[Timer]:
+    """Return torch's timer. Importing it makes torch say on standard error that no CUDA was found, which is no news."""
+    log = logging.getLogger("torch.utils.cpp_extension")  # before torch 2.7 it is printed
+    disabled, log.disabled = log.disabled, True
+    try:
+        with redirect_stderr(io.StringIO()):
+            from torch.utils.benchmark import Timer
+    finally:
+        log.disabled = disabled
+    return Timer
 
-    timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
+
+def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
+    timer = import_timer()(
+        "model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads()
+    )
     timer.timeit(1)  # warm-up: allocator, kernel choice, clocks
     run = timer.blocked_autorange(min_run_time=min_run_time_s)
     return {

@@ -45,7 +45,7 @@ class MemoryEstimate:
     """Estimate of the memory that calibration takes beside the running program.
 
     Attributes:
-        streams: bytes of the blocks' inputs and outputs for all images; they may be offloaded to disk.
+        activations: bytes of the blocks' inputs and outputs for all images; they may be offloaded to disk.
         resident: bytes of the weights outside the blocks and of the largest block, for teacher and student.
         sample: bytes of the tokens kept for the refit.
         batch: bytes of the activations of one batch.
@@ -55,7 +55,7 @@ class MemoryEstimate:
         d_model: largest model width.
     """
 
-    streams: int
+    activations: int
     resident: int
     sample: int
     batch: int
@@ -75,7 +75,7 @@ class MemoryEstimate:
         tiles = 0 if moments == torch.float64 else 2 * min(TILE_ROWS, self.hidden) * self.hidden * 8
         summing = self.batch + self.chunk * (self.hidden + self.d_model) * 8 + tiles
         selecting = square + self.hidden * self.kept * 8 + 5 * cross  # centred moments, factor, residual and copies
-        fixed = square + cross + self.resident + self.sample + (0 if offloaded else self.streams)
+        fixed = square + cross + self.resident + self.sample + (0 if offloaded else self.activations)
         return int(MARGIN * (fixed + max(summing, selecting)))
 
     @property
@@ -121,7 +121,7 @@ def estimate_memory(
     outside = sum(p.numel() for p in encoder.parameters()) - sum(blocks.values())
     d_model = max(site.d_model for site in sites)
     return MemoryEstimate(
-        streams=3 * num_images * widest * 4,  # inputs of both models, and the teacher's outputs
+        activations=3 * num_images * widest * 4,  # inputs of both models, and the teacher's outputs
         resident=2 * (max(outside, 0) + max(blocks.values())) * 4,
         sample=int(1.25 * min(repair.max_tokens, num_images * max(tokens))) * 2 * d_model * 4,
         batch=batch_size * busiest * 4,

@@ -33,7 +33,7 @@ class TopK(ModelMethod):
     num_active: int | None = Field(default=None, ge=1)
     """Units of each MLP that are active for a token; None takes the budget's share."""
     by: Rank = "magnitude"
-    """What units are ranked by."""
+    """Rank the units of a token by absolute size (`magnitude`) or by signed `value`."""
 
     def goes_by(self) -> BudgetUse:
         """Return what of a budget the method goes by: `num_active` says it all."""

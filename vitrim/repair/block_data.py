@@ -183,9 +183,9 @@ def disk_bytes(
         options: which parts are trained on what.
     """
     calls, outputs = activation_bytes(teacher, forward_order(teacher, sites, sample), sample)
-    streams = calls + outputs + (calls if options.inputs == "student" else 0)
+    activations = calls + outputs + (calls if options.inputs == "student" else 0)
     pairs = 2 * outputs if options.train == "mlp" else 0
-    return num_images * (sample[0].nbytes + streams + pairs)
+    return num_images * (sample[0].nbytes + activations + pairs)
 
 
 def read_ahead(read: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:

@@ -221,7 +221,7 @@ def _interruptible(errors: Errors, parts: Parts, folder: Path | None) -> Iterato
 @contextmanager
 def _offloading(folder: Path | None) -> Iterator[Path | None]:
     """Yield a folder for this process's activations, removed afterwards; None where they stay in memory."""
-    offload = folder and folder / f"streams-{rank()}"
+    offload = folder and folder / f"activations-{rank()}"
     try:
         yield offload
     finally:
@@ -234,7 +234,7 @@ def _check_disk(folder: Path | None, total: int) -> None:
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / f"streams-{rank()}", ignore_errors=True)  # left by a run that was killed
+    shutil.rmtree(folder / f"activations-{rank()}", ignore_errors=True)  # left by a run that was killed
     needed, free = total * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), shutil.disk_usage(folder).free
     if any_process(needed > free):
         raise OutputError(

@@ -98,6 +98,7 @@ def draw_block_errors(block_errors: Sequence[Mapping[str, Any]]) -> Picture | No
     step = math.ceil(len(names) / 24)
     axes[0].set_xticks(range(0, len(names), step), names[::step])
     axes[0].set_ylim(bottom=0)
+    axes[0].tick_params(axis="x", pad=9)  # clear of the 0 of the other axis
     axes[0].set_xlabel("block")
     return finish(
         figure,
