@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitrim.models.features import evaluating, frozen
+from vitrim.models.features import evaluating, frozen, inputs_for
 from vitrim.types import MlpSite
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
     # an attention pool) while it asks for gradients.
     with frozen(model), evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        model(_to_model(model, images_BCHW))
+        model(inputs_for(model, images_BCHW))
     return round(counter.get_total_flops() / (2 * len(images_BCHW)))
 
 
@@ -124,7 +124,7 @@ def measure_latency(
         with evaluating(model):
             measured = {}
             for size in batch_sizes:
-                images = _to_model(model, example.repeat(size, *[1] * (example.ndim - 1)))
+                images = inputs_for(model, example.repeat(size, *[1] * (example.ndim - 1)))
                 measured[size] = _time(model, images, min_run_time_s)
             return measured
     finally:
@@ -148,7 +148,7 @@ def peak_memory_mib(model: nn.Module, images_BCHW: Tensor) -> float:
         MiB, weights and input included.
     """
     weights = _storages(model)
-    images = _to_model(model, images_BCHW)
+    images = inputs_for(model, images_BCHW)
     with evaluating(model):
         if images.is_cuda:
             before = torch.cuda.memory_allocated(images.device)
@@ -240,8 +240,3 @@ def _storages(model: nn.Module) -> Mapping[int, int]:
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return first.device, first.dtype
-
-
-def _to_model(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    device, dtype = _device_and_dtype(model)
-    return images_BCHW.to(device, dtype if images_BCHW.is_floating_point() else None)

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.outputs import Outputs, images_and_labels
-from vitrim.models.features import device_of, evaluating, features, logits
+from vitrim.models.features import evaluating, features, inputs_for, logits
 from vitrim.types import FeaturesAt
 
 PROBE_CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the L2 penalty, on the sum of losses
@@ -39,7 +39,7 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> float:
     outputs = Outputs()
     with evaluating(model):
         for images, labels in images_and_labels(batches):
-            scores = logits(model, images.to(device_of(model)))
+            scores = logits(model, inputs_for(model, images))
             if scores is None:
                 name = type(model).__name__
                 raise ModelError(f"{name}: has no classifier; use knn_top1 or linear_probe_top1.")
@@ -64,7 +64,7 @@ def extract(model: nn.Module, batches: Iterable[Any], *, at: FeaturesAt = "final
     outputs = Outputs()
     with evaluating(model):
         for images, labels in images_and_labels(batches):
-            outputs.add(features(model, images.to(device_of(model)), at=at).pooled_BD, None, labels)
+            outputs.add(features(model, inputs_for(model, images), at=at).pooled_BD, None, labels)
     if not len(outputs):
         raise DataError("extract: no images; pass at least one batch.")
     return outputs.pooled_ND, outputs.labels_N

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.outputs import Outputs, images_and_labels
-from vitrim.models.features import device_of, evaluating, features, logits, num_classes, num_prefix_tokens
+from vitrim.models.features import evaluating, features, inputs_for, logits, num_classes, num_prefix_tokens
 from vitrim.types import Features, FeaturesAt
 
 
@@ -94,7 +94,7 @@ def fidelity(
     has_heads = 0 < num_classes(teacher) == num_classes(student)
     with evaluating(student, teacher):
         for images, labels in images_and_labels(batches):
-            pairs = [(model, images.to(device_of(model))) for model in (student, teacher)]
+            pairs = [(model, inputs_for(model, images)) for model in (student, teacher)]
             found = [features(model, moved, at=at) for model, moved in pairs]
             mine, theirs = (_kinds(model, own) for model, own in zip((student, teacher), found, strict=True))
             _check_shapes(mine, theirs)
@@ -140,7 +140,7 @@ def block_fidelity(
         mine, theirs = (_catch_outputs(model, block_names, hooks) for model in (student, teacher))
         for images, _ in images_and_labels(batches):
             for model in (student, teacher):
-                features(model, images.to(device_of(model)))
+                features(model, inputs_for(model, images))
             _check_shapes(*({name: [tensor] for name, tensor in side.items()} for side in (mine, theirs)))
             for name in block_names:
                 if name not in mine:

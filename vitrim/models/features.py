@@ -113,6 +113,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def inputs_for(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return inputs on a model's device, and of its type where they are images: a model may be float16 or bfloat16."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return inputs.to(first.device, first.dtype if inputs.is_floating_point() else None)
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Hold models in eval mode without gradients inside a `with` block, and restore every module's mode afterwards."""
