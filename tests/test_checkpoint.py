@@ -11,7 +11,7 @@ import timm
 import torch
 
 import vitrim
-from vitrim.errors import CheckpointError, OutputError
+from vitrim.errors import CheckpointError, ModelError, OutputError
 from vitrim.models.load import origin_of
 from vitrim.models.sites import find_mlps
 from vitrim.output.save import save
@@ -84,6 +84,20 @@ def test_other_widths_load_with_vitrim(tmp_path, name, widths):
     assert not save(tmp_path, student, origin=origin_of(model), plan=plan)
     images = images_for(name)
     assert torch.equal(vitrim.load(tmp_path)(images), student(images))
+
+
+def test_a_folder_loads_by_path_prefix_and_hub_id_onto_a_device_and_in_a_type(tmp_path, monkeypatch):
+    model, student, plan = cut("plain", [24, 31])
+    save(tmp_path, student, origin=origin_of(model), plan=plan)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: {"me/small": str(tmp_path)}[name])
+    expected = vitrim.load(tmp_path).state_dict()
+    for source in (str(tmp_path), f"local-dir:{tmp_path}", "hf-hub:me/small"):
+        found = vitrim.load(source, device="cpu", dtype=torch.bfloat16)
+        assert not found.training and {p.dtype for p in found.parameters()} == {torch.bfloat16}
+        for name, tensor in found.state_dict().items():
+            assert torch.equal(tensor, expected[name].to(tensor.dtype))
+    with pytest.raises(ModelError, match="hf-hub:me/none: could not load"):
+        vitrim.load("hf-hub:me/none")
 
 
 def test_swin_cut_by_one_ratio_is_stock_too(tmp_path):

@@ -75,7 +75,8 @@ def test_a_new_method_is_in_the_leaderboard_and_a_failing_one_stops_no_other(bui
     for method in (Last, Thrower, Wide):
         register(method)
     model = build("timm-vit").copy()
-    asked = {"data": data, "budget": 0.6, "recipe": RECIPE, "out": tmp_path, "quiet": True, "baselines": ("last",)}
+    asked = {"data": data, "params_ratio": 0.6, "recipe": RECIPE, "out": tmp_path}
+    asked |= {"quiet": True, "baselines": ("last",)}
     found = leaderboard(model, methods=("thrower", "last", "wide", "top-k"), **asked)
     rows = {(row["method"], row["repair"]): row for row in found["rows"]}
     assert list(rows) == [
@@ -119,8 +120,8 @@ def _check_resumed(model, asked, found, folder):
     assert rows["thrower", "none"]["error"] is None
     assert rows["last", "none"] in found["rows"] and rows["top-k", "none"] in found["rows"]
     assert seconds["last", "ours"] == rows["last", "ours"]["seconds"]
-    with pytest.raises(OutputError, match=r"rows of another comparison \(budget\); choose another folder"):
-        leaderboard(model, methods=("last",), **{**asked, "budget": 0.7})
+    with pytest.raises(OutputError, match=r"rows of another comparison \(params_ratio\); choose another folder"):
+        leaderboard(model, methods=("last",), **{**asked, "params_ratio": 0.7})
     (folder / "leaderboard.json").write_text("{")
     with pytest.raises(OutputError, match="can't be read"):
         leaderboard(model, methods=("last",), **asked)
@@ -128,16 +129,14 @@ def _check_resumed(model, asked, found, folder):
 
 def test_a_share_of_macs_is_met(build, data):
     model = build("timm-split").copy()
-    found = leaderboard(
-        model, data=data, methods=("magnitude",), budget=0.7, budget_in="macs", recipe=RECIPE, quiet=True
-    )
+    found = leaderboard(model, data=data, methods=("magnitude",), macs_ratio=0.7, recipe=RECIPE, quiet=True)
     assert [row["error"] for row in found["rows"]] == [None, None]
     for row in found["rows"]:
         assert 0.69 <= row["macs"] / found["original"]["macs"] <= 0.7
         assert row["after_cut"]["top1"] is None  # no head
 
 
-@pytest.mark.parametrize("values", [{"budget": 0.0}, {"budget": 1.0}, {"methods": ("dgrm",)}])
+@pytest.mark.parametrize("values", [{"params_ratio": 0.0}, {"macs_ratio": 1.0}, {"methods": ("dgrm",)}])
 def test_what_can_not_be_compared_is_refused(build, data, values):
     with pytest.raises(RecipeError, match=r"is no share of the model|did you mean 'dgmr'"):
         leaderboard(build("timm-vit").model, data=data, **values)
@@ -175,7 +174,7 @@ def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
         a_row("masked", 0.01, counted=None),
         {"method": "broken", "repair": "none", "error": "X: y", "fitted": None},
     ]
-    asked = {"budget": 0.5, "budget_in": "params"}
+    asked = {"params_ratio": 0.5}
     original = {"parameters": 100, "macs": 100, "bytes": 400, "latency_ms": {}, "top1": None}
     header, cells = table({"asked": asked, "original": original, "rows": rows, "verdict": []})
     speed = "times as fast, batch 8"
@@ -214,4 +213,4 @@ def test_the_command_prints_the_table_and_keeps_the_rows(tmp_path, capsys):
     assert "random" in shown and "50%" in shown and "leaderboard.json" in "".join(shown.split())
     assert run([*command, "--json"]) == 0
     assert {row["method"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"random"}
-    assert run([*command, "--budget", "2"]) == 2
+    assert run([*command, "--params-ratio", "2"]) == 2

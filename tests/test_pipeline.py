@@ -10,6 +10,7 @@ import vitrim
 from tests.support.digits import DIGITS, few
 from vitrim.data import open_images
 from vitrim.errors import BudgetError, DataError, ModelError, OutputError, RecipeError
+from vitrim.metrics.record import Metrics
 from vitrim.models.load import load_model
 
 
@@ -47,6 +48,19 @@ def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
     assert result.metrics.stock and result.metrics.reload_difference <= 1e-5
     assert vitrim.Recipe.load(result.out / "recipe.yaml").recover.steps == 4
     assert json.loads((result.out / "metrics.json").read_text())["images"]["held_out"] == 143
+
+
+def test_the_file_of_metrics_is_what_is_returned(result):
+    written, returned = json.loads((result.out / "metrics.json").read_text()), result.metrics.to_json()
+    assert written == json.loads(json.dumps(returned))
+    assert written["seconds"] > 0 and written["loads_with"].startswith("timm.create_model(")
+    assert str(result.out) in written["loads_with"] and written["reload_difference"] <= 1e-5
+    read = Metrics.from_json(written)
+    assert (read.before, read.after, read.seconds) == (
+        result.metrics.before,
+        result.metrics.after,
+        result.metrics.seconds,
+    )
 
 
 def test_a_second_run_with_the_seed_gives_the_same_plan_byte_for_byte(tmp_path, result):

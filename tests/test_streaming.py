@@ -361,9 +361,9 @@ def test_the_command_line(build, tmp_path, capsys):
     assert "parameters" in printed.out and "CLIPModel" in printed.out
     assert run([*command[:2], str(tmp_path / "b"), "--method", "magnitude", "--json"]) == 0
     printed = capsys.readouterr()
-    assert printed.err == "" and json.loads(printed.out)["bytes"][0] > 0
+    assert printed.err == "" and json.loads(printed.out)["before"]["num_bytes"] > 0
     assert run(["inspect", each.source]) == 0
-    assert "prune-checkpoint at MLP ratio 1" in capsys.readouterr().out
+    assert "prune-checkpoint at params_ratio 0.5" in capsys.readouterr().out
 
 
 def test_images_on_the_command_line(tmp_path, capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import vitrim
 from vitrim.cli.app import run
-from vitrim.errors import BudgetError, DataError, SiteNotFoundError
+from vitrim.errors import DataError, SiteNotFoundError
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import read_about
@@ -327,16 +327,18 @@ def test_a_scope_that_does_not_fit_is_one_clear_line(llava, scope, data, error, 
 # Stock widths
 
 
-def test_stock_takes_the_nearest_width_that_the_config_can_say(tmp_path):
+def test_the_nearest_width_that_the_config_can_say_is_taken(tmp_path):
     model = build_dinov2()
     assert vitrim.inspect(model).sites[0].d_hidden == 88
-    plain = vitrim.compress(model, method="magnitude", mlp_ratio=1, quiet=True)
+    plain = vitrim.compress(model, method="magnitude", mlp_ratio=1, exact=True, quiet=True)
     assert set(plain.plan.widths.values()) == {32} and not plain.metrics.stock
-    assert any("(32 of 88); the nearest that it could is 24 (--stock picks it)" in n for n in plain.metrics.notes)
+    assert any("(32 of 88); the nearest that it could is 24." in note for note in plain.metrics.notes)
     for asked, width, ratio in (({"mlp_ratio": 1}, 24, 1), ({"hidden_dim": 60}, 64, 3), ({"keep_ratio": 0.95}, 64, 3)):
-        found = vitrim.compress(model, method="magnitude", stock=True, quiet=True, **asked)
+        found = vitrim.compress(model, method="magnitude", quiet=True, **asked)
         assert set(found.plan.widths.values()) == {width} and found.metrics.stock
-        assert not any("--stock" in note for note in found.metrics.notes)
+        assert [note for note in found.metrics.notes if "nearest" in note] == [
+            note for note in found.metrics.notes if f"became {width}, the nearest that transformers can load" in note
+        ]
         assert found.model.config.mlp_ratio == ratio and model.config.mlp_ratio == 4
     found.model.save_pretrained(tmp_path)
     again = transformers.Dinov2Model.from_pretrained(tmp_path).eval()
@@ -345,19 +347,21 @@ def test_stock_takes_the_nearest_width_that_the_config_can_say(tmp_path):
         assert torch.equal(again(PICTURE).last_hidden_state, expected)
 
 
-def test_the_command_line_takes_stock(tmp_path, capsys):
+def test_the_command_line_takes_the_nearest_width_unless_it_shall_be_exact(tmp_path, capsys):
     build_dinov2().save_pretrained(tmp_path / "source")
-    command = ["compress", str(tmp_path / "source"), "--method", "magnitude", "--out", str(tmp_path / "out"), "--stock"]
-    assert run([*command, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["stock"] and set(map(tuple, printed["widths"].values())) == {(88, 24)}
-    assert vitrim.Recipe.load(tmp_path / "out" / "recipe.yaml").stock
+    command = ["compress", str(tmp_path / "source"), "--method", "magnitude", "--mlp-ratio", "1", "--json"]
+    for name, more, width in (("near", [], 24), ("exact", ["--exact"], 32)):
+        assert run([*command, "--out", str(tmp_path / name), *more]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["stock"] == (name == "near") and set(map(tuple, printed["widths"].values())) == {(88, width)}
+        assert vitrim.Recipe.load(tmp_path / name / "recipe.yaml").steps[0].exact == (name == "exact")
 
 
-def test_stock_of_a_model_without_a_config_is_an_error():
+def test_a_model_without_a_config_keeps_the_width_asked_for():
     module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
-    with pytest.raises(BudgetError, match="stock: Sequential has no config for a width near 8; drop stock"):
-        vitrim.compress(module, method="magnitude", stock=True, quiet=True)
+    found = vitrim.compress(module, method="magnitude", hidden_dim=7, quiet=True)
+    assert set(found.plan.widths.values()) == {7} and not found.metrics.stock
+    assert not any("nearest" in note for note in found.metrics.notes)
 
 
 # open_clip

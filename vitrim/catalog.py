@@ -1,7 +1,6 @@
-"""What methods and options say of themselves, read from their source: torch takes seconds to import, this does not.
+"""Documentation of methods and options, read from their source code: importing them would import torch, which is slow.
 
-`vitrim methods` and the command line's help come from here, so that every option is documented in one place, beside its
-field.
+`vitrim methods` and the command line's help use it, so that every option is documented once, beside its field.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ COLUMNS = ("name", "arxiv", "needs", "edit", "summary", "paper")
 def method_rows() -> list[dict[str, str]]:
     """Return name, arxiv, needs, edit, summary and paper of every method, in the order of registration.
 
-    Methods that a program has registered beside the package's own are there if the program has run.
+    Methods that the running program has registered itself are included.
     """
     kinds = dict(_edit_kinds())
     own = [
@@ -36,7 +35,7 @@ def method_rows() -> list[dict[str, str]]:
 
 @cache
 def field_docs(module: str, kind: str) -> dict[str, str]:
-    """Return the line of documentation under each field of a class.
+    """Return the documentation under each field of a class, by name of the field.
 
     Args:
         module: the class's module inside vitrim, dotted.
@@ -53,7 +52,7 @@ def field_docs(module: str, kind: str) -> dict[str, str]:
 
 
 def _registered() -> Iterator[dict[str, object]]:
-    """Yield the class-level literals of each method, its bases' included; imports in the package's order."""
+    """Yield the class-level literals of each method, including inherited ones, in the package's import order."""
     package = _parsed(ROOT / "methods" / "__init__.py")
     modules = [node.module for node in package.body if isinstance(node, ast.ImportFrom) and node.module]
     defaults = _literals(_classes(ROOT / "methods" / "registry.py")["Method"])
@@ -68,7 +67,7 @@ def _registered() -> Iterator[dict[str, object]]:
 
 
 def _literals(node: ast.ClassDef) -> dict[str, object]:
-    """Return a class's own plain values by name; a tuple of classes as their names."""
+    """Return a class's own plain values by name, with a tuple of classes as their names."""
     found: dict[str, object] = {}
     for line in node.body:
         if not isinstance(line, ast.Assign | ast.AnnAssign):
@@ -82,14 +81,14 @@ def _literals(node: ast.ClassDef) -> dict[str, object]:
 
 
 def _edits(found: dict[str, object], kinds: dict[str, str]) -> str:
-    """Return a method's kinds of edit in words."""
+    """Return the names of a method's kinds of edit, for people."""
     edits = found["edits"]
     assert isinstance(edits, tuple)
     return ", ".join(kinds[name].replace("_", " ") for name in edits)
 
 
 def _edit_kinds() -> Iterator[tuple[str, str]]:
-    """Yield each edit's class with its kind."""
+    """Yield the name and kind of each edit class."""
     for path in sorted((ROOT / "surgery").glob("*.py")):
         for name, node in _classes(path).items():
             kind = _literals(node).get("KIND")

@@ -1,4 +1,4 @@
-"""The base of everything a user fills in: frozen, unknown keys refused, and what is wrong said in one of our errors."""
+"""Base class of everything that a user fills in: frozen, strict about keys, and with errors in one line of our own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrim.errors import RecipeError
 
 
 class NotGiven(Enum):
-    """Stands for an argument that was not given, where None would be an answer of its own."""
+    """Type of a marker for arguments that were not given, where None is a valid value."""
 
     NOT_GIVEN = "not given"
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
 
     class _Checking(type(BaseModel)):
-        """Lets a constructor raise `RecipeError`; values nested in another are explained by the outermost."""
+        """Metaclass whose constructor raises `RecipeError`; errors in nested values are explained by the outermost."""
 
         def __call__(cls, *args: Any, **values: Any) -> Any:
             try:
@@ -39,44 +39,44 @@ else:
 
 
 class Checked(BaseModel, metaclass=_Checking):
-    """A frozen value made of checked fields; numbers are finite and an unknown key is an error.
+    """A frozen value made of checked fields; numbers must be finite, and an unknown key is an error.
 
     Raises:
-        RecipeError: a key is unknown, with the nearest known one, or a value is not allowed.
+        RecipeError: a key is unknown (the nearest known one is named), or a value is not allowed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @classmethod
     def refusal(cls, error: ValidationError) -> str:
-        """Say in one line what is wrong with what the constructor was given."""
+        """Return an error text: what is wrong with the constructor's arguments, in one line."""
         return f"{cls.__name__}: {explain(error, cls)}"
 
     @classmethod
     def keys(cls) -> list[str]:
-        """Return every key that may be given, nested ones dotted."""
+        """Return every allowed key, nested ones dotted."""
         return known_keys(cls)
 
 
 def explain(error: ValidationError, kind: type[Checked]) -> str:
-    """Say in one line what is wrong first, with the nearest known key for an unknown one.
+    """Return a description of the first error in one line, with the nearest known key for an unknown one.
 
     Args:
-        error: what pydantic raised.
-        kind: the class that was to be made.
+        error: the error that pydantic raised.
+        kind: the class that was constructed.
     """
     first = error.errors()[0]
     path = path_of(first)
     if first["type"] == "extra_forbidden":
         return _unknown(path, kind.keys())
     said = str(first["msg"]).removeprefix("Value error, ")
-    if isinstance(first["input"], Mapping):  # several keys that don't go together: the message names them
+    if isinstance(first["input"], Mapping):  # several keys that contradict each other: the message names them
         return f"{path}: {said}" if path else said
     return f"{path}: {said} (got {first['input']!r:.80})"
 
 
 def _unknown(path: str, keys: list[str]) -> str:
-    """Say which key was meant, or which there are beside it."""
+    """Return an error text that names the key that was probably meant, or those that exist at that level."""
     where = re.sub(r"^steps\.\d+\.", "", path)
     close = difflib.get_close_matches(where, keys, n=1, cutoff=0.6)
     if close:
@@ -87,9 +87,9 @@ def _unknown(path: str, keys: list[str]) -> str:
 
 
 def path_of(error: Mapping[str, Any]) -> str:
-    """Return the dotted path of a key in what the user wrote.
+    """Return the dotted path of a key as the user wrote it.
 
-    Classes that were tried one after the other are left out, and so is the first step, whose keys may stand outside.
+    Names of alternative classes are left out, and so is the first step, whose keys may be given at the top level.
     """
     path = ".".join(str(part) for part in error["loc"] if not str(part)[:1].isupper())
     return re.sub(r"^steps\.0(\.|$)", "", path)
@@ -105,7 +105,7 @@ def known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the option classes in an annotation such as `A | bool | None`; members of a sequence are not named."""
+    """Yield the option classes in an annotation such as `A | bool | None`, but not the members of a sequence."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif getattr(annotation, "__origin__", None) not in (tuple, list):

@@ -1,4 +1,4 @@
-"""The demo: a real pretrained ViT that comes with the package loses half its parameters, recovers, and loads again."""
+"""The demo: a pretrained ViT that comes with vitrim loses half its parameters, recovers, and is loaded again."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def run_demo(
     Args:
         out: folder to write.
         recover_steps: steps of distillation.
-        say: called with each sentence on the way.
+        say: called with a sentence at each stage.
 
     Returns:
-        Header and rows of the table of before and after, on the 360 test digits.
+        Header and rows of a before/after table, on the 360 test digits.
     """
     import timm
 
@@ -58,5 +58,5 @@ def run_demo(
 
 
 def _text(value: float) -> str:
-    """Return a number for the table."""
+    """Return a number as text for the table."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

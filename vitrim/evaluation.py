@@ -1,4 +1,4 @@
-"""Measures a student beside its teacher: how close the features are, what they are good for, and what they cost."""
+"""Compares a student with its teacher: how close the features are, how good they are, and what both cost."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from vitrim.output.result import aligned, html_table
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One model: what it costs, and with labels `knn`, `linear_probe` and `top1` in percent."""
+    """Scores of one model: its cost, and with labels `knn`, `linear_probe` and `top1` in percent."""
 
     cost: ModelCost
     scores: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return costs and scores side by side; what was not measured is left out."""
+        """Return costs and scores in one mapping, without those that were not measured."""
         costs = {name: value for name, value in asdict(self.cost).items() if value not in (None, {})}
         return {**costs, **self.scores}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         fidelity: how close the student's features are, and recall of its queries in the teacher's index.
         student: the small model.
         teacher: the model that it was compared with.
-        num_images: how many images stand behind these numbers.
-        num_skipped: images that could not be read.
+        num_images: number of images used.
+        num_skipped: number of images that could not be read.
     """
 
     fidelity: Mapping[str, float]
@@ -64,7 +64,7 @@ class Evaluation:
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Return measure, original and small as text, a row each; fidelity stands with the small model."""
+        """Return rows of measure, original and small as text; fidelity is in the column of the small model."""
         rows = [(name, "", f"{value:.4g}") for name, value in self.fidelity.items()]
         theirs, mine = self.teacher.to_json(), self.student.to_json()
         for name in theirs:
@@ -89,13 +89,13 @@ class Evaluation:
 
 
 def _latency_row(size: int, theirs: Mapping[int, Any], mine: Mapping[int, Any]) -> tuple[str, str, str]:
-    """Return the times at a batch size."""
+    """Return a table row with both models' latency at a batch size."""
     before, after = (f"{found[size]['median_ms']:.2f} ({found[size]['iqr_ms']:.2f})" for found in (theirs, mine))
     return f"latency batch {size} (ms, IQR)", before, after
 
 
 def _number(value: float | None) -> str:
-    """Return a number for a table."""
+    """Return a number as text for a table."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
@@ -118,19 +118,19 @@ def evaluate(
     Args:
         student: the small model: a module, a name, or a folder that vitrim wrote.
         teacher: the model to compare with.
-        data: images to judge on, of any kind that `compress` takes; labels are used where there are any.
-        index: labelled images for kNN and the linear probe to learn from; without, a seeded 80% of `data`.
-        limit: at most this many images of each; of a stream it takes one.
-        batch_size: images a forward pass.
-        latency: time both models, too.
+        data: images to evaluate on, of any kind that `compress` takes; labels are used if there are any.
+        index: labelled images for kNN and the linear probe to learn from; by default a seeded 80% of `data`.
+        limit: use at most this many images of each; required for a stream.
+        batch_size: images per forward pass.
+        latency: also time both models.
         device: `auto`, or a torch device.
-        split: which part of a data source that has parts.
+        split: the part to use of a data source that has several, such as "train" and "test".
 
     Returns:
         Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
 
     Raises:
-        ModelError, DataError: a model or the images can't be read, or don't fit each other.
+        ModelError, DataError: a model or the images can't be read, or they don't fit each other.
     """
     (student_model, its_origin), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):
@@ -157,7 +157,7 @@ def evaluate(
 def compare(
     student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]
 ) -> tuple[dict[str, float], Outputs, Outputs]:
-    """Fidelity and retrieval (the student's queries in the teacher's index of the same images), and both outputs."""
+    """Return fidelity and retrieval (the student's queries in the teacher's index), and both models' outputs."""
     mine, theirs = Outputs(), Outputs()
     found = fidelity(student, teacher, batches, outputs=(mine, theirs))
     recall = retrieval_recall(mine.pooled_ND, theirs.pooled_ND, tuple(k for k in (1, 5, 10) if k <= len(mine)))
@@ -165,7 +165,7 @@ def compare(
 
 
 def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> ModelCost:
-    """Measure parameters, MACs for one image, peak memory at the batch given, and latency at batch 1, 8 and 32."""
+    """Measure parameters, MACs per image, peak memory on up to 8 images, and latency at batch 1, 8 and 32."""
     return ModelCost(
         parameters=num_parameters(model),
         macs=count_macs(model, images_BCHW[:1]),
@@ -192,7 +192,7 @@ def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None
 
 
 def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None) -> ModelCost:
-    """Measure what a model costs, and its top-1 where the images have labels and it has a head."""
+    """Measure what a model costs, and its top-1 if the images have labels and it has a head."""
     sample = random_inputs(origin) if sample is None else sample
     if sample is None:
         return ModelCost(parameters=num_parameters(model))
@@ -201,12 +201,12 @@ def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Se
 
 
 def top1_of(model: nn.Module, batches: Sequence[Batch]) -> float | None:
-    """Return top-1 in percent, where the images have labels that the model has a head for; else None."""
+    """Return top-1 in percent, or None if the images have no labels that the model's head knows."""
     return 100 * top1(model, batches) if _has_head_for(model, [b.labels_B for b in batches]) else None
 
 
 def own_top1(model: nn.Module, outputs: Outputs) -> float | None:
-    """Return the same of what the model has put out already."""
+    """Return top-1 as `top1_of` does, from outputs that were collected before."""
     return 100 * outputs.top1() if _has_head_for(model, [outputs.labels_N]) else None
 
 

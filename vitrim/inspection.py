@@ -1,6 +1,6 @@
 """Looks at a model before anything is cut: its MLPs, where its parameters are, and how small it would get.
 
-For a checkpoint that is on this machine it also says what pruning it file to file will need. No weights are read.
+For a checkpoint on this machine it also estimates what pruning it file to file will need. No weights are read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vitrim.output.load import is_output, open_model
 from vitrim.output.result import aligned, html_table
 from vitrim.types import MlpSite
 
-# What is predicted where no budget is asked for.
+# Budgets to predict for if none is given.
 USUAL: tuple[tuple[BudgetKind, float], ...] = (
     ("params_ratio", 0.75),
     ("params_ratio", 0.5),
@@ -43,7 +43,7 @@ USUAL: tuple[tuple[BudgetKind, float], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a budget comes to: hidden units of each MLP by path, and parameters of the whole model."""
+    """The result of a budget: hidden units of each MLP by path, and parameters of the whole model."""
 
     budget: str
     value: float
@@ -52,23 +52,23 @@ class Prediction:
 
     @property
     def widths(self) -> str:
-        """Hidden units in words: one number where all MLPs agree."""
+        """Hidden units as text: one number if all MLPs have the same, else the range."""
         units = sorted(set(self.hidden_dims.values()))
         return str(units[0]) if len(units) == 1 else f"{units[0]} to {units[-1]}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         sites: its MLPs.
-        parameters: `total`, those in MLPs (`mlp`), and the `other` ones.
-        predicted: how small the model would get, a row a budget.
-        checkpoint: what `prune_checkpoint` will need for the first of these; None where no weights are on this machine.
-        notes: what the user should know, such as why the files can't be pruned.
-        activity: one row an MLP, where images were given.
+        parameters: counts: `total`, those in MLPs (`mlp`), and all `other`.
+        predicted: how small the model would get, one row per budget.
+        checkpoint: what `prune_checkpoint` will need at the requested budget; None if no weights are on this machine.
+        notes: notes for the user, such as why the files can't be pruned.
+        activity: one row per MLP, if images were given.
     """
 
     model: str
@@ -97,12 +97,12 @@ class Inspection:
 
     @property
     def headline(self) -> str:
-        """One sentence: parameters, and how many of them are in MLPs."""
+        """One sentence: the number of parameters, and the share of them in MLPs."""
         total = self.parameters["total"]
         return f"{self.model}: {total:,} parameters, {self.parameters['mlp'] / total:.0%} of them in MLPs"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return budget, hidden units, parameters and change as text, a row a prediction."""
+        """Return budget, hidden units, parameters and change as text, one row per prediction."""
         total = self.parameters["total"]
         return [
             (f"{row.budget} {row.value:g}", row.widths, f"{row.parameters:,}", f"{row.parameters / total - 1:+.1%}")
@@ -110,7 +110,7 @@ class Inspection:
         ]
 
     def summary(self) -> str:
-        """Return headline and table as text."""
+        """Return the headline and the table as text."""
         return f"{self.headline}\n{aligned(HEADER, self.rows())}"
 
     def __repr__(self) -> str:
@@ -138,29 +138,29 @@ def inspect(
     activity: Any = None,
     limit: int = 256,
 ) -> Inspection:
-    """Find a model's MLPs and say how small it would get, without running it unless activity is asked for.
+    """Find a model's MLPs and predict how small it would get; it is run only if activity is asked for.
 
     Args:
-        model: a module, or a name or folder as for `compress`; of a name only the architecture is built, no weights.
-        params_ratio: predict for this share of the encoder's parameters; without any budget, for several.
+        model: a module, or a name or folder as for `compress`; a name loads only the architecture, no weights.
+        params_ratio: predict for this share of the encoder's parameters; without any budget, several are predicted.
         macs_ratio: predict for this share of the encoder's multiply-accumulates.
         mlp_ratio: predict for this hidden width, as a multiple of the model width.
         keep_ratio: predict for this share of each MLP's hidden units.
-        hidden_dim: predict for so many hidden units in each MLP.
-        round_to: widths become multiples of this.
-        exact: predict for widths as asked, also those that the model's own library can't load.
+        hidden_dim: predict for this many hidden units in each MLP.
+        round_to: round widths to multiples of this.
+        exact: predict for widths exactly as asked, even if the model's own library can't load them.
         scope: dotted path of the part to look at.
         activity: images, as for `compress`, on which to count active hidden units; this loads the weights.
-        limit: at most this many of them.
+        limit: use at most this many images.
 
     Returns:
-        MLPs, parameters by part, the parameters left by budget, and for a checkpoint on this machine the memory, disk
-        and time that pruning it will need.
+        MLPs, parameters by part, the parameters left for each budget, and for a checkpoint on this machine the memory,
+        disk and time that pruning it will need.
 
     Raises:
         ModelError: there is no such model.
-        SiteNotFoundError: it has no MLP that vitrim knows.
-        BudgetError: the MLPs can't give what was asked for.
+        SiteNotFoundError: the model has no MLP that vitrim knows.
+        BudgetError: the MLPs can't meet the budget.
     """
     given = {
         "params_ratio": params_ratio,
@@ -194,7 +194,7 @@ def inspect(
 
 
 def _usual(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], asked: Recipe) -> tuple[Prediction, ...]:
-    """Predict for the usual budgets, those left out that the MLPs can't give."""
+    """Predict for the usual budgets, except those that the MLPs can't meet."""
     found = []
     for kind, value in USUAL:
         try:
@@ -205,7 +205,7 @@ def _usual(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], asked: Re
 
 
 def _predict(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], recipe: Recipe) -> Prediction:
-    """Return what a recipe's budget comes to, as `compress` would cut it."""
+    """Return the result of a recipe's budget, as `compress` would cut."""
     step, encoder = recipe.steps[0], model.get_submodule(origin.encoder)
     own = [site.within(origin.encoder) for site in sites]
     inputs = random_inputs(origin, 1)
@@ -224,7 +224,7 @@ def _predict(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], recipe:
 def _activity(
     model: nn.Module, sites: Sequence[MlpSite], origin: Origin, data: Any, limit: int
 ) -> tuple[Activity, ...]:
-    """Count active units of a model's encoder."""
+    """Count the active hidden units of a model's encoder on images."""
     encoder = model.get_submodule(origin.encoder).float()
     images = open_set(data, origin, split="train", limit=limit)
     batches, _ = first_images(images, limit, seed=0)
@@ -234,7 +234,7 @@ def _activity(
 
 
 def _checkpoint(source: str, recipe: Recipe) -> tuple[RunEstimate | None, tuple[str, ...]]:
-    """Return what pruning the files of a source will need, or why they can't be pruned file to file."""
+    """Return what pruning a source's files will need, or a note on why they can't be pruned file to file."""
     if is_output(source.removeprefix("local-dir:")) or not has_files(source):
         return None, ()
     try:

@@ -1,4 +1,4 @@
-"""What a run will find on this machine: versions, optional libraries, devices, threads, free memory and disk."""
+"""Reports what a run finds on this machine: versions, optional libraries, devices, threads, free memory and disk."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FOR_DEVELOPERS = ("docs", "test")
 
 
 def doctor(folder: str | Path = ".") -> dict[str, Any]:
-    """Look at the machine.
+    """Look at the machine and return what a run will find.
 
     Args:
-        folder: where outputs would go; its disk is looked at.
+        folder: folder for outputs; the free space on its disk is reported.
 
     Returns:
-        `versions`, `extras` (what is installed of each, None where not), `device` (what `auto` takes), `devices`,
-        `threads`, `cores`, and bytes of `memory` and `disk` that are free, `problems` in words.
+        A mapping with `versions`, `extras` (each package's version, None if missing), `device` (the choice of `auto`),
+        `devices`, `threads`, `cores`, free bytes of `memory` and `disk`, and `problems` in words.
     """
     folder = Path(folder)
     needs = [Requirement(line) for line in requires("vitrim") or ()]
@@ -50,7 +50,7 @@ def doctor(folder: str | Path = ".") -> dict[str, Any]:
 
 
 def _problems(found: dict[str, Any], folder: Path) -> list[str]:
-    """What would get in the way of a run."""
+    """Return sentences on what would get in the way of a run."""
     said = []
     if not os.access(folder, os.W_OK):
         said.append(f"{folder}: can't be written to; run vitrim from another folder, or give --out elsewhere.")
@@ -62,7 +62,7 @@ def _problems(found: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _is_for(need: Requirement, extra: str) -> bool:
-    """Whether a requirement belongs to an extra, and to that alone."""
+    """Return whether a requirement belongs to an extra, and only to an extra."""
     return (
         need.marker is not None and need.marker.evaluate({"extra": extra}) and not need.marker.evaluate({"extra": ""})
     )

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 from typing_extensions import Self
 
-if TYPE_CHECKING:  # `vitrim --help` takes names from here, and torch takes seconds to import
+if TYPE_CHECKING:  # `vitrim --help` imports names from here, and torch takes seconds to import
     from torch import Generator, Tensor
 
 T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
-FeaturesAt = Literal["final", "pre_norm"]  # where features are read: behind the final norm, or in front of it
+FeaturesAt = Literal["final", "pre_norm"]  # where features are read: after the final norm, or before it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Modules of a model by their dotted paths; PATHS names the fields that hold a path."""
+    """A place in a model, given by dotted module paths; PATHS names the fields that hold a path."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("path",)
 
@@ -82,9 +82,8 @@ class MlpSite(Site):
 class AttentionSite(Site):
     """One self-attention: paths of its projections and its sizes.
 
-    With `fused` the paths of query, key and value are the same layer (rows of q, then k, then v). `as_tuple`: the
-    module
-    returns a tuple whose first item is the output.
+    With `fused` the paths of query, key and value are the same layer (rows of q, then k, then v). With `as_tuple` the
+    module returns a tuple whose first item is the output.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path", "query", "key", "value", "output")
@@ -191,7 +190,7 @@ class Stats:
 class LayerSums:
     """Sums over calibration images at one layer: T vectors, each in G groups of K values, in float64.
 
-    `of_inputs` tells whether they are of the layer's inputs, or of its outputs, where those are narrower.
+    `of_inputs` tells whether they are sums of the layer's inputs, or of its outputs (if those are narrower).
     """
 
     layer: LayerSite
@@ -205,7 +204,7 @@ class LayerSums:
 class SiteView:
     """Everything that a method may see to decide about one MLP: plain matrices and sums, no module.
 
-    `num_keep` is how many hidden units it must keep. `stats` and `scale_D` (the layer scale behind the MLP) are None if
+    `num_keep` is how many hidden units it must keep. `stats` and `scale_D` (the layer scale after the MLP) are None if
     nothing was measured.
     """
 
@@ -273,13 +272,13 @@ class ModelView(Protocol):
         ...
 
     def stats(self, site: MlpSite) -> Stats:
-        """Run the calibration images, and return the sums of an MLP's hidden units and of what it puts out."""
+        """Run the calibration images, and return the sums of an MLP's hidden units and of its outputs."""
         ...
 
     def layer_sums(self, layers: Sequence[LayerSite]) -> Iterator[tuple[Sequence[LayerSite], Mapping[str, LayerSums]]]:
         """Yield groups of layers with their sums by path, in as few passes over the images as memory allows.
 
-        A layer that no image reaches has none. Edits made between two groups are seen by the later one.
+        A layer that no image reaches has no sums. Later groups see the edits made after earlier ones.
         """
         ...
 

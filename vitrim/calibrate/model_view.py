@@ -1,6 +1,6 @@
-"""What a method of scope `model` sees of a model, and can ask of it: `types.ModelView` on a live model and images.
+"""A live model and its images as a method for whole models sees them: the implementation of `types.ModelView`.
 
-Plain tensors go out, nothing comes in: the model is changed by whoever carries the method's edits out.
+It only returns plain tensors; the caller that carries out the method's edits changes the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vitrim.types import AttentionSite, Features, LayerSite, LayerSums, MlpSite,
 
 
 class LiveModelView:
-    """A live model with its calibration images; see `ModelView` for what each answer means."""
+    """A live model with its calibration images; `ModelView` documents each method."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class LiveModelView:
 
     @property
     def keep_ratio(self) -> float:
-        """Hidden units that stay by the budget, of all."""
+        """Share of all hidden units that stays by the budget."""
         return sum(self.widths.values()) / max(1, sum(site.d_hidden for site in self.sites))
 
     @property
@@ -54,7 +54,7 @@ class LiveModelView:
         return self.batches is not None
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer by its full name, without its graph."""
+        """Return a parameter or buffer by its full name, detached."""
         path, _, own = name.rpartition(".")
         found = getattr(submodule(self.model, path), own, None)
         if not isinstance(found, Tensor):
@@ -62,15 +62,15 @@ class LiveModelView:
         return found.detach()
 
     def weights(self, site: MlpSite) -> MlpWeights:
-        """The canonical view of an MLP's weights."""
+        """Return an MLP's weights in the layout that all kinds share."""
         return read_weights(self.model, site)
 
     def layers(self, *, factors: bool = False) -> tuple[LayerSite, ...]:
-        """Every linear and convolution layer; `factors` are those that stand for one already."""
+        """Return every linear and convolution layer; with `factors` also low-rank factors that replaced one."""
         return find_layers(self.model, factors=factors)
 
     def attentions(self) -> list[AttentionSite]:
-        """Every self-attention for which ours puts out the same on real tokens; the others are noted.
+        """Return every self-attention that ours reproduces on real tokens; note the others.
 
         Raises:
             RecipeError: there are no images.
@@ -93,15 +93,15 @@ class LiveModelView:
         return [site for site in found.values() if site is not None]
 
     def note(self, text: str) -> None:
-        """Keep a note for the user."""
+        """Record a note for the user."""
         self.notes.append(text)
 
     def track(self, items: Sequence[T], words: str) -> Iterator[T]:
-        """Go through items while the progress shows how far."""
+        """Yield the items one by one and show the progress."""
         return self.bar.track(items, words)
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:
-        """Run the calibration images through the whole model, watching these modules.
+        """Run the calibration images through the whole model, and watch the given modules.
 
         Raises:
             RecipeError: there are no images.
@@ -117,13 +117,13 @@ class LiveModelView:
                 handle.remove()
 
     def stats(self, site: MlpSite) -> Stats:
-        """Return the sums of an MLP's hidden units and of what it puts out."""
+        """Return the sums of an MLP's hidden units and of its outputs."""
         adder = HiddenAdder()
         self.observe([site.output], lambda path, hidden, output: adder.add(hidden))
         return adder.stats(self.weights(site))
 
     def layer_sums(self, layers: Sequence[LayerSite]) -> Iterator[tuple[Sequence[LayerSite], Mapping[str, LayerSums]]]:
-        """Yield groups of layers with their sums by path, a pass over the images each."""
+        """Yield groups of layers with their sums by path, with one pass over the images per group."""
         for group in passes(layers):
             adders = {layer.path: LayerAdder(layer=layer) for layer in group}
             self.observe(list(adders), lambda path, inputs, outputs, adders=adders: adders[path].add(inputs, outputs))
@@ -131,7 +131,7 @@ class LiveModelView:
             yield group, {path: sums for path, sums in found.items() if sums is not None}
 
     def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
-        """The pooled features of each batch, with some inputs of some modules set to zero.
+        """Return the pooled features of each batch, with some inputs of some modules set to zero.
 
         Raises:
             RecipeError: there are no images.
@@ -155,9 +155,9 @@ class LiveModelView:
     def differentiate(
         self, loss: Callable[[Features], Tensor], paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
     ) -> None:
-        """Gradients of a loss of the features with respect to the inputs of some modules, batch by batch.
+        """Compute gradients of a loss of the features for the inputs of some modules, batch by batch.
 
-        The graph of one batch is held at a time; it begins at the first of the modules, and no parameter is in it.
+        Only one batch's graph is held at a time; it begins at the first of the modules and contains no parameters.
 
         Raises:
             RecipeError: there are no images.
@@ -178,7 +178,7 @@ class LiveModelView:
                 handle.remove()
 
     def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The output of an MLP's output projection, in eval mode; an MLP that needs its block gives something else."""
+        """Return the output of an MLP run by itself, in eval mode; one that needs its block gives something else."""
         mlp, trains = submodule(self.model, site.path), torch.is_grad_enabled()
         local = {f"mlp.{name.removeprefix(f'{site.path}.')}": tensor for name, tensor in tensors.items()}
         with evaluating(mlp), torch.inference_mode(False), torch.set_grad_enabled(trains):
@@ -191,19 +191,19 @@ class LiveModelView:
 
 
 class _OneMlp(nn.Module):
-    """An MLP as a module whose output is its output projection's."""
+    """An MLP as a module whose output is that of its output projection."""
 
     def __init__(self, mlp: nn.Module, site: MlpSite) -> None:
         super().__init__()
         self.mlp, self.site = mlp, site
 
     def forward(self, tokens_ND: Tensor) -> Tensor:
-        """As `mlp_output`."""
+        """Return the same as `mlp_output`."""
         return mlp_output(self.mlp, self.site, tokens_ND)
 
 
 def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSite | None]) -> Callable[..., None]:
-    """A forward hook that runs our attention, with the module's own weights, on what the module was given."""
+    """Return a forward hook that runs our attention on a module's inputs and weights, and records whether it agrees."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         exact = replace(site, as_tuple=isinstance(output, tuple), scale=float(getattr(module, "scale", site.scale)))
@@ -215,7 +215,7 @@ def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSi
             apply_(holder, [KeepHeadDims(site=local, keep_qk=every, keep_v=every)])
             mine = first_tensor(holder[0](*args, **kwargs))
             same = torch.allclose(mine, first_tensor(output), atol=1e-4 * float(mine.abs().max()), rtol=1e-4)
-        except Exception:  # what a foreign module is called with may suit ours in no way
+        except Exception:  # a foreign module may be called with arguments that ours can't take
             same = False
         finally:
             module._forward_hooks = handles
@@ -225,7 +225,7 @@ def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSi
 
 
 def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:
-    """A forward hook that hands on a module's first input and first output."""
+    """Return a forward hook that passes on a module's first input and first output."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         see(path, args[0], first_tensor(output))
@@ -234,7 +234,7 @@ def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..
 
 
 def _silence(positions: Tensor) -> Callable[..., tuple[Any, ...]]:
-    """A forward hook that sets positions along the last dimension of a module's first input to zero."""
+    """Return a forward hook that zeroes positions along the last dimension of a module's first input."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         return args[0].index_fill(-1, positions.to(args[0].device), 0), *args[1:]
@@ -243,7 +243,7 @@ def _silence(positions: Tensor) -> Callable[..., tuple[Any, ...]]:
 
 
 def _keep_input(path: str, seen: list[tuple[str, Tensor]]) -> Callable[..., tuple[Any, ...]]:
-    """A forward hook that keeps a module's first input and, where no graph leads to it, lets one begin there."""
+    """Return a forward hook that keeps a module's first input and, if it has no graph, starts one there."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         hidden = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Adds up what layers and MLPs see of the calibration images, for methods that look at the whole model.
+"""Sums of the calibration activations of layers and MLPs, for methods that look at the whole model.
 
 Shapes: T vectors, G groups, K values of a vector, H hidden units, D model width.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.types import LayerSite, LayerSums, MlpWeights, Stats
 
-# Float64 sums of a pass over the images; a model that needs more is seen in several passes. A ViT-L needs 0.8 GiB.
+# Limit for the float64 sums of one pass over the images; larger models take several passes. A ViT-L needs 0.8 GiB.
 MAX_SUM_BYTES = 2**30
 
 
 @dataclass(kw_only=True)
 class LayerAdder:
-    """Adds up a layer's inputs, or where they are fewer its outputs."""
+    """Sums of a layer's inputs, or of its outputs if those are narrower."""
 
     layer: LayerSite
     num_tokens: int = 0
@@ -29,12 +29,12 @@ class LayerAdder:
 
     @property
     def of_inputs(self) -> bool:
-        """Whether inputs are added up: where they are narrower; those of a convolution overlap."""
+        """Whether inputs are summed: if they are narrower, and never for a convolution, whose inputs overlap."""
         return self.layer.kind != "conv" and self.layer.num_cols < self.layer.num_rows
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the sums."""
+        """Memory of the sums in bytes."""
         width = self.layer.num_cols if self.of_inputs else self.layer.num_rows
         return 8 * self.layer.groups * width * (width + 1)
 
@@ -48,7 +48,7 @@ class LayerAdder:
         self.square_GKK = square_GKK if self.square_GKK is None else self.square_GKK.add_(square_GKK)
 
     def finished(self) -> LayerSums | None:
-        """Return the sums; None for a layer that was never called."""
+        """Return the sums, or None for a layer that was never called."""
         if self.total_GK is None or self.square_GKK is None:
             return None
         return LayerSums(
@@ -76,7 +76,7 @@ def passes(layers: Sequence[LayerSite]) -> Iterator[list[LayerSite]]:
 
 @dataclass(kw_only=True)
 class HiddenAdder:
-    """Adds up an MLP's hidden units; what the output projection makes of them follows from its weights."""
+    """Sums of an MLP's hidden units; sums of its outputs follow from the output projection's weights."""
 
     num_tokens: int = 0
     total_H: Tensor | None = None
@@ -91,7 +91,7 @@ class HiddenAdder:
         self.num_tokens += len(hidden_NH)
 
     def stats(self, weights: MlpWeights) -> Stats:
-        """Return the sums with those of the projection's outputs."""
+        """Return the sums, together with those of the output projection's outputs."""
         assert self.total_H is not None and self.square_HH is not None
         total_H, square_HH, count = self.total_H, self.square_HH, self.num_tokens
         output_DH, own_bias = weights.output_DH.to(square_HH), weights.output_bias_D

@@ -1,4 +1,4 @@
-"""The command line: the same recipe as the Python API, tables for people, one JSON document with --json."""
+"""The command line: the same recipes as the Python API, with tables for people or one JSON document (--json)."""
 
 from vitrim.cli import leaderboard, look, make, share
 from vitrim.cli.app import app, main, run

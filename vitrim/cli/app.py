@@ -1,6 +1,6 @@
-"""The app itself: running a command line, exit codes, and what the library logs. It does not import torch.
+"""The app itself: runs a command line, sets exit codes and shows the log. It does not import torch.
 
-Wrong input ends in one line on standard error and exit code 2; a run stopped by Ctrl-C exits with 130.
+Wrong input gives one line on standard error and exit code 2; a run stopped by Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="print one JSO
 
 def main() -> None:
     """Run the `vitrim` command."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path with letters that the locale's encoding has not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have letters that the locale's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + 13
     sys.exit(code)
@@ -68,17 +68,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 class _ToStandardError(logging.Handler):
-    """Prints messages alone, to standard error as it is at that moment: a progress bar puts something in its place."""
+    """Prints messages to standard error as it is at that moment, since a progress bar may replace the stream."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a message; of several processes, those of the first alone."""
+        """Print a message; if there are several processes, only the first one prints."""
         if os.environ.get("RANK", "0") == "0":
             print(self.format(record), file=sys.stderr)
 
 
 @contextmanager
 def _log_shown() -> Iterator[None]:
-    """Show what the library logs while a command runs; `hush` keeps all but warnings back."""
+    """Show the library's log while a command runs; `hush` limits it to warnings."""
     log, handler = logging.getLogger("vitrim"), _ToStandardError()
     level = log.level
     log.addHandler(handler)
@@ -91,14 +91,14 @@ def _log_shown() -> Iterator[None]:
 
 
 def hush(quiet: bool) -> bool:
-    """Let the library log warnings alone from here on, if so asked; return whether it was."""
+    """Limit the library's log to warnings if `quiet`; return `quiet`."""
     if quiet:
         logging.getLogger("vitrim").setLevel(logging.WARNING)
     return quiet
 
 
 def fail(message: Any, code: int) -> int:
-    """Print one line on standard error and return the code; of several processes each says which one it is."""
+    """Print one line on standard error and return the code; one of several processes adds its number."""
     who = f"vitrim [{os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "vitrim"
     print(f"{who}: {' '.join(str(message).split())}", file=sys.stderr)
     return code

@@ -1,7 +1,7 @@
-"""How results are shown on standard output: sentences, tables, one JSON document.
+"""Prints results on standard output: sentences, tables, or one JSON document.
 
-On a terminal a table fits the width and a sentence is left for the terminal to break. Anywhere else (a pipe, a file, a
-log) every line is whole, tables are as wide as what they hold, and there is no colour, whatever COLUMNS says.
+On a terminal a table fits the width, and the terminal wraps long sentences. Anywhere else (a pipe, a file, a log) no
+line is wrapped, tables are as wide as their content, and there is no colour, even if COLUMNS is set.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Wider than anything that we print: nothing is broken or cut off.
+# Wider than anything that we print, so that nothing is wrapped or cut off.
 UNBROKEN = 100_000
 
 
 def on_terminal() -> bool:
-    """Whether standard output is a terminal that can do more than print lines."""
+    """Return whether standard output is a terminal with more than plain lines."""
     return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def make_console() -> Console:
-    """Return a console for standard output as it is now; rich leaves colours out where NO_COLOR is set.
+    """Return a console for standard output as it is now; rich leaves out colours if NO_COLOR is set.
 
-    What is printed is plain text: brackets in a path are no markup, and `:x:` in a name is no emoji.
+    Text is printed as it is: brackets in a path are no markup, and `:x:` in a name is no emoji.
     """
     if on_terminal():
         return Console(markup=False, emoji=False, highlight=False)
@@ -37,10 +37,10 @@ def make_console() -> Console:
 
 
 def print_help(show: Callable[[Console], object]) -> None:
-    """Print what the command line says of itself.
+    """Print the command line's own help.
 
     Args:
-        show: prints to the console that it is given, if at all.
+        show: prints to the console that it is given, or prints nothing.
     """
     if on_terminal():
         show(make_console())
@@ -52,18 +52,18 @@ def print_help(show: Callable[[Console], object]) -> None:
 
 
 def say(text: str = "") -> None:
-    """Print a sentence; where it does not fit, the terminal breaks it and we don't."""
+    """Print a sentence; a long one is wrapped by the terminal, not by us."""
     make_console().print(text, soft_wrap=True)
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print what the user should know."""
+    """Print notes for the user."""
     for note in notes:
         say(f"note: {note}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
-    """Print a table for people; cells are shown as text, or as they are where they have a style of their own."""
+    """Print a table for people; cells become text, except styled ones, which are printed as they are."""
     table = Table(*header, title=title)
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
@@ -76,7 +76,7 @@ def print_json(value: Any) -> None:
 
 
 def number(value: float | None) -> str:
-    """Return a number for a table."""
+    """Return a number as text for a table."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

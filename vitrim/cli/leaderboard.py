@@ -11,7 +11,7 @@ from rich.text import Text
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import print_json, print_table, say
 
-# What does not fit on a terminal of 80 characters.
+# Columns that do not fit on a terminal of 80 characters.
 IN_FILE_ONLY = ("MACs", "on disk (MB)", "top-1 %, cut", "seconds")
 
 
@@ -37,18 +37,18 @@ def leaderboard(
     Example: vitrim leaderboard timm/vit_small_patch14_dinov2.lvd142m --data photos/ --params-ratio 0.5
 
     Args:
-        model: the model to make smaller, as for compress; without, the digits ViT that comes with vitrim.
-        data: images, as for compress; with labels and a head, top-1 is measured, too.
-        methods: names, separated by commas; without, all.
-        params_ratio: share of the model's parameters that stays; 0.5 where neither ratio is given.
-        macs_ratio: share of the model's multiply-accumulates that stays.
+        model: the model to make smaller, as for compress; by default the digits ViT that comes with vitrim.
+        data: images, as for compress; with labels and a classifier head, top-1 is measured too.
+        methods: names of methods, separated by commas; by default all.
+        params_ratio: share of the model's parameters to keep; 0.5 if neither ratio is given.
+        macs_ratio: share of the model's multiply-accumulates to keep.
         recover_steps: distillation steps for each row.
         recipe: YAML file with calibration, repair and recovery for every row.
-        baselines: methods that the others are told to have lost to, separated by commas.
-        out: folder for leaderboard.json and leaderboard.md; rows that are there already are kept.
-        seed: makes two runs equal.
-        device: auto, cpu, cuda, mps.
-        quiet: no progress.
+        baselines: methods to compare the others with, separated by commas; the verdict names those that do worse.
+        out: folder for leaderboard.json and leaderboard.md; rows already there are kept.
+        seed: random seed; equal seeds give equal results.
+        device: auto, cpu, cuda or mps.
+        quiet: show no progress.
     """
     from vitrim.compression.leaderboard import leaderboard as run
     from vitrim.report.leaderboard import table
@@ -78,5 +78,5 @@ def leaderboard(
 
 
 def _styled(cell: str) -> str | Text:
-    """Return a cell as it is, or in bold where Markdown would have it so."""
+    """Return a cell as it is, or in bold if it is bold in Markdown."""
     return Text(cell.strip("*"), style="bold") if cell.startswith("**") else cell

@@ -30,8 +30,8 @@ def inspect(
     Args:
         model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, timm/NAME@FILE, or a model folder.
         scope: dotted path of the part to look at.
-        activity: images to run: how many hidden units of each MLP are active.
-        limit: at most this many of them.
+        activity: images to run, to show how many hidden units of each MLP are active.
+        limit: use at most this many images.
     """
     from vitrim.inspection import HEADER
     from vitrim.inspection import inspect as look
@@ -48,7 +48,7 @@ def inspect(
         shares = [(row.path, row.nonzero, *row.above.values(), row.silent) for row in found.activity]
         print_table(header, [(path, *(f"{s:.1%}" for s in rates), silent) for path, *rates, silent in shares])
     if found.checkpoint is not None:
-        at = found.rows()[0][0] if budget.any_given() else "params_ratio 0.5"  # what is done where none is given
+        at = found.rows()[0][0] if budget.any_given() else "params_ratio 0.5"  # the default of prune-checkpoint
         print_table((f"prune-checkpoint at {at}", ""), found.checkpoint.rows())
     print_notes(found.notes)
 
@@ -65,18 +65,18 @@ def evaluate(
     device: str = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a model beside the one it was made from.
+    """Compare a model with the one it was made from.
 
     Example: vitrim evaluate small --against timm/vit_base_patch14_dinov2.lvd142m --data photos/
 
     Args:
         student: the small model.
         against: the model to compare with.
-        data: images to judge on; with labels, kNN, linear probe and top-1 are measured, too.
-        index: labelled images for kNN and the probe to learn from; without, 80% of data.
-        limit: at most this many images.
-        split: which part of a data source that has parts.
-        device: auto, cpu, cuda, mps.
+        data: images to evaluate on; with labels, kNN, linear probe and top-1 are measured too.
+        index: labelled images for kNN and the linear probe to learn from; by default 80% of data.
+        limit: use at most this many images.
+        split: the part to use of a data source that has several, such as train and test.
+        device: auto, cpu, cuda or mps.
     """
     from vitrim.evaluation import evaluate as measure
 
@@ -107,16 +107,16 @@ def zero_shot(
     Example: vitrim zero-shot small --text-from open_clip/ViT-B-16/laion2b_s34b_b88k --data imagenet/val
 
     Args:
-        model: a pair, or an image tower of the same space.
+        model: an image-text pair such as CLIP, or an image tower made from one.
         data: labelled images.
-        names: imagenet, or a text file with a name a line, in the order of the labels.
-        templates: openai, simple, or a text file of templates with {} for the name.
-        text_from: the pair whose text tower makes the classifier; without, the model itself.
-        cache: folder that keeps classifiers between runs.
-        limit: at most this many images.
-        split: which part of a data source that has parts.
-        device: auto, cpu, cuda, mps.
-        quiet: no progress.
+        names: imagenet, or a text file with one class name per line, in the order of the labels.
+        templates: openai, simple, or a text file of templates with {} for the class name.
+        text_from: the pair whose text tower makes the classifier; by default the model itself.
+        cache: folder in which classifiers are kept between runs.
+        limit: use at most this many images.
+        split: the part to use of a data source that has several, such as train and test.
+        device: auto, cpu, cuda or mps.
+        quiet: show no progress.
     """
     from vitrim.clip.tasks import zero_shot as classify
 
@@ -150,19 +150,19 @@ def retrieval(
     quiet: bool = False,
     as_json: Json = False,
 ) -> None:
-    """Find captions by images and images by captions, with a CLIP model or its pruned image tower.
+    """Search captions by images and images by captions, with a CLIP model or its pruned image tower.
 
     Example: vitrim retrieval small --text-from open_clip/ViT-B-16/laion2b_s34b_b88k --pairs flickr30k.parquet
 
     Args:
-        model: a pair, or an image tower of the same space.
-        pairs: images with captions: tar shards, parquet, or JSON as COCO has it.
-        text_from: the pair whose text tower embeds the captions; without, the model itself.
-        image_folder: where the images that a JSON names are.
-        limit: at most this many images.
-        split: which part of a source that has parts.
-        device: auto, cpu, cuda, mps.
-        quiet: no progress.
+        model: an image-text pair such as CLIP, or an image tower made from one.
+        pairs: images with captions: tar shards, parquet, or JSON in COCO's format.
+        text_from: the pair whose text tower embeds the captions; by default the model itself.
+        image_folder: folder with the images that a JSON file names.
+        limit: use at most this many images.
+        split: the part to use of a source that has several, such as train and test.
+        device: auto, cpu, cuda or mps.
+        quiet: show no progress.
     """
     from vitrim.clip.tasks import retrieval as search
 
@@ -184,7 +184,7 @@ def retrieval(
 
 @app.command
 def methods(*, as_json: Json = False) -> None:
-    """List the methods: paper, what each needs, what it does.
+    """List the methods with their paper, what each needs and what it does.
 
     Example: vitrim methods --json
     """
@@ -195,5 +195,5 @@ def methods(*, as_json: Json = False) -> None:
 
 
 def _grouped(keys: Sequence[tuple]) -> dict[tuple, int]:
-    """Return how often each key occurs, in order of first sight."""
+    """Return how often each key occurs, in order of first occurrence."""
     return {key: list(keys).count(key) for key in dict.fromkeys(keys)}

@@ -35,12 +35,12 @@ def compress(
     Example: vitrim compress timm/vit_base_patch14_dinov2.lvd142m --data photos/ --out small --recover-epochs 2
 
     Args:
-        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, or a model folder; may stand in the recipe.
+        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, or a model folder; or named in the recipe.
         out: folder to write; it must not exist.
         data: folder of images, parquet, saved dataset, tar shards ("pipe:COMMAND" and "hf-stream:NAME" too) or
             "digits", all without labels; texts for a text encoder.
-        resume: go on with a run into this folder that was stopped.
-        quiet: no progress.
+        resume: continue a stopped run that was writing this folder.
+        quiet: show no progress.
     """
     from vitrim.compression.pipeline import compress as run
     from vitrim.distributed.processes import is_main
@@ -77,11 +77,11 @@ def prune_checkpoint(
     Args:
         source: a model folder, timm/NAME@FILE, or hf/ORG/NAME.
         out: folder to write; it must not exist.
-        data: images for selection and repair; without, units are picked on weights alone.
-        memory_budget: such as 4GB; what calibration needs above it goes to disk.
+        data: images for selection and repair; by default units are picked from weights alone.
+        memory_budget: memory that calibration may use, such as 4GB; the rest goes to disk.
         shard_size: largest size of a file, for libraries that read shards.
-        resume: go on with a run into this folder that was killed.
-        quiet: no progress.
+        resume: continue a killed run that was writing this folder.
+        quiet: show no progress.
     """
     from vitrim.compression.file_to_file import prune_checkpoint as prune
 
@@ -108,12 +108,12 @@ def prune_checkpoint(
 
 @app.command(name="slice")
 def slice_(source: Path, *, mlp_ratio: float, out: Path, as_json: Json = False) -> None:
-    """Cut an output of vitrim to one of its smaller widths, without data.
+    """Cut an output of vitrim to a smaller width, without data.
 
     Example: vitrim slice small --mlp-ratio 0.5 --out smaller
 
     Args:
-        source: a folder that vitrim wrote; best one with --elastic, which was trained for its widths.
+        source: a folder that vitrim wrote, ideally with --elastic, which trains it for several widths.
         mlp_ratio: hidden width as a multiple of the model width.
         out: folder to write; it must not exist.
     """
@@ -141,23 +141,23 @@ def tune_text(
     quiet: bool = False,
     as_json: Json = False,
 ) -> None:
-    """Tune the text tower of a CLIP model to its image tower, which stays as it is.
+    """Tune the text tower of a CLIP model to fit its image tower, which is not changed.
 
     Example: vitrim tune-text small --pairs flickr30k.parquet --out tuned --epochs 20
 
     Args:
-        model: a pair: a folder that vitrim or its library wrote, or a name.
-        pairs: images with captions: tar shards, parquet, or JSON as COCO has it.
+        model: an image-text pair: a folder that vitrim or its library wrote, or a name.
+        pairs: images with captions: tar shards, parquet, or JSON in COCO's format.
         out: folder to write; it must not exist.
-        steps: steps; one epoch without steps or epochs.
-        epochs: epochs.
-        lr: rate (default 1e-6, the paper's for EVA-CLIP-E; small towers want more).
-        batch_size: captions that a step compares (default 320).
-        image_folder: where the images that a JSON names are.
-        seed: makes two runs equal.
-        device: auto, cpu, cuda, mps.
-        resume: go on with a run into this folder that was stopped.
-        quiet: no progress.
+        steps: length in steps; one epoch if neither steps nor epochs is given.
+        epochs: length in epochs.
+        lr: learning rate (default 1e-6, the paper's for EVA-CLIP-E; small towers need more).
+        batch_size: captions compared in one step (default 320).
+        image_folder: folder with the images that a JSON file names.
+        seed: random seed; equal seeds give equal results.
+        device: auto, cpu, cuda or mps.
+        resume: continue a stopped run that was writing this folder.
+        quiet: show no progress.
     """
     from vitrim.clip.tasks import tune_text as tune
     from vitrim.distributed.processes import is_main
@@ -186,7 +186,7 @@ def tune_text(
 
 @app.command
 def demo(*, out: Path = Path("vitrim-demo"), recover_steps: int = 200) -> None:
-    """Cut a small ViT that comes with vitrim to half its size, on scikit-learn's digits: no network, a few minutes.
+    """Cut a small ViT that comes with vitrim to half its size, on scikit-learn's digits; offline, takes a few minutes.
 
     Example: vitrim demo --out my-first
 
@@ -202,21 +202,21 @@ def demo(*, out: Path = Path("vitrim-demo"), recover_steps: int = 200) -> None:
 
 
 def _recipe(cut: CutOptions, given: dict[str, Any]) -> Recipe:
-    """Return the recipe of a file, or an empty one, with what was given on the command line over it."""
+    """Return the recipe from a file, or an empty one, updated with the command line's values."""
     from vitrim.config.recipe import Recipe
 
     return Recipe.of(cut.recipe).updated({name: value for name, value in given.items() if value is not None})
 
 
 def _said_as_json(result: Result, as_json: bool) -> bool:
-    """Print a result as one JSON document, if so asked; return whether it was."""
+    """Print a result as one JSON document if `as_json`; return `as_json`."""
     if as_json:
         print_json({"out": str(result.out), **result.metrics.to_json()})
     return as_json
 
 
 def _say_written(result: Result, how: str) -> None:
-    """Print the closing table of a run, its notes and how the result is loaded."""
+    """Print a run's final table, its notes and the line that loads the result."""
     print_table(*result.table())
     print_notes(result.metrics.notes)
     say(f"{how}: {result.metrics.loads_with}")

@@ -1,6 +1,6 @@
-"""Options that several commands share, as they stand on the command line.
+"""Options that several commands share.
 
-What they mean is the recipe's business, and their help is the documentation of its fields.
+The recipe defines what they mean, and their help is the documentation of its fields.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ DGMR = field_docs("methods.dgmr", "Dgmr")
 
 
 def _help(text: str, *, switch: bool = False) -> Parameter:
-    """Return the help of an option; a `switch` can only be set."""
+    """Return the help of an option; a `switch` has no negative form."""
     return Parameter(help=text, negative="") if switch else Parameter(help=text)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """How small: at most one of the first five."""
+    """How small the result is; give at most one of the first five."""
 
     params_ratio: Annotated[float | None, _help(STEP["params_ratio"])] = None
     macs_ratio: Annotated[float | None, _help(STEP["macs_ratio"])] = None
@@ -45,11 +45,11 @@ class BudgetOptions:
     exact: Annotated[bool | None, _help(STEP["exact"], switch=True)] = None
 
     def any_given(self) -> bool:
-        """Whether it says how small, and not only how that is rounded."""
+        """Return whether a size was given, and not only how it is rounded."""
         return bool(self.given().keys() - {"round_to", "exact"})
 
     def given(self) -> dict[str, Any]:
-        """Return what was given."""
+        """Return the options that were given."""
         return {name: value for name, value in self.__dict__.items() if value is not None}
 
 
@@ -75,7 +75,7 @@ class CutOptions:
     scope: Annotated[str | None, _help(RECIPE["scope"])] = None
 
     def given(self) -> dict[str, Any]:
-        """Return what was given, as values over a recipe."""
+        """Return the options that were given, as updates to a recipe."""
         values = {
             "method": self.method,
             "allocate": self._allocate(),
@@ -88,7 +88,7 @@ class CutOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     def _options(self) -> dict[str, Any]:
-        """Return the method's options; values are read as YAML, as they would be in a recipe."""
+        """Return the method's options; values are parsed as YAML, as in a recipe."""
         from vitrim.config.yaml_files import read_yaml
 
         found: dict[str, Any] = {} if self.select_on is None else {"select_on": self.select_on}
@@ -100,7 +100,7 @@ class CutOptions:
         return found
 
     def _allocate(self) -> Any:
-        """Return the recipe's allocation; `{}` stands for its defaults."""
+        """Return the recipe's allocation; `{}` means its default options."""
         if self.allocate_cost is not None and self.allocate == "uniform":
             raise RecipeError("--allocate-cost goes with --allocate auto; drop one of the two.")
         if self.allocate_cost is not None:
@@ -108,7 +108,7 @@ class CutOptions:
         return {} if self.allocate == "auto" else self.allocate
 
     def _repair(self) -> Any:
-        """Return the recipe's repair from two switches; `{}` stands for its defaults."""
+        """Return the recipe's repair from the two switches; `{}` means its default options."""
         if self.repair is False:
             return False
         return {"refit": self.refit} if self.refit is not None else ({} if self.repair else None)
@@ -117,7 +117,7 @@ class CutOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What is trained after the cut; nothing without one of the first three."""
+    """What is trained after the cut; nothing is, without one of the first three."""
 
     recover_steps: Annotated[int | None, _help(RECOVER["steps"])] = None
     recover_epochs: Annotated[float | None, _help(RECOVER["epochs"])] = None
@@ -138,7 +138,7 @@ class TrainOptions:
     report_to: Annotated[str | None, _help(f"{RECOVER['report_to']} Separated by commas.")] = None
 
     def given(self) -> dict[str, Any]:
-        """Return what was given, as values over a recipe."""
+        """Return the options that were given, as updates to a recipe."""
         values: dict[str, Any] = {**self.__dict__, "steps": self.recover_steps, "epochs": self.recover_epochs}
         for name in ("elastic", "report_to"):
             values[name] = None if values[name] is None else values[name].split(",")

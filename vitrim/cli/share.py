@@ -13,12 +13,12 @@ from vitrim.cli.console import print_json, print_notes, print_table, say
 
 @app.command
 def report(*folders: Path, out: Path) -> None:
-    """Compare output folders of one original: a page with a table and a picture of cost against closeness.
+    """Compare output folders of one original, on a page with a table and a picture of cost against closeness.
 
     Example: vitrim report small-dgmr small-corp small-amp --out compare.html
 
     Args:
-        folders: two or more that compress wrote; no model is loaded.
+        folders: two or more folders that compress wrote; no model is loaded.
         out: HTML file to write; it must not exist.
     """
     from vitrim.report.compare import compare_runs
@@ -40,17 +40,17 @@ def export(
     opset: int | None = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in a form that runs without its library, and compare that with PyTorch.
+    """Write a model in a form that runs without its library, and compare it with PyTorch.
 
     Example: vitrim export small --to onnx --out small.onnx --data photos/
 
     Args:
         model: a folder that vitrim wrote, or any model that compress takes.
         out: file to write, ending in .onnx, .xml (OpenVINO) or .pt2 (torch); it must not exist.
-        to: the form. Batches may have any size; weights are float32.
-        data: images to compare on, besides noise.
-        tokens: give the pooled vector and the patch tokens, in place of what the model itself puts out.
-        opset: of ONNX; without, the one that torch prefers.
+        to: the form to write; it takes any batch size, and its weights are float32.
+        data: images to compare on, in addition to noise.
+        tokens: export the pooled vector and the patch tokens instead of the model's own output.
+        opset: ONNX opset; by default the one that torch prefers.
     """
     from vitrim.cost.memory import show_bytes
     from vitrim.output.export import TOLERANCE
@@ -82,8 +82,8 @@ def push(
     Example: vitrim push small my-org/dinov2-base-half --yes
 
     Args:
-        folder: what vitrim wrote.
-        repo: ORG/NAME; made if there is none.
+        folder: a folder that vitrim wrote.
+        repo: ORG/NAME; created if it does not exist.
     """
     from vitrim.cost.memory import show_bytes
     from vitrim.output.hub import push as run

@@ -1,1 +1,1 @@
-"""The main job and its relatives: compress, prune file to file, slice, and the cut that they share."""
+"""The main job and its variants: compress, prune file to file, slice, and the cut that they share."""

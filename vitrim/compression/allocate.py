@@ -1,11 +1,11 @@
-"""Widths that differ from MLP to MLP, under a budget for all of them together.
+"""Widths that differ between MLPs, under one budget for all of them together.
 
-One calibration pass on the uncut model gives each MLP's error at every width at once. What such an error does to the
-final features is measured by cutting that MLP alone, at a few widths. Then the widths of all MLPs are chosen together,
-to the optimum. All that was measured is kept in a file, so another budget takes no forward pass.
+One calibration pass on the uncut model gives each MLP's error at all widths at once. How such an error affects the
+final features is measured by cutting only that MLP, at a few widths. Then the widths of all MLPs are chosen together,
+optimally. All measurements are kept in a file, so another budget needs no forward pass.
 
-Errors of several MLPs are taken to add up, and what feedback, refit and recovery make good later is not foreseen; so
-the result is measured beside equal widths of the same cost.
+Errors of several MLPs are assumed to add up, and the later effects of feedback, refit and recovery are not modelled; so
+the result is compared with equal widths of the same cost.
 
 Shapes: H hidden units, D model width.
 """
@@ -51,14 +51,14 @@ from vitrim.types import MlpSite, MlpWeights, tensor_sha256
 
 PROBED = (0.5, 0.25, 0.125)  # shares of an MLP's units at which its effect on the final features is measured
 NUM_PROBE_IMAGES = 32
-TINY = 1e-9  # share of an MLP's energy below which an error is rounding
-WORST = 1e6  # stands for a relative error that is no number
+TINY = 1e-9  # share of an MLP's energy below which an error is rounding error
+WORST = 1e6  # replaces a relative error that is infinite or not a number
 TIMED_IMAGES, TIMED_ROUNDS, MAX_TIMED = 8, 15, 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """The widths that were found, by path of the MLP, and `about`, which says how."""
+    """The widths that were found, by path of the MLP, and how they were found (`about`)."""
 
     units: Mapping[str, int]
     about: Mapping[str, Any]
@@ -67,9 +67,9 @@ class Allocation:
 
 @dataclass(kw_only=True)
 class _Measured:
-    """What allocation goes by: by site, final error at widths 1..H and tokens an image; times in ns by shape and width.
+    """Measurements: by site, final error at widths 1..H and tokens per image; by shape and width, times in ns.
 
-    It stands in a file, unless `path` is None.
+    They are kept in a file, unless `path` is None.
     """
 
     path: Path | None
@@ -80,7 +80,7 @@ class _Measured:
 
     @classmethod
     def kept_at(cls, path: Path | None) -> _Measured:
-        """What an earlier run has left, or nothing yet.
+        """Return the measurements of an earlier run, or an empty record if there are none.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -93,7 +93,7 @@ class _Measured:
             raise CheckpointError(f"{path}: can't be read ({error!r:.100}); remove it, it is only a cache.") from None
 
     def save(self) -> None:
-        """Keep it for the next budget."""
+        """Write the measurements to the file, for use with another budget."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, {name: value for name, value in self.__dict__.items() if name != "path"})
@@ -101,7 +101,7 @@ class _Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """Which method picks units, whether repair follows, and from which seed."""
+    """How units are picked: the method, the repair that follows (or None), and the seed."""
 
     method: SiteMethod
     repair: RepairOptions | None
@@ -117,18 +117,18 @@ def allocate(
     *,
     context: RunContext,
 ) -> Allocation:
-    """Find each MLP's width; equal ones say how much all may cost together.
+    """Find each MLP's width; the cost of equal widths is the budget.
 
     Args:
-        recipe: its first step asks for it.
+        recipe: the recipe; its first step asks for allocation.
         uniform: hidden units of each MLP at equal widths, by path.
-        teacher: the uncut model, in eval mode; it is not changed.
+        teacher: the uncut model in eval mode, which is not changed.
         sites: the MLPs to cut.
         batches: calibration images.
-        context: its work folder keeps the measurements, if the recipe names no folder for them.
+        context: its work folder stores the measurements, if the recipe names no folder for them.
 
     Raises:
-        RecipeError: there are no images, or the method decides about the whole model by itself.
+        RecipeError: there are no images, or the method decides for the whole model at once.
     """
     step = recipe.steps[0]
     method, options = step.make_method(), step.allocate
@@ -153,12 +153,12 @@ def compare_with_uniform(
     sites: Sequence[MlpSite],
     split: Split,
 ) -> tuple[float, str]:
-    """Cut once more, at equal widths of the same cost, and compare.
+    """Cut a second time, at equal widths of the same cost, and compare.
 
     Args:
-        recipe: what was asked for.
+        recipe: the user's recipe.
         uniform: the equal widths, by path.
-        judged: how the student that was cut by the allocation does on the held-out images.
+        judged: closeness of the student that was cut by the allocation, on the held-out images.
         teacher: the uncut model.
         sites: the MLPs.
         split: calibration and held-out images.
@@ -182,7 +182,7 @@ def _solved(
     sites: Sequence[MlpSite],
     found: _Measured,
 ) -> Allocation:
-    """Return the best widths by what was measured."""
+    """Return the best widths for the measurements."""
     grids = [_grid(site, uniform[site.path], round_to, timed=counted == "latency") for site in sites]
     if counted == "latency":
         for site, grid in zip(sites, grids, strict=True):
@@ -207,12 +207,12 @@ def _solved(
 
 
 def _sum(values: Sequence[NDArray[Any]], choices: Sequence[int]) -> float:
-    """The sum of one value of each MLP."""
+    """Return the sum of one chosen value per MLP."""
     return sum(value_J[j].item() for value_J, j in zip(values, choices, strict=True))
 
 
 def _cost(counted: Counted, site: MlpSite, width: int, found: _Measured) -> int:
-    """What an MLP of a width costs: parameters, multiply-accumulates an image, or nanoseconds."""
+    """Return what an MLP of a width costs: parameters, multiply-accumulates per image, or nanoseconds."""
     if counted == "params":
         return site_parameters(site, width)
     if counted == "macs":
@@ -221,13 +221,13 @@ def _cost(counted: Counted, site: MlpSite, width: int, found: _Measured) -> int:
 
 
 def _grid(site: MlpSite, uniform: int, round_to: int, *, timed: bool) -> list[int]:
-    """Widths to choose from: multiples of `round_to`, not too many to time, the uniform width and all units."""
+    """Return the widths to choose from: multiples of `round_to` (few if timed), the uniform width and all units."""
     step = round_to * (max(1, -(-site.d_hidden // (round_to * MAX_TIMED))) if timed else 1)
     return sorted({*range(step, site.d_hidden + 1, step), uniform, site.d_hidden})
 
 
 def _key(request: _Request, teacher: nn.Module, sites: Sequence[MlpSite], batches: Sequence[Tensor]) -> str:
-    """Hash of all that decides what is measured: weights, images, method, options, seed, repair, versions."""
+    """Return a hash of all that affects the measurements: weights, images, method, options, seed, repair, versions."""
     digest, repair = hashlib.sha256(), request.repair
     about = {
         "method": request.method.name,
@@ -252,14 +252,14 @@ def _measure_(
     batches: Sequence[Tensor],
     quiet: bool,
 ) -> None:
-    """The one pass over the calibration images, each MLP seen uncut."""
+    """Measure all MLPs in one pass over the calibration images; each MLP sees an uncut model."""
     num_held_out = max(1, len(batches) // 10) if len(batches) > 1 else 0
     num_images = sum(map(len, batches[: len(batches) - num_held_out]))
     images = batches[-1][:NUM_PROBE_IMAGES]
     judged = [(images, features_on_cpu(teacher, images, "final"))]
 
     def judge(edit: KeepUnits) -> float:
-        """Error of the final features where this is the only cut."""
+        """Return the error of the final features if this is the only cut."""
         student = copy.deepcopy(teacher)
         apply_(student, [edit])
         return min(WORST, relative_error(student, judged, "final"))
@@ -282,7 +282,7 @@ def _measure_(
 
 @dataclass(frozen=True, kw_only=True)
 class _Picks:
-    """One MLP, the `number`th in forward order, and what a method picks of its units."""
+    """One MLP, the `number`th in forward order, and which of its units a method picks."""
 
     request: _Request
     visit: SiteVisit
@@ -291,21 +291,21 @@ class _Picks:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """All units, the first to be kept first."""
+        """All units in the order in which they are kept, most important first."""
         return self.first(self.weights.num_units)
 
     def first(self, width: int) -> tuple[int, ...]:
-        """What the method picks for a width, as `cut_` asks it."""
+        """Return the units that the method picks for a width, asked as `cut_` asks."""
         seed = self.request.seed + self.number
         return select(self.weights, self.visit.site, self.visit, width, self.request.method, seed).keep
 
     def nested(self) -> bool:
-        """Whether fewer units are the first of more."""
+        """Return whether the units picked for half the width are the first ones of the full order."""
         half = max(1, len(self.order) // 2)
         return set(self.first(half)) == set(self.order[:half])
 
     def curve(self, judge: Callable[[KeepUnits], float]) -> Values:
-        """Error of the final features at widths 1..H, from the MLP's own error at all and theirs at a few."""
+        """Return the final features' error at widths 1..H, interpolated from a few widths by the MLP's own error."""
         repair, order = self.request.repair, torch.tensor(self.order)
         own_H = self._own_errors(order, repaired=repair is not None).cpu().numpy()
         widths = sorted({max(1, round(share * len(order))) for share in PROBED}, reverse=True)
@@ -313,7 +313,7 @@ class _Picks:
         return through(own_H, own_H[np.array(widths) - 1], np.array(final))
 
     def _own_errors(self, order: Tensor, *, repaired: bool) -> Tensor:
-        """Share of the MLP's output, as the layer scale lets it through, that the first 1..H units don't give."""
+        """Return the share of the MLP's output (times its layer scale) that is missing with the first 1..H units."""
         stats, weight_DH = self.visit.stats, self.weights.output_DH.to(self.visit.stats.cross_HD)
         scale_D = torch.ones(len(weight_DH)) if self.visit.scale_D is None else self.visit.scale_D
         scale_D = scale_D.to(weight_DH)
@@ -326,7 +326,7 @@ class _Picks:
         return missing_H / missing_H[0].clamp(min=torch.finfo(missing_H.dtype).tiny)
 
     def _edit(self, keep: tuple[int, ...], repair: RepairOptions | None) -> KeepUnits:
-        """The cut to these units alone, with the repair that follows it."""
+        """Return the cut to these units alone, with the repair that follows it."""
         edit, weights = KeepUnits(site=self.visit.site, keep=keep), self.weights
         if repair is None:
             return edit
@@ -337,12 +337,12 @@ class _Picks:
 
 
 def through(own_H: Values, own_P: Values, final_P: Values) -> Values:
-    """Final errors at all widths: straight lines in the MLP's own error, from zero through what was measured.
+    """Interpolate final errors at all widths: piecewise linear in the MLP's own error, through zero and the measured.
 
     Args:
         own_H: the MLP's error at widths 1..H.
-        own_P: the same where the final error was measured.
-        final_P: the final error there; one that falls while the MLP's own rises counts as equal.
+        own_P: the MLP's error at the widths where the final error was measured.
+        final_P: the final error there; where it falls although the MLP's own error rises, it is held constant.
     """
     rising = np.argsort(own_P, kind="stable")
     x = np.concatenate([[0.0], np.maximum(own_P[rising], TINY)])
@@ -351,7 +351,7 @@ def through(own_H: Values, own_P: Values, final_P: Values) -> Values:
 
 
 def _shape(site: MlpSite, found: _Measured) -> str:
-    """What decides an MLP's time: MLPs of one shape are timed once."""
+    """Return a key of all that determines an MLP's time, so that MLPs of one shape are timed once."""
     return f"{site.label}, {site.d_model}, {site.d_hidden}, {_timed_tokens(site, found)} tokens"
 
 
@@ -360,10 +360,10 @@ def _timed_tokens(site: MlpSite, found: _Measured) -> int:
 
 
 def _time_(found: _Measured, teacher: nn.Module, site: MlpSite, widths: Sequence[int]) -> None:
-    """Time an MLP at those widths that have not been timed, in turns, so that a slow moment hits all alike.
+    """Time an MLP at widths not yet timed, in alternating rounds, so that a slow moment affects all alike.
 
     Raises:
-        RecipeError: it can't be run by itself.
+        RecipeError: the MLP can't be run by itself.
     """
     known, make_timer = found.times.setdefault(_shape(site, found), {}), import_timer()
     device, timers = device_of(teacher), {}
@@ -380,7 +380,7 @@ def _time_(found: _Measured, teacher: nn.Module, site: MlpSite, widths: Sequence
             for width, timer in timers.items():
                 try:
                     seen[width].append(timer.timeit(1).mean)
-                except Exception as error:  # a foreign module that wants more than tokens says so in its own way
+                except Exception as error:  # a foreign module that needs more inputs than tokens may raise anything
                     reason = f"{type(error).__name__}: {error}"
                     raise RecipeError(
                         f"allocate.cost: {site.path} can't be timed by itself ({reason:.100}); use macs."

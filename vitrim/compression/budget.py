@@ -1,6 +1,6 @@
-"""Turns a budget of the whole model into hidden units of each MLP, and widths into ones that a library can load.
+"""Turns a budget for the whole model into hidden units of each MLP, and widths into ones that a library can load.
 
-A budget is a ceiling: the largest equal share of all MLPs' units is taken with which the model stays within it.
+A budget is an upper limit: all MLPs keep the largest equal share of units with which the model stays within it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitrim.models.origin import Origin
 from vitrim.models.stock import nearest_stock_width
 from vitrim.types import MlpSite
 
-HALVINGS = 40  # of the share of units: finer than one unit of the widest MLP there is
+HALVINGS = 40  # bisection steps for the share of units: finer than one unit of any real MLP
 
 
 def solve_widths(
@@ -34,12 +34,12 @@ def solve_widths(
     Args:
         width: the budget and how it is rounded.
         sites: MLPs to cut, by paths from the encoder.
-        encoder: holds them; it may be on the meta device.
-        inputs: a batch that it takes, for MACs; its values play no part.
-        original: the uncut encoder, of which a budget is a share, where the encoder has been cut before.
+        encoder: the module that holds them; it may be on the meta device.
+        inputs: a batch of inputs, needed to count MACs; its values play no part.
+        original: the uncut encoder that the budget refers to, if `encoder` has been cut before.
 
     Raises:
-        BudgetError: a width is outside what an MLP has, or the MLPs can't give what was asked for.
+        BudgetError: a width is outside what an MLP has, or the MLPs can't meet the budget.
     """
     width.check(sites)
     if not width.is_of_the_model:
@@ -49,7 +49,7 @@ def solve_widths(
 
 @dataclass(frozen=True, kw_only=True)
 class _Cost:
-    """What a budget counts: all of the original, what no cut of MLPs changes, and an MLP at a width."""
+    """A cost: the original's total, the part that cutting MLPs never changes, and one MLP's cost at a width."""
 
     total: int
     fixed: int
@@ -60,7 +60,7 @@ class _Cost:
 def _cost_of(
     width: Width, sites: Sequence[MlpSite], encoder: nn.Module, inputs: Tensor | None, original: nn.Module
 ) -> _Cost:
-    """Count parameters or MACs, as the budget asks."""
+    """Count parameters or MACs, depending on the budget."""
     if width.kind == "params_ratio":
         now, total, words, of_site = num_parameters(encoder), num_parameters(original), "parameters", site_parameters
     else:
@@ -77,7 +77,7 @@ def _cost_of(
 
 
 def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict[str, int]:
-    """Return the widths at the largest equal share of units with which the model stays within the budget."""
+    """Return the widths at the largest equal share of units that keeps the model within the budget."""
 
     def at(share: float) -> dict[str, int]:
         return {site.path: _units(width, site, share) for site in sites}
@@ -103,27 +103,29 @@ def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict
 
 
 def _units(width: Width, site: MlpSite, share: float) -> int:
-    """Return a share of an MLP's units, rounded down to the multiple asked for, or its own width."""
+    """Return a share of an MLP's units, rounded down to the multiple asked for; its own width and all units stay."""
     own = [path for path in width.own if is_end(path, site.path)]
     if own:
         return width.of(site)
     units = share * site.d_hidden
+    if units >= site.d_hidden:
+        return site.d_hidden
     multiple = 1 if width.exact or units < width.round_to else width.round_to
     return max(1, min(site.d_hidden, int(units / multiple) * multiple))
 
 
 def _ceiling(ratio: float) -> float:
-    """Round a ratio up to two digits."""
+    """Return a ratio rounded up to two digits."""
     return -(-ratio * 100 // 1) / 100
 
 
 def near_stock(
     widths: Mapping[str, int], origin: Origin, sites: Sequence[MlpSite]
 ) -> tuple[Mapping[str, int], str | None]:
-    """Return the nearest widths that the model's own library can load, and a note where they are others.
+    """Return the nearest widths that the model's own library can load, with a note if they differ from those asked for.
 
     Args:
-        widths: hidden units by path, in one proportion to the model width.
+        widths: hidden units by path, all in the same proportion to the model width.
         origin: how the uncut model is built.
         sites: every MLP that is cut, by paths from the encoder.
     """

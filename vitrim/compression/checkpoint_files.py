@@ -1,4 +1,4 @@
-"""Passes every tensor of a checkpoint from the source to the output, cut where it must be, and reads it back."""
+"""Copies every tensor of a checkpoint from the source to the output, cuts those that change, and reads them back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """Sizes of source and output, and whether the model's own library loads the output."""
+    """Sizes of source and output, and whether the model's own library can load the output."""
 
     before: ModelCost
     after: ModelCost
@@ -36,26 +36,26 @@ class Written:
 
 
 def _shard_bytes(job: CheckpointJob, plan: Plan, shard_bytes: int) -> int | None:
-    """Return the size of a shard; None for one file, where the library reads no shards and shall load the result."""
+    """Return the size limit of a file; None for a single file, if the library to load the result reads no shards."""
     return shard_bytes if job.backend.SHARDED or stock_origin(job.origin, plan.edits) is None else None
 
 
 def write_checkpoint(
     job: CheckpointJob, plan: Plan, folder: Path, work: Path, *, shard_bytes: int, context: RunContext
 ) -> Written:
-    """Write config and tensors into the folder of an output, checked as they stand on disk.
+    """Write config and tensors into an output folder, and check them as they are on disk.
 
     Args:
         job: the checkpoint.
-        plan: what is cut.
+        plan: the edits.
         folder: the folder of the output.
-        work: folder for tensors until they are whole.
+        work: folder for tensors until all are complete.
         shard_bytes: largest size of a file, for libraries that read shards.
-        context: whether the run resumes, and shows progress.
+        context: whether the run resumes, and whether it shows progress.
 
     Raises:
-        CheckpointError: the cut architecture has other shapes.
-        OutputError: the disk is too small, or gives back other bytes.
+        CheckpointError: the tensors' shapes differ from those of the cut architecture.
+        OutputError: the disk is too small, or the bytes read back differ from those written.
     """
     touched = edit_of(plan.edits)
     student = build_empty(job.origin)
@@ -87,17 +87,17 @@ def write_checkpoint(
 
 
 def _layout(job: CheckpointJob, plan: Plan) -> Layout:
-    """Names, types and shapes of the output, in the order of the source."""
+    """Return names, types and shapes of the output, in the order of the source."""
     fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
     shapes = [tuple(tensor.shape) for _, tensor in transform(fakes, _shapes_alone(plan))]
     return [(name, info.dtype, shape) for (name, info), shape in zip(job.files.infos.items(), shapes, strict=True)]
 
 
 def _check_shapes(job: CheckpointJob, layout: Layout, student: nn.Module) -> None:
-    """Hold the output's shapes to those of the cut architecture.
+    """Check the output's shapes against those of the cut architecture.
 
     Raises:
-        CheckpointError: one differs.
+        CheckpointError: a shape differs.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
     for name, _, shape in layout:
@@ -106,7 +106,7 @@ def _check_shapes(job: CheckpointJob, layout: Layout, student: nn.Module) -> Non
 
 
 def _pass_through(job: CheckpointJob, plan: Plan, writer: TensorWriter, *, quiet: bool) -> None:
-    """Pass every tensor that is not there yet from the source to the output; what no edit touches by its bytes."""
+    """Copy every tensor that is not yet in the output; those that no edit touches are copied byte by byte."""
     touched = edit_of(plan.edits)
     try:
         with progress("write", len(writer.places), quiet=quiet) as bar:
@@ -125,7 +125,7 @@ def _pass_through(job: CheckpointJob, plan: Plan, writer: TensorWriter, *, quiet
 
 
 def _check_written(weights: Path, layout: Layout, writer: TensorWriter) -> None:
-    """Read the output back: names, types, shapes, and the checksum of every tensor as it was read or made.
+    """Read the output back and compare names, types, shapes and the checksum of every tensor.
 
     Raises:
         OutputError: something differs.
@@ -138,7 +138,7 @@ def _check_written(weights: Path, layout: Layout, writer: TensorWriter) -> None:
 
 
 def _shapes_alone(plan: Plan) -> list[Edit]:
-    """Edits whose repaired tensors are empty ones of the right shape, so that shapes are known without reading."""
+    """Return the edits with empty tensors of the right shape, so that shapes are known without reading values."""
     return [
         replace(edit, tensors=edit.tensors.fakes()) if isinstance(edit.tensors, TensorFiles) else edit
         for edit in plan.edits

@@ -1,7 +1,6 @@
-"""Cuts a student block after block: a method selects, least squares repairs, surgery cuts, a short refit settles.
+"""Cuts a student block by block: a method selects, least squares repairs, surgery cuts, a short refit adjusts.
 
-This is the one place where the four meet. It decides nothing itself and touches no module but through surgery and
-refit.
+These four meet only here. This module decides nothing itself, and changes modules only through surgery and refit.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from vitrim.types import MlpSite, MlpWeights, SiteView
 
 @dataclass(frozen=True, kw_only=True)
 class CutReport:
-    """What the cut did at each site: errors per token against the target, and notes for the user."""
+    """What the cut did at each MLP: errors per token relative to the target, and notes for the user."""
 
     plan: Plan
     errors: Mapping[str, Mapping[str, float]]
@@ -57,27 +56,27 @@ def cut_(
     offload: Path | None = None,
     moments: torch.dtype = torch.float64,
 ) -> CutReport:
-    """Cut a student in place, by each of a recipe's steps in turn.
+    """Cut a student in place, applying a recipe's steps in turn.
 
     Args:
-        student: a copy of the teacher.
+        student: a copy of the teacher, which is changed.
         teacher: the original.
         sites: MLPs to cut.
-        recipe: steps, seed.
+        recipe: steps and seed.
         batches: calibration images, or None: then only methods that need weights alone can run, without repair.
-        widths: hidden units that the first step keeps of each MLP, by path; without, what the recipe's budget comes to.
+        widths: hidden units that the first step keeps of each MLP, by path; by default from the recipe's budget.
         quiet: show no progress.
-        done: edits that the student has behind it, from a run that was stopped; for a recipe of one step.
-        keep_edit: called with each cut of an MLP and its errors; what it returns stands in the plan in its place.
+        done: edits already made to the student by a run that was stopped; for a recipe of one step.
+        keep_edit: called with each cut of an MLP and its errors; its result replaces the cut in the plan.
         offload: folder for calibration activations; None keeps them in memory.
         moments: type in which second moments are stored.
 
     Returns:
-        The plan (with the tensors that came of repair) and what was measured on the way.
+        The plan (with the tensors from repair) and what was measured on the way.
 
     Raises:
         BudgetError: a width is outside what an MLP has.
-        RecipeError: the method needs images and there are none.
+        RecipeError: the method needs images and none are given.
     """
     edits: list[Edit] = list(done)
     errors: dict[str, dict[str, float]] = {}
@@ -115,10 +114,10 @@ def _widths(
     teacher: nn.Module,
     batches: Sequence[Tensor] | None,
 ) -> dict[str, int]:
-    """Return what the budget of a step comes to, of the student as the steps before it have left it.
+    """Return the widths that a step's budget leads to, for the student as the steps before left it.
 
     Raises:
-        BudgetError: the MLPs can't give it, or it has to be found by trying.
+        BudgetError: the MLPs can't meet the budget, or it can only be met by trial, which is not done here.
     """
     width, method = recipe.width(number), recipe.steps[number].make_method()
     if method.goes_by() == "share" and width.is_of_the_model:
@@ -130,7 +129,7 @@ def _widths(
 
 @dataclass(kw_only=True)
 class _StepRun:
-    """One method at work on a student; `edits` and `errors` grow as it goes."""
+    """One step applied to a student; `edits` and `errors` grow as it runs."""
 
     student: nn.Module
     teacher: nn.Module
@@ -151,13 +150,13 @@ class _StepRun:
         self.repair = self.step.repair_options() if self.batches is not None else None
 
     def run_(self, quiet: bool) -> list[str]:
-        """Ask the method and do what it says; return notes for the user."""
+        """Ask the method for edits and carry them out; return notes for the user."""
         if isinstance(self.method, ModelMethod):
             return self._propose_(self.method, quiet)
         return self._cut_sites_({}, quiet)
 
     def _propose_(self, method: ModelMethod, quiet: bool) -> list[str]:
-        """Carry out a method's edits as it hands them out; cuts that bring no tensors along are repaired at the end."""
+        """Carry out a method's edits one by one; cuts without tensors of their own are made and repaired at the end."""
         if method.needs == "images" and self.batches is None:
             raise RecipeError(f"method: {method.name} needs calibration images; pass data.")
         chosen: dict[str, KeepUnits] = {}
@@ -178,7 +177,10 @@ class _StepRun:
         return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
 
     def _cut_sites_(self, chosen: Mapping[str, KeepUnits], quiet: bool) -> list[str]:
-        """Cut MLP after MLP: the units that were chosen, or those that the method selects now; then repair."""
+        """Cut the MLPs one by one, to the chosen units or else to those that the method selects, and repair each.
+
+        Return notes for the user.
+        """
         notes: list[str] = []
         with progress("cut", len(chosen) or len(self.sites), quiet=quiet) as bar:
             bar.done = len(self.behind)
@@ -192,17 +194,17 @@ class _StepRun:
                 kept = edit if self.keep_edit is None else self.keep_edit(edit, self.errors.get(site.path, {}))
                 self.edits.append(kept)
                 bar.advance(1, site.path)
-                del visit  # its sums must not live on beside those of the next one
+                del visit  # frees its sums before those of the next MLP are made
         return notes
 
     def _select(self, site: MlpSite, visit: SiteVisit | None) -> KeepUnits:
-        """Ask the method which units of an MLP stay."""
+        """Ask the method which units of an MLP to keep."""
         assert isinstance(self.method, SiteMethod)
         weights, seed = read_weights(self.student, site), self.seed + len(self.edits)
         return select(weights, site, visit, self.widths[site.path], self.method, seed)
 
     def _visits(self, chosen: Mapping[str, KeepUnits]) -> Iterator[tuple[MlpSite, SiteVisit | None]]:
-        """Sites in the order in which they are cut, with what calibration saw of them, where anything asks for it."""
+        """Yield sites in the order in which they are cut, with calibration data if selection or repair needs it."""
         sites = [site for site in self.sites if site.path in chosen or not chosen]
         looks = self.method.needs == "images" and not chosen
         if self.batches is None or (self.repair is None and not looks):
@@ -227,7 +229,7 @@ class _StepRun:
 
 
 def _sites_left(student: nn.Module, sites: Sequence[MlpSite], step: Step) -> list[MlpSite]:
-    """Return the MLPs of a student that has been cut, as they are now, among those that were asked for."""
+    """Return those of the given MLPs that a partly cut student still has, as they are now."""
     asked = {site.path for site in sites}
     try:
         left = [site for site in find_mlps(student) if site.path in asked]
@@ -239,7 +241,7 @@ def _sites_left(student: nn.Module, sites: Sequence[MlpSite], step: Step) -> lis
 
 
 def _nothing_left(name: str) -> SiteNotFoundError:
-    """Return the error of a step that would do nothing."""
+    """Return the error to raise for a step that would do nothing."""
     return SiteNotFoundError(
         f"steps: {name} finds no MLP as it needs one, since the steps before it replaced them all; put it first, "
         "or leave it out."
@@ -247,7 +249,7 @@ def _nothing_left(name: str) -> SiteNotFoundError:
 
 
 def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
-    """Return the plan of a recipe; the options of several methods stand under their names."""
+    """Return a recipe's plan; with several methods, `options` holds each one's options under its name."""
     methods = [step.make_method() for step in recipe.steps]
     options = {method.name: method.model_dump(mode="json") for method in methods}
     return Plan(
@@ -260,9 +262,9 @@ def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
 
 
 def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> None:
-    """Keep a finished cut, so that a stopped recovery can go on from it."""
+    """Save a finished cut, so that a run stopped during recovery can be resumed."""
     tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
-    for number, edit in enumerate(cut.plan.edits):  # what a later edit has cut again is not in the student any more
+    for number, edit in enumerate(cut.plan.edits):  # the student no longer holds what a later edit has cut again
         changed = {name: t for name, t in edit.tensors.items() if not _holds(tensors, name, t)}
         tensors |= {_own_name(number, name): tensor.contiguous() for name, tensor in changed.items()}
     save_file(tensors, work / "cut.safetensors")
@@ -272,11 +274,11 @@ def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> 
 
 
 def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | None:
-    """Take up the cut that `save_cut` kept, in place; None where there is none.
+    """Restore in place the cut that `save_cut` saved; return None if there is none.
 
     Raises:
-        RecipeError: it was made by another recipe.
-        CheckpointError: it is damaged.
+        RecipeError: the cut was made by another recipe.
+        CheckpointError: the saved files are damaged.
     """
     if not (work / CUT_STATE).exists():
         return None
@@ -299,19 +301,19 @@ def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | N
 
 
 def _holds(tensors: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
-    """Whether a mapping has a tensor under a name, bit for bit."""
+    """Return whether a mapping holds exactly this tensor under a name."""
     return (
         name in tensors and tensors[name].shape == tensor.shape and torch.equal(tensors[name], tensor.to(tensors[name]))
     )
 
 
 def _own_name(number: int, name: str) -> str:
-    """Under which name an edit's own tensor is kept."""
+    """Return the name under which an edit's own tensor is saved."""
     return f"edit {number}: {name}"
 
 
 def _tensor_of(tensors: Mapping[str, Tensor], number: int, name: str) -> Tensor:
-    """An edit's tensor: its own, or the one that stands in the student, copied, since that will be trained."""
+    """Return an edit's tensor: its own if saved, else a copy of the student's, since that one will be trained."""
     own = _own_name(number, name)
     return tensors[own] if own in tensors else tensors[name].clone()
 
@@ -319,7 +321,7 @@ def _tensor_of(tensors: Mapping[str, Tensor], number: int, name: str) -> Tensor:
 def select(
     weights: MlpWeights, site: MlpSite, visit: SiteVisit | None, width: int, method: SiteMethod, seed: int
 ) -> KeepUnits:
-    """Ask a method which units of an MLP stay."""
+    """Ask a method which units of an MLP to keep, and return the cut."""
     view = SiteView(
         site=site,
         weights=weights,
@@ -334,9 +336,9 @@ def select(
 def _repair_(
     student: nn.Module, edit: KeepUnits, visit: SiteVisit, repair: RepairOptions, seed: int
 ) -> tuple[KeepUnits, dict[str, float]]:
-    """Least squares, the cut itself, then the refit; the edit ends up with the tensors that came of it."""
+    """Fit by least squares, cut, then refit; return the edit with the resulting tensors, and errors per token."""
     original, site, keep = edit, edit.site, torch.tensor(edit.keep)
-    if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then see what they are
+    if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then measure them
         apply_(student, [edit])
         site, keep = replace(site, d_hidden=edit.width), torch.arange(edit.width)
         edit, visit = KeepUnits(site=site, keep=tuple(range(edit.width))), visit.again()
@@ -355,7 +357,7 @@ def _repair_(
 
 
 def _visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
-    """What could not be done at a site because of how its block is built."""
+    """Return notes on what could not be done at a site because of how its block is built."""
     notes = []
     if visit.scale_D is None and repair.feedback > 0:
         notes.append(f"{visit.site.path}: no fixed layer scale behind the MLP, so its target has no feedback.")
@@ -367,7 +369,7 @@ def _visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
 
 
 def _notes(method: Method, step: Step, batches: Sequence[Tensor] | None) -> list[str]:
-    """What the user should know about choices made for them."""
+    """Return notes on choices that were made for the user."""
     if batches is not None:
         return []
     notes = []

@@ -1,6 +1,6 @@
-"""What pruning a checkpoint will need, before a value of it is read: sizes from headers, memory and time by arithmetic.
+"""What pruning a checkpoint will need, before any value is read: sizes from headers, memory and time by arithmetic.
 
-The time is an estimate: a short matrix product says how fast this machine is, and the disk is taken to be slow.
+The time is an estimate: a short matrix product measures the speed of this machine, and a slow disk is assumed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CALIBRATION, BUDGETED = "memory with images, on top", "the least with --memory-b
 
 @dataclass(frozen=True, kw_only=True)
 class RunEstimate:
-    """What a run will need; sizes in bytes.
+    """Estimate of what a run will need; sizes in bytes.
 
-    `memory` is the peak without images, of which `program` is there before the first tensor is read. `seconds` is an
-    estimate, without images too. `calibration` is what selection and repair on images take on top, None where the size
-    of the images is not known: `memory` with everything in memory, `least` with activations on `disk` and, where that
-    helps, moments in float32.
+    `memory` is the peak without images, and `program` is the part of it in use before the first tensor is read.
+    `seconds` is an estimate, also without images. `calibration` is what selection and repair on images need in
+    addition, None if the size of the images is not known: `memory` with everything in memory, and `least` with
+    activations on `disk` and, where that helps, moments in float32.
     """
 
     source: int
@@ -52,17 +52,17 @@ class RunEstimate:
     calibration: dict[str, int] | None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description."""
+        """Return the estimate as JSON-ready values."""
         return asdict(self)
 
     def line(self, *, images: bool) -> str:
-        """The same in a line for people, for a run with or without images."""
+        """Return the estimate as one line of text, for a run with or without images."""
         rows = dict(self.rows())
         wanted = (FILES, CALIBRATION, BUDGETED) if images and self.calibration else (FILES, MEMORY, TIME)
         return "; ".join(f"{name} {rows[name]}" for name in wanted) + "."
 
     def rows(self) -> list[tuple[str, str]]:
-        """The same as a table for people."""
+        """Return the estimate as rows of a table for people."""
         found = [
             (FILES, f"{show_bytes(self.source)} of {'/'.join(self.dtypes)} -> {show_bytes(self.output)}"),
             (MEMORY, f"{show_bytes(self.memory)}, {show_bytes(self.program)} of it the program"),
@@ -85,14 +85,14 @@ def estimate_run(
     *,
     num_images: int | None = None,
 ) -> RunEstimate:
-    """Say what a run will need.
+    """Estimate what a run will need.
 
     Args:
         job: the checkpoint and its architecture.
-        recipe: what calibration does.
+        recipe: the recipe; its calibration options are used.
         widths: hidden units that stay in each MLP, by path.
-        needs: what calibration needs, where that is known already.
-        num_images: calibration images; the recipe's number where none is given.
+        needs: what calibration needs, if that is known already.
+        num_images: number of calibration images; by default the recipe's.
     """
     edits = _first_units(job, widths)
     cut, names = edit_of(edits), job.names
@@ -106,7 +106,7 @@ def estimate_run(
     output = output_bytes(job, widths)
     program, num_images = program_bytes(), num_images or recipe.calibrate.num_images
     needs = needs or _needs(job, recipe, widths, num_images)
-    # Read to select, to pass through and to check what was written; written once.
+    # Read for selection, for copying and for the final check; written once.
     moved = touched + sum(before.values()) + 2 * output
     return RunEstimate(
         source=sum(before.values()),
@@ -120,22 +120,22 @@ def estimate_run(
 
 
 def _first_units(job: CheckpointJob, widths: Mapping[str, int]) -> list[KeepUnits]:
-    """Return edits that stand for widths, whichever units they keep."""
+    """Return edits that keep the first units of each MLP, as stand-ins for any edits of these widths."""
     return [KeepUnits(site=site, keep=tuple(range(widths[site.path]))) for site in job.sites]
 
 
 def output_bytes(job: CheckpointJob, widths: Mapping[str, int]) -> int:
-    """Return the size of the output's tensors."""
+    """Return the size of the output's tensors in bytes."""
     edits = _first_units(job, widths)
     fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
     return sum(tensor.nbytes for _, tensor in transform(fakes, edits))
 
 
 def check_space(folder: Path, num_bytes: int, what: str = "the output") -> None:
-    """Refuse before the first byte what the disk can't hold.
+    """Check that the disk has room, before the first byte is written.
 
     Raises:
-        OutputError: it can't.
+        OutputError: the free space is too small.
     """
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
@@ -145,7 +145,7 @@ def check_space(folder: Path, num_bytes: int, what: str = "the output") -> None:
 
 
 def _needs(job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], num_images: int) -> MemoryEstimate | None:
-    """What calibration needs with the recipe's images, of the size that the model takes."""
+    """Return what calibration needs with the recipe's images, at the model's input size; None if that is unknown."""
     known = job.origin.preprocessing
     if "input_size" in known:
         inputs = torch.empty(known["input_size"], device="meta")
@@ -165,7 +165,7 @@ def _needs(job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], num_im
 
 
 def _calibration(needs: MemoryEstimate, num_images: int) -> dict[str, int]:
-    """MemoryEstimate as plain numbers."""
+    """Return a memory estimate as plain numbers."""
     offloaded, moments = needs.choices[0]
     return {
         "images": num_images,

@@ -1,8 +1,8 @@
 """Prunes a checkpoint file to file: one layer in memory at a time, the model itself never built.
 
-Told in order: find the MLPs on the meta device, pick the units of each (and repair, given images, with the blocks read
-as they are needed), then pass every tensor from the source to the output, cut where it must be. What is picked and
-what is written is remembered as it happens, so a killed run goes on where it was.
+In order: find the MLPs on the meta device, pick the units of each (and, given images, repair, with blocks read when
+needed), then copy every tensor from the source to the output, cut where needed. What is picked and what is written is
+recorded at once, so that a killed run can be resumed.
 """
 
 from __future__ import annotations
@@ -72,24 +72,24 @@ def prune_checkpoint(
 ) -> Result:
     """Prune a checkpoint that need not fit in memory.
 
-    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without,
-    half of the encoder's parameters stay. Every argument that is given wins over the recipe.
+    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` sets the size; by default
+    half of the encoder's parameters stay. Every argument that is given overrides the recipe.
 
     Args:
         source: a folder of timm, transformers or open_clip (one file, or shards with an index), `timm/NAME@FILE`, or
             `hf/ORG/NAME` (its files are downloaded first).
         out: folder to write; it must not exist.
         recipe: a Recipe, a mapping of its keys, or a YAML file; recovery is not possible here.
-        data: images for selection and repair; without, units are picked on weights alone.
-        method: name of a method that cuts hidden units MLP by MLP, or one of the classes of `vitrim.methods`.
+        data: images for selection and repair; by default units are picked from weights alone.
+        method: name of a method that cuts hidden units of each MLP, or an instance of a class in `vitrim.methods`.
         params_ratio: share of the encoder's parameters that stays.
         macs_ratio: share of the encoder's multiply-accumulates that stays.
         mlp_ratio: hidden width as a multiple of the model width, as in timm.
         keep_ratio: share of each MLP's hidden units that stays.
         hidden_dim: hidden units that stay in each MLP.
-        memory_budget: bytes, or such as "4GB", that calibration may use; what is over goes to disk.
+        memory_budget: memory that calibration may use, in bytes or as text such as "4GB"; the rest goes to disk.
         shard_size: largest size of a file, for libraries that read shards; others get one file.
-        resume: go on with a run into this folder that was killed.
+        resume: continue a killed run that was writing this folder.
         quiet: show no progress.
 
     Returns:
@@ -118,10 +118,10 @@ def prune_checkpoint(
 
 
 def _check_possible(recipe: Recipe) -> None:
-    """Refuse what takes the whole model in memory.
+    """Refuse recipes that need the whole model in memory.
 
     Raises:
-        RecipeError: the recipe asks for recovery, several steps, allocation, or a method that looks at the whole model.
+        RecipeError: the recipe asks for recovery, several steps, allocation, or a method that needs the whole model.
     """
     if recipe.recover is not None:
         raise RecipeError("recover: a checkpoint pruned file to file is not distilled; drop it, or use compress.")
@@ -138,7 +138,7 @@ def _check_possible(recipe: Recipe) -> None:
 class _Task:
     """A checked request.
 
-    `widths` are hidden units that stay, by path; `batches` are calibration images, None where nothing looks at any.
+    `widths` are hidden units that stay, by path; `batches` are calibration images, None if nothing uses any.
     """
 
     job: CheckpointJob
@@ -150,7 +150,7 @@ class _Task:
     shard_bytes: int
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what decides about the selection, so that a run is only gone on with by the same one."""
+        """Return what the selection depends on, so that a run is resumed only with the same inputs."""
         origin, images = self.job.origin, None
         stats = {info.file.resolve(): info.file.stat() for info in self.job.files.infos.values()}
         if self.batches is not None:
@@ -182,10 +182,10 @@ def _open_task(
 
 
 def checkpoint_widths(job: CheckpointJob, recipe: Recipe) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return hidden units that stay in each MLP of a checkpoint, by path, and notes.
+    """Return the hidden units that stay in each MLP of a checkpoint, by path, and notes.
 
     Raises:
-        BudgetError: the MLPs can't give what was asked for.
+        BudgetError: the MLPs can't meet the budget.
     """
     sites, step, note = job.sites_in_encoder, recipe.steps[0], None
     units: Mapping[str, int] = solve_widths(recipe.width(), sites, job.encoder, _meta_inputs(job))
@@ -196,13 +196,13 @@ def checkpoint_widths(job: CheckpointJob, recipe: Recipe) -> tuple[dict[str, int
 
 
 def _meta_inputs(job: CheckpointJob) -> Tensor | None:
-    """Return inputs of the size that the model takes, on the meta device, where it is known."""
+    """Return inputs of the model's input size on the meta device, or None if the size is unknown."""
     inputs = random_inputs(job.origin, 1)
     return None if inputs is None else inputs.to("meta")
 
 
 def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> list[Tensor]:
-    """Draw calibration images as `compress` draws them."""
+    """Draw calibration images in the same way as `compress`."""
     options = recipe.calibrate
     images = open_inputs(data, job.origin)
     if isinstance(images, ImageStream):
@@ -211,7 +211,7 @@ def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> list[Tensor]:
 
 
 def _run(task: _Task, context: RunContext, place: Place) -> Result:
-    """Decide, write and measure; what a killed run has left is kept, where this one goes on from it."""
+    """Decide, write and measure; the state of a killed run is kept if this run resumes it."""
     started, work = time.monotonic(), context.work
     assert work is not None
     journal = Journal(work, task.fingerprint(), task.job.sites, resume=context.resume)
@@ -224,7 +224,7 @@ def _run(task: _Task, context: RunContext, place: Place) -> Result:
         (place.folder / "recipe.yaml").write_text(task.recipe.dump())
         write_json(place.folder / "metrics.json", metrics.to_json())
     except (VitrimError, OSError, SafetensorError):
-        if not journal.resumed:  # what a killed run has left is worth more than a wrong option now
+        if not journal.resumed:  # the state of a killed run is worth keeping even if this run's options are wrong
             (work / PICKS).unlink(missing_ok=True)
         raise
     return Result(model=None, plan=plan.without_tensors(), metrics=metrics, out=place.out)
@@ -233,7 +233,7 @@ def _run(task: _Task, context: RunContext, place: Place) -> Result:
 def _metrics(
     task: _Task, plan: Plan, journal: Journal, written: Written, notes: Sequence[str], place: Place
 ) -> Metrics:
-    """Put together what was measured."""
+    """Combine everything that was measured into one record."""
     origin = task.job.origin
     return Metrics(
         model=origin.name,
@@ -252,9 +252,9 @@ def _metrics(
 
 
 def _decide(task: _Task, journal: Journal, work: Path, *, quiet: bool) -> list[str]:
-    """Say what the run will need, select the units of every MLP, and repair where there are images; return notes."""
+    """Log what the run will need, select the units of every MLP, and repair if there are images; return notes."""
     job, recipe, widths, batches = task.job, task.recipe, task.widths, task.batches
-    if not journal.resumed:  # a part of it may be there already
+    if not journal.resumed:  # a resumed run may have written a part of it already
         check_space(work, output_bytes(job, widths))
     if batches is None:
         log.info("%s: %s", job.origin.name, estimate_run(job, recipe, widths).line(images=False))
@@ -270,7 +270,7 @@ def _decide(task: _Task, journal: Journal, work: Path, *, quiet: bool) -> list[s
 
 
 def _plan(task: _Task, edits: Sequence[KeepUnits]) -> Plan:
-    """Return the plan, its edits in the order of the MLPs."""
+    """Return the plan, with edits in the order of the MLPs."""
     method = task.recipe.steps[0].make_method()
     of_path = {edit.site.path: edit for edit in edits}
     return Plan(

@@ -1,4 +1,4 @@
-"""Prunes a live model where it stands: no files, no copy for the caller."""
+"""Prunes a live model in place: no files are written, and the caller gets no copy."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def prune_(
 ) -> Plan:
     """Prune a model in place.
 
-    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without,
-    half of the encoder's parameters stay. Widths are kept as asked.
+    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` sets the size; by default
+    half of the encoder's parameters stay. Widths are kept exactly as asked.
 
     Args:
-        model: any vision transformer; it is changed. If this raises, it may be cut in part.
-        method: name of a method, or one of the classes of `vitrim.methods` with its options.
-        batches: preprocessed images (B, C, H, W), for selection and repair; without, only methods that look at weights
+        model: any vision transformer; it is changed. If an error is raised, it may be partly cut.
+        method: name of a method, or an instance of a class in `vitrim.methods`.
+        batches: preprocessed images (B, C, H, W), for selection and repair; without them only methods that need weights
             alone can run, and nothing is repaired.
         params_ratio: share of the encoder's parameters that stays.
         macs_ratio: share of the encoder's multiply-accumulates that stays.
         mlp_ratio: hidden width as a multiple of the model width.
         keep_ratio: share of each MLP's hidden units that stays.
         hidden_dim: hidden units that stay in each MLP.
-        repair: closed-form repair after the cut: None for the method's own habit, False for none, True or options.
-        scope: dotted path of the part to cut; without, the image tower or the whole model.
-        seed: makes two runs equal.
+        repair: closed-form repair after the cut: True or options for yes, False for no, None for the method's default.
+        scope: dotted path of the part to cut; by default the image tower, or the whole model.
+        seed: random seed; equal seeds give equal results.
         quiet: show no progress.
 
     Returns:
-        What was cut, by paths from the model's root.
+        The plan: what was cut, by paths from the model's root.
 
     Raises:
-        VitrimError: the model has no MLP, a budget can't be met, or the method needs images.
+        VitrimError: the model has no MLP, the budget can't be met, or the method needs images.
 
     Example:
         >>> import timm

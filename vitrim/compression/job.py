@@ -1,4 +1,4 @@
-"""A job, opened and checked: everything that can be wrong with a request is said here, before anything is cut."""
+"""A job, opened and checked: every error in a request is raised here, before anything is cut."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from vitrim.recover.trackers import check_trackers
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be cut, and with what.
+    """The model to cut, and everything needed to cut it.
 
     Attributes:
         whole: the original model, never changed.
-        origin: how it was built, with the path of its encoder.
+        origin: how the original was built, with the path of its encoder.
         scope: path of the part to cut, from the root of the whole model.
         recipe: what the user asked for.
-        images: what selection, repair and recovery look at; None where there is nothing.
-        space: where pooled vectors are compared, for the image tower of a pair.
+        images: images for selection, repair and recovery; None if there are none.
+        space: the embedding space in which pooled vectors are compared, for the image tower of a pair.
     """
 
     whole: nn.Module
@@ -53,20 +53,20 @@ class Job:
 
 
 def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | None) -> Job:
-    """Open a model and its images, and check that they and the recipe go together.
+    """Open a model and its images, and check that they fit the recipe.
 
     Args:
         model: a module, a name or a folder.
-        recipe: what to do.
+        recipe: the user's recipe.
         data: images; None for none.
-        out: folder that will be written, if any: some trackers need one.
+        out: folder that will be written, if any; some trackers need one.
 
     Raises:
         VitrimError: the model or the images can't be opened, or something does not fit.
     """
     whole, origin = open_model(model)
     encoder, scope = resolve_scope(whole, recipe.scope, origin.encoder)
-    if encoder != origin.encoder:  # what is known of the inputs was known of another part
+    if encoder != origin.encoder:  # the known preprocessing belongs to another part
         origin = replace(origin, encoder=encoder, preprocessing={})
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
     images = None if data is None else open_inputs(data, origin)

@@ -1,8 +1,8 @@
-"""The leaderboard: every method at the same size, on the same images, with the same recovery, one row after another.
+"""The leaderboard: every method at the same size, on the same images, with the same recovery, one row per run.
 
-A row is one run of `compress`. Which width brings a method to the common size is found by trying: no method is known
-here by name, so one that is registered is in. Those that select units have two rows, as they are and under our repair,
-so that selection and repair are judged apart. Rows are kept as they are made, and a failed one stops no other.
+A row is one run of `compress`. The width that brings a method to the common size is found by trial: no method is known
+here by name, so every registered one takes part. Methods that select units have two rows, without and with our repair,
+so that selection and repair are judged apart. Rows are saved one by one, and a failed one stops no other.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ def leaderboard(
 
     Args:
         model: as for `compress`; None is the digits ViT that comes with vitrim.
-        data: images, as for `compress`; with labels and a head, top-1 is measured, too.
-        methods: names; none for all that are registered.
-        params_ratio: share of the model's parameters that stays, 0..1; 0.5 where neither ratio is given. A method that
-            can't save it is run at the same share of MACs, or else at that keep_ratio, and its row says so.
-        macs_ratio: share of the model's multiply-accumulates that stays, in place of parameters.
+        data: images, as for `compress`; with labels and a classifier head, top-1 is measured too.
+        methods: names of methods; by default all that are registered.
+        params_ratio: share of the model's parameters that stays, 0..1; 0.5 if neither ratio is given. A method that
+            can't save parameters is run at the same share of MACs, or else at that keep_ratio, and its row says so.
+        macs_ratio: share of the model's multiply-accumulates that stays, instead of parameters.
         recover_steps: distillation steps for every row; 0 for none.
-        recipe: calibration, repair, recovery, scope and rounding of every row, in place of the defaults.
-        baselines: methods that the others are told to have lost to, where they have.
-        out: folder for `leaderboard.json` and `leaderboard.md`; rows that it has already are kept, but for failed ones.
-        seed: of every row.
+        recipe: calibration, repair, recovery, scope and rounding of every row, instead of the defaults.
+        baselines: methods to compare the others with; the verdict names those that do worse.
+        out: folder for `leaderboard.json` and `leaderboard.md`; rows already there are kept, except failed ones.
+        seed: random seed of every row.
         device: `auto`, or a torch device.
         quiet: show no progress.
 
     Returns:
-        What stands in `leaderboard.json`.
+        The contents of `leaderboard.json`.
 
     Raises:
-        RecipeError: a method is unknown, or the budget is not a share.
+        RecipeError: a method is unknown, or the budget is not between 0 and 1.
         OutputError: `out` holds rows of another comparison.
     """
     counted, budget = _budget(params_ratio, macs_ratio)
@@ -108,10 +108,10 @@ def leaderboard(
 
 
 def _budget(params_ratio: float | None, macs_ratio: float | None) -> tuple[Counted, float]:
-    """Return what is counted, and the share that stays.
+    """Return what is counted (parameters or MACs) and the share that stays.
 
     Raises:
-        RecipeError: both ratios are given, or one is no share.
+        RecipeError: both ratios are given, or one is not between 0 and 1.
     """
     if params_ratio is not None and macs_ratio is not None:
         raise RecipeError("leaderboard: give one of params_ratio and macs_ratio.")
@@ -124,7 +124,7 @@ def _budget(params_ratio: float | None, macs_ratio: float | None) -> tuple[Count
 
 
 def _shared(recipe: Recipe, recover_steps: int, seed: int, device: str) -> Recipe:
-    """Return what every row takes of a recipe: all but its method, options and budget; widths as they are asked for."""
+    """Return the part of a recipe that every row uses: all but method, options and budget; widths are kept exactly."""
     step = recipe.steps[0].model_dump(exclude_unset=True, include={"repair", "round_to"})
     kept = recipe.model_dump(exclude_unset=True, include={"calibrate", "blockwise", "recover", "scope"})
     base = Recipe.parse({**kept, **step, "exact": True, "seed": seed, "device": device})
@@ -133,7 +133,7 @@ def _shared(recipe: Recipe, recover_steps: int, seed: int, device: str) -> Recip
 
 @dataclass(kw_only=True)
 class _Runner:
-    """What every row shares: the model, the images, the recipe, and a teacher to try cuts on."""
+    """Everything that the rows share: the model, the images, the recipe, and a teacher for trial cuts."""
 
     model: nn.Module | str
     data: Any
@@ -159,18 +159,18 @@ class _Runner:
         return cls(model=model, data=data, base=base, budget=budget, counted=counted, origin=origin, trials=trials)
 
     def rows(self, name: str, kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a method: those that are there already, and new ones, each when it is done."""
+        """Yield the rows of a method: those that exist already, and new ones as they are finished."""
         known = {row["repair"]: row for row in kept}
         try:
             fitted = kept[0]["fitted"] if kept else self.fit(name)
-        except Exception as error:  # whatever it is, the other methods shall run
+        except Exception as error:  # no error may stop the other methods
             yield _failed(name, "none", error)
             return
         for repair in ("none", "ours") if fitted["repairable"] else ("none",):
             yield known.get(repair) or self.row(name, repair, fitted)
 
     def row(self, name: str, repair: str, fitted: dict[str, Any]) -> dict[str, Any]:
-        """Return one run of `compress`, or what it failed with."""
+        """Run `compress` once and return its row, or a row with its error."""
         budget = {} if find_method(name).takes == "nothing" else {"keep_ratio": fitted["keep_ratio"]}
         recipe = self.base.updated({"method": name, "repair": {} if repair == "ours" else False, **budget})
         try:
@@ -184,7 +184,7 @@ class _Runner:
             size = _size_on_disk(found.model, self.origin, found.plan)
         except Interrupted:
             raise
-        except Exception as error:  # whatever it is, the other rows shall run
+        except Exception as error:  # no error may stop the other rows
             return _failed(name, repair, error, fitted)
         return {
             "method": name,
@@ -201,7 +201,7 @@ class _Runner:
         }
 
     def fit(self, name: str) -> dict[str, Any]:
-        """Return the keep_ratio at which a method leaves the budget's share, by trying cuts on a few images."""
+        """Find the keep_ratio at which a method leaves the budget's share, by trial cuts on a few images."""
         units: list[Counted] = ["macs"] if self.counted == "macs" else ["params", "macs"]
         met = ((ratio, unit) for unit in units if (ratio := self.trials.meet(name, unit, self.budget)) is not None)
         ratio, counted = next(met, (self.budget, None))
@@ -215,12 +215,12 @@ def _costs(cost: ModelCost) -> dict[str, Any]:
 
 
 def _speedup(before: ModelCost, after: ModelCost) -> dict[str, float]:
-    """Return how many times as fast as the original, by batch size: the two were timed in one run."""
+    """Return the speed relative to the original, by batch size; both were timed in the same run."""
     return {str(size): before.latency[size]["median_ms"] / row["median_ms"] for size, row in after.latency.items()}
 
 
 def _quality(judged: Closeness | None) -> dict[str, Any] | None:
-    """Return how good a student is on the held-out images."""
+    """Return how close a student is on the held-out images, or None if it was not measured."""
     if judged is None:
         return None
     found = judged.fidelity
@@ -228,23 +228,23 @@ def _quality(judged: Closeness | None) -> dict[str, Any] | None:
 
 
 def _failed(name: str, repair: str, error: Exception, fitted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The row of a run that did not come to its end."""
+    """Return the row of a run that failed."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     return {"method": name, "repair": repair, "error": line, "fitted": fitted}
 
 
 def _size_on_disk(model: nn.Module, origin: Origin, plan: Plan) -> int:
-    """Bytes of a model's weights file."""
+    """Return the size of a model's weights file in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), model, origin=origin, plan=plan)
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
 
 def _opened(out: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The report that is to be gone on with, or an empty one.
+    """Return the report to continue, or an empty one.
 
     Raises:
-        OutputError: what stands there is of another comparison, or damaged.
+        OutputError: the report there belongs to another comparison, or is damaged.
     """
     empty = {
         "format": FORMAT,
@@ -268,7 +268,7 @@ def _opened(out: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(out: Path | None, report: Mapping[str, Any]) -> None:
-    """The report so far, and its table."""
+    """Write the report so far, and its table."""
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)

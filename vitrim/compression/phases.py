@@ -1,4 +1,4 @@
-"""The phases of the main job, each a function from values to a value; only the student that they share is changed."""
+"""The phases of the main job, each a function from values to a value; only the shared student is changed."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from vitrim.types import MlpSite
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Both encoders on the device, in float32, and what they are compared on.
+    """Both encoders on the device, in float32, and the data to compare them on.
 
     Attributes:
         teacher: the original, frozen.
         student: a copy, which the phases change.
         sites: MLPs to cut, by paths from the encoder.
-        split: images for calibration, training and judging; None where there are none.
+        split: images for calibration, training and evaluation; None if there are none.
     """
 
     teacher: nn.Module
@@ -56,26 +56,30 @@ class Models:
 
     @property
     def batches(self) -> Sequence[Tensor] | None:
-        """Calibration images."""
+        """Calibration images, None if there are none."""
         return None if self.split is None else self.split.calibration
 
     @property
     def counts(self) -> Mapping[str, Any]:
-        """How many images there are for each purpose."""
+        """Number of images for each purpose."""
         return {} if self.split is None else self.split.counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenWidths:
-    """Hidden units that stay in each MLP, by path; `about` says how unequal ones were found."""
+    """Hidden units that stay in each MLP, by path.
+
+    `elastic` holds all widths of a result that serves several; `about` describes how unequal widths were found.
+    """
 
     units: Mapping[str, int]
+    elastic: Widths | None = None
     notes: tuple[str, ...] = ()
     about: Mapping[str, Any] | None = None
 
 
 def prepare(job: Job, context: RunContext) -> Models:
-    """Copy the encoder twice, find what to cut, split the images, and run the model on one of them.
+    """Copy the encoder twice, find the MLPs to cut, split the images, and check that the model runs on them.
 
     Raises:
         VitrimError: there is no MLP, the images don't fit the model, or memory is too small.
@@ -85,32 +89,33 @@ def prepare(job: Job, context: RunContext) -> Models:
     teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=job.scope_in_encoder)
     work = context.work
-    seen = work if work is not None and work.is_dir() else None  # another machine may not have it
+    seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None if job.images is None else split_images(job.images, job.recipe, work=seen)
     check_inputs(teacher, job.origin, split.calibration if split else [])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
 
 
 def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths:
-    """Turn the recipe's budget into hidden units of each MLP, rounded to what the library can load, or allotted.
+    """Turn the recipe's budget into hidden units of each MLP, rounded to what the library can load, or allocated.
 
     Raises:
-        BudgetError: the MLPs can't give what was asked for.
+        BudgetError: the MLPs can't meet the budget.
     """
     step, sites, notes = job.recipe.steps[0], models.sites, ()
+    elastic = Widths.of(job.recipe, sites)
     units = on_main(_solve, job, models, context)
     if _may_round(job.recipe) and len(sites):
         units, note = near_stock(units, job.origin, sites)
         notes = () if note is None else (note,)
     check_memory(models.teacher, sites, units.values(), job.recipe, models.batches)
     if step.allocate is None:
-        return ChosenWidths(units=units, notes=notes)
+        return ChosenWidths(units=units, elastic=elastic, notes=notes)
     found = on_main(allocate, job.recipe, units, models.teacher, sites, models.batches, context=context)
     return ChosenWidths(units=found.units, notes=(*notes, *found.notes), about=found.about)
 
 
 def _solve(job: Job, models: Models, context: RunContext) -> dict[str, int]:
-    """Return the widths that a budget comes to; of a method that is no cut of units, by trying."""
+    """Return the widths that meet the budget; for a method that does not cut units, they are found by trial."""
     width, method = job.recipe.width(), job.recipe.steps[0].make_method()
     inputs = models.split.sample if models.split is not None else random_inputs(job.origin)
     if method.goes_by() == "nothing":
@@ -121,7 +126,10 @@ def _solve(job: Job, models: Models, context: RunContext) -> dict[str, int]:
 
 
 def _may_round(recipe: Recipe) -> bool:
-    """Return whether widths may move to what a library can load: equal ones, of a method that cuts units one by one."""
+    """Return whether widths may be rounded to what a library can load.
+
+    They may if all MLPs get equal widths and the one method cuts units of each MLP.
+    """
     step = recipe.steps[0]
     elastic = recipe.recover is not None and recipe.recover.elastic is not None
     chosen = step.exact or step.widths is not None or step.allocate is not None or elastic
@@ -129,15 +137,15 @@ def _may_round(recipe: Recipe) -> bool:
 
 
 def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunContext) -> CutReport:
-    """Cut the student, or take up the cut of a run that was stopped; one that training follows is kept.
+    """Cut the student, or restore the cut of a stopped run; a cut that training follows is saved.
 
-    Every process ends up with the main one's cut, so that all go on from the same bits.
+    Every process gets the main one's cut, so that all continue from the same bits.
     """
     work, recipe = context.work, job.recipe
     kept: list[CutReport | None] = []
     if context.resume and work is not None:
         on_main(lambda: kept.append(resume_cut_(models.student, recipe, work)))
-        models.student.to(device_of(models.teacher))  # what was kept comes from a file
+        models.student.to(device_of(models.teacher))  # a restored cut was read from a file onto the CPU
     cut = _from_main(kept[0] if kept else None, models.student)
     if cut is not None:
         return cut
@@ -157,14 +165,14 @@ def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunCont
 
 
 def _from_main(cut: CutReport | None, student: nn.Module) -> CutReport | None:
-    """Give every process the main one's cut and student; None where it has none."""
+    """Send the main process's cut and student to every process; return None if it has no cut."""
     plan = plan_from_main(None if cut is None else cut.plan, student)
     errors, notes = from_main(({}, ()) if cut is None else (cut.errors, cut.notes))
     return None if plan is None else CutReport(plan=plan, errors=errors, notes=notes)
 
 
 def judge(models: Models) -> Closeness | None:
-    """Measure how close the student is on held-out images, as a whole and block by block; None without images."""
+    """Measure how close the student is on held-out images, overall and for each block; None without images."""
     if models.split is None:
         return None
     found, outputs, _ = compare(models.student, models.teacher, models.split.held_out)
@@ -176,7 +184,7 @@ def judge(models: Models) -> Closeness | None:
 def beside_equal_widths(
     widths: ChosenWidths, judged: Closeness | None, job: Job, models: Models, context: RunContext
 ) -> ChosenWidths:
-    """Add what equal widths of the same cost would have given, by a second cut, where widths were allotted."""
+    """Add the result of equal widths of the same cost, by a second cut, if widths were allocated."""
     if widths.about is None or judged is None or models.split is None:
         return widths
     uniform = _solve(job, models, context)
@@ -187,7 +195,7 @@ def beside_equal_widths(
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What training did after the cut: block by block, end to end, and at which further widths."""
+    """Results of training after the cut: blockwise, end to end, and the additional widths of an elastic run."""
 
     blocks: Blockwise | None = None
     recovery: Recovery | None = None
@@ -200,11 +208,11 @@ class Trained:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know."""
+        """Notes for the user."""
         return tuple(note for step in (self.blocks, self.recovery) if step is not None for note in step.notes)
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of `Metrics` that say what was trained."""
+        """Return the fields of `Metrics` about training."""
         return {
             "blockwise": None if self.blocks is None else dict(self.blocks.__dict__),
             "recovery": None if self.recovery is None else dict(self.recovery.__dict__),
@@ -212,13 +220,14 @@ class Trained:
         }
 
 
-def train_(models: Models, job: Job, context: RunContext, on_validation: OnValidation | None) -> Trained:
+def train_(
+    models: Models, job: Job, widths: Widths | None, context: RunContext, on_validation: OnValidation | None
+) -> Trained:
     """Train the student block by block and end to end, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
     blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
     if split is None or recipe.recover is None:
         return Trained(blocks=blocks)
-    widths = Widths.of(recipe, models.sites)
     fitting = Fitting(
         teacher=models.teacher,
         batches=split.calibration,
@@ -239,7 +248,7 @@ def _distil_(
     context: RunContext,
     on_validation: OnValidation | None,
 ) -> Recovery:
-    """Distil on the training images, augmented for the model's own preprocessing; tensors are taken as they are."""
+    """Distil on the training images, augmented to suit the model's preprocessing; tensors are used as they are."""
     options, known = job.recipe.recover, job.origin.preprocessing
     assert options is not None
     augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
@@ -257,7 +266,7 @@ def _distil_(
 
 
 def measure_costs(models: Models, job: Job) -> tuple[ModelCost, ModelCost]:
-    """Measure what the original and the student cost, and how often each is right on held-out images."""
+    """Measure what original and student cost, and their top-1 on held-out images if they have a head and labels."""
     split = models.split
     sample, held_out = (None, None) if split is None else (split.sample, split.held_out)
     before, after = (measure(model, job.origin, sample, held_out) for model in (models.teacher, models.student))
@@ -265,5 +274,5 @@ def measure_costs(models: Models, job: Job) -> tuple[ModelCost, ModelCost]:
 
 
 def stock_notes(origin: Origin, edits: Sequence[Edit], stock: Origin | None) -> tuple[str, ...]:
-    """Return why the model's own library can't load the result, if it can't."""
+    """Return a note on why the model's own library can't load the result, or nothing if it can."""
     return () if stock is not None else (why_not_stock(origin, edits),)

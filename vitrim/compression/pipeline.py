@@ -1,4 +1,4 @@
-"""The main job, told in order: open, choose widths, cut, judge, recover, judge again, write."""
+"""The main job in order: open, choose widths, cut, judge, recover, judge again, write."""
 
 from __future__ import annotations
 
@@ -67,35 +67,35 @@ def compress(
 ) -> Result:
     """Make a pretrained vision transformer smaller.
 
-    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` says how small; without,
-    half of the encoder's parameters stay. Every argument that is given wins over the recipe.
+    At most one of `params_ratio`, `macs_ratio`, `mlp_ratio`, `keep_ratio` and `hidden_dim` sets the size; by default
+    half of the encoder's parameters stay. Every argument that is given overrides the recipe.
 
     Args:
         model: a module (left unchanged), `timm/NAME`, `hf/ORG/NAME`, `open_clip/NAME/TAG`, `torchvision/NAME`,
             `local-dir:PATH`, or a folder that vitrim wrote.
-        data: images to learn from, no labels: a folder, parquet, a dataset or loader, "digits"; for a text encoder a
-            text file or strings. Shards behind urls and streamed Hugging Face sets (`hf-stream:ORG/NAME`) are never
-            collected. Without images nothing is repaired.
-        method: name of a method, or one of the classes of `vitrim.methods` with its options.
+        data: images to learn from, without labels: a folder, parquet, a dataset or loader, "digits"; for a text encoder
+            a text file or strings. Shards behind urls and streamed Hugging Face sets (`hf-stream:ORG/NAME`) are never
+            loaded as a whole. Without images nothing is repaired.
+        method: name of a method, or an instance of a class in `vitrim.methods`.
         params_ratio: share of the encoder's parameters that stays.
         macs_ratio: share of the encoder's multiply-accumulates that stays.
         mlp_ratio: hidden width as a multiple of the model width, as in timm.
         keep_ratio: share of each MLP's hidden units that stays.
         hidden_dim: hidden units that stay in each MLP.
         recipe: a Recipe, a mapping of its keys, or a YAML file.
-        repair: closed-form repair after the cut: False for none, True or options for it.
+        repair: closed-form repair after the cut: True or options for yes, False for no, None for the method's default.
         recover: options of distillation; None for none.
         recover_steps: steps of distillation.
-        recover_epochs: epochs of distillation, in place of steps.
+        recover_epochs: epochs of distillation, instead of steps.
         out: folder to write; it must not exist.
-        seed: makes two runs equal.
+        seed: random seed; equal recipes and seeds give equal results.
         device: `auto`, or a torch device.
-        scope: dotted path of the part to cut, or the end of one; without, the image tower or the whole model.
-        round_to: widths become multiples of this.
-        exact: keep widths as asked: neither multiples, nor the nearest that the model's own library can load.
+        scope: dotted path of the part to cut, or its end; by default the image tower, or the whole model.
+        round_to: round widths to multiples of this.
+        exact: keep widths exactly as asked, without rounding, even if the model's own library can't load them.
         options: options of the method, by name.
         quiet: show no progress.
-        resume: go on with a run into `out` that was stopped.
+        resume: continue a stopped run that was writing `out`.
         on_validation: called at each validation of the distillation.
 
     Returns:
@@ -135,14 +135,14 @@ def compress(
 
 
 def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnValidation | None) -> Result:
-    """Tell the story: cut, judge, recover, judge again, write. Models here are encoders until they are put together."""
+    """Run all phases: cut, judge, recover, judge again, write. Models are encoders until `put_together`."""
     started = time.monotonic()
     models = prepare(job, context)
     widths = choose_widths(job, models, context)
     cut = cut_models_(models, job, widths, context)
     after_cut = on_main(judge, models)
     widths = on_main(beside_equal_widths, widths, after_cut, job, models, context)
-    trained = train_(models, job, context, on_validation)
+    trained = train_(models, job, widths.elastic, context, on_validation)
     after_recovery = on_main(judge, models) if trained.anything else None
     before, after = on_main(measure_costs, models, job)
     plan = cut.plan.below(job.origin.encoder)
@@ -176,7 +176,7 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was given; of a budget None means that it was not, of the rest it is an answer."""
+    """Return the arguments that were given; None means "not given" for a budget, and is a value for the others."""
     return {
         key: value
         for key, value in values.items()
@@ -185,7 +185,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recover(options: Any, steps: int | None, epochs: float | None) -> Any:
-    """Return the options of recovery with a length given beside them."""
+    """Return the options of recovery, combined with a length that was given separately."""
     length = {name: value for name, value in (("steps", steps), ("epochs", epochs)) if value is not None}
     if not length:
         return options
@@ -198,7 +198,7 @@ def _recover(options: Any, steps: int | None, epochs: float | None) -> Any:
 
 
 def _name(value: Any) -> str | None:
-    """Return how a recipe names a model or a data source: strings and paths as they are, objects by their kind."""
+    """Return how a recipe names a model or data source: strings and paths as they are, objects by their class."""
     if value is None or isinstance(value, str | Path):
         return None if value is None else str(value)
     return f"<{type(value).__name__}>"

@@ -1,7 +1,7 @@
-"""Decides what stays of each MLP of a checkpoint, one at a time, and writes every decision down as it is made.
+"""Decides which units of each MLP of a checkpoint stay, one MLP at a time, and records each decision at once.
 
-Without images a method sees one MLP's weights. With images the blocks of teacher and student are read as they run, and
-each MLP is cut, repaired and refitted as `compress` does it in memory.
+Without images a method sees one MLP's weights. With images the blocks of teacher and student are read when they run,
+and each MLP is cut, repaired and refitted as `compress` does in memory.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ Errors = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How calibration runs: where activations go (None: in memory), and how second moments are stored."""
+    """How calibration runs: the folder for activations (None keeps them in memory), and the type of second moments."""
 
     offload: Path | None = None
     moments: torch.dtype = torch.float64
 
 
 class Journal:
-    """What has been decided, on disk before the next MLP is looked at.
+    """All decisions so far, each on disk before the next MLP is looked at.
 
     Args:
         work: folder of a run.
-        run: what decides about the picks: a journal of anything else is refused.
+        run: everything that affects the picks; a journal with other values is refused.
         sites: every MLP of the job.
-        resume: go on from what is there.
+        resume: continue from an existing journal.
 
     Raises:
-        RecipeError: the journal there is another run's.
-        CheckpointError: it is damaged.
+        RecipeError: the existing journal belongs to another run.
+        CheckpointError: the journal is damaged.
     """
 
     def __init__(self, work: Path, run: Mapping[str, Any], sites: Sequence[MlpSite], *, resume: bool) -> None:
@@ -82,7 +82,7 @@ class Journal:
             raise CheckpointError(f"{self.path}: is damaged ({error!r}); run without resume.") from None
 
     def add(self, edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:
-        """Write an edit down, its tensors to a file; the edit that comes back reads them when they are needed."""
+        """Record an edit, with its tensors in a file; return an edit that reads them when they are needed."""
         path = edit.site.path
         line = {"site": path, "keep": list(edit.keep), "errors": dict(errors), "repaired": bool(edit.tensors)}
         if edit.tensors:
@@ -98,7 +98,7 @@ class Journal:
         return kept
 
     def _edit(self, site: MlpSite, line: Mapping[str, Any]) -> KeepUnits:
-        """An edit as a line has it."""
+        """Return the edit that a line of the journal describes."""
         tensors = open_tensors(self.tensors / f"{site.path}.safetensors") if line["repaired"] else {}
         return KeepUnits(site=site, keep=tuple(line["keep"]), tensors=tensors)
 
@@ -106,7 +106,7 @@ class Journal:
 def select_on_weights(
     job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], journal: Journal, *, quiet: bool
 ) -> None:
-    """Ask the method about one MLP after the other, with nothing else in memory; `widths` are by path."""
+    """Ask the method about each MLP in turn, with only that MLP in memory; `widths` are by path."""
     method, tensors = recipe.steps[0].make_method(), job.by_model_name
     assert isinstance(method, SiteMethod)
     behind = {edit.site.path for edit in journal.edits}
@@ -123,7 +123,7 @@ def select_on_weights(
 
 
 def looks_at_images(recipe: Recipe) -> bool:
-    """Return whether selection or repair would look at images, given some."""
+    """Return whether selection or repair would use images, if there were any."""
     step = recipe.steps[0]
     return step.repair_options() is not None or step.make_method().needs == "images"
 
@@ -131,7 +131,7 @@ def looks_at_images(recipe: Recipe) -> bool:
 def estimate_calibration(
     job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], batches: Sequence[Tensor]
 ) -> MemoryEstimate:
-    """Return what calibration on these images will need."""
+    """Return how much memory calibration on these images will need."""
     return estimate_memory(
         job.sites_in_encoder,
         widths.values(),
@@ -144,11 +144,11 @@ def estimate_calibration(
 
 
 def placement_within(estimate: MemoryEstimate, memory_budget: str | int | None, work: Path) -> Placement:
-    """Where activations go and how moments are stored, so that calibration stays within its budget.
+    """Choose where activations go and how moments are stored, so that calibration stays within its budget.
 
     Raises:
-        RecipeError: it can't.
-        OutputError: the disk can't hold the activations.
+        RecipeError: the budget is too small for any choice.
+        OutputError: the disk is too small for the activations.
     """
     if memory_budget is None:
         return Placement()
@@ -174,7 +174,7 @@ def select_and_repair(
     *,
     quiet: bool,
 ) -> list[str]:
-    """Cut and repair block after block, both models' blocks read as they come; return notes for the user."""
+    """Cut and repair block by block, with both models' blocks read when needed; return notes for the user."""
     prefix, tensors = job.origin.encoder, job.by_model_name
     sites = job.sites_in_encoder
     start = f"{prefix}." if prefix else ""
@@ -182,7 +182,7 @@ def select_and_repair(
     _check_complete(job, own)
     device, behind = resolve_device(recipe.device), [_within(edit, prefix) for edit in journal.edits]
     teacher, student = (build_empty(job.origin).get_submodule(prefix).requires_grad_(False) for _ in range(2))
-    blocks = list(dict.fromkeys(site.block for site in find_mlps(teacher)))  # those that are not cut run, too
+    blocks = list(dict.fromkeys(site.block for site in find_mlps(teacher)))  # blocks that are not cut also run
     reshape_(student, behind)
     held = FileBackedModel(teacher, blocks, own, device=device), FileBackedModel(student, blocks, own, device=device)
     held[1].edits += behind
@@ -215,7 +215,7 @@ def select_and_repair(
 
 
 def _within(edit: KeepUnits, prefix: str) -> KeepUnits:
-    """An edit as seen from the encoder, its repaired tensors still in their file."""
+    """Return an edit with paths from the encoder, its repaired tensors still in their file."""
     if not isinstance(edit.tensors, TensorFiles):
         return edit.within(prefix)
     start = f"{prefix}." if prefix else ""
@@ -224,7 +224,7 @@ def _within(edit: KeepUnits, prefix: str) -> KeepUnits:
 
 
 def _check_complete(job: CheckpointJob, own: TensorFiles) -> None:
-    """Refuse to run an encoder of which the files lack a tensor.
+    """Check that the files hold every tensor of the encoder that will be run.
 
     Raises:
         CheckpointError: a tensor is missing.

@@ -1,7 +1,7 @@
-"""Finds, by trying, the share at which a method leaves a model at a given size.
+"""Finds, by trial, the share at which a method leaves a model at a given size.
 
-What a method that is no cut of hidden units saves can't be computed from its share: ranks are rounded, experts come in
-steps. So cuts are tried on a few images, between shares that are known to be too much and too little.
+For a method that does not cut hidden units, the saving can't be computed from the share: ranks are rounded, and experts
+come in steps. So cuts are tried on a few images, between shares that are known to be too large and too small.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vitrim.surgery import KeepUnits, apply_
 from vitrim.types import MlpSite
 
 Counted = Literal["params", "macs"]
-SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 6  # of keep_ratio, and of a share of the model
+SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 6  # a keep_ratio, a share of the model, a number of cuts
 NUM_IMAGES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a cut left of a model, as shares; `repairable`: it cut hidden units and brought no tensors along."""
+    """What a cut left of a model, as shares; `repairable` if it cut hidden units without new tensors."""
 
     shares: Mapping[Counted, float]
     repairable: bool
@@ -36,7 +36,7 @@ class Trial:
 
 @dataclass(kw_only=True)
 class Trials:
-    """Cuts of one model on a few images; `tried` remembers them by method and share."""
+    """Trial cuts of one model on a few images; `tried` stores their results by method and share."""
 
     teacher: nn.Module
     sites: Sequence[MlpSite]
@@ -45,11 +45,11 @@ class Trials:
     tried: dict[tuple[str, float], Trial] = field(default_factory=dict)
 
     def meet(self, name: str, counted: Counted, budget: float) -> float | None:
-        """Return the largest keep_ratio found at which at most the budget stays; None where no share saves that much.
+        """Return the largest keep_ratio found that stays within the budget, or None if no share saves that much.
 
         Args:
-            name: the method.
-            counted: what the budget is a share of.
+            name: name of the method.
+            counted: what the budget counts, parameters or MACs.
             budget: share of the model that may stay.
         """
         low, high = (SMALLEST, self.at(name, SMALLEST).shares[counted]), (1.0, 1.0)
@@ -60,14 +60,14 @@ class Trials:
                 break
             slope = (high[0] - low[0]) / max(high[1] - low[1], 1e-9)
             straight = low[0] + slope * (budget - TOLERANCE / 2 - low[1])
-            # Where sizes come in steps, such as experts, a straight line may stand still: every other trial halves.
+            # If sizes come in steps, such as experts, interpolation may get stuck: every other trial bisects instead.
             ratio = (low[0] + high[0]) / 2 if number % 2 else straight
             share = self.at(name, ratio).shares[counted]
             low, high = (low, (ratio, share)) if share > budget else ((ratio, share), high)
         return low[0]
 
     def at(self, name: str, keep_ratio: float) -> Trial:
-        """Try a cut on a few images, or for a method that is asked MLP by MLP, one to its widths alone."""
+        """Return the result of a trial cut; for a method that cuts each MLP by itself, only the widths matter."""
         if (name, keep_ratio) not in self.tried:
             self.tried[name, keep_ratio] = self._try(name, keep_ratio)
         return self.tried[name, keep_ratio]
@@ -91,10 +91,10 @@ class Trials:
 
 
 def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inputs: Tensor | None) -> float:
-    """Return the keep_ratio at which the first step of a recipe leaves what its budget allows.
+    """Return the keep_ratio with which the first step of a recipe meets its budget.
 
     Args:
-        recipe: with a budget of the whole model.
+        recipe: a recipe with a budget for the whole model.
         teacher: the uncut encoder, in eval mode.
         sites: its MLPs.
         inputs: a few images.

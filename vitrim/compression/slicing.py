@@ -1,6 +1,6 @@
-"""Cuts a smaller width out of an output folder, without images: its units stand in pick order, so the first ones stay.
+"""Cuts an output folder to a smaller width, without images: units are stored in pick order, so the first ones stay.
 
-A width that the output was trained for (`recover.elastic`) gets the output weights that were kept for it. Nothing is
+A width that the output was trained for (`recover.elastic`) gets the output weights that were saved for it. Nothing is
 trained or measured here.
 """
 
@@ -38,17 +38,17 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
     """Cut an output of vitrim to a smaller width, without images.
 
     Args:
-        source: a folder that vitrim wrote; best one with `recover.elastic`, which was trained for its widths.
+        source: a folder that vitrim wrote, ideally with `recover.elastic`, which trains it for several widths.
         out: folder to write; it must not exist.
         mlp_ratio: hidden width as a multiple of the model width; at most that of the output.
-        model: the uncut model, for one that no library can build; it is reshaped in place.
+        model: the uncut model, needed if no library can build it; it is reshaped in place.
 
     Returns:
-        The small model, the plan that leads from the original to it, what was measured, and the folder.
+        The small model, the plan that turns the original into it, what was measured, and the folder.
 
     Raises:
         BudgetError: the ratio is above the output's own width, or not above 0.
-        CheckpointError: the source is not vitrim's, is damaged, or holds more than cuts of hidden units.
+        CheckpointError: vitrim did not write the source, it is damaged, or it holds more than cuts of hidden units.
         OutputError: `out` can't be written, or does not load back.
     """
     started = time.monotonic()
@@ -84,10 +84,10 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
 
 
 def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
-    """The last cut of each MLP.
+    """Return the last cut of each MLP.
 
     Raises:
-        CheckpointError: there is none, or something else has been done to the same tensors.
+        CheckpointError: there is no such cut, or another edit changed the same tensors.
     """
     cuts = {edit.site.path: edit for edit in plan.edits if isinstance(edit, KeepUnits)}
     names = {name for edit in cuts.values() for name in edit.affected_tensors()}
@@ -102,17 +102,17 @@ def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:
 
 
 def _prefix(cuts: Sequence[KeepUnits], mlp_ratio: float) -> Slice:
-    """The units of a width that the output was not trained for."""
+    """Return the units of each MLP at a width that the output was not trained for."""
     width = Width(kind="mlp_ratio", value=mlp_ratio)
     sites = [replace(edit.site, d_hidden=edit.width) for edit in cuts]
     return Slice(units={site.path: width.of(site) for site in sites})
 
 
 def _checked(found: Slice, cuts: Sequence[KeepUnits], source: Path) -> Slice:
-    """A width as a file has it.
+    """Return the units and tensors of a trained width, after checking that they fit the model.
 
     Raises:
-        CheckpointError: it is not one of this model.
+        CheckpointError: they do not fit this model.
     """
     widths = {edit.site.path: edit.width for edit in cuts}
     if found.units.keys() != widths.keys() or not all(
@@ -123,25 +123,25 @@ def _checked(found: Slice, cuts: Sequence[KeepUnits], source: Path) -> Slice:
 
 
 def _second_cut(edit: KeepUnits, chosen: Slice) -> KeepUnits:
-    """The edit that cuts the model in the folder."""
+    """Return the edit that cuts the model in the folder."""
     site = replace(edit.site, d_hidden=edit.width)
     return replace(first_units(site, chosen.units[site.path]), tensors=_own_tensors(edit, chosen))
 
 
 def _narrowed(edit: KeepUnits, chosen: Slice) -> KeepUnits:
-    """The edit that stands in the plan: the first of the units that were kept."""
+    """Return the edit for the plan: it keeps the first of the units that were kept before."""
     return replace(edit, keep=edit.keep[: chosen.units[edit.site.path]], tensors=_own_tensors(edit, chosen))
 
 
 def _own_tensors(edit: KeepUnits, chosen: Slice) -> dict[str, Tensor]:
-    """The tensors of an MLP that a width has for itself."""
+    """Return the tensors that a trained width has for one MLP."""
     return {name: tensor for name, tensor in chosen.tensors.items() if name.startswith(f"{edit.site.output}.")}
 
 
 def _write(
     folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: Metrics, out: Path, started: float
 ) -> Metrics:
-    """Write a normal output folder, loaded back in a fresh process before this returns the finished metrics."""
+    """Write a normal output folder, verify it in a fresh process, and return the finished metrics."""
     stock, backend = stock_origin(origin, plan.edits), backend_of(origin.library)
     notes = metrics.notes
     if stock is None:

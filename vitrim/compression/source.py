@@ -1,4 +1,4 @@
-"""A checkpoint beside its architecture: files by their headers, the model on meta, and how their names go together."""
+"""A checkpoint with its architecture: the files' headers, the model on meta, and how their tensor names match."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors
 from vitrim.surgery import KeepUnits, edit_of
 from vitrim.types import MlpSite
 
-# What belongs to other libraries, or is pickled, is not downloaded.
+# Files of other libraries and pickled files are not downloaded.
 NOT_FETCHED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 
 
@@ -39,7 +39,7 @@ class CheckpointJob:
 
     @property
     def sites_in_encoder(self) -> list[MlpSite]:
-        """The MLPs by paths from the encoder."""
+        """The MLPs, with paths from the encoder."""
         return [site.within(self.origin.encoder) for site in self.sites]
 
     @property
@@ -49,10 +49,10 @@ class CheckpointJob:
 
 
 def open_checkpoint(source: str, recipe: Recipe) -> CheckpointJob:
-    """The architecture on meta, the files (headers alone) and how their names go together.
+    """Open a checkpoint: the architecture on meta, the files (headers only) and the mapping of their names.
 
     Raises:
-        ModelError, CheckpointError: no such model, or its files can't be read.
+        ModelError, CheckpointError: there is no such model, or its files can't be read.
     """
     local, path = _local(source, fetch=True)
     model, origin = load_model(local, weights=False)
@@ -61,9 +61,9 @@ def open_checkpoint(source: str, recipe: Recipe) -> CheckpointJob:
         raise CheckpointError(f"{source}: no library builds this architecture; use compress with the module.")
     files = open_tensors(path, prefer=backend.WEIGHTS.partition("_model")[0])
     encoder, scope = resolve_scope(model, recipe.scope, origin.encoder)
-    if encoder != origin.encoder:  # what is known of the inputs was known of another part
+    if encoder != origin.encoder:  # the known preprocessing belongs to another part
         origin = replace(origin, encoder=encoder, preprocessing={})
-    with in_one_line(source):  # the library's own code, on tensors that may be of any shape
+    with in_one_line(source):  # the library's own code runs on tensors that may have any shape
         names = backend.names(model, files.fakes())
     return CheckpointJob(
         model=model,
@@ -76,7 +76,7 @@ def open_checkpoint(source: str, recipe: Recipe) -> CheckpointJob:
 
 
 def has_files(source: str) -> bool:
-    """Whether a source has weights on this machine; nothing is downloaded or read."""
+    """Return whether a source has weights on this machine; nothing is downloaded or read."""
     try:
         _, path = _local(source, fetch=False)
     except CheckpointError:
@@ -85,7 +85,7 @@ def has_files(source: str) -> bool:
 
 
 def _local(source: str, *, fetch: bool) -> tuple[str, Path]:
-    """A source by its local files; those of a hub id are downloaded."""
+    """Return the name and path of a source's local files; those of a hub id are downloaded first."""
     prefix, _, rest = source.partition("/")
     if prefix == "timm" and "@" in rest:
         return source, Path(rest.partition("@")[2])
@@ -103,7 +103,7 @@ def _local(source: str, *, fetch: bool) -> tuple[str, Path]:
 
 
 def _fetched(name: str, source: str) -> Path:
-    """The files of a repository of the hub, in its cache."""
+    """Download a repository from the hub, and return its folder in the cache."""
     from huggingface_hub import snapshot_download
 
     with in_one_line(source):
@@ -111,7 +111,7 @@ def _fetched(name: str, source: str) -> Path:
 
 
 def check_tensors(job: CheckpointJob) -> None:
-    """Refuse a checkpoint that is not the architecture's.
+    """Check that a checkpoint's tensors fit the architecture.
 
     Raises:
         CheckpointError: a tensor of an MLP is missing or has another shape.

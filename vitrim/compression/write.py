@@ -1,4 +1,4 @@
-"""Puts the small model together and writes all of an output: weights, plan, metrics, recipe, report and card."""
+"""Assembles the small model and writes an output: weights, plan, metrics, recipe, report and card."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vitrim.surgery import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where an output is written, and where it will stand in the end."""
+    """The folder in which an output is written, and its final place."""
 
     folder: Path
     out: Path
@@ -39,9 +39,9 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """All that a finished run knows.
+    """Everything that a finished run produced.
 
-    `whole` is the small model, put together, and `plan` has paths from its root; those of `cut` are from the encoder.
+    `whole` is the small model, assembled, and `plan` has paths from its root; those of `cut` are from the encoder.
     """
 
     job: Job
@@ -55,7 +55,7 @@ class Finished:
 
 
 def look_at_both(models: Models, job: Job) -> Seen:
-    """Gather what the report shows of both models, on the main process; the others get nothing, it is too large."""
+    """Gather what the report shows of both models, on the main process; others get nothing, since it is large."""
     found: list[Seen] = []
     held_out = None if models.split is None else models.split.held_out
     on_main(lambda: found.append(look(models.teacher, models.student, job.origin, held_out)))
@@ -63,9 +63,9 @@ def look_at_both(models: Models, job: Job) -> Seen:
 
 
 def put_together(job: Job, models: Models, stock: Origin | None) -> nn.Module:
-    """Return the whole model on the CPU with the student in place of its encoder, in the types of the original.
+    """Return the whole model on the CPU, with the student as its encoder and the original's tensor types.
 
-    A copy of the encoder itself is never made. `stock` describes the new widths where the library can say them.
+    The original encoder is never copied. `stock` describes the new widths if the library can express them.
     """
     original = job.encoder
     student = typed_as(original, models.student.cpu())
@@ -79,27 +79,27 @@ def put_together(job: Job, models: Models, stock: Origin | None) -> nn.Module:
 def typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
     """Give each tensor of a student the type that it has in the original: a bf16 model may keep float32 buffers.
 
-    What an edit has put there takes the type of the original's parameters, if it is of floating point.
+    Tensors that an edit added take the type of the original's parameters, if they are floating point.
     """
     types = {name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())}
     usual = next((p.dtype for p in original.parameters()), torch.float32)
     for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-        if tensor.is_floating_point():  # what an edit has made an integer is one
+        if tensor.is_floating_point():  # integers that an edit made stay integers
             tensor.data = tensor.data.to(types.get(name, usual))
     return student
 
 
 def write_output(done: Finished, place: Place, context: RunContext) -> Metrics:
-    """Write everything into a folder on the main process, loaded back in a fresh process before this returns.
+    """Write everything into a folder on the main process, and verify it in a fresh process.
 
     Returns:
-        The metrics as they stand in metrics.json.
+        The metrics as written to metrics.json.
     """
     return on_main(_write, done, place, context)
 
 
 def _write(done: Finished, place: Place, context: RunContext) -> Metrics:
-    """Write weights and plan, check them, then everything that speaks of them."""
+    """Write weights and plan, verify them, then write everything that describes them."""
     origin, folder, models = done.job.origin, place.folder, done.models
     stock = save(folder, done.whole, origin=origin, plan=done.plan)
     metrics = replace(
@@ -118,7 +118,10 @@ def _write(done: Finished, place: Place, context: RunContext) -> Metrics:
 
 
 def _reload_difference(done: Finished, folder: Path, *, stock: bool) -> float | None:
-    """Load a folder in a fresh process; None where no library can build the model, or its inputs are not known."""
+    """Load a folder in a fresh process and return the difference, or None if that can't be done.
+
+    It can't if no library can build the model, or if its inputs are not known.
+    """
     origin, split = done.job.origin, done.models.split
     probe = split.sample if split is not None else random_inputs(origin)
     if origin.library is None or probe is None:
@@ -127,15 +130,15 @@ def _reload_difference(done: Finished, folder: Path, *, stock: bool) -> float | 
 
 
 def _move_logs(work: Path, folder: Path) -> None:
-    """Move the log of distillation, and what trackers wrote, to the output."""
+    """Move the log of distillation, and the files that trackers wrote, to the output."""
     for name in (RECOVERY_LOG, TRACKER_LOGS):
         if (work / name).exists():
             shutil.move(work / name, folder / name)
 
 
 def _write_documents(done: Finished, folder: Path, teacher: nn.Module) -> None:
-    """Write recipe, metrics, the report page, and the card that stands beside the model on a hub."""
-    from vitrim.output.card import licence_of, write_card  # their numbers are written as the page's are
+    """Write the recipe, the metrics, the report page, and the model card for a hub."""
+    from vitrim.output.card import licence_of, write_card  # imports matplotlib, which is slow, for number formats
     from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
 
     job, metrics, recipe = done.job, done.metrics, done.job.recipe

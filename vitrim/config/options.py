@@ -1,6 +1,6 @@
-"""The parts of a recipe: what calibration, allocation, repair, blockwise training and recovery can be told.
+"""The parts of a recipe: options of calibration, allocation, repair, blockwise training and recovery.
 
-Each is frozen and checked by itself; `recipe` puts them together.
+Each is frozen and checked by itself; `recipe` combines them.
 """
 
 from __future__ import annotations
@@ -21,73 +21,73 @@ Counted = Literal["params", "macs", "latency"]
 
 
 class CalibrateOptions(Checked):
-    """Images that selection and repair learn from."""
+    """The images that selection and repair use."""
 
     num_images: int = Field(default=2000, ge=1)
-    """How many images."""
+    """Number of images."""
     batch_size: int = Field(default=64, ge=1)
-    """Images in a pass."""
+    """Images processed at once."""
 
 
 class RepairOptions(Checked):
-    """Closed-form least squares, then a short local refit of each MLP."""
+    """Closed-form repair by least squares, then a short local refit of each MLP."""
 
     ridge: float = Field(default=1e-4, gt=0)
-    """Ridge, relative to the mean energy of a kept unit."""
+    """Strength of the regularization, relative to the mean energy of a kept unit."""
     feedback: float = Field(default=1.0, ge=0, le=1)
-    """Share of the residual stream's error that a block's target corrects."""
+    """How much of the error made by earlier blocks each repair tries to correct, from 0 to 1."""
     refit: bool = True
-    """Refit each MLP after its repair."""
+    """Train each MLP briefly after its closed-form repair."""
     refit_steps: int = Field(default=300, ge=1)
-    """Steps of the refit, which bound its time."""
+    """Steps of the refit; fewer take less time."""
     refit_lr: float = Field(default=1e-2, gt=0)
-    """Rate of the refit."""
+    """Learning rate of the refit."""
     max_tokens: int = Field(default=100_000, ge=256)
-    """Tokens that the refit samples."""
+    """How many tokens are sampled for the refit."""
 
 
 class AllocateOptions(Checked):
-    """Widths that differ from MLP to MLP, together at most as expensive as equal ones."""
+    """Widths that differ between MLPs but cost no more in total than equal widths."""
 
     cost: Counted = "params"
-    """What expense is counted in: parameters, multiply-accumulates, or time measured on the device."""
+    """What counts as cost: parameters, multiply-accumulates, or time measured on the device."""
     cache: Path | None = None
-    """Folder that keeps the error curves, for other widths and costs; without, they are kept for this run alone."""
+    """Folder for the measured error curves, to reuse them for other widths and costs. Without it they are not saved."""
 
 
 class BlockwiseOptions(Checked):
-    """Each block trained by itself to put out what the teacher's does, on images whose activations lie on disk."""
+    """Trains each block by itself to reproduce the teacher's output; activations of the images are stored on disk."""
 
     num_images: int = Field(default=10_000, ge=1)
-    """Images to train on."""
+    """Number of images to train on."""
     batch_size: int = Field(default=64, ge=1)
-    """Images in a step."""
+    """Images in one step."""
     steps: int = Field(default=300, ge=1)
-    """Steps spent on each block."""
+    """Training steps for each block."""
     lr: float | None = Field(default=None, gt=0)
-    """Rate; without, 1e-3 for the MLP and 5e-4 for the whole block."""
+    """Learning rate. By default 1e-3 for the MLP and 5e-4 for the whole block."""
     inputs: Literal["student", "teacher"] = "student"
-    """The student's own inputs, so that a block corrects the blocks before it, or the teacher's, so that blocks are
-    independent and are spread over processes."""
+    """Train on the student's own inputs, so that a block also corrects errors of earlier blocks, or on the teacher's,
+    so that blocks can be trained in parallel by several processes."""
     train: Literal["mlp", "block"] = "mlp"
-    """What of a block is trained: its MLP, or all of it, attention and norms too."""
+    """Which part of a block is trained: its MLP, or all of it with attention and norms."""
     num_workers: int = Field(default=0, ge=0)
-    """Processes that decode images."""
+    """Number of processes that decode images."""
 
 
 class CacheOptions(Checked):
-    """Where and how the teacher's targets are kept, so that later epochs need not run the teacher."""
+    """Where and how the teacher's targets are stored, so that later epochs need not run the teacher."""
 
     views: int = Field(default=1, ge=1)
-    """Draws of augmentation of each image: epoch e sees draw e mod `views`."""
+    """Number of different augmentations stored per image: epoch e uses number e mod `views`."""
     dtype: Literal["bf16", "int8", "float32"] = "bf16"
-    """Type in which targets are kept."""
+    """Number format in which targets are stored."""
     patch_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Share of the patch tokens that is kept, at random; without, all."""
+    """Share of the patch tokens to store, chosen at random. All by default."""
     num_patches: int | None = Field(default=None, ge=1)
-    """Patch tokens that are kept, at random; without, all."""
+    """Number of patch tokens to store, chosen at random. All by default."""
     folder: Path | None = None
-    """Folder that stays and serves other runs; without, the cache lies beside the run's state."""
+    """Folder to keep for other runs. By default the cache is stored with the run's state."""
 
     @model_validator(mode="after")
     def _one_share(self) -> CacheOptions:
@@ -97,26 +97,26 @@ class CacheOptions(Checked):
 
 
 class AdapterOptions(Checked):
-    """Low-rank factors that train in place of the linear weights and are merged into them."""
+    """Low-rank factors that are trained instead of the linear weights and then merged into them."""
 
     kind: Literal["lora", "op-lora"] = "lora"
-    """Plain factors, or factors that a small network emits (OP-LoRA)."""
+    """Plain low-rank factors (`lora`), or factors that a small network generates (`op-lora`)."""
     rank: int = Field(default=16, ge=1)
     """Rank of the factors."""
     alpha: float = Field(default=16.0, gt=0)
-    """Factors are scaled by alpha / rank."""
+    """Scale of the factors: they are multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """Ends of layer names, as in PEFT; without, every linear weight that the loss reaches."""
+    """Ends of the names of layers to adapt, as in PEFT. By default every linear weight that affects the loss."""
     hidden: int = Field(default=32, ge=1)
-    """Hidden width of an OP-LoRA generator."""
+    """Hidden width of the network that generates factors (`op-lora`)."""
     latent: int = Field(default=32, ge=1)
-    """Width of its latent vector."""
+    """Width of that network's input vector (`op-lora`)."""
     train_vectors: bool = False
-    """Train norms, biases and other vectors, too."""
+    """Also train norms, biases and other vectors."""
     decay_generator: bool = False
-    """Let weight decay act on the generator."""
+    """Apply weight decay to the network that generates factors (`op-lora`)."""
     save: Path | None = None
-    """Folder for the factors, in PEFT's layout."""
+    """Folder in which to save the factors, in PEFT's layout."""
 
     @model_validator(mode="after")
     def _all_in_factors(self) -> AdapterOptions:
@@ -126,65 +126,65 @@ class AdapterOptions(Checked):
 
 
 class RecoverOptions(Checked):
-    """Label-free distillation; one of `steps` and `epochs` says how long."""
+    """Distillation without labels; give exactly one of `steps` and `epochs` for its length."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Steps of distillation."""
+    """Length of distillation in steps."""
     epochs: float | None = Field(default=None, gt=0)
-    """Epochs of distillation."""
+    """Length of distillation in epochs."""
     batch_size: int = Field(default=128, ge=1)
     """Images in a pass, over all processes."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak rate; without, a short range test finds it."""
+    """Peak learning rate. By default a short test finds one."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Share of the steps in which the rate rises."""
+    """Share of the steps in which the learning rate rises to its peak."""
     weight_decay: tuple[float, float] = (0.0, 0.0)
     """Weight decay at the start and at the end."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Passes in a step, which so sees that many times `batch_size` images."""
+    """Forward passes per step, so that each step sees this many times `batch_size` images."""
     precision: Precision = "auto"
-    """`auto` is bf16 on GPUs that have it, and fp32 elsewhere."""
+    """Number format of the computation; `auto` is bf16 on GPUs that support it, and fp32 elsewhere."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of a running mean of the weights; 0 keeps none."""
+    """Decay of a moving average of the weights; 0 keeps none."""
     augment: Literal["none", "light", "strong"] = "light"
     """How strongly images are augmented."""
     flip: bool = False
-    """Flip images at random."""
+    """Also flip images at random."""
     features_at: FeaturesAt = "final"
-    """Where features are compared: behind the final norm, or in front of it."""
+    """Where features are compared: after the final norm, or before it."""
     num_validations: int = Field(default=10, ge=1)
-    """How often the student is judged on held-out images."""
+    """How often the student is evaluated on held-out images during the run."""
     num_workers: int = Field(default=0, ge=0)
-    """Processes that decode images."""
+    """Number of processes that decode images."""
     save_every: int | None = Field(default=None, ge=1)
-    """Keep a state to resume from every so many steps, beside those at validations."""
+    """Save a state to resume from every this many steps, in addition to those at validations."""
     fsdp: bool = False
-    """Spread both models over the processes of torchrun (FSDP2)."""
+    """Split both models across the processes of torchrun (FSDP2)."""
     checkpoint_activations: bool = False
-    """Run the student's blocks twice rather than keep what they saw."""
+    """Save memory by recomputing the student's blocks in the backward pass instead of storing their activations."""
     epoch_images: int | None = Field(default=None, ge=1)
-    """Images in an epoch, for data without a length, such as a stream."""
+    """Images that count as one epoch, for data without a length, such as a stream."""
     stream_lanes: int = Field(default=8, ge=1)
-    """Shards of a stream that are read side by side."""
+    """Number of shards of a stream that are read at the same time."""
     shuffle_buffer: int = Field(default=4096, ge=1)
-    """Images of a stream that are shuffled among each other."""
+    """Size of the buffer in which a stream's images are shuffled."""
     report_to: tuple[str, ...] = ()
-    """Trackers beside the log, such as tensorboard or wandb."""
+    """Experiment trackers in addition to the log, such as tensorboard or wandb."""
     elastic: tuple[float, ...] | None = None
-    """MLP ratios that the one result shall serve, each step training one of them."""
+    """MLP ratios that one result should support; each step trains one of them."""
     text_bank: Path | None = None
-    """Text file: how similar the image tower of a pair finds each of its lines is to stay, too."""
+    """Text file, one text per line; the image tower's similarity to each text is preserved as well."""
     text_bank_weight: float = Field(default=1.0, gt=0)
-    """Weight of the text bank beside the features."""
+    """Weight of the text bank's loss relative to the features'."""
     cache_teacher: CacheOptions | None = None
-    """Keep the teacher's targets, so that later epochs don't run it; True for the defaults."""
+    """Store the teacher's targets so that later epochs need not run it; True uses the default options."""
     adapter: AdapterOptions | None = None
-    """Train low-rank factors in place of the weights; a kind alone stands for its defaults."""
+    """Train low-rank factors instead of the weights; give a kind alone to use its default options."""
 
     @field_validator("adapter", mode="before")
     @classmethod
     def _adapter_by_kind(cls, given: Any) -> Any:
-        """A kind alone stands for its defaults."""
+        """Turn the name of a kind into the default options of that kind."""
         return {"kind": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
@@ -196,7 +196,7 @@ class RecoverOptions(Checked):
     @field_validator("cache_teacher", mode="before")
     @classmethod
     def _cache_or_not(cls, given: Any) -> Any:
-        """True stands for the defaults, False for no cache."""
+        """Turn True into the default options and False into no cache."""
         return {True: CacheOptions(), False: None}[given] if isinstance(given, bool) else given
 
     @field_validator("elastic")
@@ -215,5 +215,5 @@ class RecoverOptions(Checked):
         return self
 
     def view_of(self, epoch: int) -> int:
-        """Return which draw of augmentation an epoch sees: its own, or one of those for which targets are kept."""
+        """Return which augmentation an epoch uses: its own, or one of those for which targets are stored."""
         return epoch if self.cache_teacher is None else epoch % self.cache_teacher.views

@@ -1,4 +1,4 @@
-"""What the user asked for, as one frozen value that the command line, YAML files and the Python API share.
+"""The recipe: what the user asked for, as one frozen value shared by command line, YAML files and Python API.
 
 Nothing is loaded or run here.
 """
@@ -26,38 +26,38 @@ MERGED = ("repair", "allocate", "blockwise", "recover", "calibrate", "options")
 
 
 class Recipe(Checked):
-    """One run: a model, the steps that cut it, and what follows the cut.
+    """One run: a model, the steps that compress it, and what follows them.
 
-    A recipe of one step may give the step's own keys (`method`, `mlp_ratio`, `repair` and so on) in place of `steps`.
+    A recipe with one step may give the step's own keys (`method`, `mlp_ratio`, `repair` and so on) instead of `steps`.
     """
 
     model: str | None = None
     """Name or folder of the model."""
     data: str | None = None
-    """Images to learn from; no labels."""
+    """Images to learn from; labels are not needed."""
     steps: tuple[Step, ...] = Field(default_factory=lambda: (Step(),), min_length=1)
-    """Methods, each at work on what the ones before it have left."""
+    """Methods to apply in turn, each to the result of the one before."""
     scope: str | None = None
-    """Dotted path of the part to cut, or the end of one; without, the image tower or the whole model."""
+    """Dotted path of the part to cut, or its end. By default the image tower, or the whole model if there is none."""
     calibrate: CalibrateOptions = CalibrateOptions()
-    """Images that selection and repair look at."""
+    """Images that selection and repair use."""
     blockwise: BlockwiseOptions | None = None
-    """Training of each block by itself, after the cut."""
+    """Train each block by itself after the cut."""
     recover: RecoverOptions | None = None
-    """Label-free distillation, once, at the end."""
+    """Distil without labels, once, at the end."""
     seed: int = Field(default=0, ge=0)
-    """Makes two runs equal."""
+    """Random seed; equal recipes and seeds give equal results."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `mps`, or any torch device."""
+    """Device to run on: `auto`, `cpu`, `cuda`, `mps`, or any torch device."""
 
-    if TYPE_CHECKING:  # what a recipe of one step takes, for completion and type checkers
+    if TYPE_CHECKING:  # a recipe of one step also takes the step's keys; this serves completion and type checkers
 
         def __init__(self, **keys: Any) -> None: ...
 
     @model_validator(mode="before")
     @classmethod
     def _one_step(cls, given: Any) -> Any:
-        """Make a step of the keys that belong to one."""
+        """Collect the keys that belong to a step into one step."""
         if not isinstance(given, Mapping):
             return given
         own = {key: value for key, value in given.items() if key in Step.model_fields}
@@ -80,7 +80,7 @@ class Recipe(Checked):
         return self
 
     def _check_elastic(self, ratios: tuple[float, ...]) -> None:
-        """Refuse what goes against several widths in one result."""
+        """Refuse options that conflict with several widths in one result."""
         step = self.steps[0]
         for name in ("widths", "allocate"):
             if getattr(step, name) is not None:
@@ -95,15 +95,15 @@ class Recipe(Checked):
 
     @classmethod
     def keys(cls) -> list[str]:
-        """Return every key that may be given, nested ones dotted, those of the first step too."""
+        """Return every key that may be given, nested ones dotted, including those of the first step."""
         return [*known_keys(cls), *known_keys(Step)]
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from YAML.
+        """Read a recipe from a YAML file.
 
         Raises:
-            RecipeError: the file is missing, is no YAML mapping, or has an unknown key or a value not allowed.
+            RecipeError: the file is missing, is not a YAML mapping, or has an unknown key or a forbidden value.
         """
         try:
             text = Path(path).read_text()
@@ -116,7 +116,7 @@ class Recipe(Checked):
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-        """Make a recipe of a mapping; `where` names its source in errors.
+        """Make a recipe from a mapping; `where` names its source in errors.
 
         Raises:
             RecipeError: a key is unknown or a value is not allowed.
@@ -131,7 +131,7 @@ class Recipe(Checked):
         """Return a recipe from a recipe, a mapping, the path of a YAML file, or None for the defaults.
 
         Raises:
-            RecipeError: it can't be read, or a key or value is not allowed.
+            RecipeError: the file can't be read, or a key or value is not allowed.
         """
         if isinstance(given, Recipe):
             return given
@@ -140,10 +140,10 @@ class Recipe(Checked):
         return cls.load(given)
 
     def updated(self, given: Mapping[str, Any]) -> Recipe:
-        """Return this recipe with other values over it; a new budget, length or method replaces the old one.
+        """Return a copy with other values; a new budget, length or method replaces the old one.
 
         Args:
-            given: keys of a recipe or, for its first step, of a step. Mappings are merged into what is there.
+            given: keys of a recipe or, for its first step, of a step. Mappings are merged with the existing ones.
 
         Raises:
             RecipeError: the result is not a valid recipe.
@@ -165,8 +165,8 @@ class Recipe(Checked):
     def width(self, number: int = 0) -> Width:
         """Return how many hidden units of each MLP stay after a step.
 
-        Without a budget that is half of the encoder's parameters in the first step, the largest of the widths of
-        `recover.elastic` where that is given, and all units in later steps and for methods that go by no budget.
+        Without a budget, the first step keeps half of the encoder's parameters, or the largest width in
+        `recover.elastic` if that is given. Later steps, and methods that use no budget, keep all units.
         """
         step = self.steps[number]
         if number or step.make_method().goes_by() == "nothing":
@@ -175,12 +175,12 @@ class Recipe(Checked):
         return step.width() if elastic is None else step.width(default=("mlp_ratio", elastic[-1]))
 
     def dump(self) -> str:
-        """Return the recipe as YAML; `load` gives it back."""
+        """Return the recipe as YAML, which `load` can read."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay values over others; options that are mappings on both sides are merged key by key."""
+    """Override values with others; options that are mappings on both sides are merged key by key."""
     found = {**base, **given}
     for key in MERGED:
         old, new = base.get(key), given.get(key)

@@ -1,4 +1,4 @@
-"""One step of a recipe: a method, how far it goes, and whether the closed-form repair follows."""
+"""One step of a recipe: a method, how much it cuts, and whether the closed-form repair follows."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from vitrim.methods import Method, find_method, make_method
 
 
 class Step(Checked):
-    """A method at work on what the steps before it have left."""
+    """A method applied to the result of the steps before it."""
 
     method: str = "dgmr"
-    """Name of a method, or one of the classes of `vitrim.methods` with its options."""
+    """Name of a method; in Python also an instance of a class in `vitrim.methods`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the method, by name."""
     params_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Share of the encoder's parameters that stays; 0.5 where no budget is given."""
+    """Share of the encoder's parameters to keep; 0.5 if no budget is given."""
     macs_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Share of the encoder's multiply-accumulates that stays."""
+    """Share of the encoder's multiply-accumulates to keep."""
     mlp_ratio: float | None = Field(default=None, gt=0)
-    """Hidden width as a multiple of the model width, as in timm (the DGMR paper's r)."""
+    """Hidden width to keep, as a multiple of the model width, as in timm (the DGMR paper's r)."""
     keep_ratio: float | None = Field(default=None, gt=0, le=1)
-    """Share of each MLP's hidden units that stays."""
+    """Share of each MLP's hidden units to keep."""
     hidden_dim: int | None = Field(default=None, ge=1)
-    """Hidden units that stay in each MLP."""
+    """Number of hidden units to keep in each MLP."""
     round_to: int = Field(default=16, ge=1)
-    """Widths become multiples of this, where they are not smaller; `hidden_dim` and MLP ratio 1 stay as they are."""
+    """Round widths to multiples of this, unless they are smaller; `hidden_dim` and an MLP ratio of 1 stay exact."""
     exact: bool = False
-    """Keep widths as asked: neither multiples, nor the nearest that the model's own library can load."""
+    """Keep widths exactly as asked: don't round, not even to widths that the model's own library can load."""
     widths: dict[str, int] | None = None
-    """Widths of single MLPs, by path or the end of one; the budget holds for the others."""
+    """Widths of single MLPs, by path or its end; the budget applies to the others."""
     allocate: AllocateOptions | None = None
-    """Find widths that differ from MLP to MLP, together no more expensive than equal ones."""
+    """Find widths that differ between MLPs but cost no more in total than equal ones."""
     repair: RepairOptions | bool | None = None
-    """Closed-form repair after the cut: None for the method's own habit, False for none, True or options for it."""
+    """Closed-form repair after the cut: True or options for yes, False for no, None for the method's default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -55,7 +55,7 @@ class Step(Checked):
     @field_validator("allocate", mode="before")
     @classmethod
     def _allocate_by_name(cls, given: Any) -> Any:
-        """Let `auto` stand for the defaults, `uniform` for equal widths."""
+        """Turn `auto` into the default options and `uniform` into equal widths."""
         return {"auto": {}, "uniform": None}.get(given, given) if isinstance(given, str) else given
 
     @model_validator(mode="after")
@@ -71,14 +71,14 @@ class Step(Checked):
 
     @property
     def budget(self) -> BudgetKind | None:
-        """Which budget was given, None where none was."""
+        """Name of the budget that was given, or None if there was none."""
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
     def width(self, *, default: tuple[BudgetKind, float] = ("params_ratio", 0.5)) -> Width:
         """Return how many hidden units of each MLP stay.
 
         Args:
-            default: the budget where the step gives none.
+            default: the budget to use if the step gives none.
         """
         kind = self.budget
         kind, value = default if kind is None else (kind, getattr(self, kind))
@@ -89,7 +89,7 @@ class Step(Checked):
         return make_method(self.method, self.options)
 
     def repair_options(self) -> RepairOptions | None:
-        """Return the repair that follows: what was asked for, or the method's own habit."""
+        """Return the repair that follows, as asked for or by the method's default; None for no repair."""
         if isinstance(self.repair, RepairOptions):
             return self.repair
         wanted = find_method(self.method).repairs if self.repair is None else self.repair

@@ -1,6 +1,6 @@
-"""How many hidden units each MLP keeps, as a value that can be asked MLP by MLP.
+"""How many hidden units each MLP keeps, as a value that can be asked for each MLP.
 
-Budgets of a whole model (`params_ratio`, `macs_ratio`) can't be answered here, since they depend on all of it;
+Budgets of a whole model (`params_ratio`, `macs_ratio`) can't be answered here, since they depend on all MLPs together;
 `compression.budget` solves them.
 """
 
@@ -20,7 +20,7 @@ OF_THE_MODEL = ("params_ratio", "macs_ratio")
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """A budget and how it is rounded; `own` gives MLPs a width of their own, by path or the end of one."""
+    """A budget and how it is rounded; `own` sets the width of single MLPs, by path or its end."""
 
     kind: BudgetKind
     value: float
@@ -30,14 +30,14 @@ class Width:
 
     @property
     def is_of_the_model(self) -> bool:
-        """Whether the budget is one of the whole model, so that no MLP can be answered alone."""
+        """Whether the budget is for the whole model, so that it has no answer for one MLP alone."""
         return self.kind in OF_THE_MODEL
 
     def of(self, site: MlpSite) -> int:
         """Return how many hidden units of an uncut MLP stay.
 
         Raises:
-            BudgetError: fewer than 1, or more than there are.
+            BudgetError: the number is below 1 or above the MLP's units, or the budget is for the whole model.
         """
         own = [path for path in self.own if is_end(path, site.path)]
         kind, value = ("widths", self.own[max(own, key=len)]) if own else (self.kind, self.value)
@@ -47,7 +47,7 @@ class Width:
             wanted = self.rounded(value * site.d_hidden, site.d_hidden)
         elif kind == "mlp_ratio":
             units = value * site.d_model
-            # As timm has it; and a ratio of 1 asks for exactly the model width, whatever multiple that is.
+            # As in timm; a ratio of 1 asks for exactly the model width, even if that is no multiple of `round_to`.
             wanted = int(units) if self.exact or units == site.d_model else self.rounded(units, site.d_hidden)
         else:
             raise BudgetError(f"{kind}: is a budget of the whole model; give mlp_ratio, keep_ratio or hidden_dim here.")
@@ -58,13 +58,13 @@ class Width:
         return wanted
 
     def rounded(self, units: float, full: int) -> int:
-        """Round to the nearest multiple of `round_to`, unless that is none; `exact` and the full width stay."""
+        """Round to the nearest multiple of `round_to`; not if `exact`, at full width, or below one multiple."""
         if round(units) >= full or self.exact or units < self.round_to:
             return round(units)
         return min(full, round(units / self.round_to) * self.round_to)
 
     def check(self, sites: Sequence[MlpSite]) -> None:
-        """Refuse a width of its own for an MLP that is not there.
+        """Refuse widths in `own` that match no MLP.
 
         Raises:
             BudgetError: no MLP of the model has such a path.
@@ -75,5 +75,5 @@ class Width:
 
 
 def is_end(one: str, other: str) -> bool:
-    """Return whether one of two dotted paths is the end of the other: inside an encoder paths start later."""
+    """Return whether either dotted path is the end of the other: paths inside an encoder lack its prefix."""
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")

@@ -1,4 +1,4 @@
-"""The one reader of YAML: plain data, of a size that a person could have written."""
+"""The only reader of YAML: plain data, no larger than a person could have written."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ MAX_VALUES = 10_000
 
 
 def read_yaml(text: str, *, where: str) -> Any:
-    """Return the value in a YAML text that holds plain data alone.
+    """Return the value in a YAML text that holds only plain data.
 
-    What is larger than any recipe is refused before it is unfolded: names for names for names can stand for any number
-    of values.
+    Anything larger than a recipe could be is refused before it is expanded: nested aliases can expand to any number of
+    values.
 
     Args:
-        text: YAML.
-        where: names the source in errors.
+        text: the YAML text.
+        where: name of the source, for error messages.
 
     Raises:
-        RecipeError: the text is no YAML, or holds more than 10,000 values.
+        RecipeError: the text is not valid YAML, or holds more than 10,000 values.
     """
     try:
         value = yaml.safe_load(text)

@@ -1,4 +1,4 @@
-"""The methods: one file a paper. Importing this package registers them all."""
+"""All compression methods, one file per paper; importing this package registers them."""
 
 from vitrim.methods.amp import Amp
 from vitrim.methods.corp import Corp

@@ -1,12 +1,12 @@
-"""AMP, adaptive MLP pruning (arXiv 2603.08100): a label-free score of units, and widths by an entropy budget a layer.
+"""AMP, adaptive MLP pruning (arXiv 2603.08100): scores units without labels and gives each layer an entropy budget.
 
-How similar the images of a batch are, as a softmax over the batch, has an entropy E. A unit's score is what its removal
-changes of E to first order. From the last layer to the first, a binary search finds the fewest units with which E rises
-by at most delta. Widths differ from layer to layer. Only units are chosen here; the paper recovers by distillation.
+A softmax over how similar the images of a batch are has an entropy E. A unit's score is how much removing it would
+change E, to first order. From the last layer to the first, a binary search finds the fewest units with which E rises
+by at most delta, so widths differ from layer to layer. Only units are chosen here; the paper recovers by distillation.
 
-Two things are ours. E measures concentration, not fidelity, and one that falls passes any budget, so a guard also
-bounds how far features drift from the dense model's. And delta is found by bisection where only a width was asked
-for. The search reads calibration images, in their fixed batches, never validation images.
+Two things are ours. E measures concentration, not fidelity, and a fall in E passes any budget, so a guard also bounds
+how far features drift from the dense model's. And where only a width was asked for, delta is found by bisection. The
+search reads calibration images, in their fixed batches, never validation images.
 
 Shapes: B images, D feature width, H hidden units.
 """
@@ -31,7 +31,7 @@ DELTAS = (1e-5, 1.0)  # in nats; the paper's lie between 2e-4 and 1e-1
 
 @register
 class Amp(ModelMethod):
-    """AMP: units by what they change of the entropy of a batch, widths by an entropy budget a layer."""
+    """AMP: keeps the units that affect the entropy of a batch most, as many per layer as an entropy budget asks for."""
 
     name = "amp"
     paper = "Adaptive MLP Pruning for Large Vision Transformers"
@@ -42,26 +42,26 @@ class Amp(ModelMethod):
     takes = "widths"
 
     delta: float | None = None
-    """By how many nats a layer may raise the entropy; None finds what meets the budget. With it widths are what it
-    gives."""
+    """By how many nats each layer may raise the entropy; it then sets the widths. None searches for the value that
+    meets the budget."""
     tau: float = Field(default=15.0, gt=0)
-    """Sharpens the similarities of the images."""
+    """Sharpness of the softmax over image similarities; higher is sharper."""
     trials: int = Field(default=6, ge=1)
-    """How often a layer's width is halved, to 1/64 of it by default."""
+    """Steps of each layer's binary search over widths; 6 resolve 1/64 of the full width."""
     guard: float | None = Field(default=1.0, gt=0)
-    """Times delta: how much a layer may add to the mean cosine distance from the dense features; None is the paper,
-    which does not look."""
+    """How far a layer may move features from the dense model's, as mean cosine distance in multiples of delta. None
+    sets no limit, as in the paper."""
     rounds: int = Field(default=4, ge=1)
-    """How often delta is tried."""
+    """How many values of delta are tried when a budget is given instead of delta."""
     num_images: int = Field(default=256, ge=2)
-    """Images that the search looks at."""
+    """How many calibration images the search uses."""
 
     def goes_by(self) -> BudgetUse:
-        """Return what of a budget the method goes by: `delta` says it all."""
+        """Return which part of the budget the method uses: none if `delta` is given."""
         return "nothing" if self.delta is not None else self.takes
 
     def propose(self, view: ModelView) -> Iterator[KeepUnits]:
-        """The best units of each MLP, as many as the search says."""
+        """Yield one cut per MLP that keeps its best units, as many as the search found."""
         search = _Search(view, self)
         kept = search.widths(self.delta) if self.delta is not None else search.widths_at_budget()
         for site in view.sites:
@@ -69,14 +69,17 @@ class Amp(ModelMethod):
 
 
 def entropies(features_BD: Tensor, tau: float) -> Tensor:
-    """Entropy in nats, 0 to log B, of each image's softmax over its batch of tau times the cosine, itself included."""
+    """Return each image's entropy in nats, from 0 to log B, of the softmax of tau times its cosines to its batch.
+
+    The batch includes the image itself.
+    """
     unit_BD = normalize(features_BD.to(torch.promote_types(features_BD.dtype, torch.float32)), dim=1)
     log_BB = (tau * unit_BD @ unit_BD.T).log_softmax(dim=1)
     return -(log_BB.exp() * log_BB).sum(1)
 
 
 class _Search:
-    """Orders of units by score, and how many of each MLP an entropy budget leaves."""
+    """Units in the order of their scores, and the search for how many of each MLP an entropy budget leaves."""
 
     def __init__(self, view: ModelView, options: Amp) -> None:
         self.view, self.options = view, options
@@ -87,7 +90,7 @@ class _Search:
         self.measured: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def _orders(self) -> dict[str, Tensor]:
-        """The units of each MLP, those first whose removal changes the entropy most; scored on the dense model."""
+        """Rank the units of each MLP, largest change of the entropy first; scored on the dense model."""
         sums = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in self.view.sites}
 
         def total_entropy(found: Features) -> Tensor:  # a sum, so that an image of a smaller batch counts as much
@@ -101,11 +104,15 @@ class _Search:
         return {site.path: sums[site.output].sort(descending=True, stable=True).indices for site in self.view.sites}
 
     def _pooled(self, silenced: Mapping[str, Tensor]) -> list[Tensor]:
-        """Features of the images that the search looks at."""
+        """Return the features of the images that the search uses, with some units silenced."""
         return self.view.pooled(silenced, num_images=self.options.num_images)
 
     def measure(self, kept: Mapping[str, int]) -> tuple[float, float]:
-        """Mean entropy with so many of each MLP's best units, and mean cosine distance from the dense features."""
+        """Return the mean entropy and mean cosine distance from the dense features, with only the best units kept.
+
+        Args:
+            kept: how many of the best units stay, for each MLP by path.
+        """
         key = tuple(kept.values())
         if key not in self.measured:
             silenced = {
@@ -122,7 +129,7 @@ class _Search:
         return self.measured[key]
 
     def widths(self, delta: float) -> dict[str, int]:
-        """How many units of each MLP stay where a layer may cost `delta`; the paper's search, last layer first."""
+        """Return how many units of each MLP stay if a layer may cost `delta`: the paper's search, last layer first."""
         kept = {site.path: site.d_hidden for site in self.view.sites}
         before = self.measure(kept)
         limits = delta, math.inf if self.options.guard is None else self.options.guard * delta
@@ -130,7 +137,7 @@ class _Search:
             low, high, best = 0, site.d_hidden, before
             for _ in range(self.options.trials):
                 middle = (low + high) // 2
-                if middle == low:  # nothing between what is refused and what is accepted
+                if middle == low:  # no width left between the refused and the accepted one
                     break
                 found = self.measure({**kept, site.path: middle})
                 if all(new - old <= limit for new, old, limit in zip(found, before, limits, strict=True)):
@@ -141,7 +148,7 @@ class _Search:
         return kept
 
     def widths_at_budget(self) -> dict[str, int]:
-        """Widths that keep as many units in all as the recipe asks for: those of the two nearest deltas, mixed."""
+        """Return widths that keep as many units in total as the recipe asks for, mixed from the two nearest deltas."""
         budget = sum(self.view.widths.values())
         many = {site.path: site.d_hidden for site in self.view.sites}
         few = dict.fromkeys(many, 1)
@@ -160,7 +167,7 @@ class _Search:
 
 
 def _between(few: Mapping[str, int], many: Mapping[str, int], total: int) -> dict[str, int]:
-    """Widths on the straight line between two, of a given total; the largest remainders are rounded up."""
+    """Interpolate linearly between two sets of widths to reach a given total; largest remainders are rounded up."""
     gap = sum(many.values()) - sum(few.values())
     if gap == 0:
         return dict(few)

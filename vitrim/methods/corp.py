@@ -1,10 +1,10 @@
-"""CORP (arXiv 2602.05243): drop MLP units and head dimensions, and fold what can be predicted of them into the rest.
+"""CORP (arXiv 2602.05243): drops MLP units and head dimensions, and folds what the rest can predict of them into it.
 
-One shot, no labels, no gradients. Units rank by their energy times how often they are active; dimensions of queries and
-keys by the energy of what they put into the logits. Statistics are taken anew after each layer has changed. Folding
-units is the ridge regression that this package's repair is, so its code is shared; the ridge is relative, its size by
-oracle approximating shrinkage unless it is given. What the paper's code leaves alone, values and outputs, can be folded
-exactly, because attention rows sum to one; it is an option.
+One shot, no labels, no gradients. Units rank by their energy times how often they are active; query and key dimensions
+rank by the energy that they add to the logits. Statistics are taken anew after each layer has changed. Folding units is
+the same ridge regression as this package's repair, so the code is shared; the ridge is relative, and set by oracle
+approximating shrinkage unless it is given. The paper's code leaves values and outputs alone; they can be folded
+exactly, because attention rows sum to one, so that is an option here.
 
 Shapes: N tokens, H hidden units, F dimensions of a head, K kept.
 """
@@ -33,7 +33,7 @@ MIN_RIDGE = 1e-6
 
 @register
 class Corp(ModelMethod):
-    """CORP: MLP units and head dimensions, the dropped ones folded into the rest in closed form."""
+    """CORP: drops MLP units and head dimensions, and folds the dropped ones into the rest in closed form."""
 
     name = "corp"
     paper = "CORP: Closed-form One-shot Representation-preserving Pruning"
@@ -45,18 +45,18 @@ class Corp(ModelMethod):
     edits = (KeepUnits, KeepHeadDims)
 
     parts: Literal["mlp", "attention", "both"] = "mlp"
-    """What of each block is cut."""
+    """Which part of each block is cut."""
     keep_dims: float | None = Field(default=None, gt=0, le=1)
-    """Share of each head's query and key dimensions that stays; None takes the budget's."""
+    """Share of each head's query and key dimensions to keep; None uses the budget's share."""
     values: bool = False
-    """Drop value dimensions too, as many as of queries and keys."""
+    """Also drop value dimensions, as many as query and key dimensions."""
     ridge: float | None = Field(default=None, gt=0)
-    """Relative ridge of the fold; None takes what shrinkage says."""
+    """Strength of the regularization when dropped parts are folded into the rest; None estimates it from the data."""
     compensate: bool = True
-    """Fold the dropped units into the rest; False shows what folding is worth."""
+    """Fold the dropped units into the rest; False leaves that out, to show how much folding helps."""
 
     def propose(self, view: ModelView) -> Iterator[Edit]:
-        """Attention, then MLP, of one block after the other."""
+        """Yield one cut per attention and MLP, block by block, attention first."""
         attentions = [] if self.parts == "mlp" else list(view.attentions())
         if self.parts != "mlp" and not attentions:
             raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
@@ -70,7 +70,7 @@ class Corp(ModelMethod):
 
 
 def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
-    """Where the data meets a site: the number of its block by the MLPs' order, attention first."""
+    """Return a sort key for the order of data flow: the block's number among the MLPs, attention before MLP."""
     blocks = list(dict.fromkeys(each.block for each in view.sites))
     if isinstance(site, MlpSite):
         return blocks.index(site.block), 1
@@ -78,7 +78,7 @@ def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
 
 
 def _cut_mlp(view: ModelView, site: MlpSite, options: Corp) -> KeepUnits:
-    """Units by active energy; the others folded into output weight and bias."""
+    """Keep units by active energy, and fold the others into the output weight and bias."""
     weights = view.weights(site)
     stats = view.stats(site)
     energy_H = stats.hidden_HH.diagonal() / stats.num_tokens
@@ -96,7 +96,7 @@ def _cut_mlp(view: ModelView, site: MlpSite, options: Corp) -> KeepUnits:
 
 
 def _active_rates(view: ModelView, site: MlpSite, rms_H: Tensor) -> Tensor:
-    """How often each unit is above a share of its own root mean square."""
+    """Return how often each unit exceeds a share (`ACTIVE`) of its own root mean square, (H,)."""
     counts, total = torch.zeros_like(rms_H), 0
 
     def see(_: str, hidden: Tensor, __: Tensor) -> None:
@@ -119,7 +119,7 @@ class _HeadSums:
         self.last: dict[str, Tensor] = {}
 
     def see(self, path: str, _: Tensor, output: Tensor) -> None:
-        """Add what one projection put out; q waits for k."""
+        """Add the output of one projection; q is kept until k of the same tokens has arrived."""
         site = self.site
         roles = [role for role, own in zip("qkv", (site.query, site.key, site.value), strict=True) if own == path]
         parts = output.flatten(0, -2).to(working_dtype(output.device)).chunk(len(roles), dim=-1)
@@ -135,7 +135,7 @@ class _HeadSums:
 
 
 def _cut_attention(view: ModelView, site: AttentionSite, options: Corp) -> KeepHeadDims:
-    """Dimensions by the energy of q times k; logits and values of the dropped ones folded."""
+    """Keep dimensions by the energy of q times k, and fold the dropped ones' logits and values into the rest."""
     sums = _HeadSums(site)
     view.observe(list(dict.fromkeys((site.query, site.key, site.value))), sums.see)
     share = view.keep_ratio if options.keep_dims is None else options.keep_dims
@@ -151,12 +151,12 @@ def _cut_attention(view: ModelView, site: AttentionSite, options: Corp) -> KeepH
 
 
 def _best(scores_F: Tensor, num_keep: int) -> Tensor:
-    """The dimensions with the highest scores, in their own order."""
+    """Return the dimensions with the highest scores, in ascending order."""
     return scores_F.sort(descending=True, stable=True).indices[:num_keep].sort().values
 
 
 def _folded(view: ModelView, edit: KeepHeadDims, sums: _HeadSums, options: Corp) -> KeepHeadDims:
-    """The edit with projections that stand in for the dropped dimensions."""
+    """Return the edit with new projection weights that make up for the dropped dimensions."""
     site, tensors = edit.site, {}
     rows = {role: _projection(view, site, role) for role in "qkv"}
     kept: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
@@ -191,7 +191,7 @@ def _folded(view: ModelView, edit: KeepHeadDims, sums: _HeadSums, options: Corp)
 
 
 def _projection(view: ModelView, site: AttentionSite, role: str) -> Tensor:
-    """Rows of one projection by head, (heads, F, D), with the bias as a last column where there is one."""
+    """Return one projection's rows by head, (heads, F, D), with the bias, if there is one, as a last column."""
     path = {"q": site.query, "k": site.key, "v": site.value}[role]
     weight, bias = view.tensor(f"{path}.weight").double().cpu(), _bias(view, path)
     rows = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
@@ -201,7 +201,7 @@ def _projection(view: ModelView, site: AttentionSite, role: str) -> Tensor:
 
 
 def _bias(view: ModelView, path: str) -> Tensor | None:
-    """A layer's bias, None where it has none."""
+    """Return a layer's bias, or None if it has none."""
     try:
         return view.tensor(f"{path}.bias").double().cpu()
     except SiteNotFoundError:

@@ -1,8 +1,8 @@
 """DGMR, diversity-guided MLP reduction (arXiv 2506.08591), as published and as we carry it further.
 
 As published, the units kept are those whose input weights span the most (greedy Gram-Schmidt); biases and output
-weights play no part. Ours asks what the units do: forward selection by orthogonal least squares on what the block
-should put out. Repair of the kept weights is not done here; it is the same for every method.
+weights play no part. Ours looks at what the units do: forward selection by orthogonal least squares on the output that
+the block should have. The kept weights are not repaired here; repair is the same for every method.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SelectOn = Literal["weights", "activations", "outputs"]
 
 @register
 class Dgmr(SiteMethod):
-    """DGMR as we carry it further: the units with which the block's output is fitted best, one after the other."""
+    """DGMR with our extension: adds units one by one, each time the one that improves the fit of the output most."""
 
     name = "dgmr"
     paper = "Diversity-Guided MLP Reduction for Efficient Large Vision Transformers"
@@ -33,10 +33,10 @@ class Dgmr(SiteMethod):
     repairs = True
 
     select_on: SelectOn | None = None
-    """What units are told apart by; without, outputs where there are images, else weights."""
+    """What to compare units by. None uses the block's outputs if there are images, and weights otherwise."""
 
     def select(self, view: SiteView) -> Tensor:
-        """Indices of the units to keep, in pick order.
+        """Return the indices of the units to keep, in pick order.
 
         Args:
             view: the site's weights and, for `activations` and `outputs`, its calibration sums.
@@ -64,18 +64,18 @@ class DgmrPaper(Dgmr):
     repairs = False
 
     select_on: Literal["weights"] = "weights"
-    """The published criterion looks at input weights alone."""
+    """Compare units by input weights alone, as published."""
 
 
 def _by_activations(stats: Stats, weights: MlpWeights, num_keep: int) -> Tensor:
-    """Pivoted Cholesky of the hidden second moment, each unit scaled by the norm of its output column."""
+    """Select by pivoted Cholesky of the hidden second moment, each unit scaled by the norm of its output column."""
     gram_HH, _ = moments(stats, centred=weights.output_bias_D is not None)
     scale_H = weights.output_DH.norm(dim=0).to(gram_HH)
     return select_on_moments(gram_HH * scale_H * scale_H[:, None], num_keep)
 
 
 def _by_outputs(stats: Stats, weights: MlpWeights, num_keep: int, scale_D: Tensor | None) -> Tensor:
-    """Forward selection on the target; output channels count as much as the layer scale lets through."""
+    """Select forward on the target output; each output channel is weighted by its layer scale."""
     gram_HH, cross_HD = moments(stats, centred=weights.output_bias_D is not None)
     if scale_D is not None:
         cross_HD = cross_HD * scale_D.to(cross_HD)

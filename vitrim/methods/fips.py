@@ -1,10 +1,10 @@
 """FiPS (arXiv 2411.09816): the matrices of several MLPs as one dense basis times sparse coefficients.
 
 The basis starts from an SVD of all matrices side by side. With images, basis, coefficients and biases of a group are
-then trained together, each MLP on what the model had there before any edit, while a schedule moves the coefficients'
-masks: gradual magnitude pruning or RigL. Ours are that the masks' bits count against the budget, that sizes are the
-layers' own instead of 4 d, and that training which does not help on held-out tokens is left out. The model as a whole
-is not trained here: `recover` does that, and masks hold there, since only what is in them is stored.
+then trained together, so that each MLP reproduces its output from before any edit, while a schedule moves the masks of
+the coefficients: gradual magnitude pruning or RigL. Three things are ours: the masks' bits count against the budget,
+sizes are the layers' own instead of 4 d, and training that does not help on held-out tokens is discarded. The model as
+a whole is not trained here: `recover` does that, and masks stay fixed there, since only values inside them are stored.
 
 Shapes: D model width, C columns of all matrices of a group, R rank, N tokens.
 """
@@ -37,13 +37,13 @@ from vitrim.ops.fips import (
 from vitrim.surgery import ToFips
 from vitrim.types import MlpSite, ModelView
 
-MASKS_MOVE = 0.75  # share of the steps after which masks stay as they are; the paper's for RigL
-JUDGE_SHARE = 0.1  # of the sampled tokens, held out
+MASKS_MOVE = 0.75  # share of the steps after which masks no longer change; the paper's value for RigL
+JUDGE_SHARE = 0.1  # share of the sampled tokens that is held out
 
 
 @register
 class Fips(ModelMethod):
-    """FiPS: matrices of several MLPs as one dense basis times sparse coefficients.
+    """FiPS: several MLPs share one dense basis, each with sparse coefficients of its own.
 
     The budget is the share of the matrices' values that stays.
     """
@@ -58,33 +58,33 @@ class Fips(ModelMethod):
     takes = "share"
 
     group: PositiveInt | tuple[PositiveInt, ...] = 4
-    """How many MLPs in a row share a basis, or the size of each group."""
+    """How many consecutive MLPs share a basis, or the size of each group in turn."""
     sparsity: float = Field(default=0.75, ge=0, lt=1)
-    """Share of the coefficients that is zero; with the budget it says the rank."""
+    """Share of the coefficients that is zero; together with the budget it sets the size of the basis."""
     count_masks: bool = True
-    """Count the bits that say where coefficients stand, at 32 a number; the paper does not."""
+    """Count the bits that mark nonzero coefficients against the budget, 32 bits as one number; the paper does not."""
     schedule: Literal["rigl", "gmp"] = "rigl"
-    """How the masks of the coefficients move: RigL, or gradual magnitude pruning."""
+    """How the positions of nonzero coefficients change during training: RigL, or gradual magnitude pruning (gmp)."""
     every: int = Field(default=10, ge=1)
-    """Steps between two moves of the masks."""
+    """Training steps between two changes of those positions."""
     steps: int = Field(default=500, ge=0)
-    """Steps of local training; 0, or no images, leave the SVD with its largest coefficients."""
+    """Steps of local training. With 0, or without images, the shared basis is not trained."""
     batch_size: int = Field(default=1024, ge=1)
-    """Tokens of each MLP in a step."""
+    """Tokens of each MLP in one training step."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak rate of the local training."""
+    """Peak learning rate of the local training."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay of the local training."""
     num_tokens: int = Field(default=20_000, ge=64)
-    """Tokens that are sampled of each MLP."""
+    """How many tokens are sampled from each MLP for training."""
 
     def propose(self, view: ModelView) -> Iterator[ToFips]:
-        """One edit a group of MLPs.
+        """Yield one edit per group of MLPs.
 
         Raises:
             SiteNotFoundError: no MLP is left.
-            RecipeError: group sizes do not add up.
-            BudgetError: the budget pays for no basis at all, or MLPs of different widths are asked to share one.
+            RecipeError: group sizes do not add up to the number of MLPs.
+            BudgetError: the budget is too small for any basis, or MLPs of different model widths should share one.
         """
         if not view.sites:
             raise SiteNotFoundError(
@@ -96,23 +96,23 @@ class Fips(ModelMethod):
             return
         if self.steps and not view.has_images:
             view.note("no images given: the shared basis is an SVD of the weights, not trained; pass data to train it.")
-        # All before the first is carried out, so that what an MLP takes in and should put out is the original model's.
+        # Make all edits before carrying out the first, so that every MLP's inputs and targets are the original model's.
         yield from [_share(view, sites, self) for sites in groups]
 
 
-Pair = tuple[Tensor, Tensor]  # tokens as an MLP takes them in, and as it puts them out
+Pair = tuple[Tensor, Tensor]  # an MLP's input tokens and its output tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Matrix:
-    """One layer's matrix as columns of the joined one: transposed where it reads the model width."""
+    """One layer's matrix as columns of the joined one: transposed if the layer reads the model width."""
 
     path: str
     role: Role
     columns: slice
 
     def weight(self, factors: _Factors) -> Tensor:
-        """The layer's weight by the factors, (out, in)."""
+        """Return the layer's weight as the product of the factors, (out, in)."""
         part_DC = factors.basis_DR @ factors.coeff_RC[:, self.columns]
         return part_DC.T if self.role == "input" else part_DC
 
@@ -128,7 +128,7 @@ class _Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class _Factors:
-    """What stands for a group's matrices: a basis, coefficients with zeros outside of their mask, trained biases."""
+    """Factors that replace a group's matrices: basis, coefficients (zero outside their mask) and trained biases."""
 
     basis_DR: Tensor
     coeff_RC: Tensor
@@ -136,14 +136,14 @@ class _Factors:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self, mlp: _Mlp) -> dict[str, Tensor]:
-        """An MLP's tensors by full name."""
+        """Return an MLP's tensors by full name."""
         weights = {f"{matrix.path}.weight": matrix.weight(self) for matrix in mlp.matrices}
         return weights | {name: self.biases[name] for name in mlp.biases if name in self.biases}
 
 
 @dataclass(kw_only=True)
 class _Sample:
-    """Tokens of one MLP, inputs and outputs: of all that come by, those with the smallest random keys."""
+    """A random sample of one MLP's input and output tokens: those with the smallest random keys of all seen."""
 
     size: int
     generator: Generator
@@ -152,7 +152,7 @@ class _Sample:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: Literal["inputs", "outputs"], tokens: Tensor) -> None:
-        """Count a batch in: inputs first, with new keys, then the outputs of the same tokens."""
+        """Add a batch: inputs first, with new keys, then the outputs of the same tokens."""
         tokens_ND = tokens.flatten(0, -2).float().cpu()
         if name == "inputs":
             keys_N = torch.cat([self.keys_N, torch.rand(len(tokens_ND), generator=self.generator)])
@@ -161,14 +161,14 @@ class _Sample:
         self.parts[name] = held_ND[self.chosen_N]
 
     def split(self) -> tuple[Pair, Pair]:
-        """What to train on, and what judges; the keys have put the tokens in random order."""
-        inputs_ND, outputs_ND = (self.parts[name].clone() for name in ("inputs", "outputs"))  # not of inference mode
+        """Return pairs to train on and held-out pairs; the keys have put the tokens in random order."""
+        inputs_ND, outputs_ND = (self.parts[name].clone() for name in ("inputs", "outputs"))  # no inference tensors
         held_out = math.ceil(JUDGE_SHARE * len(inputs_ND))
         return (inputs_ND[held_out:], outputs_ND[held_out:]), (inputs_ND[:held_out], outputs_ND[:held_out])
 
 
 def _groups(sites: Sequence[MlpSite], group: int | tuple[int, ...]) -> list[Sequence[MlpSite]]:
-    """MLPs in a row, of one model width each; a plain number starts anew where the width changes."""
+    """Group consecutive MLPs of equal model width; a plain number starts a new group where the width changes."""
     if isinstance(group, int):
         runs = [list(run) for _, run in groupby(sites, key=lambda site: site.d_model)]
         return [run[start : start + group] for run in runs for start in range(0, len(run), group)]
@@ -186,7 +186,7 @@ def _groups(sites: Sequence[MlpSite], group: int | tuple[int, ...]) -> list[Sequ
 
 
 def _share(view: ModelView, sites: Sequence[MlpSite], options: Fips) -> ToFips:
-    """The start, training where it can be had and helps, and the edit."""
+    """Compress one group: start from an SVD, train if possible and helpful, and return the edit."""
     mlps, joined_DC = _joined(view, sites)
     (num_rows, num_cols), keep, masks = joined_DC.shape, view.keep_ratio, options.count_masks
     rank = rank_for_budget(num_rows, num_cols, keep=keep, sparsity=options.sparsity, masks=masks)
@@ -194,7 +194,7 @@ def _share(view: ModelView, sites: Sequence[MlpSite], options: Fips) -> ToFips:
         raise BudgetError(f"{sites[0].path}: a share of {keep:.3g} pays for no basis; raise it, or options.group.")
     basis_DR, coeff_RC = leading_basis(joined_DC, rank)
     start = basis_DR.to(joined_DC.device), coeff_RC.to(joined_DC.device)
-    # Untrained, a rank above D is columns of zeros: what they would cost goes to more coefficients.
+    # Untrained, columns beyond rank D would be zeros: their cost is spent on more coefficients instead.
     low = min(rank, num_rows)
     count = num_coefficients(num_rows, num_cols, low, keep=keep, masks=masks)
     found = _pruned(start[0][:, :low], start[1][:low], count)
@@ -212,7 +212,7 @@ def _share(view: ModelView, sites: Sequence[MlpSite], options: Fips) -> ToFips:
 
 
 def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tensor]:
-    """The MLPs of a group, and their matrices side by side; a layer's role decides which way its matrix is turned."""
+    """Return a group's MLPs and their matrices side by side; a layer's role says whether its matrix is transposed."""
     mlps: list[_Mlp] = []
     columns_DC: list[Tensor] = []
     end = 0
@@ -231,20 +231,20 @@ def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tens
             columns_DC.append(weight.T if role == "input" else weight)
             start, end = end, end + columns_DC[-1].shape[1]
             matrices.append(_Matrix(path=path, role=role, columns=slice(start, end)))
-            if bias is not None:  # as the layer holds it, where gate and value are packed
+            if bias is not None:  # as the layer stores it, also where gate and value are packed into one layer
                 biases[f"{path}.bias"] = view.tensor(f"{path}.bias")
         mlps.append(_Mlp(site=site, matrices=tuple(matrices), biases=biases))
     return mlps, torch.cat(columns_DC, dim=1)
 
 
 def _pruned(basis_DR: Tensor, coeff_RC: Tensor, count: int) -> _Factors:
-    """Factors with their largest coefficients: as the basis is orthonormal, no others are nearer to the matrices."""
+    """Keep the `count` largest coefficients: the best approximation, as the basis is orthonormal."""
     mask_RC = largest(coeff_RC.abs(), count)
     return _Factors(basis_DR=basis_DR, coeff_RC=coeff_RC * mask_RC, mask_RC=mask_RC)
 
 
 def _observe(view: ModelView, mlps: Sequence[_Mlp], options: Fips) -> list[tuple[Pair, Pair]] | None:
-    """Tokens of each MLP to train on and to judge by; None where one of them can't be run by itself."""
+    """Return each MLP's tokens to train on and to judge by, or None if one of them can't be run by itself."""
     samples = [_Sample(size=options.num_tokens, generator=view.generator) for _ in mlps]
     starts = {mlp.site.value: sample for mlp, sample in zip(mlps, samples, strict=True)}
     ends = {mlp.site.output: sample for mlp, sample in zip(mlps, samples, strict=True)}
@@ -268,7 +268,7 @@ def _observe(view: ModelView, mlps: Sequence[_Mlp], options: Fips) -> list[tuple
 
 
 def _stands_alone(view: ModelView, mlp: _Mlp, seen: Pair) -> bool:
-    """Whether running an MLP on what it took in gives what it put out inside its block."""
+    """Return whether an MLP, run by itself on its inputs, gives the same outputs as inside its block."""
     like = view.tensor(f"{mlp.site.value}.weight")
     with torch.no_grad():
         again_ND = view.run(mlp.site, seen[0][:64].to(like), {}).to(seen[1])
@@ -283,7 +283,7 @@ def _train(
     count: int,
     options: Fips,
 ) -> _Factors:
-    """Basis, coefficients and biases of a group together, while the schedule brings the masks to `count` entries."""
+    """Train a group's basis, coefficients and biases while the schedule brings the masks to `count` entries."""
     basis_DR, coeff_RC = (part.clone().requires_grad_() for part in start)
     biases = {name: bias.clone().requires_grad_() for mlp in mlps for name, bias in mlp.biases.items()}
     leaves = [basis_DR, coeff_RC, *biases.values()]
@@ -314,7 +314,7 @@ def _train(
 
 
 def _moved(mask_RC: Tensor, coeff_RC: Tensor, count: int, step: int, options: Fips) -> tuple[Tensor, Tensor]:
-    """The mask for a step, and where coefficients keep their values; after a share of all steps it rests."""
+    """Return the mask for a step and where coefficients keep their values; masks are fixed after `MASKS_MOVE`."""
     last = int(MASKS_MOVE * (options.steps - 1))
     if step > last or (step % options.every and step < last):
         return mask_RC, mask_RC
@@ -328,13 +328,13 @@ def _moved(mask_RC: Tensor, coeff_RC: Tensor, count: int, step: int, options: Fi
 
 
 def _drawn(pair: Pair, count: int, generator: Generator) -> Pair:
-    """A random batch of an MLP's tokens."""
+    """Draw a random batch of an MLP's tokens."""
     rows = torch.randint(len(pair[0]), (min(count, len(pair[0])),), generator=generator)
     return pair[0][rows], pair[1][rows]
 
 
 def _loss(view: ModelView, mlps: Sequence[_Mlp], pairs: Sequence[Pair], factors: _Factors) -> Tensor:
-    """The sum over MLPs of the mean squared error of what they put out."""
+    """Return the mean squared error of the outputs, summed over the MLPs."""
     total = factors.basis_DR.new_zeros(())
     for mlp, (inputs_ND, targets_ND) in zip(mlps, pairs, strict=True):
         output_ND = view.run(mlp.site, inputs_ND.to(total.device), factors.tensors(mlp))
@@ -345,7 +345,7 @@ def _loss(view: ModelView, mlps: Sequence[_Mlp], pairs: Sequence[Pair], factors:
 def _better(
     view: ModelView, mlps: Sequence[_Mlp], pairs: Sequence[Pair], plain: _Factors, trained: _Factors
 ) -> _Factors:
-    """Which of two has the lower error on held-out tokens; a note tells that training was for nothing."""
+    """Return the factors with the lower error on held-out tokens; note it if training did not help."""
     with torch.no_grad():
         before, after = (float(_loss(view, mlps, pairs, factors)) for factors in (plain, trained))
     if after < before:

@@ -1,8 +1,8 @@
-"""Int8: the weights of linear layers in a byte each, and activations, too, where asked for; torchao rounds.
+"""Int8: stores each weight of linear layers in one byte, and rounds activations too if asked; torchao rounds.
 
-The paper is a survey of how it is done; nothing is calibrated here. It goes behind all other methods. Integers are not
-trained: recovery behind it trains what is left (biases, norms, embeddings). So recover first, and quantise the output
-of that run in a run of its own.
+The paper is a survey of the technique; nothing is calibrated here. This method must come after all others. Integers are
+not trained: recovery after it trains only what is left (biases, norms, embeddings). So recover first, and quantise the
+output of that run in a second run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vitrim.types import ModelView
 
 @register
 class Int8(ModelMethod):
-    """Int8: linear weights in a byte each, with a scale for each output, rounded by torchao."""
+    """Int8: linear weights in one byte each, with one scale per output, rounded by torchao."""
 
     name = "int8"
     paper = "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation"
@@ -28,12 +28,12 @@ class Int8(ModelMethod):
     takes = "nothing"
 
     activations: bool = False
-    """Round each token to int8 as well."""
+    """Also round the activations of each token to int8."""
     skip: tuple[str, ...] = ("head",)
-    """Ends of names of layers, or of their parents, that stay as they are."""
+    """Layers to leave as they are, by the end of their name or of their parent's name."""
 
     def propose(self, view: ModelView) -> Iterator[ToInt8]:
-        """One edit for each linear layer that another module can stand in for."""
+        """Yield one edit for each linear layer that can be replaced by another module."""
         left = 0
         for layer in view.layers(factors=True):
             names = (layer.path, layer.path.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Greenformers (arXiv 2108.10808) and LORTSAR (2407.14655): a layer as two of low rank, where that makes it smaller.
+"""Greenformers (arXiv 2108.10808) and LORTSAR (2407.14655): splits a layer into two low-rank ones if that is smaller.
 
 Ours are the factors that fit what the layers put out on calibration images, a rank that follows from the budget, and
 convolutions group by group. Only matrices are factored here: no loss is looked at and nothing is trained, which
@@ -29,9 +29,9 @@ Solver = Literal["svd", "nmf", "semi-nmf", "random"]
 
 @register
 class LowRank(ModelMethod):
-    """Greenformers: a layer as two of low rank.
+    """Greenformers: replaces a layer by two of low rank.
 
-    Without `rank` or `energy` the budget says it: the share of each layer's values that stays.
+    Without `rank` or `energy` the budget sets the rank: it is the share of each layer's values that stays.
     """
 
     name = "low-rank"
@@ -44,18 +44,18 @@ class LowRank(ModelMethod):
     takes = "share"
 
     rank: StrictInt | StrictFloat | None = None
-    """A whole number, or a share up to 1.0 of the break-even rank."""
+    """Rank of the factors: a whole number, or a share (up to 1.0) of the rank at which factors stop saving anything."""
     energy: float | None = Field(default=None, gt=0, le=1)
-    """The rank that holds this share of the weight's square; with `whiten`, of the outputs'."""
+    """Use the smallest rank that keeps this share of the squared weights or, with `whiten`, squared outputs."""
     solver: Solver = "svd"
-    """How the factors are found."""
+    """How the factors are found: by SVD, by (semi-)nonnegative matrix factorization, or at random."""
     whiten: bool | None = None
-    """Fit what layers put out; None does so with `svd` where there are images."""
+    """Fit the layers' outputs on images, not their weights. None does so with `svd` if there are images."""
     num_iter: int = Field(default=100, ge=1)
-    """Iterations of `nmf` and `semi-nmf`."""
+    """Iterations of the solvers `nmf` and `semi-nmf`."""
     only: tuple[str, ...] | None = None
-    """Patterns of paths, such as `*.attn.*`, or `*` for every linear and convolution layer; None: linear layers inside
-    the blocks."""
+    """Patterns of layer names, such as `*.attn.*`, or `*` for every linear and convolution layer. None takes the linear
+    layers inside the blocks."""
 
     @field_validator("only", mode="before")
     @classmethod
@@ -75,19 +75,18 @@ class LowRank(ModelMethod):
         return self
 
     def goes_by(self) -> BudgetUse:
-        """Return what of a budget the method goes by: `rank` and `energy` say it all."""
+        """Return which part of the budget the method uses: none if `rank` or `energy` is given."""
         return "nothing" if self.rank is not None or self.energy is not None else self.takes
 
     def propose(self, view: ModelView) -> Iterator[ToLowRank]:
-        """Factors for each layer that they make smaller, in the order of the layers.
+        """Yield factors for each layer that they make smaller, in the order of the layers.
 
         Args:
-            view: the model; its images are looked at for `whiten` alone, in one pass unless that needs too much memory.
+            view: the model; its images are read only for `whiten`, in one pass unless that needs too much memory.
 
         Raises:
-            RecipeError: there are no images and they are needed, a pattern matches no layer, or nmf meets a negative
-                value.
-            BudgetError: there is neither a rank nor a budget to go by.
+            RecipeError: images are needed and missing, a pattern matches no layer, or nmf meets a negative value.
+            BudgetError: there is neither a rank nor a budget.
         """
         whiten = view.has_images and self.solver == "svd" if self.whiten is None else self.whiten
         if whiten and not view.has_images:
@@ -115,7 +114,7 @@ class LowRank(ModelMethod):
 
 @register
 class Lortsar(LowRank):
-    """LORTSAR: a truncated SVD of the weights alone, of linear layers and convolutions anywhere in the model."""
+    """LORTSAR: truncated SVD of the weights alone, for linear layers and convolutions anywhere in the model."""
 
     name = "lortsar"
     paper = "LORTSAR: Low-Rank Transformer for Skeleton-based Action Recognition"
@@ -123,15 +122,15 @@ class Lortsar(LowRank):
     summary = "truncated SVD of every linear and convolution layer that it makes smaller"
 
     solver: Literal["svd"] = "svd"
-    """The paper truncates an SVD."""
+    """Use a truncated SVD, as in the paper."""
     whiten: bool | None = False
-    """The paper looks at weights alone."""
+    """Fit the weights alone, as in the paper."""
     only: tuple[str, ...] | None = ("*",)
-    """Every linear and convolution layer."""
+    """Patterns of layer names; by default every linear and convolution layer."""
 
 
 def _chosen(view: ModelView, options: LowRank) -> list[LayerSite]:
-    """The layers to factor; a note says which can't be, and why."""
+    """Return the layers to factor; note which can't be, and why."""
     everything = view.layers()
     if options.only is None:
         inside = tuple(f"{site.block}.".removeprefix(".") for site in view.sites)
@@ -156,7 +155,7 @@ def _chosen(view: ModelView, options: LowRank) -> list[LayerSite]:
 
 
 def _note_unseen(view: ModelView, layers: Sequence[LayerSite], sums: Mapping[str, LayerSums]) -> None:
-    """Tell the user of layers that no image reached."""
+    """Tell the user which layers no image reached."""
     unseen = [layer.path for layer in layers if layer.path not in sums]
     if unseen:
         view.note(
@@ -168,7 +167,7 @@ def _note_unseen(view: ModelView, layers: Sequence[LayerSite], sums: Mapping[str
 def _factors(
     view: ModelView, layer: LayerSite, rank: int | None, options: LowRank, sums: LayerSums | None
 ) -> ToLowRank | None:
-    """The edit of one layer, None where two factors would have no fewer values than it has."""
+    """Return one layer's edit, or None if two factors would have no fewer values than the layer."""
     weight_GMN = layer.matrices(_weight(view, layer))
     bases = _bases(weight_GMN, sums) if rank is None or sums is not None else []
     if rank is None:
@@ -188,7 +187,7 @@ def _factors(
 
 
 def _rank(view: ModelView, layer: LayerSite, options: LowRank) -> int | None:
-    """The rank that was asked for, at least 1; None where the energy says it."""
+    """Return the rank that was asked for, at least 1, or None if `energy` sets it."""
     if options.energy is not None:
         return None
     if isinstance(options.rank, int):
@@ -200,7 +199,7 @@ def _rank(view: ModelView, layer: LayerSite, options: LowRank) -> int | None:
 
 
 def _solver(view: ModelView, options: LowRank) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """One of the solvers that look at the weight alone, as a function of a matrix and a rank."""
+    """Return a solver that looks at the weight alone, as a function of a matrix and a rank."""
     solvers: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
         "nmf": lambda matrix, rank: ops.nmf(matrix, rank, num_iter=options.num_iter, generator=view.generator),
         "semi-nmf": lambda matrix, rank: ops.semi_nmf(matrix, rank, num_iter=options.num_iter),
@@ -210,11 +209,11 @@ def _solver(view: ModelView, options: LowRank) -> Callable[[Tensor, int], tuple[
 
 
 def _bases(weight_GMN: Tensor, sums: LayerSums | None) -> list[tuple[Tensor, Tensor]]:
-    """Directions of each group's outputs with their energies: of the weight, or of what was seen."""
+    """Return directions of each group's outputs with their energies, from the weights or from observed sums."""
     if sums is None:
         return [ops.weight_basis(weight_MN) for weight_MN in weight_GMN]
     moment_GKK, mean_GK = sums.square_GKK / sums.num_tokens, sums.total_GK / sums.num_tokens
-    if sums.layer.has_bias:  # which takes the mean
+    if sums.layer.has_bias:  # the bias can absorb the mean
         moment_GKK -= mean_GK[:, :, None] * mean_GK[:, None]
     pairs = zip(weight_GMN, moment_GKK, strict=True)
     if sums.of_inputs:
@@ -223,7 +222,7 @@ def _bases(weight_GMN: Tensor, sums: LayerSums | None) -> list[tuple[Tensor, Ten
 
 
 def _bias(view: ModelView, sums: LayerSums, weight_GMN: Tensor, basis_GMR: Tensor) -> Tensor:
-    """The bias plus what the factors lose of the mean output."""
+    """Return the bias plus the part of the mean output that the factors lose."""
     bias, mean_GK1 = view.tensor(f"{sums.layer.path}.bias"), sums.total_GK[..., None] / sums.num_tokens
     if sums.of_inputs:
         product_GM1 = weight_GMN.to(mean_GK1) @ mean_GK1
@@ -238,6 +237,6 @@ def _weight(view: ModelView, layer: LayerSite) -> Tensor:
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first three names of a list, and how many more there are."""
     more = len(names) - 3
     return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

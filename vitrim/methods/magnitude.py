@@ -1,4 +1,4 @@
-"""Magnitude pruning of hidden units: the plainest baseline, and what most libraries do by default."""
+"""Magnitude pruning of hidden units: the simplest baseline, and the default of most libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitrim.types import SiteView
 
 @register
 class Magnitude(SiteMethod):
-    """Magnitude: units with the largest product of input and output weight norms."""
+    """Magnitude: keeps units with the largest product of input and output weight norms."""
 
     name = "magnitude"
     paper = "Learning both Weights and Connections for Efficient Neural Networks (grouped by unit)"
@@ -20,6 +20,6 @@ class Magnitude(SiteMethod):
     repairs = False
 
     def select(self, view: SiteView) -> Tensor:
-        """Return units by the product of their input and output weight norms, the lowest index first in a tie."""
+        """Return the units to keep by product of input and output weight norms; ties go to the lowest index."""
         scores_H = view.weights.input_rows.float().norm(dim=1) * view.weights.output_DH.float().norm(dim=0)
         return scores_H.sort(descending=True, stable=True).indices[: view.num_keep].cpu()

@@ -1,10 +1,10 @@
-"""MoEfication (arXiv 2110.01786): an MLP split into experts of equal size, of which each token runs a few.
+"""MoEfication (arXiv 2110.01786): splits an MLP into experts of equal size, a few of which run for each token.
 
-Units go together whose input weights point the same way (balanced k-means), or that fire together. The router learns
-which experts put out the most. The paper scores an expert by the sum of its ReLU activations; for other activations,
-and for gated MLPs, we take the norm of what the expert puts out, as D2DMoE (arXiv 2310.04361) does. Parameters stay;
-what falls is the work for a token. Targets are computed from the tokens as they are, since the biases of ViTs make
-an MLP no homogeneous function; only what the router reads is normalised.
+An expert holds units whose input weights point the same way (balanced k-means), or that fire together. The router
+learns which experts contribute the most. The paper scores an expert by the sum of its ReLU activations; for other
+activations, and for gated MLPs, we take the norm of the expert's output, as D2DMoE (arXiv 2310.04361) does. The number
+of parameters stays; the work per token falls. Targets are computed from the tokens as they are, since biases make the
+MLPs of ViTs inhomogeneous functions; only the router's input is normalised.
 
 Shapes: N tokens, D model width, H hidden units, E experts.
 """
@@ -27,13 +27,13 @@ from vitrim.ops.balanced_kmeans import balanced_kmeans, means_of
 from vitrim.surgery import ToMoefication
 from vitrim.types import MlpSite, MlpWeights, ModelView
 
-UNITS_PER_EXPERT = 32  # the paper's
+UNITS_PER_EXPERT = 32  # the paper's value
 VALIDATION_SHARE = 0.1
 
 
 @register
 class Moefication(ModelMethod):
-    """MoEfication: each MLP split into experts, of which a router picks a few for each token."""
+    """MoEfication: splits each MLP into experts, of which a router picks a few for each token."""
 
     name = "moefication"
     paper = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts"
@@ -45,29 +45,29 @@ class Moefication(ModelMethod):
     takes = "share"
 
     num_experts: int | None = Field(default=None, ge=1)
-    """Experts of each MLP; None gives each 32 units."""
+    """Number of experts in each MLP; None makes experts of about 32 units."""
     num_active: int | None = Field(default=None, ge=1)
-    """Experts that a token runs; None takes the budget's share."""
+    """Number of experts that run for each token; None uses the budget's share."""
     split: Literal["weights", "activity"] = "weights"
-    """Units go together by their input weights (k-means), or by firing together."""
+    """Group units into experts by their input weights (k-means), or by which fire together."""
     router: RouterKind = "mlp"
-    """A trained MLP, the experts' centroids (`similarity`), or `oracle`, which runs all experts and shows the best
-    possible choice."""
+    """How experts are picked: a trained MLP (`mlp`), the experts' centroids (`similarity`), or `oracle`, which runs all
+    experts and shows the best possible choice."""
     num_tokens: int = Field(default=20_000, ge=64)
-    """Tokens that the router is trained on."""
+    """How many tokens the router is trained on."""
     epochs: int = Field(default=30, ge=1)
-    """Epochs of training the router."""
+    """Epochs of router training."""
     batch_size: int = Field(default=512, ge=1)
-    """Tokens in a step."""
+    """Tokens in one step of router training."""
     lr: float = Field(default=0.01, gt=0)
-    """Rate of training the router."""
+    """Learning rate of router training."""
 
     def goes_by(self) -> BudgetUse:
-        """Return what of a budget the method goes by: `num_active` says it all."""
+        """Return which part of the budget the method uses: none if `num_active` is given."""
         return "nothing" if self.num_active is not None else self.takes
 
     def propose(self, view: ModelView) -> Iterator[ToMoefication]:
-        """One edit an MLP, each seen with the MLPs before it already split."""
+        """Yield one edit per MLP; each MLP is observed with the MLPs before it already split."""
         for site in view.sites:
             num_experts = self.num_experts or _divisor(site.d_hidden, site.d_hidden / UNITS_PER_EXPERT)
             if site.d_hidden % num_experts:
@@ -92,14 +92,14 @@ class Moefication(ModelMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """A sample of tokens: what the MLP reads and what its hidden units make of it."""
+    """A sample of tokens: the MLP's inputs and the activations of its hidden units."""
 
     inputs_ND: Tensor
     hidden_NH: Tensor
 
 
 def _observe(view: ModelView, site: MlpSite, num_tokens: int) -> _Seen:
-    """Tokens drawn evenly from all batches."""
+    """Draw tokens from all batches in proportion to their size."""
     found: dict[str, list[Tensor]] = {site.value: [], site.output: []}
 
     def see(path: str, inputs: Tensor, _: Tensor) -> None:
@@ -119,17 +119,17 @@ def _observe(view: ModelView, site: MlpSite, num_tokens: int) -> _Seen:
 
 
 def _split(weights: MlpWeights, seen: _Seen, num_experts: int, options: Moefication, *, seed: int) -> Tensor:
-    """The expert of each unit."""
+    """Return the number of each unit's expert, (H,)."""
     if options.split == "weights":
         rows_HD = weights.value_HD if weights.gate_HD is None else weights.gate_HD
         return balanced_kmeans(functional.normalize(rows_HD.float().cpu(), dim=1), num_experts, seed=seed)
     fires_NH = (seen.hidden_NH.abs() > seen.hidden_NH.square().mean().sqrt()).float()
-    together_HH = fires_NH.T @ fires_NH  # units with the same company belong together
+    together_HH = fires_NH.T @ fires_NH  # units that fire with the same others belong together
     return balanced_kmeans(functional.normalize(together_HH, dim=1), num_experts, seed=seed)
 
 
 def expert_scores(weights: MlpWeights, hidden_NH: Tensor, order: Tensor, num_experts: int) -> Tensor:
-    """What each expert contributes to each token (N, E): its sum of activations for a ReLU, else its output's norm."""
+    """Return what each expert contributes to each token (N, E): a ReLU's activation sum, else the output's norm."""
     slices = order.split(len(order) // num_experts)
     if bool((hidden_NH >= 0).all()):
         return torch.stack([hidden_NH[:, units].sum(1) for units in slices], dim=1)
@@ -146,7 +146,7 @@ def _router(
     options: Moefication,
     generator: torch.Generator,
 ) -> Router | None:
-    """The trained router, or one of centroids; None for an oracle."""
+    """Return the trained router, or one made of centroids; None for an oracle."""
     if options.router == "oracle":
         return None
     rows_HD = (weights.value_HD if weights.gate_HD is None else weights.gate_HD).float().cpu()
@@ -170,7 +170,7 @@ def _train_(
     options: Moefication,
     generator: torch.Generator,
 ) -> None:
-    """Learn the scores; the state that captures the most of them on held-out tokens stays, the start included."""
+    """Train the router on the scores; keep the state, start included, that captures most of them on held-out tokens."""
     num_held_out = max(1, int(VALIDATION_SHARE * len(inputs_ND)))
     order = torch.randperm(len(inputs_ND), generator=generator)
     held_out, train = order[:num_held_out], order[num_held_out:]
@@ -193,12 +193,12 @@ def _train_(
 
 
 def captured_share(predicted_NE: Tensor, scores_NE: Tensor, num_active: int) -> float:
-    """Share of all contributions that lies in the experts chosen by a prediction."""
+    """Return the share of all contributions that lies in the experts chosen by a prediction."""
     chosen = predicted_NE.topk(num_active, dim=-1).indices
     return float(scores_NE.gather(-1, chosen).sum() / scores_NE.sum().clamp(min=1e-12))
 
 
 def _divisor(total: int, near: float) -> int:
-    """The divisor nearest to a number; of two as near, the larger."""
+    """Return the divisor nearest to a number; the larger one in a tie."""
     divisors = [number for number in range(1, total + 1) if total % number == 0]
     return min(divisors, key=lambda number: (abs(number - near), -number))

@@ -1,4 +1,4 @@
-"""Random units: the baseline below which no method should fall. Drawn without replacement."""
+"""Random units, drawn without replacement: the baseline that every method should beat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitrim.types import SiteView
 
 @register
 class Random(SiteMethod):
-    """Random units: the floor for the others."""
+    """Random units: the baseline that every other method should beat."""
 
     name = "random"
     paper = "Pruning Convolutional Neural Networks for Resource Efficient Inference (its random baseline)"
@@ -21,5 +21,5 @@ class Random(SiteMethod):
     repairs = False
 
     def select(self, view: SiteView) -> Tensor:
-        """A seeded random subset, without replacement."""
+        """Return a seeded random subset of the units, drawn without replacement."""
         return torch.randperm(view.weights.num_units, generator=view.generator)[: view.num_keep]

@@ -1,7 +1,7 @@
-"""What a method is, and the list of all: a class with its options as fields and one function that decides.
+"""What a method is, and the list of all methods: a class with its options as fields and one function that decides.
 
-A method looks at plain matrices and sums and decides; it changes no module. Either it is asked MLP by MLP which hidden
-units stay (`SiteMethod`), or once for the whole model, which edits to make (`ModelMethod`).
+A method reads plain matrices and sums and decides; it changes no module. It is asked either for each MLP which hidden
+units stay (`SiteMethod`), or once for the whole model which edits to make (`ModelMethod`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ BudgetUse = Literal["widths", "share", "nothing"]
 
 
 class Method(Checked):
-    """Base of all methods; an instance holds the options.
+    """Base class of all methods; an instance holds the options.
 
     Attributes:
-        name: how recipes and the command line call it.
+        name: name in recipes and on the command line.
         paper: title of the paper.
-        arxiv: its number.
-        summary: what the method does, in a line.
-        needs: whether it looks at calibration images.
-        repairs: whether the closed-form repair follows by default, which it does not where a paper's own procedure is
+        arxiv: arXiv number of the paper.
+        summary: what the method does, in one line.
+        needs: whether it works from weights alone or uses calibration images.
+        repairs: whether the closed-form repair follows by default; it does not where a paper's own procedure is
             reproduced. Cuts of hidden units that come without tensors can be repaired, whichever method made them.
         edits: kinds of edit that it makes.
-        takes: what of a budget it goes by: hidden units of each MLP (`widths`), a `share` of something else, or
+        takes: which part of a budget it uses: hidden units of each MLP (`widths`), a `share` of something else, or
             `nothing`.
     """
 
@@ -50,7 +50,7 @@ class Method(Checked):
 
     @classmethod
     def refusal(cls, error: ValidationError) -> str:
-        """Say what is wrong with an option, and which there are."""
+        """Return an error text: what is wrong with an option, and which options there are."""
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         allowed = ", ".join(cls.model_fields) or "none"
@@ -58,17 +58,17 @@ class Method(Checked):
         return f"options.{key} of method {cls.name}: {said}; its options are {allowed}."
 
     def goes_by(self) -> BudgetUse:
-        """Return what of a budget these options leave to go by."""
+        """Return which part of a budget the method uses, given these options."""
         return self.takes
 
     @classmethod
     def edits_in_words(cls) -> str:
-        """Return its kinds of edit in words."""
+        """Return the names of its kinds of edit, for people."""
         return ", ".join(kind.KIND.replace("_", " ") for kind in cls.edits)
 
     @classmethod
     def lowest_order(cls) -> int:
-        """Return the lowest order of its edits: nothing before it may have a higher one."""
+        """Return the lowest order of its edits: no step before it may have a higher one."""
         return min(kind.ORDER for kind in cls.edits)
 
     @classmethod
@@ -78,7 +78,7 @@ class Method(Checked):
 
 
 class SiteMethod(Method):
-    """A method that is asked MLP by MLP which hidden units stay."""
+    """Base class of methods that decide for each MLP which hidden units stay."""
 
     takes: ClassVar[BudgetUse] = "widths"
 
@@ -88,11 +88,11 @@ class SiteMethod(Method):
 
 
 class ModelMethod(Method):
-    """A method that decides about the whole model."""
+    """Base class of methods that decide for the whole model at once."""
 
     @abstractmethod
     def propose(self, view: ModelView) -> Iterator[Edit]:
-        """Yield edits; each is carried out before the next is asked for."""
+        """Yield edits; each one is carried out before the next is asked for."""
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -100,10 +100,10 @@ Kind = TypeVar("Kind", bound=type[Method])
 
 
 def register(kind: Kind) -> Kind:
-    """Add a method to the list, under its name; written above its class as a decorator.
+    """Register a method under its name; use it as a class decorator.
 
     Raises:
-        TypeError: it is of neither kind, or does not say all that a method has to.
+        TypeError: the class is neither a SiteMethod nor a ModelMethod, or a required attribute is missing.
     """
     if not issubclass(kind, SiteMethod | ModelMethod):
         raise TypeError(f"{kind.__qualname__}: is no method; derive it from SiteMethod or ModelMethod.")
@@ -115,10 +115,10 @@ def register(kind: Kind) -> Kind:
 
 
 def find_method(name: str) -> type[Method]:
-    """Return a method's class by its name.
+    """Return the class of the method with this name.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: no method has that name.
     """
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)
@@ -128,9 +128,9 @@ def find_method(name: str) -> type[Method]:
 
 
 def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """Return a method with its options, by name.
+    """Return the method with this name, with its options set.
 
     Raises:
-        RecipeError: there is no method of that name, or an option is unknown or has a value that is not allowed.
+        RecipeError: no method has that name, or an option is unknown or has a value that is not allowed.
     """
     return find_method(name)(**dict(options or {}))

@@ -1,7 +1,8 @@
-"""Relufy: ReLU in place of a smooth activation, so that units are really silent. Distil afterwards: features change.
+"""Relufy: replaces a smooth activation by ReLU, so that inactive units are exactly zero. Distil afterwards.
 
-The step that MoEfication (arXiv 2110.01786) takes for models that were trained with GELU, whose authors found a few
-hundred steps enough for a BERT. By itself it makes nothing smaller; experts and top-k become exact where units are off.
+This changes the features. It is the step that MoEfication (arXiv 2110.01786) takes for models trained with GELU; its
+authors found a few hundred steps of training enough for a BERT. By itself it makes nothing smaller, but experts and
+top-k become exact where units are off.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vitrim.types import ModelView
 
 @register
 class Relufy(ModelMethod):
-    """Relufy: ReLU in place of the activation, so that units are really silent."""
+    """Relufy: replaces the activation by ReLU, so that inactive units are exactly zero."""
 
     name = "relufy"
     paper = "MoEfication: Transformer Feed-forward Layers are Mixtures of Experts (its preparation of GELU models)"
@@ -27,6 +28,6 @@ class Relufy(ModelMethod):
     takes = "nothing"
 
     def propose(self, view: ModelView) -> Iterator[ReplaceActivation]:
-        """One edit an MLP."""
+        """Yield one edit per MLP."""
         for site in view.sites:
             yield ReplaceActivation(site=site)

@@ -1,9 +1,9 @@
-"""Taylor: units by how far the features would move, to first order, if each was removed alone.
+"""Taylor: keeps the units whose removal, one at a time, would move the features most, to first order.
 
-The published criterion expands a loss against labels, of which there are none here; and the distance to the dense
+The published criterion expands a loss against labels, which are not available here; and the distance to the dense
 features, the natural loss, has no gradient at the dense model. So the features themselves are expanded. Removing a unit
-moves them by the Jacobian times its activations, and the squared length of that is the mean square over random signs v
-of sum over tokens of a times g, where g is the gradient of v times the features (Hutchinson's estimate).
+moves them by the Jacobian times its activations. The squared length of that is the mean, over random signs v, of the
+square of the sum over tokens of a times g, where g is the gradient of v times the features (Hutchinson's estimate).
 
 Shapes: B images, D feature width, H hidden units.
 """
@@ -23,7 +23,7 @@ from vitrim.types import Features, ModelView
 
 @register
 class Taylor(ModelMethod):
-    """Taylor: units by the squared first-order change of the features."""
+    """Taylor: keeps units by the squared first-order change of the features."""
 
     name = "taylor"
     paper = "Importance Estimation for Neural Network Pruning (its squared gates, on features in place of a loss)"
@@ -34,10 +34,10 @@ class Taylor(ModelMethod):
     takes = "widths"
 
     draws: int = Field(default=1, ge=1)
-    """Random signs drawn for each image; more make the estimate steadier, each costs a pass with gradients."""
+    """How many random projections are drawn per image; more give a steadier score, each costs a backward pass."""
 
     def propose(self, view: ModelView) -> Iterator[KeepUnits]:
-        """The units of each MLP with the largest scores, to the recipe's width; a tie goes to the lowest index."""
+        """Yield one cut per MLP that keeps its highest scores, to the recipe's width; ties go to the lowest index."""
         scores = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in view.sites}
 
         def random_sum(found: Features) -> Tensor:
@@ -56,5 +56,5 @@ class Taylor(ModelMethod):
 
 
 def _signs_like(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs in the shape of a tensor, drawn on the CPU so that devices agree."""
+    """Return random signs in the shape of a tensor, drawn on the CPU so that all devices agree."""
     return (torch.randint(2, values.shape, generator=generator) * 2 - 1).to(values)

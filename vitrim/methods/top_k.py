@@ -1,7 +1,7 @@
-"""Top-k, the enforced sparsity of The Lazy Neuron Phenomenon (arXiv 2210.06313): few hidden units active a token.
+"""Top-k, the enforced sparsity of The Lazy Neuron Phenomenon (arXiv 2210.06313): few hidden units active per token.
 
-Parameters stay; what falls is the work of the output projection, and only on kernels that skip zeros. After the fact
-a GELU loses what its small activations carried, and distillation (or a ReLU in its place) is what brings it back; so
+Parameters stay; the work of the output projection falls, and only on kernels that skip zeros. Applied to a trained
+model, a GELU loses what its small activations carried; distillation (or replacing it by ReLU) brings that back. So
 entries are ranked by magnitude unless asked otherwise. Units that never fire are not cut here.
 """
 
@@ -19,7 +19,7 @@ from vitrim.types import ModelView
 
 @register
 class TopK(ModelMethod):
-    """Lazy Neurons: only the most active hidden units of each token reach the output."""
+    """Lazy Neurons: lets only the most active hidden units of each token reach the output."""
 
     name = "top-k"
     paper = "The Lazy Neuron Phenomenon: On Emergence of Activation Sparsity in Transformers"
@@ -31,16 +31,16 @@ class TopK(ModelMethod):
     takes = "share"
 
     num_active: int | None = Field(default=None, ge=1)
-    """Units of each MLP that are active for a token; None takes the budget's share."""
+    """Number of hidden units of each MLP that are active for a token; None uses the budget's share."""
     by: Rank = "magnitude"
-    """What units are ranked by."""
+    """Rank the units of a token by absolute size (`magnitude`) or by signed `value`."""
 
     def goes_by(self) -> BudgetUse:
-        """Return what of a budget the method goes by: `num_active` says it all."""
+        """Return which part of the budget the method uses: none if `num_active` is given."""
         return "nothing" if self.num_active is not None else self.takes
 
     def propose(self, view: ModelView) -> Iterator[TopKActivation]:
-        """One edit an MLP."""
+        """Yield one edit per MLP."""
         for site in view.sites:
             num_active = view.widths[site.path] if self.num_active is None else self.num_active
             yield TopKActivation(site=site, num_active=num_active, by=self.by)

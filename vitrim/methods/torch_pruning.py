@@ -1,9 +1,9 @@
-"""What the library torch-pruning would keep: its own importance, on its own dependency group, as a baseline.
+"""Units that the library torch-pruning would keep, by its own importance; a baseline with an optional dependency.
 
 The library traces a module and scores the layers that must be cut together. It is given the site's linear layers, wired
 as in the MLP. The activation is left out, and a norm over hidden units with it, because neither changes which layers
-form the group nor what their weights weigh. Its importances that need a loss with labels are not offered; `taylor` is
-what can be had without.
+form the group nor the importance of their weights. Its importances that need a loss with labels are not offered;
+`taylor` is the alternative without labels.
 
 Shapes: H hidden units, D model width.
 """
@@ -23,7 +23,7 @@ from vitrim.types import MlpWeights, SiteView
 
 @register
 class TorchPruning(SiteMethod):
-    """torch-pruning: units by that library's own importance."""
+    """torch-pruning: keeps units by that library's own importance."""
 
     name = "torch-pruning"
     paper = "DepGraph: Towards Any Structural Pruning (its library's importances)"
@@ -33,14 +33,14 @@ class TorchPruning(SiteMethod):
     repairs = False
 
     importance: Literal["magnitude", "fpgm"] = "magnitude"
-    """The library's group magnitude, or distance to the geometric median."""
+    """Score of the library: weight magnitude over the group, or distance to the geometric median (fpgm)."""
     p: int = Field(default=2, ge=1)
-    """Power of a weight."""
+    """Power to which weights are raised, as in an Lp norm."""
     reduction: Literal["mean", "max", "prod", "first"] = "mean"
-    """How the scores of a group's layers are joined."""
+    """How the scores of the layers that are cut together are combined."""
 
     def select(self, view: SiteView) -> Tensor:
-        """Units by the library's score, largest first; a tie goes to the lowest index.
+        """Return units by the library's score, largest first; ties go to the lowest index.
 
         Raises:
             MissingExtraError: torch-pruning is not installed.
@@ -50,7 +50,7 @@ class TorchPruning(SiteMethod):
 
 
 def library_scores(weights: MlpWeights, options: TorchPruning) -> Tensor:
-    """The library's importance of each hidden unit, (H,)."""
+    """Return the library's importance of each hidden unit, (H,)."""
     try:
         import torch_pruning
     except ImportError:
@@ -59,7 +59,7 @@ def library_scores(weights: MlpWeights, options: TorchPruning) -> Tensor:
 
     kind = {"magnitude": GroupMagnitudeImportance, "fpgm": FPGMImportance}[options.importance]
     mlp = _Layers(weights)
-    with torch.enable_grad():  # it traces by gradient functions
+    with torch.enable_grad():  # the library traces gradient functions
         graph = torch_pruning.DependencyGraph().build_dependency(
             mlp, example_inputs=torch.zeros(1, mlp.value.in_features)
         )
@@ -78,13 +78,13 @@ class _Layers(nn.Module):
         self.gate = None if weights.gate_HD is None else _linear(weights.gate_HD)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Gate times value, or value alone, through the output projection."""
+        """Return the output projection of gate times value, or of value alone."""
         hidden = self.value(tokens)
         return self.output(hidden if self.gate is None else self.gate(tokens) * hidden)
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A layer without bias that has a copy of these weights, on the CPU."""
+    """Return a layer without bias that holds a copy of these weights, on the CPU."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().float().cpu().clone())
     return layer

@@ -86,7 +86,7 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
     if others:  # no width of the others is to be changed, so there is none to look for
         return f"{origin.library} has no config that cuts {len(cut)} of {len(cut) + len(others)} MLPs."
     nearest = nearest_stock_width(origin, [edit.site for edit in cuts], edit.width)
-    hint = "" if nearest in (None, edit.width) else f"; the nearest that it could is {nearest} (--stock picks it)"
+    hint = "" if nearest in (None, edit.width) else f"; the nearest that it could is {nearest}"
     return f"{origin.library} has no config for these widths ({edit.width} of {edit.site.d_hidden}){hint}."
 
 

@@ -1,1 +1,1 @@
-"""What a run leaves behind: staging, saving, loading, verifying, exporting, uploading, and the model card."""
+"""What a run writes: staging, saving, loading, verifying, exporting, uploading, and the model card."""

@@ -1,7 +1,7 @@
-"""The model card that stands beside every output: what was cut, how, on what, how close it came, and whose licence.
+"""The model card in every output: what was cut, how, with which data, how close the result is, and its licence.
 
-It says what was measured and nothing else; the limits of the original are the original's to tell. The licence is
-carried over from the original and never guessed.
+It states only what was measured; the original's limits are left to the original's card. The licence is copied from the
+original and never guessed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def write_card(folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *
     Args:
         folder: the output folder.
         origin: how the original was built.
-        recipe: what was asked for.
+        recipe: the user's recipe.
         metrics: what was measured, as in metrics.json.
-        licence: the original's, as `licence_of` found it.
+        licence: the original's, as found by `licence_of`.
     """
     about: dict[str, Any] = {
         "license": licence or "other",
@@ -55,7 +55,7 @@ def write_card(folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *
 
 
 def licence_of(whole: nn.Module, origin: Origin) -> str | None:
-    """The licence that the original names: in timm's config, or at the top of the card in its folder; else None."""
+    """Return the licence named in timm's config or at the top of the card in the original's folder, or None."""
     for part in (whole, getattr(whole, "visual", None), getattr(getattr(whole, "visual", None), "trunk", None)):
         named = (getattr(part, "pretrained_cfg", None) or {}).get("license")
         if named:
@@ -73,7 +73,7 @@ def licence_of(whole: nn.Module, origin: Origin) -> str | None:
 
 
 def _what(recipe: Recipe, metrics: Metrics) -> str:
-    """What was done to the original, in a few sentences."""
+    """Describe what was done to the original, in a few sentences."""
     before, after = metrics.before.parameters, metrics.after.parameters
     methods = [find_method(step.method) for step in recipe.steps]
     papers = " and ".join(f"`{m.name}` ([{m.paper}](https://arxiv.org/abs/{m.arxiv}))" for m in methods)
@@ -93,7 +93,7 @@ def _span(values: list[int]) -> str:
 
 
 def _loading(stock: bool, origin: Origin) -> str:
-    """Code that loads this folder, wherever it lies."""
+    """Return code that loads this folder from any place."""
     line = loads_with(origin, "FOLDER", stock=stock)
     found = "model, _, transform" if "transforms" in line else "model"
     return f"import {line.partition('.')[0]}\n\n{found} = {line}"
@@ -116,7 +116,7 @@ def _measured_on(metrics: Metrics) -> str:
 
 
 def _limits(recipe: Recipe, metrics: Metrics, licence: str | None) -> list[str]:
-    """What a user of this model should know."""
+    """Return what a user of this model should know, one sentence per line."""
     data = recipe.data or "no images"
     lines = [
         f"The cut was fitted to, and judged on, `{data}`. On other images it may be further from the original.",

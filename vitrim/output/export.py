@@ -1,8 +1,8 @@
 """Writes a model's encoder in a form that runs without its library: ONNX, OpenVINO, or torch's own export.
 
-What was written is loaded by the runtime it is for and compared with PyTorch, on other batch sizes than the one that
-was traced; what differs is not left behind. Weights are float32 in the file, whatever they were. Of a pair (CLIP) or a
-VLM the part that takes the images is exported. Matrices that share a basis are written multiplied out.
+The file is loaded by its runtime and compared with PyTorch, also on batch sizes that were not traced; a file that
+differs is removed. Weights in the file are always float32. Of a pair (CLIP) or a VLM the part that takes the images is
+exported. Matrices that share a basis are multiplied out.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ NEEDS: Mapping[Form, tuple[str, ...]] = {
     "openvino": ("onnxscript", "openvino"),
     "torch": (),
 }
-# The largest difference from PyTorch, as a share of the largest output, that counts as the same.
+# Largest difference from PyTorch, as a share of the largest output, that still counts as equal.
 TOLERANCE = 1e-4
-# Images that are traced, and batches on which the file is compared and timed.
+# Number of images to trace with, and batch sizes on which the file is compared and timed.
 TRACED, COMPARED, TIMED = 2, (1, 3, 8), (1, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written: its file, what it gives, how far off it was, and the time of a pass beside PyTorch's.
+    """Result of an export: the file, its outputs, how far they are from PyTorch's, and the latency of both.
 
-    `differences` are the largest ones, relative to the largest output, on noise and, where there was data, on images.
+    `differences` are the largest ones, relative to the largest output, on noise and, if there was data, on images.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Exported:
     latency: Mapping[str, Mapping[int, Latency]]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the result as JSON-ready values."""
         return {**asdict(self), "path": str(self.path), "tolerance": TOLERANCE}
 
 
@@ -78,20 +78,20 @@ def export(
 
     Args:
         model: a module, a name, or a folder that vitrim wrote.
-        out: the file to write; it must not exist. OpenVINO puts the weights into a `.bin` beside it.
+        out: the file to write; it must not exist. OpenVINO writes the weights to a `.bin` beside it.
         to: `onnx`, `openvino` or `torch` (an archive of `torch.export`).
-        data: images to compare on, besides noise.
-        tokens: export the pooled vector and the patch tokens, in place of what the model itself puts out.
-        opset: of ONNX; without, the one that torch prefers.
-        latency: time the file beside PyTorch.
+        data: images to compare on, in addition to noise.
+        tokens: export the pooled vector and the patch tokens instead of the model's own output.
+        opset: ONNX opset; by default the one that torch prefers.
+        latency: time the file and PyTorch.
 
     Returns:
-        What was written, and how it compares.
+        The result: the file, and how it compares with PyTorch.
 
     Raises:
-        MissingExtraError: what writes or runs the form is not installed.
-        ModelError: the model's size of image is not known, or it holds what can't be exported.
-        OutputError: `out` exists, can't be written, or the file puts out something else than the model.
+        MissingExtraError: a package that writes or runs the form is not installed.
+        ModelError: the model's image size is not known, or a part of the model can't be exported.
+        OutputError: `out` exists or can't be written, or the file's outputs differ from the model's.
         RecipeError: the form is unknown.
     """
     if to not in get_args(Form):
@@ -131,7 +131,7 @@ def export(
 
 
 def _multiplied_out(model: nn.Module) -> nn.Module:
-    """The model with each matrix that a shared basis stands for as a plain one: a graph would build it at every run."""
+    """Replace each layer with a shared basis by a plain one, since a graph would multiply it out at every run."""
     for path, module in list(model.named_modules()):
         if isinstance(module, SharedBasisLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -142,7 +142,7 @@ def _multiplied_out(model: nn.Module) -> nn.Module:
 
 
 class _Tensors(nn.Module):
-    """An encoder that gives plain tensors, whatever its library's own outputs are."""
+    """An encoder that returns plain tensors, whatever its library's own outputs are."""
 
     def __init__(self, encoder: nn.Module, *, tokens: bool) -> None:
         super().__init__()
@@ -156,11 +156,11 @@ class _Tensors(nn.Module):
             self.names = ("pooled", "patches")[: 1 + len(patches)]
             return (found.pooled_BD, *patches)
         output = self.encoder(inputs)
-        return (output if isinstance(output, Tensor) else output[0],)  # of a tuple, or of transformers' outputs
+        return (output if isinstance(output, Tensor) else output[0],)  # a tuple, or an output class of transformers
 
 
 class _Session(nn.Module):
-    """A runtime with a file loaded, as a module, so that it is timed as one."""
+    """A runtime with a file loaded, wrapped as a module so that it can be timed like one."""
 
     def __init__(self, run: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class _Session(nn.Module):
 
 @contextmanager
 def _placed(out: Path) -> Iterator[Path]:
-    """A path in a folder of its own beside `out`; what is written there takes its place at the end, all or nothing."""
+    """Yield a path in a temporary folder beside `out`; at the end all files there are moved into place, or none."""
     refuse_existing(out, kind="file")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
@@ -187,8 +187,8 @@ def _placed(out: Path) -> Iterator[Path]:
 
 
 def _write(model: _Tensors, example: Tensor, path: Path, to: Form, opset: int | None) -> int | None:
-    """Trace the model and write it; the opset, where there is one."""
-    model(example)  # which outputs there are is known behind a pass
+    """Trace the model and write it; return the ONNX opset, None for other forms."""
+    model(example)  # sets the names of the outputs
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -225,14 +225,14 @@ def _write(model: _Tensors, example: Tensor, path: Path, to: Form, opset: int | 
 
 
 def _runner(path: Path, to: Form) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """A function that runs a written file on the CPU, on as many threads as torch has."""
+    """Return a function that runs a written file on the CPU, with as many threads as torch uses."""
     if to == "torch":
         module = torch.export.load(path).module()
         return lambda inputs: tuple(module(inputs))
     if to == "openvino":
         import openvino
 
-        # Left alone, it runs in bf16 on CPUs that have it.
+        # By default it runs in bf16 on CPUs that support it.
         settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
         compiled = openvino.compile_model(path, "CPU", settings)
         return lambda inputs: tuple(torch.from_numpy(found) for found in compiled(inputs.numpy()).values())
@@ -245,7 +245,7 @@ def _runner(path: Path, to: Form) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 
 def _difference(model: nn.Module, session: nn.Module, inputs: Tensor) -> float:
-    """The largest difference of an output over several batch sizes, relative to the largest value."""
+    """Return the largest difference of an output over several batch sizes, relative to the largest value."""
     largest = 0.0
     for size in COMPARED:
         batch = inputs[:size]
@@ -255,7 +255,7 @@ def _difference(model: nn.Module, session: nn.Module, inputs: Tensor) -> float:
 
 
 def _not_traceable(model: nn.Module, error: Exception) -> ModelError:
-    """Why a model can't be exported, in one line."""
+    """Return the error that says in one line why a model can't be exported."""
     experts = [name for name, module in model.named_modules() if isinstance(module, ExpertMlp)]
     if experts:
         where = experts[0].removeprefix("encoder.")

@@ -1,4 +1,4 @@
-"""Uploads an output folder to the Hugging Face hub. Nothing leaves the machine unless the caller says so in words."""
+"""Uploads an output folder to the Hugging Face hub. Nothing is sent unless the caller confirms it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitrim.output.load import read_about
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What would be, or was, uploaded: the repository, and files with their sizes; `url` is None until it was."""
+    """An upload, done or planned: the repository, and files with their sizes; `url` is None if nothing was sent."""
 
     repo: str
     private: bool
@@ -21,18 +21,18 @@ class Upload:
 
 
 def push(folder: str | Path, repo: str, *, confirm: bool, private: bool = True) -> Upload:
-    """Upload an output to a model repository, which is made if there is none.
+    """Upload an output to a model repository, which is created if it does not exist.
 
     Args:
-        folder: what vitrim wrote.
+        folder: a folder that vitrim wrote.
         repo: `ORG/NAME`.
-        confirm: without it nothing is sent; what comes back says what would be.
-        private: of a repository that is made now; one that exists stays as it is.
+        confirm: send the files; if False, nothing is sent and the result only lists them.
+        private: make a new repository private; an existing one is not changed.
 
     Raises:
-        CheckpointError: the folder is not vitrim's.
-        OutputError: it has no model card, or the hub refuses.
-        RecipeError: the name is none that the hub takes.
+        CheckpointError: vitrim did not write the folder.
+        OutputError: the folder has no model card, or the hub refuses the upload.
+        RecipeError: the repository name is not valid on the hub.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

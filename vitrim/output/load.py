@@ -1,4 +1,4 @@
-"""Loads what vitrim wrote: the architecture on meta, reshaped by the plan, then its tensors."""
+"""Loads a model that vitrim wrote: the architecture on meta, reshaped by the plan, then its tensors."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Load a model that vitrim wrote, whatever its widths.
+    """Load a model that vitrim wrote, whichever widths it has.
 
     Args:
-        source: the output folder, or `hf-hub:ORG/NAME` for one that was pushed to the Hugging Face hub.
-        model: the uncut model, for one that no library can build; it is reshaped in place.
-        device: where the model goes; without, it stays on the CPU.
-        dtype: type of its parameters; without, the one in the file.
+        source: the output folder, or `hf-hub:ORG/NAME` for one on the Hugging Face hub.
+        model: the uncut model, needed if no library can build it; it is reshaped in place.
+        device: device for the model; by default the CPU.
+        dtype: type of its parameters; by default the one in the file.
 
     Returns:
         The cut model in eval mode.
 
     Raises:
-        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`; or the hub has no such repository.
+        CheckpointError: the folder is not vitrim's, is damaged, or needs `model`.
+        ModelError: the hub has no such repository, or can't be reached.
     """
     path = local_folder(source)
     about = read_about(path)
@@ -48,7 +49,7 @@ def load(
     with in_one_line(str(path)):
         reshape_(student, plan.edits)
     _fill_(student, path, backend_of(origin.library))
-    if origin.library != "transformers":  # it keeps such buffers in float32 beside bf16 weights
+    if origin.library != "transformers":  # which keeps such buffers in float32 even with bf16 weights
         match_buffers_(student)
     if device is not None or dtype is not None:
         student.to(device=device, dtype=dtype)
@@ -56,10 +57,10 @@ def load(
 
 
 def local_folder(source: str | Path) -> Path:
-    """Return the folder of an output, downloaded first where it is on the Hugging Face hub.
+    """Return the folder of an output, downloaded first if it is on the Hugging Face hub.
 
     Raises:
-        CheckpointError: the hub has no such repository, or can't be reached.
+        ModelError: the hub has no such repository, or can't be reached.
     """
     name = str(source)
     if not name.startswith(HUB):
@@ -71,10 +72,10 @@ def local_folder(source: str | Path) -> Path:
 
 
 def _fill_(model: nn.Module, path: Path, backend: ModelBackend | None) -> None:
-    """Give a model the tensors of a folder, in its own names or the library's older ones; tied tensors stand once."""
+    """Load a folder's tensors into a model, by its own names or the library's older ones; tied ones are stored once."""
     files = open_tensors(path)
     if backend is not None and not files.keys() <= model.state_dict().keys():
-        with in_one_line(str(path)):  # the library's own code, on tensors that may be of any shape
+        with in_one_line(str(path)):  # the library's own code runs on tensors that may have any shape
             files = files.renamed(backend.names(model, files.fakes()))
     try:
         missing, unexpected = model.load_state_dict(dict(files), strict=False, assign=True)
@@ -89,11 +90,11 @@ def _fill_(model: nn.Module, path: Path, backend: ModelBackend | None) -> None:
 
 
 def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
-    """A model and how it was built, from a module, a name, or a folder (vitrim's own or a library's).
+    """Return a model and how it was built, from a module, a name, or a folder (vitrim's own or a library's).
 
     Raises:
-        ModelError: no such model.
-        CheckpointError: the folder is vitrim's and damaged.
+        ModelError: there is no such model.
+        CheckpointError: vitrim wrote the folder, but it is damaged.
     """
     if isinstance(model, nn.Module):
         return model, origin_of(model)
@@ -106,15 +107,15 @@ def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
 
 
 def is_output(path: str | Path) -> bool:
-    """Whether a path is a folder that vitrim wrote."""
+    """Return whether a path is a folder that vitrim wrote."""
     return (Path(path) / ABOUT).is_file()
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The contents of vitrim.json.
+    """Return the contents of vitrim.json.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     try:
         about = json.loads((path / ABOUT).read_text())
@@ -132,6 +133,6 @@ Model = nn.Module | str
 
 
 def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
-    """The part of a model that takes the inputs, and how the whole was built."""
+    """Return the part of a model that takes the inputs, and how the whole was built."""
     whole, origin = open_model(model)
     return whole.get_submodule(origin.encoder), origin

@@ -1,4 +1,4 @@
-"""Where and with what something was made: versions, machine, time and command."""
+"""Records where and with what an output was made: versions, machine, time and command."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Return the versions of the packages that affect the numbers."""
     names = ("vitrim", "torch", "timm")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def environment() -> dict[str, str]:
-    """Versions, machine, time and command: provenance, kept apart from the plan."""
+    """Return versions, machine, time and command: provenance, which is kept apart from the plan."""
     return {
         **versions(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",

@@ -1,4 +1,4 @@
-"""What a run gives back: the model, the plan, what was measured, and the folder, with a short form for people."""
+"""The result of a run: the model, the plan, what was measured, and the folder, with a short summary for people."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Result:
     """The result of `compress`, `prune_checkpoint`, `slice` and `tune_text`.
 
     Attributes:
-        model: the small model on the CPU; None where it was never built (file to file).
-        plan: what was cut, ready to be replayed.
+        model: the small model on the CPU; None if it was never built (file to file).
+        plan: what was cut; it can be replayed.
         metrics: what was measured, as in metrics.json.
-        out: the folder; None where nothing was written.
+        out: the folder; None if nothing was written.
     """
 
     model: nn.Module | None
@@ -55,7 +55,7 @@ class Result:
 
 
 def table_rows(metrics: Metrics) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return header and rows of the before/after table as text, without columns that hold nothing."""
+    """Return header and rows of the before/after table as text, without empty columns."""
     found = summarise(metrics)
     keys = [key for key in ("before", "after_cut", "after") if any(row[key] is not None for row in found.values())]
     if metrics.after_recovery is None and "after" in keys and "after_cut" in keys:
@@ -73,19 +73,19 @@ def table_rows(metrics: Metrics) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 
 
 def _result_of(row: dict[str, float | None], metrics: Metrics) -> float | None:
-    """Return the value of the result where nothing was trained: that after the cut."""
+    """Return the final value of a row if nothing was trained (the one after the cut), else None."""
     return row["after_cut"] if metrics.after_recovery is None else None
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain HTML table; everything in it is escaped."""
+    """Return a plain HTML table with all text escaped."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a text table with columns as wide as they need."""
+    """Return a text table with columns just wide enough for their cells."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     return "\n".join(line.rstrip() for line in lines)

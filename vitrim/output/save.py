@@ -1,7 +1,7 @@
-"""Saves a cut model so that a stock library, or `load`, gives it back, and proves it in a fresh process.
+"""Saves a cut model so that its own library, or `load`, can load it again.
 
 An output folder is written beside its final place and renamed into it only when it is complete and verified. Nothing is
-pickled. Reloading needs the plan's widths alone; tensors stand once, in model.safetensors.
+pickled. Reloading needs only the plan's widths; each tensor is stored once, in model.safetensors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
     """Write weights, config and plan into a folder.
 
     Args:
-        folder: an existing folder, normally one of `staged_output`.
-        student: the cut model, whole.
+        folder: an existing folder, normally from `staged_output`.
+        student: the whole cut model.
         origin: how the uncut model is built.
         plan: what was cut, by paths from the root of the whole model.
 
@@ -41,16 +41,16 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
 
 
 def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> str:
-    """Write everything of an output but the weights.
+    """Write everything in an output except the weights.
 
     Args:
         folder: an existing folder.
-        student: the cut model, whole; it may be on meta.
+        student: the whole cut model; it may be on the meta device.
         origin: how the uncut model is built.
         plan: what was cut, by paths from the root of the whole model.
 
     Returns:
-        The name under which the weights are expected.
+        The file name that the library expects for the weights.
     """
     stock, backend = stock_origin(origin, plan.edits), backend_of(origin.library)
     if stock is not None and backend is not None:
@@ -69,7 +69,7 @@ def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Pla
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name, each storage once: what a model ties together it ties again when it is loaded."""
+    """Return tensors by name, each storage once: tensors that a model ties are tied again when it is loaded."""
     seen: set[tuple[int, torch.Size]] = set()
     kept = {}
     for name, tensor in tensors.items():
@@ -81,7 +81,7 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _umask() -> int:
-    """The process's file mode mask; reading it means setting it for a moment."""
+    """Return the process's file mode mask, which can only be read by setting it for a moment."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Output folders are written beside their final place, under a lock, and renamed into it when they are whole."""
+"""Writes output folders beside their final place, under a lock, and renames them when they are complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CUT_STATE = "cut.json"
 PICKS, TEXT_STATE = "picks.jsonl", "text.state"
 
 
-STATES = (CUT_STATE, PICKS, TEXT_STATE)  # each is something to go on from
+STATES = (CUT_STATE, PICKS, TEXT_STATE)  # a stopped run can be resumed from each of these
 
 
 LOCK = "lock"
@@ -28,14 +28,14 @@ LOCK = "lock"
 
 @contextmanager
 def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Path]]:
-    """A folder beside `out` that becomes `out` at the end, and a place for what a stopped run needs to go on.
+    """Yield a folder that becomes `out` at the end, and a folder for the state that a stopped run needs to resume.
 
     Args:
         out: the folder to write.
-        resume: keep what an earlier, stopped run left in that place.
+        resume: keep the state of an earlier, stopped run.
 
     Yields:
-        The folder to write the output into, and the folder for resumable state. Both are gone afterwards, but for the
+        The folder to write the output into, and the folder for resumable state. Both are removed afterwards, except the
         state of a run that was stopped after its cut.
 
     Raises:
@@ -50,13 +50,13 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
             try:
                 _start(work, out, resume=resume)
                 yield folder, work
-                for config in folder.glob("*config.json"):  # one that names a part of its folder gets the final name
+                for config in folder.glob("*config.json"):  # a config that names its own folder gets the final path
                     config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
                 _settle(folder)
                 folder.rename(out)
                 for state in STATES:
                     (work / state).unlink(missing_ok=True)
-            except (OSError, SafetensorError) as error:  # the second is how safetensors says that a disk is full
+            except (OSError, SafetensorError) as error:  # safetensors raises the second if the disk is full
                 reason = getattr(error, "strerror", None) or error
                 raise OutputError(f"{out}: could not be written ({reason}).") from error
             finally:
@@ -65,15 +65,15 @@ def staged_output(out: Path, *, resume: bool = False) -> Iterator[tuple[Path, Pa
                     shutil.rmtree(work, ignore_errors=True)
     finally:
         for parent in (work, *made):
-            with suppress(OSError, ValueError):  # what holds something stays
+            with suppress(OSError, ValueError):  # a folder that is not empty stays
                 parent.rmdir()
 
 
 def refuse_existing(out: Path, *, kind: str = "output folder") -> None:
-    """Refuse a place where something is, if only a link that leads nowhere.
+    """Check that nothing exists at a path, not even a broken link.
 
     Raises:
-        OutputError: so it is.
+        OutputError: something exists there.
     """
     if os.path.lexists(out):
         raise OutputError(f"{out}: exists already; choose another {kind} or remove this one.")
@@ -81,7 +81,7 @@ def refuse_existing(out: Path, *, kind: str = "output folder") -> None:
 
 @contextmanager
 def _alone(work: Path, out: Path) -> Iterator[None]:
-    """Make a folder and hold a lock in it. The system drops the lock of a process that dies, whatever it died of."""
+    """Make a folder and hold a lock in it. The system releases the lock when the process ends, even by a crash."""
     try:
         if work.is_symlink():
             raise OSError(errno.ELOOP, f"{work} is a link")
@@ -91,7 +91,7 @@ def _alone(work: Path, out: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{out}: can't be written ({reason}); choose a folder you may write to.") from None
     try:
-        if not _hold(lock) or not (work / LOCK).exists():  # the run that held it may have ended between the two
+        if not _hold(lock) or not (work / LOCK).exists():  # the run that held it may have ended in between
             raise OutputError(f"{out}: another run is writing it; wait for that one, or choose another output folder.")
         yield
     finally:
@@ -99,7 +99,7 @@ def _alone(work: Path, out: Path) -> Iterator[None]:
 
 
 def _hold(lock: int) -> bool:
-    """Lock an open file, if no other process has; a system or a disk without locks lets every run through."""
+    """Lock an open file and return whether that worked; without support for locks every run gets one."""
     if sys.platform == "win32":
         return True
     import fcntl
@@ -112,7 +112,7 @@ def _hold(lock: int) -> bool:
 
 
 def _start(work: Path, out: Path, *, resume: bool) -> None:
-    """Empty the folder of a run, but for what it goes on from, and make that of its output."""
+    """Clear a run's folder, except for state to resume from, and make the folder for its output."""
     refuse_existing(out)
     for old in [work / "output"] if resume else [path for path in work.iterdir() if path.name != LOCK]:
         if old.is_dir() and not old.is_symlink():
@@ -123,7 +123,7 @@ def _start(work: Path, out: Path, *, resume: bool) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Bring every file to disk before the folder gets its final name: after a power cut it is whole, or not there."""
+    """Flush every file to disk before the folder gets its final name, so that no power cut leaves a partial output."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Proves in a fresh process that an output folder loads back to the same outputs."""
+"""Checks in a fresh process that an output folder loads and gives the same outputs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vitrim.models.features import evaluating
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 
-# First of all in an interpreter: from here on importing vitrim fails, so that nothing of it can help a stock library.
+# Run first in the interpreter: from then on importing vitrim fails, so that a stock library has no help from it.
 WITHOUT_VITRIM = """
 import sys
 sys.modules["vitrim"] = None
 """
 
 
-# The names that a check's code reads, from the command line of the fresh process.
+# The names that a check's code uses, from the command line of the fresh process.
 GIVEN = """
 import sys
 from safetensors.torch import load_file
@@ -57,12 +57,12 @@ difference = error / max(scale, 1e-30)
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is to be run on a written folder, wherever it is run.
+    """A check of a written folder, independent of where it is run.
 
-    `code` is Python that reads the names `folder` (a path as text), `probe` and `encoder`, and leaves the largest
-    difference, relative to the largest output, in `difference`; it raises where that is too much. `stock` says that
-    it loads the folder with the stock library, which must not find vitrim. `probe` has `inputs`, the `output` that
-    the `encoder`, a path in the model, has to give, and an empty tensor `like` of the type that the weights have.
+    `code` is Python that uses the names `folder` (a path as text), `probe` and `encoder`, and sets `difference` to the
+    largest difference, relative to the largest output; it raises if that is too large. With `stock` it loads the folder
+    with the stock library, and vitrim must not be importable. `probe` has `inputs`, the expected `output` of `encoder`
+    (a path in the model), and an empty tensor `like` of the weights' type.
     """
 
     code: str
@@ -72,7 +72,7 @@ class Check:
     encoder: str
 
     def failed(self, reason: str) -> OutputError:
-        """The error to raise where the code raised, by its own words."""
+        """Return the error to raise if the code failed, with its own message as the reason."""
         return OutputError(f"{self.folder}: written, but does not load back to the same outputs ({reason}).")
 
 
@@ -83,13 +83,13 @@ def in_fresh_process(check: Check) -> float:
     """Run a check in a new interpreter on the CPU, without network.
 
     Args:
-        check: the folder, the code that loads it, and what it has to give.
+        check: the folder, the code that loads it, and the expected output.
 
     Returns:
-        The difference that the code found.
+        The relative difference that the code measured.
 
     Raises:
-        OutputError: the code raised there; its last line says what.
+        OutputError: the code raised; its last line is the reason.
     """
     code = (WITHOUT_VITRIM if check.stock else "") + GIVEN + check.code + "print(difference)\n"
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,10 +108,10 @@ _run_check: ContextVar[RunCheck] = ContextVar("run_check", default=in_fresh_proc
 
 @contextlib.contextmanager
 def checking_with(run_check: RunCheck) -> Iterator[None]:
-    """Let something else than a fresh process run the checks of all that is written meanwhile.
+    """Run all checks inside this context with another function than `in_fresh_process`.
 
     Args:
-        run_check: takes a check, returns the difference, and raises `check.failed(reason)` where there is too much.
+        run_check: takes a check, returns the difference, and raises `check.failed(reason)` if that is too large.
     """
     token = _run_check.set(run_check)
     try:
@@ -124,21 +124,21 @@ def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, 
     """Load a folder in a fresh process and compare its outputs with the model in memory.
 
     Args:
-        folder: what `save` wrote.
-        student: the model in memory, whole; its encoder is run.
+        folder: the folder that `save` wrote.
+        student: the whole model in memory; its encoder is run.
         inputs: a few images (or rows of token ids) to compare on.
-        origin: the library that loads the folder, and the encoder's path.
-        stock: load with the stock library, vitrim not importable; otherwise with `load`.
+        origin: names the library that loads the folder, and the encoder's path.
+        stock: load with the stock library while vitrim can't be imported; otherwise with `load`.
 
     Returns:
-        Largest difference relative to the largest output.
+        The largest difference relative to the largest output.
 
     Raises:
-        OutputError: the folder does not load, or loads to something else.
+        OutputError: the folder does not load, or its outputs differ.
     """
     reference = copy.deepcopy(student.get_submodule(origin.encoder)).cpu()
     like = next(reference.parameters()).new_empty(0)
-    reference = reference.to(like.dtype).float()  # bf16 is compared in float32, but with all buffers rounded to it
+    reference = reference.to(like.dtype).float()  # compare bf16 in float32, but with all buffers rounded to bf16
     with evaluating(reference):
         output = reference(inputs.cpu())
     output = output if isinstance(output, Tensor) else output[0]

@@ -22,8 +22,8 @@ NUM_IMAGES = 8
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
 CURVE_POINTS = 64
 CHANNELS = (1, 3)  # of images that can be shown
-Seen = Mapping[str, Any]  # those fields of `ReportData` that `look` fills in
-# What it sees without images.
+Seen = Mapping[str, Any]  # the fields of `ReportData` that `look` fills in
+# The same fields without images.
 NOTHING: Seen = {
     **dict.fromkeys(("images", "teacher_patches", "student_patches", "grid")),
     "neighbours": {},
@@ -32,15 +32,15 @@ NOTHING: Seen = {
 
 
 def collect(teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metrics: Metrics, seen: Seen) -> ReportData:
-    """Gather everything that the page of one run shows.
+    """Gather all values for the report page of one run.
 
     Args:
         teacher: the original encoder.
-        origin: name of the original.
+        origin: how the original was built; its name is shown.
         plan: what was cut, by paths from the encoder.
-        recipe: what was asked for.
+        recipe: the user's recipe.
         metrics: what was measured.
-        seen: what `look` gave back.
+        seen: the result of `look`.
     """
     cuts = [edit for edit in plan.edits if isinstance(edit, KeepUnits)]
     widths = [
@@ -78,7 +78,7 @@ def _block_errors(metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def _residual(teacher: nn.Module, edit: KeepUnits) -> dict[str, Any]:
-    """How fast Gram-Schmidt uses up a site's input weights, with the width that was kept."""
+    """Return the share of a site's input weights left unexplained after each Gram-Schmidt pick, and the kept width."""
     rows = read_weights(teacher, edit.site).input_rows
     _, curve = select_with_curve(rows, min(rows.shape))
     picks = torch.linspace(0, len(curve) - 1, min(CURVE_POINTS, len(curve))).round().long()
@@ -91,13 +91,13 @@ def _residual(teacher: nn.Module, edit: KeepUnits) -> dict[str, Any]:
 
 
 def look(teacher: nn.Module, student: nn.Module, origin: Origin, batches: Sequence[Any] | None) -> dict[str, Any]:
-    """What both models see in the same images: those fields of `ReportData` that need models, in one pass of each.
+    """Run both models once on the same images, and return the fields of `ReportData` that need models.
 
     Args:
         teacher: the original model.
         student: the cut model, on the same device.
-        origin: preprocessing of the original.
-        batches: tuples that start with (images_BCHW, labels_B), such as `Batch`; None: there are no images.
+        origin: how the original was built, with its preprocessing.
+        batches: tuples that start with (images_BCHW, labels_B), such as `Batch`; None if there are no images.
     """
     if not batches:
         return dict(NOTHING)
@@ -117,13 +117,13 @@ def look(teacher: nn.Module, student: nn.Module, origin: Origin, batches: Sequen
 
 
 def nearest(pooled_ND: Tensor, k: int) -> Tensor:
-    """The k other rows of highest cosine for each row, nearest first, (N, k)."""
+    """Return for each row the k other rows of highest cosine, nearest first, (N, k)."""
     rows_ND = normalize(pooled_ND, dim=1)
     return (rows_ND @ rows_ND.T).fill_diagonal_(-torch.inf).topk(k, dim=1).indices
 
 
 def _see(model: nn.Module, batches: Sequence[Any], *, answer: bool) -> dict[str, Any]:
-    """Pooled vectors of all images, what its head takes them for, and patch tokens of the first few; on the CPU."""
+    """Return pooled vectors and predicted classes of all images, and patch tokens of the first few, on the CPU."""
     pooled, patches, answers = [], None, []
     with evaluating(model):
         for number, batch in enumerate(batches):
@@ -140,7 +140,7 @@ def _see(model: nn.Module, batches: Sequence[Any], *, answer: bool) -> dict[str,
 def _neighbours(
     theirs_ND: Tensor, mine_ND: Tensor, images: Sequence[Tensor], labels: Sequence[int], origin: Origin
 ) -> dict[str, Any]:
-    """Queries from the least agreement of the two models to the most, each with its nearest images."""
+    """Return queries, from those where the models agree least to most, each with its nearest images in both."""
     num_images = len(images)
     k = min(NUM_NEIGHBOURS, num_images - 1)
     if k < 1:
@@ -163,7 +163,7 @@ def _neighbours(
 
 
 def _patches(theirs: Tensor | None, mine: Tensor | None, images: Sequence[Tensor], origin: Origin) -> dict[str, Any]:
-    """The first images and both models' patch tokens on them, where these are a square grid."""
+    """Return the first images and both models' patch tokens on them, if these form a square grid."""
     side = 0 if theirs is None else round(theirs.shape[1] ** 0.5)
     height, width = images[0].shape[1:]
     if theirs is None or mine is None or side * side != theirs.shape[1] or height != width:
@@ -174,7 +174,7 @@ def _patches(theirs: Tensor | None, mine: Tensor | None, images: Sequence[Tensor
 
 
 def _viewable(image_CHW: Tensor, origin: Origin) -> Tensor:
-    """An image as it was before preprocessing, in 0..1 and with three channels."""
+    """Return an image as it was before preprocessing, in 0..1 and with three channels."""
     if "mean" in origin.preprocessing:
         mean, std = (torch.tensor(origin.preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
         image_CHW = image_CHW * std + mean

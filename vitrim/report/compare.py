@@ -1,8 +1,8 @@
-"""Output folders of one original side by side: a table of what each cost and kept, and where none beats another.
+"""Compares output folders of one original: a table of cost and quality, and a picture of the best trade-offs.
 
 It reads what the runs measured (metrics.json, recipe.yaml, the size of the weights' files) and loads no model. Runs of
-different originals are refused: how close each came is told against its own original, so such numbers share no axis.
-What was measured on another machine or on other images is shown, and said.
+different originals are refused: closeness is measured against a run's own original, so the numbers are not comparable.
+If machines or held-out images differ between runs, the numbers are shown with a note.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from vitrim.report.picture import final_value, format_number
 from vitrim.report.summary import summarise
 
 FILE_SIZE = "file size (MB)"
-ELASTIC_WEIGHTS = "elastic.safetensors"  # more widths than the one that was measured
-COSTS = ("parameters", "MACs per image", "peak memory (MiB)", "latency", FILE_SIZE)  # less is better, and so is a share
-# What the picture sets against the relative error, and its words.
+ELASTIC_WEIGHTS = "elastic.safetensors"  # holds further widths, not the one that was measured
+COSTS = ("parameters", "MACs per image", "peak memory (MiB)", "latency", FILE_SIZE)  # lower is better; shares are shown
+# Costs that the picture plots against the relative error, with their labels.
 AXES = (("parameters", "Parameters"), ("latency batch 8 (ms)", "Milliseconds a batch of 8"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One output folder: `summary` as in its own report, with the size of its files; `held_out` says on what."""
+    """One output folder: `summary` as in its own report, with file size; `held_out` names the images for judging."""
 
     number: int
     name: str
@@ -43,17 +43,17 @@ class Run:
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> tuple[list[str], list[list[str]], list[str]]:
-    """Write a page that shows runs side by side.
+    """Write a page that compares runs.
 
     Args:
-        folders: two or more that `compress` wrote, of one original.
+        folders: two or more that `compress` wrote, from one original.
         out: HTML file to write; it must not exist.
 
     Returns:
         Header and rows of the table, and notes.
 
     Raises:
-        CheckpointError: a folder is not one that `compress` wrote, or of another original.
+        CheckpointError: `compress` did not write a folder, or the originals differ.
         OutputError: the page can't be written there.
     """
     if os.path.lexists(out) or out.suffix != ".html":
@@ -67,10 +67,10 @@ def compare_runs(folders: Sequence[Path], out: Path) -> tuple[list[str], list[li
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """What the runs in some folders measured, numbered from 1.
+    """Read what the runs in some folders measured; they are numbered from 1.
 
     Raises:
-        CheckpointError: there are fewer than two, or one is not what `compress` wrote, or of another original.
+        CheckpointError: there are fewer than two, `compress` did not write one of them, or the originals differ.
     """
     if len(folders) < 2:
         raise CheckpointError(f"report: folders given: {len(folders)}; name two or more to compare.")
@@ -90,9 +90,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
-    """Header, and for each measure its name and cells: what is written, and whether it is the best of the runs.
+    """Return the header, and for each measure its name and cells: the text, and whether it is the best of the runs.
 
-    Costs stand with their share of the original's in the same run. The original's own cell is the median of the runs.
+    Costs are shown with their share of the original's in the same run. The original's cell is the runs' median.
     """
     header = ["Measured", "Original", *(f"{run.number} {run.name}" for run in runs)]
     rows = []
@@ -144,13 +144,13 @@ def _less_is_better(name: str) -> bool:
 
 
 def _cell(name: str, row: Mapping[str, float | None], value: float | None) -> str:
-    """A value, and of a cost its share of the original's."""
+    """Return a value as text; a cost with its share of the original's."""
     before, text = row.get("before"), format_number(value, name=name)
     return f"{text} ({value / before:.0%})" if name.startswith(COSTS) and before and value is not None else text
 
 
 def _panels(runs: Sequence[Run]) -> dict[str, list[Point]]:
-    """The points of each panel, the original first (number 0)."""
+    """Return the points of each panel, the original first (number 0)."""
     panels = {}
     for name, title in AXES:
         points = []
@@ -165,7 +165,7 @@ def _panels(runs: Sequence[Run]) -> dict[str, list[Point]]:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What makes numbers of different runs hard to compare."""
+    """Return notes on what makes the runs' numbers hard to compare."""
     notes = []
     if len({run.machine for run in runs}) > 1:
         where = "; ".join(f"{run.number}: {run.machine}" for run in runs)

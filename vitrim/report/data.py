@@ -1,4 +1,4 @@
-"""Plain values that a report shows: no model, no file."""
+"""Plain values that a report shows; they need no model and no file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Values that a report shows; whatever is empty or None is left out of the page.
+    """Values that a report shows; the page leaves out those that are empty or None.
 
     Attributes:
         model: name of the model.

@@ -1,4 +1,4 @@
-"""The leaderboard's table and what it says in plain words, from plain values; nothing is run or measured here."""
+"""The leaderboard's table and its verdict in plain words, made from plain values; nothing is run or measured here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LATENCY_BATCH = "8"
-# Title, key of the value in a row, and how it is written; the end is what recovery makes of a cut.
+# Title, key of the value in a row, and number format; "end" is the result after recovery.
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("parameters", "parameters", "count"),
     ("MACs", "macs", "count"),
@@ -24,11 +24,11 @@ MORE_IS_BETTER = ("percent", "times")
 def table(
     report: Mapping[str, Any], best: Callable[[str], str] = lambda text: f"**{text}**"
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, the smallest error first, the original on top and what failed at the end.
+    """Return header and rows of the table: the original first, then by error, failed runs last.
 
     Args:
         report: what `leaderboard` returns.
-        best: marks the best cell of a column, among the rows that met the budget that was asked for.
+        best: marks the best cell of a column, among the rows that met the requested budget.
     """
     rows = sorted(report["rows"], key=lambda row: float("inf") if row["error"] else final(row)["relative_error"])
     shown = [column for column in COLUMNS if any(_value(row, column[1]) is not None for row in rows)]
@@ -48,14 +48,14 @@ def table(
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The table and the verdict as Markdown."""
+    """Return the table and the verdict as Markdown."""
     header, rows = table(report)
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join([*lines, "", *report["verdict"]]) + "\n"
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> list[str]:
-    """Which methods end with a larger error than a baseline of the same size and with the same repair."""
+    """Return sentences on which methods do worse than a baseline of the same size and repair, and which failed."""
     done = [row for row in rows if not row["error"]]
     said = []
     for base in [row for row in done if row["method"] in baselines]:
@@ -71,17 +71,17 @@ def verdict(rows: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> list
 
 
 def final(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How good a row is in the end."""
+    """Return the final quality of a row: after recovery, or after the cut if nothing was recovered."""
     return row["after_recovery"] or row["after_cut"]
 
 
 def _terms(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two rows must have in common to be compared."""
+    """Return the properties in which two rows must agree to be compared."""
     return row["repair"], row["fitted"]["counted"]
 
 
 def _held_to(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The size that a row was brought to."""
+    """Return the size to which a row's model was brought, in words."""
     fitted = row["fitted"]
     if fitted["counted"] is None:
         return f"keep_ratio {fitted['keep_ratio']:g}; it saves neither parameters nor MACs"
@@ -89,14 +89,14 @@ def _held_to(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _asked(report: Mapping[str, Any]) -> tuple[str, float]:
-    """What was counted, `params` or `macs`, and the share that was asked for."""
+    """Return what was counted (`params` or `macs`) and the share that was asked for."""
     asked = report["asked"]
     counted = "macs" if "macs_ratio" in asked else "params"
     return counted, asked[f"{counted}_ratio"]
 
 
 def _value(row: Mapping[str, Any], key: str) -> float | None:
-    """A value of a row by its dotted key; None where it is not there."""
+    """Return a value of a row by its dotted key, or None if it is missing."""
     found: Any = row
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
@@ -104,7 +104,7 @@ def _value(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def _best(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: tuple[str, str, str]) -> float | None:
-    """The best value of a column among the rows that met the budget."""
+    """Return the best value of a column among the rows that met the budget, or None if there is no difference."""
     met = [row for row in rows if not row["error"] and row["fitted"]["counted"] == _asked(report)[0]]
     values = [value for row in met if (value := _value(row, column[1])) is not None]
     pick = max if column[2] in MORE_IS_BETTER else min
@@ -112,7 +112,7 @@ def _best(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: 
 
 
 def _cell(row: Mapping[str, Any], column: tuple[str, str, str], original: Mapping[str, Any]) -> str:
-    """A value in words; sizes with their share of the original's."""
+    """Return a value as text; sizes with their share of the original's."""
     _, key, kind = column
     value = _value(row, key)
     if value is None:

@@ -1,4 +1,4 @@
-"""The table of a run: what the model cost and how good it was, before, after the cut and after recovery."""
+"""The table of a run: costs and quality of the model before, after the cut and after recovery."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vitrim.metrics.record import Metrics
 
 Cells = dict[str, float | None]
 
-# Rows of the table, by the names of what `metrics.fidelity` measures.
+# Rows of the table, with their names in the result of `metrics.fidelity`.
 FIDELITY_ROWS = {
     "relative error": "relative_error",
     "cosine CLS": "pooled_cosine",
@@ -34,7 +34,7 @@ def summarise(metrics: Metrics) -> dict[str, Cells]:
 
 
 def _closeness_rows(metrics: Metrics) -> dict[str, Cells]:
-    """Return how close the features are, and top-1."""
+    """Return the rows on closeness of features, and on top-1."""
     cut, end = metrics.after_cut, metrics.after_recovery
     if cut is None:
         return {}
