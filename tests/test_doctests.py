@@ -16,6 +16,12 @@ WITH_EXAMPLES = sorted(
 )
 # What users call from Python; each has an example.
 SHOWN = (
+    "vitrim.compression.file_to_file",
+    "vitrim.compression.in_place",
+    "vitrim.compression.pipeline",
+    "vitrim.evaluation",
+    "vitrim.inspection",
+    "vitrim.machine",
     "vitrim.models.features",
     "vitrim.models.sites",
     "vitrim.ops.allocation",
@@ -23,6 +29,7 @@ SHOWN = (
     "vitrim.ops.gram_schmidt",
     "vitrim.ops.least_squares",
     "vitrim.ops.low_rank",
+    "vitrim.output.load",
     "vitrim.surgery.edits",
 )
 

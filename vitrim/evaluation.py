@@ -131,6 +131,14 @@ def evaluate(
 
     Raises:
         ModelError, DataError: a model or the images can't be read, or they don't fit each other.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> found = vitrim.evaluate(digits, digits, "digits", limit=20, latency=False)
+        >>> found.fidelity["relative_error"], found.num_images
+        (0.0, 20)
     """
     (student_model, its_origin), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):

@@ -161,6 +161,14 @@ def inspect(
         ModelError: there is no such model.
         SiteNotFoundError: the model has no MLP that vitrim knows.
         BudgetError: the MLPs can't meet the budget.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> found = vitrim.inspect(digits, mlp_ratio=1)
+        >>> found.predicted[0].widths, found.predicted[0].parameters
+        ('96', 349738)
     """
     given = {
         "params_ratio": params_ratio,

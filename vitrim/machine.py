@@ -27,6 +27,11 @@ def doctor(folder: str | Path = ".") -> dict[str, Any]:
     Returns:
         A mapping with `versions`, `extras` (each package's version, None if missing), `device` (the choice of `auto`),
         `devices`, `threads`, `cores`, free bytes of `memory` and `disk`, and `problems` in words.
+
+    Example:
+        >>> import vitrim
+        >>> "torch" in vitrim.doctor()["versions"]
+        True
     """
     folder = Path(folder)
     needs = [Requirement(line) for line in requires("vitrim") or ()]

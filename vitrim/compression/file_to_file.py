@@ -97,6 +97,17 @@ def prune_checkpoint(
 
     Raises:
         VitrimError: the input is wrong or damaged; nothing is written.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> out = Path(tempfile.mkdtemp()) / "small"
+        >>> result = vitrim.prune_checkpoint(digits.removeprefix("local-dir:"), out, method="magnitude", quiet=True)
+        >>> result.metrics.after.parameters <= 0.5 * result.metrics.before.parameters
+        True
     """
     asked = {
         "method": method,

@@ -103,6 +103,14 @@ def compress(
 
     Raises:
         VitrimError: the input is wrong; nothing is written.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> result = vitrim.compress(digits, method="magnitude", mlp_ratio=1, quiet=True)
+        >>> result
+        Result(magnitude: 683,242 -> 349,738 parameters)
     """
     asked = {
         "model": _name(model),

@@ -41,6 +41,17 @@ def load(
     Raises:
         CheckpointError: the folder is not vitrim's, is damaged, or needs `model`.
         ModelError: the hub has no such repository, or can't be reached.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> out = Path(tempfile.mkdtemp()) / "small"
+        >>> result = vitrim.compress(digits, method="magnitude", mlp_ratio=1, out=out, quiet=True)
+        >>> sum(parameter.numel() for parameter in vitrim.load(out).parameters())
+        349738
     """
     path = local_folder(source)
     about = read_about(path)
