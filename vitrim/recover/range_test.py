@@ -1,4 +1,4 @@
-"""Starts a run: finds a learning rate by short runs from the same start, each with a full schedule, at falling rates."""
+"""Starts a run: finds a learning rate by short runs from one start, each with a full schedule, at falling rates."""
 
 from __future__ import annotations
 
