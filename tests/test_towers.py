@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import vitrim
 from vitrim.cli.app import run
-from vitrim.errors import BudgetError, DataError, SiteNotFoundError
+from vitrim.errors import DataError, SiteNotFoundError
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import read_about

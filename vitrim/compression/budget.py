@@ -135,5 +135,5 @@ def near_stock(
     if found is None or found == asked:
         return widths, None
     near = {site.path: max(1, min(site.d_hidden, round(found * site.d_model / first.d_model))) for site in sites}
-    note = f"hidden width {asked} became {found}, the nearest that {origin.library} can load; --exact keeps {asked}."
+    note = f"hidden width {asked} became {found}, the nearest that {origin.library} can load; --exact rounds no width."
     return near, note
