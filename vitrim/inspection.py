@@ -172,7 +172,8 @@ def inspect(
     budget = {name: value for name, value in given.items() if value is not None}
     asked = Recipe.parse({**budget, "round_to": round_to, "exact": exact, "scope": scope})
     checkpoint, notes = None, ()
-    if isinstance(model, str):
+    if not isinstance(model, nn.Module):
+        model = str(model)  # `out` of a result is a Path
         checkpoint, notes = _checkpoint(model, asked)
         name, whole = model, activity is not None or is_output(model)
         model, origin = open_model(model) if whole else load_model(model, weights=False)
