@@ -39,7 +39,7 @@ from vitrim.output.provenance import environment
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 CIFAR10 = SHARED / "data" / "cifar10"
-UNITS = ("dgmr", "dgmr-paper", "magnitude", "taylor", "subspace-node", "random")  # each with and without our repair
+UNITS = ("dgmr", "dgmr-paper", "magnitude", "random")  # each with and without our repair
 OWN = ("corp", "low-rank")  # each has its own closed form in place of our repair
 ROWS = [*((name, repair) for name in UNITS for repair in ("none", "ours")), *((name, "its own") for name in OWN)]
 UNCHANGED = {("magnitude", "none"), ("dgmr-paper", "none")}  # look at weights alone: no seed plays a part

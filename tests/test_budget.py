@@ -17,6 +17,7 @@ from tests.support.digits import DIGITS
 from tests.support.models import KINDS, build_case
 from vitrim.compression.budget import solve_widths
 from vitrim.compression.cut import cut_
+from vitrim.compression.share import Trial, Trials, find_share
 from vitrim.config.recipe import Recipe
 from vitrim.config.widths import Width
 from vitrim.cost.count import count_macs, num_parameters
@@ -213,7 +214,7 @@ def dinov2():
 )
 def test_a_width_moves_to_the_nearest_that_the_library_can_load_and_says_so(asked, wanted, near):
     width, found = widths_of(dinov2(), **asked)
-    note = f"hidden width {wanted} became {near}, the nearest that transformers can load; --exact keeps {wanted}."
+    note = f"hidden width {wanted} became {near}, the nearest that transformers can load; --exact rounds no width."
     assert width == near and found.metrics.stock and (note in found.metrics.notes) == (wanted != near)
     kept, exact = widths_of(dinov2(), exact=True, **asked)
     assert kept == {32: 32, 60: 60, 48: 44}[wanted] and not any("became" in note for note in exact.metrics.notes)
@@ -252,3 +253,26 @@ def test_a_method_that_goes_by_no_budget_takes_none():
     assert vitrim.compress(model, method="relufy", quiet=True).metrics.after.parameters == num_parameters(model)
     with pytest.raises(RecipeError, match="params_ratio: relufy goes by no budget; drop it"):
         vitrim.compress(model, method="relufy", params_ratio=0.5, quiet=True)
+
+
+@pytest.mark.parametrize(("method", "share"), [("fips", 0.45149), ("moefication", 1.0102)])
+def test_what_an_error_suggests_can_be_met(monkeypatch, method, share):
+    leaves = Trial(shares={"params": share, "macs": share}, repairable=False)
+    monkeypatch.setattr(Trials, "_try", lambda *_: leaves)
+    recipe = Recipe.parse({"method": method, "params_ratio": 0.1})
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(BudgetError, match=f"{method} leaves ") as caught:
+        find_share(recipe, model, (), torch.zeros(1))
+    advice = re.search(r"use ([\d.]+)\.\.1", str(caught.value))
+    assert (advice is None) == (share > 1)
+    if advice is not None:
+        assert find_share(recipe.updated({"params_ratio": float(advice[1])}), model, (), torch.zeros(1)) > 0
+
+
+def test_a_model_that_can_not_be_pruned_in_place_stays_as_it_was():
+    model = torch.nn.Sequential(build_case("timm-vit").model).bfloat16().train()
+    model[0].requires_grad_(False).eval()
+    with pytest.raises(BudgetError, match="use 0"):
+        vitrim.prune_(model, "magnitude", params_ratio=0.01)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.training and not any(module.training for module in model[0].modules())

@@ -55,12 +55,7 @@ def test_the_file_of_metrics_is_what_is_returned(result):
     assert written == json.loads(json.dumps(returned))
     assert written["seconds"] > 0 and written["loads_with"].startswith("timm.create_model(")
     assert str(result.out) in written["loads_with"] and written["reload_difference"] <= 1e-5
-    read = Metrics.from_json(written)
-    assert (read.before, read.after, read.seconds) == (
-        result.metrics.before,
-        result.metrics.after,
-        result.metrics.seconds,
-    )
+    assert Metrics.from_json(written) == result.metrics
 
 
 def test_a_second_run_with_the_seed_gives_the_same_plan_byte_for_byte(tmp_path, result):
@@ -179,4 +174,25 @@ def test_inspection_predicts_the_parameters_that_a_cut_leaves():
 def test_bad_input_gives_one_clear_line(arguments, error, words):
     with pytest.raises(error, match=words) as caught:
         vitrim.compress(arguments.pop("model", DIGITS), quiet=True, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_a_result_can_be_given_as_it_is(result, tmp_path):
+    assert vitrim.inspect(result.out, mlp_ratio=0.5).model == str(result.out)
+    again = vitrim.compress(result.out, method="magnitude", hidden_dim=16, quiet=True)
+    assert again.metrics.before.parameters == result.metrics.after.parameters
+    sliced = vitrim.slice(f"local-dir:{result.out}", tmp_path / "out", mlp_ratio=0.5)
+    assert set(sliced.plan.widths.values()) == {48}
+
+
+@pytest.mark.parametrize("given", [None, 5], ids=str)
+def test_what_is_no_model_is_refused_in_one_line(given):
+    with pytest.raises(ModelError, match="pass a module, a name or a folder"):
+        vitrim.compress(given, quiet=True)
+
+
+@pytest.mark.parametrize("where", [{"device": "nonsense"}, {"dtype": torch.int32}, {"dtype": "float16"}], ids=str)
+def test_loading_to_where_nothing_goes_is_refused_in_one_line(result, where):
+    with pytest.raises(ModelError, match="can't go to") as caught:
+        vitrim.load(result.out, **where)
     assert "\n" not in str(caught.value)

@@ -241,3 +241,25 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
         Recipe.load(tmp_path / "list.yaml")
     with pytest.raises(RecipeError, match="can't be read"):
         vitrim.compress(DIGITS, recipe=tmp_path / "none.yaml", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": ["dgmr"]}, "recipe: Input should be a valid dictionary or instance of Step"),
+        ({"params_ratio": True}, "params_ratio: give a number"),
+        ({"hidden_dim": True}, "hidden_dim: give a number"),
+        ({"seed": 2**70}, "seed: Input should be less than 4294967296"),
+        (5, "recipe: is int; pass a Recipe, a mapping, or the path of a YAML file"),
+    ],
+    ids=str,
+)
+def test_odd_values_are_refused_in_one_line(values, words):
+    with pytest.raises(RecipeError, match=f"^{words}" if "Input should be a" in words else words):
+        Recipe.of(values)
+
+
+def test_an_instance_of_a_method_replaces_the_options_of_a_recipe_with_the_same_method():
+    recipe = Recipe.parse({"method": "dgmr", "options": {"select_on": "weights"}, "mlp_ratio": 1})
+    changed = recipe.updated({"method": vitrim.methods.Dgmr(select_on="outputs")}).steps[0]
+    assert changed.options == {"select_on": "outputs"} and changed.mlp_ratio == 1

@@ -72,7 +72,8 @@ def explain(error: ValidationError, kind: type[Checked]) -> str:
     said = str(first["msg"]).removeprefix("Value error, ")
     if isinstance(first["input"], Mapping):  # several keys that contradict each other: the message names them
         return f"{path}: {said}" if path else said
-    return f"{path}: {said} (got {first['input']!r:.80})"
+    said = f"{said} (got {first['input']!r:.80})"
+    return f"{path}: {said}" if path else said
 
 
 def _unknown(path: str, keys: list[str]) -> str:

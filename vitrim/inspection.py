@@ -180,7 +180,8 @@ def inspect(
     budget = {name: value for name, value in given.items() if value is not None}
     asked = Recipe.parse({**budget, "round_to": round_to, "exact": exact, "scope": scope})
     checkpoint, notes = None, ()
-    if isinstance(model, str):
+    if not isinstance(model, nn.Module):
+        model = str(model)  # `out` of a result is a Path
         checkpoint, notes = _checkpoint(model, asked)
         name, whole = model, activity is not None or is_output(model)
         model, origin = open_model(model) if whole else load_model(model, weights=False)
@@ -220,7 +221,7 @@ def _predict(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], recipe:
     inputs = None if inputs is None else inputs.to(device_of(encoder))
     units: Mapping[str, int] = solve_widths(recipe.width(), own, encoder, inputs)
     if not step.exact:
-        units, _ = near_stock(units, origin, own)
+        units, _ = near_stock(recipe.width(), units, origin, own)
     widths = {site.path: units[inner.path] for site, inner in zip(sites, own, strict=True)}
     cut = sum(site_parameters(site, site.d_hidden) - site_parameters(site, widths[site.path]) for site in sites)
     kind = recipe.width().kind

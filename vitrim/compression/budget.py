@@ -120,20 +120,37 @@ def _ceiling(ratio: float) -> float:
 
 
 def near_stock(
-    widths: Mapping[str, int], origin: Origin, sites: Sequence[MlpSite]
+    width: Width, units: Mapping[str, int], origin: Origin, sites: Sequence[MlpSite]
 ) -> tuple[Mapping[str, int], str | None]:
     """Return the nearest widths that the model's own library can load, with a note if they differ from those asked for.
 
+    A library is told one ratio for all MLPs. A budget of the whole model stays a ceiling: no MLP gets wider.
+
     Args:
-        widths: hidden units by path, all in the same proportion to the model width.
+        width: the budget; one number of units for MLPs of several model widths is no ratio, and stays.
+        units: hidden units that it comes to, by path.
         origin: how the uncut model is built.
         sites: every MLP that is cut, by paths from the encoder.
     """
-    first = sites[0]
-    asked = widths[first.path]
-    found = nearest_stock_width(origin, [site.below(origin.encoder) for site in sites], asked)
-    if found is None or found == asked:
-        return widths, None
+    first, ceiling = sites[0], width.is_of_the_model
+    if width.kind == "hidden_dim" and len({site.d_model for site in sites}) > 1:
+        return units, None
+    asked = units[first.path]
+    if ceiling:
+        asked = min(units[site.path] * first.d_model // site.d_model for site in sites)
+    found = nearest_stock_width(origin, [site.below(origin.encoder) for site in sites], asked, at_most=ceiling)
+    if found is None:
+        return units, None
     near = {site.path: max(1, min(site.d_hidden, round(found * site.d_model / first.d_model))) for site in sites}
-    note = f"hidden width {asked} became {found}, the nearest that {origin.library} can load; --exact keeps {asked}."
+    if near == units:
+        return units, None
+    note = (
+        f"hidden width {_in_words(units)} became {_in_words(near)}, the nearest that {origin.library} can load; "
+        "--exact rounds no width."
+    )
     return near, note
+
+
+def _in_words(units: Mapping[str, int]) -> str:
+    """Return each width once, in the order of the MLPs."""
+    return ", ".join(str(count) for count in dict.fromkeys(units.values()))

@@ -201,7 +201,7 @@ def checkpoint_widths(job: CheckpointJob, recipe: Recipe) -> tuple[dict[str, int
     sites, step, note = job.sites_in_encoder, recipe.steps[0], None
     units: Mapping[str, int] = solve_widths(recipe.width(), sites, job.encoder, _meta_inputs(job))
     if not step.exact and step.widths is None:
-        units, note = near_stock(units, job.origin, sites)
+        units, note = near_stock(recipe.width(), units, job.origin, sites)
     widths = {site.path: units[inner.path] for site, inner in zip(job.sites, sites, strict=True)}
     return widths, () if note is None else (note,)
 

@@ -80,11 +80,13 @@ def prune_(
     path, part = resolve_scope(model, scope, origin.encoder)
     encoder, modes = model.get_submodule(path), {name: module.training for name, module in model.named_modules()}
     original = copy.deepcopy(encoder)
-    encoder.float().eval()  # sums and small steps need more than bf16
-    teacher = copy.deepcopy(encoder).requires_grad_(False)
-    sites = find_mlps(teacher, scope=part.removeprefix(path).removeprefix("."))
-    cut = cut_(encoder, teacher, sites, recipe, batches, quiet=quiet)
-    typed_as(original, encoder)
-    for name, module in model.named_modules():
-        module.training = modes.get(name, model.training)
+    try:
+        encoder.float().eval()  # sums and small steps need more than bf16
+        teacher = copy.deepcopy(encoder).requires_grad_(False)
+        sites = find_mlps(teacher, scope=part.removeprefix(path).removeprefix("."))
+        cut = cut_(encoder, teacher, sites, recipe, batches, quiet=quiet)
+    finally:  # also where an error is raised: the model is the caller's
+        typed_as(original, encoder)
+        for name, module in model.named_modules():
+            module.training = modes.get(name, model.training)
     return cut.plan.below(path)

@@ -91,7 +91,8 @@ def prepare(job: Job, context: RunContext) -> Models:
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None if job.images is None else split_images(job.images, job.recipe, work=seen)
-    check_inputs(teacher, job.origin, split.calibration if split else [])
+    noise = random_inputs(job.origin) if split is None else None  # costs are measured on it
+    check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
 
 
@@ -105,7 +106,7 @@ def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths
     elastic = Widths.of(job.recipe, sites)
     units = on_main(_solve, job, models, context)
     if _may_round(job.recipe) and len(sites):
-        units, note = near_stock(units, job.origin, sites)
+        units, note = near_stock(job.recipe.width(), units, job.origin, sites)
         notes = () if note is None else (note,)
     check_memory(models.teacher, sites, units.values(), job.recipe, models.batches)
     if step.allocate is None:

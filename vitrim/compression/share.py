@@ -7,6 +7,7 @@ come in steps. So cuts are tried on a few images, between shares that are known 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -111,7 +112,7 @@ def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inp
     found = trials.meet(step.method, counted, width.value)
     if found is None:
         least = trials.at(step.method, SMALLEST).shares[counted]
-        raise BudgetError(
-            f"{width.kind}={width.value:g}: {step.method} leaves {least:.3g} at least; use {least:.3g}..1."
-        )
+        least = math.ceil(least * 1000) / 1000  # rounded up, so that it can be met
+        advice = f"use {least:g}..1" if least < 1 else "use another method"
+        raise BudgetError(f"{width.kind}={width.value:g}: {step.method} leaves {least:g} at least; {advice}.")
     return found

@@ -22,7 +22,7 @@ from vitrim.metrics.record import Metrics, ModelCost
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, in_one_line
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
-from vitrim.output.load import load, read_about
+from vitrim.output.load import load, local_folder, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
 from vitrim.output.save import save
@@ -54,7 +54,7 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
     started = time.monotonic()
     if not 0 < mlp_ratio < math.inf:
         raise BudgetError(f"mlp_ratio is {mlp_ratio:g}; give a multiple of the model width above 0.")
-    source, out = Path(source), Path(out)
+    source, out = local_folder(source), Path(out)
     about = read_about(source)
     origin, plan = Origin.from_json(about["origin"]).placed_at(str(source)), Plan.from_json(about["plan"])
     cuts, found = _last_cuts(plan, source), read_widths(source).get(mlp_ratio)

@@ -19,7 +19,7 @@ from vitrim.config.steps import Step
 from vitrim.config.widths import BUDGETS, Width
 from vitrim.config.yaml_files import read_yaml
 from vitrim.errors import RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import Method, find_method
 
 LENGTHS = {"steps", "epochs"}
 MERGED = ("repair", "allocate", "blockwise", "recover", "calibrate", "options")
@@ -45,7 +45,7 @@ class Recipe(Checked):
     """Train each block by itself after the cut."""
     recover: RecoverOptions | None = None
     """Distil without labels, once, at the end."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Random seed; equal recipes and seeds give equal results."""
     device: str = "auto"
     """Device to run on: `auto`, `cpu`, `cuda`, `mps`, or any torch device."""
@@ -131,12 +131,16 @@ class Recipe(Checked):
         """Return a recipe from a recipe, a mapping, the path of a YAML file, or None for the defaults.
 
         Raises:
-            RecipeError: the file can't be read, or a key or value is not allowed.
+            RecipeError: it is none of these, the file can't be read, or a key or value is not allowed.
         """
         if isinstance(given, Recipe):
             return given
         if given is None or isinstance(given, Mapping):
             return cls.parse(given or {})
+        if not isinstance(given, str | Path):
+            raise RecipeError(
+                f"recipe: is {type(given).__name__}; pass a Recipe, a mapping, or the path of a YAML file."
+            )
         return cls.load(given)
 
     def updated(self, given: Mapping[str, Any]) -> Recipe:
@@ -157,8 +161,8 @@ class Recipe(Checked):
         if any(own.get(name) is not None for name in BUDGETS):
             steps[0] = {key: value for key, value in steps[0].items() if key not in BUDGETS}
         named = own.get("method")
-        if named is not None and getattr(named, "name", named) != self.steps[0].method:
-            steps[0].pop("options", None)  # of the method that is replaced
+        if isinstance(named, Method) or named not in (None, self.steps[0].method):
+            steps[0].pop("options", None)  # of the method that is replaced; an instance brings all of its own
         steps[0] = _merged(steps[0], own)
         return self.parse({**_merged(base, rest), "steps": steps})
 

@@ -123,4 +123,5 @@ class Metrics:
         judged = {
             when: None if data[when] is None else Closeness(**data[when]) for when in ("after_cut", "after_recovery")
         }
-        return cls(**{**known, **costs, **judged})
+        notes = tuple(data.get("notes", ()))  # JSON knows no tuples
+        return cls(**{**known, **costs, **judged, "notes": notes})

@@ -44,13 +44,14 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
     return None
 
 
-def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int) -> int | None:
+def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int, *, at_most: bool = False) -> int | None:
     """Find the nearest width that the library's config can give the first MLP, with the others in proportion.
 
     Args:
         origin: how the uncut model is built.
         sites: every MLP that is cut.
         width: wanted number of units of the first site.
+        at_most: look at narrower ones alone.
 
     Returns:
         A width in 1..d_hidden, or None if no near one is stock; the full width only if it was asked for.
@@ -60,9 +61,8 @@ def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int) ->
     multiples = {ratio * first.d_model for ratio in range(1, 9)}
     gated = {-(-int(ratio * first.d_model * 2 / 3) // 8) * 8 for ratio in range(1, 9)}  # transformers' SwiGLU rounding
     near = {width} | steps | multiples | gated
-    for candidate in sorted(
-        (w for w in near if 1 <= w < first.d_hidden or w == width), key=lambda w: (abs(w - width), -w)
-    ):
+    allowed = [w for w in near if (1 <= w < first.d_hidden or w == width) and not (at_most and w > width)]
+    for candidate in sorted(allowed, key=lambda w: (abs(w - width), -w)):
         edits = [_first_units(site, round(candidate * site.d_model / first.d_model)) for site in sites]
         if stock_origin(origin, edits) is not None:
             return candidate

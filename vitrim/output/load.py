@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vitrim.errors import DAMAGED, CheckpointError
+from vitrim.errors import DAMAGED, CheckpointError, ModelError
 from vitrim.models.load import backend_of, build_empty, load_model, origin_of
 from vitrim.models.origin import ModelBackend, Origin, in_one_line, match_buffers_
 from vitrim.storage.tensor_files import open_tensors
@@ -40,7 +40,8 @@ def load(
 
     Raises:
         CheckpointError: the folder is not vitrim's, is damaged, or needs `model`.
-        ModelError: the hub has no such repository, or can't be reached.
+        ModelError: the hub has no such repository or can't be reached, there is no such device, or the type is not one
+            of parameters.
 
     Example:
         >>> from importlib.resources import files
@@ -63,7 +64,11 @@ def load(
     if origin.library != "transformers":  # which keeps such buffers in float32 even with bf16 weights
         match_buffers_(student)
     if device is not None or dtype is not None:
-        student.to(device=device, dtype=dtype)
+        try:
+            student.to(device=device, dtype=dtype)
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise ModelError(f"{path}: can't go to device={device}, dtype={dtype} ({reason}).") from None
     return student.eval()
 
 
@@ -109,6 +114,9 @@ def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
     """
     if isinstance(model, nn.Module):
         return model, origin_of(model)
+    if not isinstance(model, str | Path):
+        raise ModelError(f"model: is {type(model).__name__}; pass a module, a name or a folder.")
+    model = str(model)  # `out` of a result is a Path
     path = model.removeprefix("local-dir:")
     if not is_output(path):
         return load_model(model)
