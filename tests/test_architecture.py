@@ -336,3 +336,16 @@ def test_help_and_the_list_of_methods_do_not_import_torch(arguments):
 def test_the_import_hook_of_these_tests_refuses_torch():
     done = subprocess.run([sys.executable, "-c", NO_TORCH + "import vitrim; vitrim.compress"], capture_output=True)
     assert done.returncode == 1 and b"torch was imported" in done.stderr
+
+
+def test_files_import_each_other_in_no_circle():
+    """Also inside a part: what a file takes from others, those take nothing of it, in types neither."""
+    names = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in FILES}
+    arrows = {}
+    for name, path in names.items():
+        found = imports_of(path.read_text())
+        arrows[name] = {each for each in names if any(f"{one}.".startswith(f"{each}.") for one in found)} - {name}
+    left = {name: goes for name, goes in arrows.items() if not name.endswith("__init__")}
+    while ends := {name for name, goes in left.items() if not goes & left.keys()}:
+        left = {name: goes for name, goes in left.items() if name not in ends}
+    assert left == {}

@@ -31,6 +31,7 @@ from vitrim.recover.distill import recover_
 from vitrim.recover.elastic import Slice, Widths
 from vitrim.recover.elastic_files import read_widths, save_widths
 from vitrim.recover.elastic_fit import Fitting, fit_widths
+from vitrim.recover.range_test import start_
 from vitrim.recover.run import Run
 from vitrim.surgery import KeepUnits, Plan, TopKActivation, apply_, transform
 
@@ -137,7 +138,7 @@ def test_a_step_changes_the_units_of_its_width_alone_and_what_all_widths_share()
     given = {"images": make_images(), "held_out": HELD_OUT, "options": options, "context": RunContext(quiet=True)}
     run, trained = Run(student, teacher, **given, widths=widths), set()
     with run.trainable():
-        run.start()
+        start_(run)
         for batches in run.batches(0, 3):
             before, ratio = weights(student), run.ratio
             run.optimizer.state.clear()  # what Adam remembers of wider steps moves their units on

@@ -28,11 +28,12 @@ from vitrim.progress import progress
 from vitrim.recover.elastic import Widths
 from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE, TRACKER_LOGS
 from vitrim.recover.losses import EmbeddingSpace
+from vitrim.recover.range_test import start_
 from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.run import Run
 from vitrim.recover.sampler import StreamSampler
 from vitrim.recover.schedule import stop_on_interrupt
-from vitrim.recover.snapshot import place_tensor, restore_, take_snapshot
+from vitrim.recover.snapshot import place_tensor, restore_, roll_back_, take_snapshot
 from vitrim.recover.state import clear_state, has_state, load_state, save_state
 from vitrim.recover.trackers import Trackers
 from vitrim.storage.tensor_writer import read_journal
@@ -109,7 +110,7 @@ def _start(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> Non
         return
     if keeper.state is not None:
         clear_state(keeper.state)
-    first = run.start()
+    first = start_(run)
     keeper.keep()
     if on_validation:
         on_validation(first)
@@ -135,7 +136,7 @@ def _loop(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None
                 loss = run.train_step(batches)
                 judged = run.validate(loss) if run.is_due() and not run.diverged else None
                 if run.diverged or (judged is not None and not math.isfinite(judged.held_out_error)):
-                    if not run.roll_back(keeper.last(), loss):
+                    if not roll_back_(run, keeper.last(), loss):
                         return
                     break
                 if judged is not None and on_validation:

@@ -1,16 +1,15 @@
-"""Finds a learning rate by short runs from the same start, each with a full schedule, at falling rates."""
+"""Starts a run: finds a learning rate by short runs from one start, each with a full schedule, at falling rates."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
 from vitrim.config.options import RecoverOptions
 from vitrim.progress import progress
 from vitrim.recover.judge import score
+from vitrim.recover.result import Validation
+from vitrim.recover.run import Run
 from vitrim.recover.schedule import rate_shape
-
-if TYPE_CHECKING:
-    from vitrim.recover.run import Run
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
@@ -23,6 +22,14 @@ SHOCK, NEAR = 1.5, 0.1
 def rates_to_try(options: RecoverOptions) -> tuple[float, ...]:
     """Return the rates of the range test, the largest first; LoRA adapters start higher than weights."""
     return LORA_RATES if options.adapter is not None and options.adapter.kind == "lora" else RATES
+
+
+def start_(run: Run) -> Validation:
+    """Judge the untrained student, keep it as the best so far, and find the rate if none was given."""
+    first = run.validate(loss=math.nan)
+    run.result.lr = run.options.lr or find_rate(run)
+    run.ema = {name: p.detach().clone() for name, p in run.named_parameters().items()} if run.options.ema else {}
+    return first
 
 
 def find_rate(run: Run) -> float:

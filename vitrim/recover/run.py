@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +25,14 @@ from vitrim.recover.adapters import adapted, notes_on, without_decay
 from vitrim.recover.elastic import Widths, at_width
 from vitrim.recover.judge import Judge, score
 from vitrim.recover.losses import EmbeddingSpace, feature_loss, patches_at, space_loss
-from vitrim.recover.range_test import find_rate
 from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import cosine_between, rate_shape
-from vitrim.recover.snapshot import restore_
 from vitrim.recover.targets import LiveTargets, Target, Targets, cache_folder, in_precision, open_cached
 from vitrim.types import Features
 
 # A loss this many times the usual one, or one that is no number, means that the run has diverged.
 EXPLODED = 100.0
-# Factor on the rate after going back to an earlier state, and how often a run may do so.
-SLOWER, MAX_ROLLBACKS = 0.5, 8
 # Note for the user where shards were asked for and there is one process.
 ALONE = "recover.fsdp: there is one process, so nothing was spread; start several with torchrun."
 
@@ -159,13 +154,6 @@ class Run:
         groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def start(self) -> Validation:
-        """Judge the untrained student, keep it as the best so far, and find the rate if none was given."""
-        first = self.validate(loss=math.nan)
-        self.result.lr = self.options.lr or find_rate(self)
-        self.ema = {name: p.detach().clone() for name, p in self.named_parameters().items()} if self.options.ema else {}
-        return first
-
     def start_over_(self, values: Mapping[str, Tensor]) -> None:
         """Go back to before the first step, with these values of all tensors and a fresh optimizer."""
         self.trained.load_state_dict(values)
@@ -248,27 +236,6 @@ class Run:
         before = self.usual.get(self.ratio)
         self.usual[self.ratio] = loss if before is None else max(0.9 * before + 0.1 * loss, loss / EXPLODED)
         return False
-
-    def roll_back(self, saved: Mapping[str, Any], loss: float) -> bool:
-        """Go back to a saved state with a lower rate, and note it.
-
-        Args:
-            saved: a snapshot of an earlier step.
-            loss: the loss that was too high, for the note.
-
-        Returns:
-            False where this has been done MAX_ROLLBACKS times already; then nothing is changed but the notes.
-        """
-        failed, rate, notes = self.step, self.result.lr * SLOWER, list(self.result.notes)
-        if len(notes) >= MAX_ROLLBACKS:
-            said = f"diverged again at step {failed}: distillation ended there with its best state; give a lower lr."
-            self.result.notes = [*notes, said]
-            return False
-        restore_(self, saved)
-        self.result.lr = rate
-        said = f"loss {loss:.3g} at step {failed}: went back to step {self.step} with the rate lowered to {rate:.3g}."
-        self.result.notes = [*notes, said]
-        return True
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Return the mean feature loss on a micro-batch; where no image could be read, on a stand-in of zeros."""

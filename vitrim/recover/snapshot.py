@@ -6,15 +6,16 @@ Tensors are stored under the names of their parameters, so any number of process
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from vitrim.distributed.sharding import share_of
 from vitrim.recover.result import Recovery
+from vitrim.recover.run import Run
 
-if TYPE_CHECKING:
-    from vitrim.recover.run import Run
+# Factor on the rate after going back to an earlier state, and how often a run may do so.
+SLOWER, MAX_ROLLBACKS = 0.5, 8
 
 
 def take_snapshot(run: Run) -> dict[str, Any]:
@@ -51,6 +52,29 @@ def restore_(run: Run, saved: Mapping[str, Any]) -> None:
     run.ema = {name: average.to(run.device, copy=True) for name, average in saved["ema"].items()}
     kept = saved["result"]
     run.result = Recovery(**{**kept, "curve": list(kept["curve"]), "notes": list(kept["notes"])})
+
+
+def roll_back_(run: Run, saved: Mapping[str, Any], loss: float) -> bool:
+    """Go back to a saved state with a lower rate, and note it.
+
+    Args:
+        run: a run that has diverged.
+        saved: a snapshot of an earlier step.
+        loss: the loss that was too high, for the note.
+
+    Returns:
+        False where this has been done MAX_ROLLBACKS times already; then nothing is changed but the notes.
+    """
+    failed, rate, notes = run.step, run.result.lr * SLOWER, list(run.result.notes)
+    if len(notes) >= MAX_ROLLBACKS:
+        said = f"diverged again at step {failed}: distillation ended there with its best state; give a lower lr."
+        run.result.notes = [*notes, said]
+        return False
+    restore_(run, saved)
+    run.result.lr = rate
+    said = f"loss {loss:.3g} at step {failed}: went back to step {run.step} with the rate lowered to {rate:.3g}."
+    run.result.notes = [*notes, said]
+    return True
 
 
 def place_tensor(run: Run, keys: Sequence[Any], tensor: Tensor) -> Tensor:
