@@ -242,6 +242,16 @@ def test_low_rank_meets_a_budget_by_trying(counted):
     assert 0.58 <= share <= 0.6
 
 
+def test_corp_of_both_parts_meets_a_budget_by_trying_and_of_heads_at_a_share_goes_by_none():
+    recipe = {"method": "corp", "options": {"parts": "both"}, "calibrate": {"num_images": 32, "batch_size": 32}}
+    arguments = {"data": "digits", "quiet": True}
+    metrics = vitrim.compress(DIGITS, recipe=recipe, params_ratio=0.6, **arguments).metrics
+    assert 0.55 <= metrics.after.parameters / metrics.before.parameters <= 0.6
+    recipe["options"] = {"parts": "attention", "keep_dims": 0.5}
+    found = vitrim.compress(DIGITS, recipe=recipe, **arguments)
+    assert found.plan.widths == {} and 0.85 < found.metrics.after.parameters / found.metrics.before.parameters < 1
+
+
 def test_what_low_rank_can_not_give_is_said():
     recipe = {"calibrate": {"num_images": 32, "batch_size": 32}}
     with pytest.raises(BudgetError, match=r"^params_ratio=0\.01: low-rank leaves 0\.\d+ at least; use 0\.\d+\.\.1\.$"):

@@ -22,7 +22,7 @@ from vitrim.types import MlpSite
 
 
 def cut(case, **options):
-    values = {key: options.pop(key) for key in ("keep_ratio", "width") if key in options}
+    values = {key: options.pop(key) for key in ("keep_ratio", "hidden_dim") if key in options}
     student = case.copy()
     recipe = Recipe.parse({"method": "corp", "options": options, **values})
     return student, cut_(student, case.model, case.sites, recipe, case.batches, quiet=True)

@@ -26,6 +26,7 @@ import vitrim
 from tests.support.disk_faults import sweep
 from tests.support.faults import KINDS, PLANNED, SITE, Scene, door, in_child, mutated
 from vitrim.cli.app import run
+from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.cost import memory
 from vitrim.data import open_images
@@ -79,7 +80,7 @@ RECIPES = {
     "a long number": ("hidden_dim: " + "9" * 5000, "can't be read as YAML"),
     "no text": ("\x00", "can't be read"),
     "a wide MLP": ("hidden_dim: 1000000000000", "use 1..128"),
-    "a narrow MLP": ("hidden_dim: -5", "use 1..128"),
+    "a narrow MLP": ("hidden_dim: -5", "greater than or equal to 1"),
     "no number": ("mlp_ratio: .nan", "finite"),
     "no bound": ("mlp_ratio: .inf", "finite"),
     "no share": ("keep_ratio: -.inf", "finite"),
@@ -352,23 +353,22 @@ def test_a_run_that_can_never_fit_is_refused_before_the_cut(scene, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_run_needs_is_logged_first_unless_it_is_to_be_quiet(scene, caplog, monkeypatch):
+def test_what_a_run_needs_is_logged_first(scene, caplog, monkeypatch):
     caplog.set_level("INFO", logger="vitrim")
     model = vitrim.load(scene.output)
-    given = model, find_mlps(model), Recipe(mlp_ratio=0.5, recover={"steps": 2}), [torch.randn(4, 3, 32, 32)] * 2
-    memory.check_memory(*given, quiet=True)
-    assert not caplog.messages
+    given = model, find_mlps(model), [16]
+    batches = [torch.randn(4, 3, 32, 32)] * 2
     monkeypatch.setattr(memory, "_memory_of", lambda _: (10_000, 2**40))  # not free now may be free in a moment
-    memory.check_memory(*given, quiet=False)
+    memory.check_memory(*given, Recipe(mlp_ratio=0.5, recover={"steps": 2}), batches)
     (said,) = caplog.messages
     assert "needs about" in said and "0.1 MB are free" in said
-    memory.check_memory(*given[:2], Recipe(mlp_ratio=0.5), None, quiet=False)
+    memory.check_memory(*given, Recipe(mlp_ratio=0.5), None)
     assert caplog.messages == [said]
 
 
 def test_needs_are_the_same_by_shapes_alone_and_leave_the_model_as_it_was(scene):
     model = vitrim.load(scene.output).train()
-    given = find_mlps(model), Recipe(mlp_ratio=0.5)
+    given = find_mlps(model), [16], RepairOptions()
     shape = {"num_images": 8, "batch_size": 4}
     real = memory.estimate_memory(*given, model, torch.zeros(3, 32, 32), **shape)
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())

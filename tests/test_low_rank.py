@@ -12,12 +12,11 @@ from pydantic import TypeAdapter
 from torch import nn
 
 import vitrim
-from vitrim.calibrate import LiveModelView
+from vitrim.calibrate import LiveModelView, sums
 from vitrim.compression.cut import cut_, resume_cut_, save_cut
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
 from vitrim.layers.low_rank import LowRankConv, LowRankLinear
-from vitrim.methods import low_rank as method
 from vitrim.methods import make_method
 from vitrim.models.layers import find_layers
 from vitrim.models.sites import find_mlps
@@ -223,7 +222,7 @@ def test_greenformers_rank_one_is_one_and_rank_1_0_is_the_full_share(rank, expec
     edits, _ = proposed(model, rank=rank, only="*")
     assert [edit.rank for edit in edits] == ([] if expected is None else [expected])
     text = Recipe.parse({"method": "low-rank", "options": {"rank": rank}}).dump()
-    again = make_method("low-rank", Recipe.parse(yaml.safe_load(text)).options)
+    again = make_method("low-rank", Recipe.parse(yaml.safe_load(text)).steps[0].options)
     assert again.rank == rank and type(again.rank) is type(rank)
 
 
@@ -455,7 +454,7 @@ def test_sums_that_do_not_fit_into_memory_together_are_taken_in_several_passes(b
     )
     _, once = cut(case)
     assert [len(paths) for paths in passes] == [8]
-    monkeypatch.setattr(method, "MAX_SUM_BYTES", 8 * 32 * 33 * 3)
+    monkeypatch.setattr(sums, "MAX_SUM_BYTES", 8 * 32 * 33 * 3)
     _, often = cut(case)
     assert [len(paths) for paths in passes] == [8, 3, 3, 2]
     assert [edit.rank for edit in once.plan.edits] == [edit.rank for edit in often.plan.edits]

@@ -115,7 +115,7 @@ def unkillable(folder: Path) -> None:
     for moment in MOMENTS:
         place = folder / moment
         assert os.WTERMSIG(os.waitpid(start(place, kill_at(moment)), 0)[1]) == signal.SIGKILL
-        assert has_state(place / "run.state") == (moment != MOMENTS[0])
+        assert has_state(place / RECOVERY_STATE) == (moment != MOMENTS[0])
         assert os.waitpid(start(place), 0)[1] == 0
 
 

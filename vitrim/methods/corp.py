@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vitrim.errors import RecipeError, SiteNotFoundError
-from vitrim.methods.registry import ModelMethod, register
+from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
 from vitrim.ops.least_squares import fit_output, moments, of_units
@@ -54,6 +54,12 @@ class Corp(ModelMethod):
     """Strength of the regularization when dropped parts are folded into the rest; None estimates it from the data."""
     compensate: bool = True
     """Fold the dropped units into the rest; False leaves that out, to show how much folding helps."""
+
+    def goes_by(self) -> BudgetUse:
+        """Return what of a budget the method goes by: with attention, widths alone don't say what stays."""
+        if self.parts == "attention" and self.keep_dims is not None:
+            return "nothing"
+        return self.takes if self.parts == "mlp" else "share"
 
     def propose(self, view: ModelView) -> Iterator[Edit]:
         """Yield one cut per attention and MLP, block by block, attention first."""
