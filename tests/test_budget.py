@@ -280,7 +280,7 @@ def test_what_an_error_suggests_can_be_met(monkeypatch, method, share):
 
 
 def test_a_model_that_can_not_be_pruned_in_place_stays_as_it_was():
-    model = torch.nn.Sequential(build_case("timm-vit").model).bfloat16().train()
+    model = torch.nn.Sequential(build_case("timm-vit").copy()).bfloat16().train()
     model[0].requires_grad_(False).eval()
     with pytest.raises(BudgetError, match="use 0"):
         vitrim.prune_(model, "magnitude", params_ratio=0.01)
