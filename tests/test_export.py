@@ -26,7 +26,8 @@ def cut(build):
     def make(method, case="timm-vit", **options):
         made = build(case)
         student = made.copy()
-        recipe = Recipe.parse({"method": method, "options": options, "keep_ratio": 0.5, "repair": False})
+        budget = {} if METHODS[method].takes == "nothing" else {"keep_ratio": 0.5}
+        recipe = Recipe.parse({"method": method, "options": options, "repair": False, **budget})
         report = cut_(student, made.model, made.sites, recipe, made.batches, quiet=True)
         return student, report.plan
 
