@@ -16,9 +16,12 @@ WITH_EXAMPLES = sorted(
 )
 # What users call from Python; each has an example.
 SHOWN = (
+    "vitrim.clip.tasks",
     "vitrim.compression.file_to_file",
     "vitrim.compression.in_place",
+    "vitrim.compression.leaderboard",
     "vitrim.compression.pipeline",
+    "vitrim.compression.slicing",
     "vitrim.evaluation",
     "vitrim.inspection",
     "vitrim.machine",
@@ -29,6 +32,8 @@ SHOWN = (
     "vitrim.ops.gram_schmidt",
     "vitrim.ops.least_squares",
     "vitrim.ops.low_rank",
+    "vitrim.output.export",
+    "vitrim.output.hub",
     "vitrim.output.load",
     "vitrim.surgery.edits",
 )

@@ -2,6 +2,28 @@
 
 The image tower may be of one model and the text tower of another: a pruned image tower with the original text tower,
 for example. Scores are in percent.
+
+Example:
+    >>> import torch, vitrim
+    >>> from PIL import Image
+    >>> from transformers import CLIPConfig, CLIPModel
+    >>> shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> vision = shape | {"image_size": 32, "patch_size": 16}
+    >>> text = shape | {"vocab_size": 128, "max_position_embeddings": 8} | {"bos_token_id": 126, "eos_token_id": 127}
+    >>> pair = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
+    >>> def tokenize(texts):
+    ...     return torch.tensor([[*map(ord, text.ljust(7)[:7]), 127] for text in texts])
+    >>> names = ["red", "blue", "green", "white"]
+    >>> photos = [Image.new("RGB", (32, 32), name) for name in names]
+    >>> labelled, captioned = list(zip(photos, range(4))), list(zip(photos, names))
+    >>> vitrim.zero_shot(pair, labelled, names=names, tokenizer=tokenize, quiet=True)["num_images"]
+    4
+    >>> vitrim.retrieval(pair, captioned, tokenizer=tokenize, quiet=True)["image_to_text"]["recall@5"]
+    100.0
+    >>> options = {"steps": 2, "batch_size": 2}
+    >>> tuned = vitrim.tune_text(pair, captioned, held_out=captioned, options=options, tokenizer=tokenize, quiet=True)
+    >>> tuned.out is None
+    True
 """
 
 from __future__ import annotations

@@ -78,6 +78,14 @@ def leaderboard(
     Raises:
         RecipeError: a method is unknown, or the budget is not between 0 and 1.
         OutputError: `out` holds rows of another comparison.
+
+    Example:
+        >>> import vitrim
+        >>> from PIL import Image
+        >>> images = [(Image.new("L", (28, 28), 25 * label), label) for label in range(10)]
+        >>> found = vitrim.leaderboard(data=images, methods=["magnitude"], quiet=True)
+        >>> [(row["method"], row["repair"]) for row in found["rows"]]
+        [('magnitude', 'none'), ('magnitude', 'ours')]
     """
     counted, budget = _budget(params_ratio, macs_ratio)
     out = None if out is None else Path(out)

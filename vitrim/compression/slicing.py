@@ -50,6 +50,17 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
         BudgetError: the ratio is above the output's own width, or not above 0.
         CheckpointError: vitrim did not write the source, it is damaged, or it holds more than cuts of hidden units.
         OutputError: `out` can't be written, or does not load back.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> wide = vitrim.compress(digits, method="magnitude", mlp_ratio=1, out=folder / "wide", quiet=True)
+        >>> vitrim.slice(wide.out, folder / "narrow", mlp_ratio=0.5).metrics.after.parameters
+        294154
     """
     started = time.monotonic()
     if not 0 < mlp_ratio < math.inf:

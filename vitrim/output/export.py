@@ -93,6 +93,17 @@ def export(
         ModelError: the model's image size is not known, or a part of the model can't be exported.
         OutputError: `out` exists or can't be written, or the file's outputs differ from the model's.
         RecipeError: the form is unknown.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> exported = vitrim.export(digits, folder / "digits.pt2", to="torch", latency=False)
+        >>> exported.path.name, exported.outputs
+        ('digits.pt2', ('output',))
     """
     if to not in get_args(Form):
         raise RecipeError(f"to: {to!r} is no form to export to; use one of {', '.join(get_args(Form))}.")

@@ -33,6 +33,18 @@ def push(folder: str | Path, repo: str, *, confirm: bool, private: bool = True) 
         CheckpointError: vitrim did not write the folder.
         OutputError: the folder has no model card, or the hub refuses the upload.
         RecipeError: the repository name is not valid on the hub.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import vitrim
+        >>> digits = f"local-dir:{files('vitrim') / 'assets' / 'digits-vit'}"
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> small = vitrim.compress(digits, method="magnitude", mlp_ratio=1, out=folder / "small", quiet=True)
+        >>> upload = vitrim.push(small.out, "my-org/digits-small", confirm=False)
+        >>> "model.safetensors" in upload.files, upload.url
+        (True, None)
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
