@@ -451,7 +451,8 @@ def test_an_output_with_other_edits_than_cuts_of_hidden_units_is_refused(tmp_pat
     "ratio, words",
     [
         (3.0, r"mlp_ratio=3 .*use 1\.\.192"),
-        (-1.0, r"mlp_ratio is -1; .*above 0"),
+        (-1.0, r"mlp_ratio is -1.0; .*above 0"),
+        ("1", r"mlp_ratio is '1'; .*above 0"),
         (float("nan"), "above 0"),
         (float("inf"), "above 0"),
     ],

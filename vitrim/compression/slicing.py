@@ -63,8 +63,8 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
         294154
     """
     started = time.monotonic()
-    if not 0 < mlp_ratio < math.inf:
-        raise BudgetError(f"mlp_ratio is {mlp_ratio:g}; give a multiple of the model width above 0.")
+    if not isinstance(mlp_ratio, int | float) or not 0 < mlp_ratio < math.inf:
+        raise BudgetError(f"mlp_ratio is {mlp_ratio!r}; give a multiple of the model width above 0.")
     source, out = local_folder(source), Path(out)
     about = read_about(source)
     origin, plan = Origin.from_json(about["origin"]).placed_at(str(source)), Plan.from_json(about["plan"])
