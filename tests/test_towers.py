@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vitrim
+from tests.support.pairs import VISION
 from vitrim.cli.app import run
 from vitrim.errors import DataError, SiteNotFoundError
 from vitrim.models.load import load_model, origin_of
@@ -23,14 +24,6 @@ from vitrim.surgery import KeepUnits, Plan, apply_
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")
 
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "image_size": 32,
-    "patch_size": 8,
-}
 TEXT = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
