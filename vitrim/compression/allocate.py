@@ -371,7 +371,7 @@ def _time_(found: _Measured, teacher: nn.Module, site: MlpSite, widths: Sequence
     inner = site.within(site.path)
     for width in [width for width in widths if str(width) not in known]:
         holder = nn.Sequential(copy.deepcopy(submodule(teacher, site.path)))
-        apply_(holder, [KeepUnits(site=inner.below("0"), keep=tuple(range(width)))])
+        apply_(holder, [KeepUnits.first(inner.below("0"), width)])
         names = {"run": run_mlp, "mlp": holder[0], "site": inner, "tokens": tokens.to(device)}
         timers[width] = make_timer("run(mlp, site, tokens)", globals=names, num_threads=torch.get_num_threads())
     seen: dict[int, list[float]] = {width: [] for width in timers}

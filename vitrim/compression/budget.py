@@ -15,7 +15,7 @@ from vitrim.cost.count import count_macs, num_parameters, site_macs, site_parame
 from vitrim.cost.memory import tokens_per_site
 from vitrim.errors import BudgetError
 from vitrim.models.origin import Origin
-from vitrim.models.stock import nearest_stock_width
+from vitrim.models.stock import in_proportion, nearest_stock_width
 from vitrim.types import MlpSite
 
 HALVINGS = 40  # bisection steps for the share of units: finer than one unit of any real MLP
@@ -85,10 +85,9 @@ def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict
     def left(units: Mapping[str, int]) -> float:
         return cost.fixed + sum(cost.of_site(site, units[site.path]) for site in sites)
 
-    allowed = width.value * cost.total
-    least = left(at(0.0)) / cost.total
-    if left(at(0.0)) > allowed:
-        share = 1 - cost.fixed / cost.total
+    allowed, smallest = width.value * cost.total, left(at(0.0))
+    if smallest > allowed:
+        share, least = 1 - cost.fixed / cost.total, smallest / cost.total
         raise BudgetError(
             f"{width.kind}={width.value:g}: the MLPs hold {share:.0%} of the {cost.words}, so cutting them alone "
             f"leaves {least:.3g} at least; use {_ceiling(least):g}..1, or a method that cuts more, such as low-rank."
@@ -104,8 +103,7 @@ def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict
 
 def _units(width: Width, site: MlpSite, share: float) -> int:
     """Return a share of an MLP's units, rounded down to the multiple asked for; its own width and all units stay."""
-    own = [path for path in width.own if is_end(path, site.path)]
-    if own:
+    if any(is_end(path, site.path) for path in width.own):
         return width.of(site)
     units = share * site.d_hidden
     if units >= site.d_hidden:
@@ -141,7 +139,7 @@ def near_stock(
     found = nearest_stock_width(origin, [site.below(origin.encoder) for site in sites], asked, at_most=ceiling)
     if found is None:
         return units, None
-    near = {site.path: max(1, min(site.d_hidden, round(found * site.d_model / first.d_model))) for site in sites}
+    near = dict(zip((site.path for site in sites), in_proportion(found, sites), strict=True))
     if near == units:
         return units, None
     note = (

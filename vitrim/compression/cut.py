@@ -341,7 +341,7 @@ def _repair_(
     if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then measure them
         apply_(student, [edit])
         site, keep = replace(site, d_hidden=edit.width), torch.arange(edit.width)
-        edit, visit = KeepUnits(site=site, keep=tuple(range(edit.width))), visit.again()
+        edit, visit = KeepUnits.first(site, edit.width), visit.again()
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
     fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=repair.ridge)

@@ -121,7 +121,7 @@ def estimate_run(
 
 def _first_units(job: CheckpointJob, widths: Mapping[str, int]) -> list[KeepUnits]:
     """Return edits that keep the first units of each MLP, as stand-ins for any edits of these widths."""
-    return [KeepUnits(site=site, keep=tuple(range(widths[site.path]))) for site in job.sites]
+    return [KeepUnits.first(site, widths[site.path]) for site in job.sites]
 
 
 def output_bytes(job: CheckpointJob, widths: Mapping[str, int]) -> int:

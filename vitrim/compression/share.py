@@ -79,7 +79,7 @@ class Trials:
         recipe = self.base.updated({"method": name, "repair": False, **budget})
         if issubclass(find_method(name), SiteMethod):
             width = recipe.width()
-            edits = [KeepUnits(site=site, keep=tuple(range(width.of(site)))) for site in self.sites]
+            edits = [KeepUnits.first(site, width.of(site)) for site in self.sites]
             apply_(student, edits)
         else:
             edits = cut_(student, self.teacher, self.sites, recipe, [self.images_BCHW], quiet=True).plan.edits

@@ -28,7 +28,7 @@ from vitrim.output.result import Result
 from vitrim.output.save import save
 from vitrim.output.stage import staged_output
 from vitrim.output.verify import verify
-from vitrim.recover.elastic import Slice, first_units
+from vitrim.recover.elastic import Slice
 from vitrim.recover.elastic_files import read_widths
 from vitrim.storage.documents import write_json
 from vitrim.surgery import KeepUnits, Plan, apply_
@@ -136,7 +136,7 @@ def _checked(found: Slice, cuts: Sequence[KeepUnits], source: Path) -> Slice:
 def _second_cut(edit: KeepUnits, chosen: Slice) -> KeepUnits:
     """Return the edit that cuts the model in the folder."""
     site = replace(edit.site, d_hidden=edit.width)
-    return replace(first_units(site, chosen.units[site.path]), tensors=_own_tensors(edit, chosen))
+    return replace(KeepUnits.first(site, chosen.units[site.path]), tensors=_own_tensors(edit, chosen))
 
 
 def _narrowed(edit: KeepUnits, chosen: Slice) -> KeepUnits:

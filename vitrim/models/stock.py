@@ -63,10 +63,16 @@ def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int, *,
     near = {width} | steps | multiples | gated
     allowed = [w for w in near if (1 <= w < first.d_hidden or w == width) and not (at_most and w > width)]
     for candidate in sorted(allowed, key=lambda w: (abs(w - width), -w)):
-        edits = [_first_units(site, round(candidate * site.d_model / first.d_model)) for site in sites]
+        edits = [KeepUnits.first(*pair) for pair in zip(sites, in_proportion(candidate, sites), strict=True)]
         if stock_origin(origin, edits) is not None:
             return candidate
     return None
+
+
+def in_proportion(width: int, sites: Sequence[MlpSite]) -> list[int]:
+    """Return the width of every MLP if the first has this one, in proportion to the model widths."""
+    first = sites[0]
+    return [max(1, min(site.d_hidden, round(width * site.d_model / first.d_model))) for site in sites]
 
 
 def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
@@ -102,11 +108,6 @@ def _cuts(edits: Sequence[Edit]) -> list[KeepUnits] | None:
     """Return the last cut of each MLP, or None if some edit is no cut of hidden units."""
     cuts = {edit.site.path: edit for edit in edits if isinstance(edit, KeepUnits)}
     return None if any(not isinstance(edit, KeepUnits) for edit in edits) else list(cuts.values())
-
-
-def _first_units(site: MlpSite, width: int) -> KeepUnits:
-    """Return a cut to a width that keeps the first units, for shapes alone."""
-    return KeepUnits(site=site, keep=tuple(range(max(1, min(width, site.d_hidden)))))
 
 
 def _shapes(model: nn.Module) -> Shapes:

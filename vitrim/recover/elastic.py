@@ -83,7 +83,7 @@ class Widths:
 
     def edits(self, ratio: float) -> list[KeepUnits]:
         """Return the edits that cut the student to a ratio."""
-        return [first_units(site, self.units[ratio][site.path]) for site in self.sites]
+        return [KeepUnits.first(site, self.units[ratio][site.path]) for site in self.sites]
 
     @contextmanager
     def held(self, model: nn.Module, ratio: float) -> Iterator[None]:
@@ -136,11 +136,6 @@ class Widths:
 def at_width(model: nn.Module, widths: Widths | None, ratio: float | None) -> AbstractContextManager[None]:
     """Run a live student at a ratio in this context; None for either leaves it as it is."""
     return nullcontext() if widths is None or ratio is None else widths.held(model, ratio)
-
-
-def first_units(site: MlpSite, width: int) -> KeepUnits:
-    """Return the edit that keeps the first `width` units of an MLP."""
-    return KeepUnits(site=site, keep=tuple(range(width)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from vitrim.calibrate import SiteVisit, walk
 from vitrim.config.options import RepairOptions
 from vitrim.metrics.judging import Judged, features_on_cpu, relative_error
 from vitrim.ops.least_squares import fit_output
-from vitrim.recover.elastic import Slice, Widths, first_units
-from vitrim.surgery import apply_, read_weights, submodule
+from vitrim.recover.elastic import Slice, Widths
+from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import FeaturesAt, MlpSite
 
 
@@ -158,4 +158,4 @@ def _fitted(model: nn.Module, visit: SiteVisit, ridge: float) -> dict[str, Tenso
 
 def _put_(model: nn.Module, site: MlpSite, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors into a site's layers, by full name."""
-    apply_(model, [replace(first_units(site, site.d_hidden), tensors=tensors)])
+    apply_(model, [replace(KeepUnits.first(site, site.d_hidden), tensors=tensors)])

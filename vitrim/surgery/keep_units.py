@@ -28,6 +28,11 @@ class KeepUnits(Edit):
     site: MlpSite
     keep: tuple[int, ...]
 
+    @classmethod
+    def first(cls, site: MlpSite, width: int) -> KeepUnits:
+        """Return the cut that keeps the first `width` units."""
+        return cls(site=site, keep=tuple(range(width)))
+
     @property
     def width(self) -> int:
         """How many hidden units stay."""
