@@ -39,7 +39,7 @@ check: $(VENV)/.test  ## everything but the tests: format, lint, types, docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/zensical build --strict
+	$(BIN)/zensical build --clean --strict  # what it cached, it does not warn of again
 
 docs: $(VENV)/.test  ## serve the documentation on localhost
 	$(BIN)/zensical serve

@@ -84,8 +84,10 @@ def leaderboard(
         >>> from PIL import Image
         >>> images = [(Image.new("L", (28, 28), 25 * label), label) for label in range(10)]
         >>> found = vitrim.leaderboard(data=images, methods=["magnitude"], quiet=True)
-        >>> [(row["method"], row["repair"]) for row in found["rows"]]
-        [('magnitude', 'none'), ('magnitude', 'ours')]
+        >>> for row in found["rows"]:
+        ...     print(row["method"], row["repair"])
+        magnitude none
+        magnitude ours
     """
     counted, budget = _budget(params_ratio, macs_ratio)
     out = None if out is None else Path(out)
