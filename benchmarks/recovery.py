@@ -5,12 +5,15 @@ it). Prints a table and writes JSON with machine, versions, seed and command, an
 
     python benchmarks/recovery.py            # all ratios, over an hour on 2 cores
     python benchmarks/recovery.py --ratios 1 --steps 20
+    python benchmarks/recovery.py --ratios 1 --methods dgmr-paper dgmr --schedules ours published \
+        --out benchmarks/results/recovery-published.json
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from pathlib import Path
@@ -41,13 +44,18 @@ COLORS = {
     "magnitude": "#8a8a8a",
     "random": "#c9a227",
 }
-ROWS = [(method, repair) for method in COLORS for repair in ("none", "ours")]
+SCHEDULES = {
+    "ours": RecoverOptions(steps=1, batch_size=128, flip=True),
+    "published": RecoverOptions(schedule="published", steps=1, batch_size=128).as_published("dinov2"),
+}
 
 
 def main() -> None:
     """Run every ratio and method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--methods", choices=COLORS, nargs="+", default=list(COLORS))
+    parser.add_argument("--schedules", choices=SCHEDULES, nargs="+", default=["ours"])
     parser.add_argument("--num-images", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=120, help="of 128 images; a multiple of 10")
     parser.add_argument("--seed", type=int, default=0)
@@ -55,10 +63,10 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.num_images, arguments.seed)
     rows = []
-    for ratio in arguments.ratios:
-        for method, repair in ROWS:
-            rows.append(bench.row(ratio, method, repair, arguments.steps))
-            print(format_row(rows[-1]), flush=True)
+    each = itertools.product(arguments.ratios, arguments.methods, ("none", "ours"), arguments.schedules)
+    for ratio, method, repair, schedule in each:
+        rows.append(bench.row(ratio, method, repair, schedule, arguments.steps))
+        print(format_row(rows[-1]), flush=True)
     result = {
         "environment": environment(),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
@@ -74,10 +82,12 @@ def main() -> None:
 def markdown(result: dict[str, Any]) -> str:
     """The table: top-1 and relative error, after the cut and along the steps."""
     points = ["after the cut", "10% of steps", "30%", "100%"]
-    lines = ["| MLP ratio | method | repair | " + " | ".join(points) + " |", "|---|---|---|" + "---|" * len(points)]
+    lines = ["| MLP ratio | method | repair | schedule | " + " | ".join(points) + " |"]
+    lines.append("|---|---|---|---|" + "---|" * len(points))
     for row in result["rows"]:
         cells = [f"{p['top1']:.2f} ({p['relative_error']:.4f})" for p in row["points"].values()]
-        lines.append(f"| {row['ratio']:g} | `{row['method']}` | {row['repair']} | " + " | ".join(cells) + " |")
+        name = f"| {row['ratio']:g} | `{row['method']}` | {row['repair']} | {row['schedule']} | "
+        lines.append(name + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -92,7 +102,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for row in (row for row in result["rows"] if row["ratio"] == ratio):
             best = torch.tensor([point["relative_error"] for point in row["curve"]]).cummin(0).values
             steps, dashes = [point["step"] for point in row["curve"]], "-" if row["repair"] == "ours" else "--"
-            label = f"{row['method']}, repair: {row['repair']}"
+            dashes = dashes if row["schedule"] == "ours" else {"-": "-.", "--": ":"}[dashes]
+            label = f"{row['method']}, repair: {row['repair']}, schedule: {row['schedule']}"
             panel.plot(steps, best, dashes, label=label, color=COLORS[row["method"]], marker=".")
         panel.set(yscale="log", title=f"hidden width {ratio:g} x model width", xlabel="distillation steps")
         panel.spines[["top", "right"]].set_visible(False)
@@ -120,14 +131,14 @@ class Bench:
         self.test_images, self.test_labels = stack(open_images(data / "test.parquet", transform=transform))
         self.target = tokens_of(self.teacher, self.test_images)
 
-    def row(self, ratio: float, method: str, repair: str, steps: int) -> dict[str, Any]:
+    def row(self, ratio: float, method: str, repair: str, schedule: str, steps: int) -> dict[str, Any]:
         """Cut, judge, distil, judge on the way."""
         width, started = round(ratio * 192), time.monotonic()
         student = self.cut(method, width, repair == "ours")
         cut_s = time.monotonic() - started
-        options = RecoverOptions(steps=steps, batch_size=128, flip=True, num_validations=10)
-        row: dict[str, Any] = {"ratio": ratio, "method": method, "repair": repair, "width": width, "steps": steps}
-        row["points"] = {}
+        options = SCHEDULES[schedule].model_copy(update={"steps": steps})
+        row: dict[str, Any] = {"ratio": ratio, "method": method, "repair": repair, "schedule": schedule}
+        row |= {"width": width, "steps": steps, "points": {}}
         row["points"]["0"] = self.scores(student)
         best: dict[str, Any] = {"error": float("inf")}
 
@@ -143,7 +154,7 @@ class Bench:
         result = recover_(
             student,
             self.teacher,
-            self.train.augmented(augment_for(self.teacher, "light", flip=True), self.seed),
+            self.train.augmented(augment_for(self.teacher, options.augment, flip=options.flip), self.seed),
             held_out=list(self.held_out.split(128)),
             options=options,
             context=RunContext(quiet=True, seed=self.seed),
@@ -197,7 +208,7 @@ def format_row(row: dict[str, Any]) -> str:
     """One line of the table: top-1 / kNN / relative error at each point."""
     cells = [f"{p['top1']:6.2f} {p['knn']:6.2f} {p['relative_error']:8.5f}" for p in row["points"].values()]
     return (
-        f"{row['ratio']:<5g}{row['method']:12}{row['repair']:6}"
+        f"{row['ratio']:<5g}{row['method']:12}{row['repair']:6}{row['schedule']:11}"
         + " | ".join(cells)
         + f" | rate {row['lr']:g}, {row['total_s']:.0f} s"
     )

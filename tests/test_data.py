@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import random
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+from vitrim.config.options import Augmentation
 from vitrim.data import Batch, ImageSet, augment_for, collate, first_images, open_images, split_indices, transform_for
 from vitrim.errors import DataError, RecipeError
 
@@ -279,7 +281,7 @@ def test_light_augmentation_flips_half_of_the_images():
     assert sum(torch.equal(a, b) for a, b in pairs) == 60 - num_flipped and 15 < num_flipped < 45
 
 
-@pytest.mark.parametrize("strength", ["none", "light", "strong"])
+@pytest.mark.parametrize("strength", get_args(Augmentation))
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (90, 40), (33, 200)])
 @pytest.mark.parametrize("extra", [{}, {"crop_pct": 0.9, "crop_mode": "squash"}, {"input_size": (3, 24, 32)}])
 def test_every_augmentation_ends_in_the_models_size(strength, size, extra):
@@ -292,8 +294,24 @@ def test_strong_augmentation_varies_and_unknown_ones_are_refused():
     augmented = open_images([picture(0, (64, 64))] * 5).augmented(augment_for(CFG_32, "strong"), seed=0)
     means = {round(augmented[i][0].mean().item(), 5) for i in range(5)}
     assert len(means) == 5
-    with pytest.raises(RecipeError, match="'none', 'light' or 'strong'"):
+    with pytest.raises(RecipeError, match="one of 'none', 'light', 'strong'"):
         augment_for(CFG_32, "heavy")
+
+
+def test_dinov2_augmentation_crops_and_changes_colours_as_often_as_the_paper_says():
+    left, right = Image.new("RGB", (64, 64), (250, 20, 20)), picture(0, (64, 64))
+    plain = augment_for(CFG_32, "dinov2", flip=False)
+    steps = [type(step).__name__ for step in plain.transforms]
+    assert steps[:1] + steps[-2:] == ["RandomResizedCrop", "ToTensor", "Normalize"]
+    assert plain.transforms[0].scale == (0.05, 1.0) and augment_for(CFG_32, "clip").transforms[0].scale == (0.2, 1.0)
+    red = open_images([left] * 400).augmented(plain, seed=0)
+    std, mean = (torch.tensor(CFG_32[key])[:, None, None] for key in ("std", "mean"))
+    pixels = torch.stack([red[i][0] * std + mean for i in range(400)]).mean((2, 3))
+    grey = (pixels.amax(1) - pixels.amin(1) < 0.01).float().mean()
+    untouched = ((pixels - torch.tensor([250, 20, 20]) / 255).abs().amax(1) < 0.01).float().mean()
+    assert abs(grey - 0.2) < 0.06  # grey in a fifth of the images
+    assert abs(untouched - 0.2 * 0.8 * 0.8) < 0.05  # neither jittered, nor grey, nor solarized: blur leaves it red
+    assert augment_for(CFG_32, "dinov2")(right).shape == (3, 32, 32)
 
 
 def test_accelerate_can_prepare_a_loader(damaged):

@@ -1,6 +1,7 @@
 """Recovery by distillation: what it must never do, and that a stopped run goes on bit for bit."""
 
 import json
+import math
 import os
 import signal
 import textwrap
@@ -20,8 +21,11 @@ from tests.support.distillation import (
     weights,
 )
 from tests.support.processes import run_python
+from vitrim.config.options import RecoverOptions
+from vitrim.config.published import family_of
 from vitrim.data import open_images
-from vitrim.errors import Interrupted, OutputError
+from vitrim.errors import Interrupted, OutputError, RecipeError
+from vitrim.recover.distill import recover_
 from vitrim.recover.losses import feature_loss
 from vitrim.recover.schedule import rate_shape
 from vitrim.types import Features
@@ -153,6 +157,57 @@ def test_the_rate_rises_then_falls_to_nothing():
     shape = [rate_shape(step, 100, 0.1) for step in range(100)]
     assert shape[9] == shape[10] == 1.0 and shape[0] == pytest.approx(0.1) and shape[-1] < 1e-3
     assert shape[:10] == sorted(shape[:10]) and shape[10:] == sorted(shape[10:], reverse=True)
+
+
+def test_the_rate_ends_at_min_lr_and_a_base_rate_grows_with_the_images_of_a_step():
+    shape = [rate_shape(step, 100, 0.1, floor=0.25) for step in range(100)]
+    expected = [0.25 + 0.75 * (1 + math.cos(math.pi * step / 90)) / 2 for step in range(90)]
+    assert shape[:10] == [rate_shape(step, 100, 0.1) for step in range(10)] and shape[10:] == pytest.approx(expected)
+    options = RecoverOptions(steps=20, base_lr=1e-3, min_lr=1e-4, batch_size=64, gradient_accumulation_steps=2)
+    assert options.peak_lr(128) == pytest.approx(5e-4)
+    for wrong in ({"lr": 1e-3, "base_lr": 1e-3}, {"lr": 1e-5, "min_lr": 1e-4}, {"base_lr": 1e-4, "min_lr": 1e-4}):
+        with pytest.raises(RecipeError, match="lr"):
+            RecoverOptions(steps=1, **wrong)
+
+
+PUBLISHED = {
+    "dinov2": {"base_lr": 7.5e-6, "min_lr": 1e-7, "batch_size": 64, "warmup_ratio": 0.1, "ema": 0.997},
+    "openclip": {"base_lr": 1e-4, "min_lr": 1e-6, "batch_size": 40, "warmup_ratio": 0.1, "ema": 0.0},
+    "eva-clip": {"base_lr": 6e-5, "min_lr": 1e-6, "batch_size": 40, "warmup_ratio": 0.2, "ema": 0.0},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_published_schedule_is_the_papers_and_gives_way_to_what_is_given(family):
+    found = RecoverOptions(schedule="published").as_published(family)
+    assert {name: getattr(found, name) for name in PUBLISHED[family]} == PUBLISHED[family]
+    assert found.epochs == 10 and found.weight_decay == (0.04, 0.2) and found.flip and found.lr is None
+    assert found.augment == ("dinov2" if family == "dinov2" else "clip")
+    assert found.as_published(family) == found
+    given = {"steps": 7, "lr": 1e-3, "weight_decay": (0.0, 0.0), "augment": "light"}
+    other = RecoverOptions(schedule="published", **given).as_published(family)
+    assert {name: getattr(other, name) for name in given} == given and other.epochs is other.base_lr is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "library", "family"),
+    [
+        ("vit_giant_patch14_dinov2", "timm", "dinov2"),
+        ("eva02_large_patch14_448", "timm", "dinov2"),
+        ("eva02_large_patch14_clip_224", "timm", "eva-clip"),
+        ("EVA02-E-14-plus", "open_clip", "eva-clip"),
+        ("ViT-g-14", "open_clip", "openclip"),
+        ("SiglipModel", "transformers", "openclip"),
+    ],
+)
+def test_each_family_takes_its_own_schedule(architecture, library, family):
+    assert family_of(architecture, library) == family
+
+
+def test_distillation_refuses_a_schedule_that_was_not_filled_in():
+    teacher = make_teacher()
+    with pytest.raises(RecipeError, match="as_published"):
+        recover_(make_student(teacher), teacher, None, held_out=[], options=RecoverOptions(schedule="published"))
 
 
 def test_two_processes_take_the_same_steps_as_one(tmp_path):

@@ -37,6 +37,17 @@ def test_half_of_the_parameters_go_and_the_features_stay(result):
     )
 
 
+def test_the_published_schedule_is_filled_in_for_the_models_family_and_recorded(tmp_path):
+    recover = {"schedule": "published", "steps": 2, "batch_size": 32}
+    found = vitrim.compress(
+        DIGITS, data="digits", recipe=few(repair=False), recover=recover, out=tmp_path / "out", quiet=True
+    )
+    assert found.metrics.recovery["lr"] == pytest.approx(7.5e-6 * 32 / 256) and not found.metrics.recovery["rate_test"]
+    written = vitrim.Recipe.load(tmp_path / "out" / "recipe.yaml").recover
+    assert (written.schedule, written.augment, written.ema, written.steps) == ("published", "dinov2", 0.997, 2)
+    assert any("published it for dinov2" in note for note in found.metrics.notes)
+
+
 def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
     names = {"model.safetensors", "config.json", "vitrim.json", "recipe.yaml", "metrics.json", "report.html"}
     names |= {"README.md", "recovery.jsonl"}

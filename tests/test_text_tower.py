@@ -164,6 +164,16 @@ def test_a_loss_that_is_no_number_ends_with_the_best_state(folders, monkeypatch)
     assert result.best_step == 6 and [point["step"] for point in result.curve] == [0, 3, 6]
 
 
+def test_the_published_schedule_of_text_tuning_is_the_papers():
+    found = TextOptions(schedule="published")
+    assert (found.epochs, found.batch_size, found.lr, found.min_lr) == (20, 320, 1e-6, 1e-7)
+    assert found.weight_decay == (0.04, 0.2)
+    short = TextOptions(schedule="published", steps=3, lr=1e-4)
+    assert (short.epochs, short.steps, short.lr, short.min_lr) == (None, 3, 1e-4, 1e-7)
+    with pytest.raises(RecipeError, match="min_lr"):
+        TextOptions(steps=1, lr=1e-6, min_lr=1e-5)
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(folders, tmp_path, monkeypatch):
     whole, expected = tuned(folders["open_clip"])
     real = text_tower._Run.validate

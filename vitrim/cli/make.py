@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import number, print_json, print_notes, print_table, say
@@ -132,6 +132,7 @@ def tune_text(
     out: Path,
     steps: int | None = None,
     epochs: float | None = None,
+    schedule: Literal["published"] | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
     image_folder: Path | None = None,
@@ -151,6 +152,7 @@ def tune_text(
         out: folder to write; it must not exist.
         steps: length in steps; one epoch if neither steps nor epochs is given.
         epochs: length in epochs.
+        schedule: `published` takes length, rate and weight decay from the DGMR paper's EVA-CLIP-E, where not given.
         lr: learning rate (default 1e-6, the paper's for EVA-CLIP-E; small towers need more).
         batch_size: captions compared in one step (default 320).
         image_folder: folder with the images that a JSON file names.
@@ -162,12 +164,13 @@ def tune_text(
     from vitrim.clip.tasks import tune_text as tune
     from vitrim.distributed.processes import is_main
 
-    length = {"epochs": 1.0} if steps is None and epochs is None else {"steps": steps, "epochs": epochs}
-    given = {**length, "lr": lr, "batch_size": batch_size}
+    asked = {"schedule": schedule, "steps": steps, "epochs": epochs, "lr": lr, "batch_size": batch_size}
+    given = {key: value for key, value in asked.items() if value is not None}
+    has_length = not given.keys().isdisjoint(("schedule", "steps", "epochs"))
     result = tune(
         model,
         pairs,
-        options={key: value for key, value in given.items() if value is not None},
+        options=given if has_length else {**given, "epochs": 1.0},
         image_folder=image_folder,
         out=out,
         seed=seed,

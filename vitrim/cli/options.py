@@ -117,10 +117,11 @@ class CutOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What is trained after the cut; nothing is, without one of the first three."""
+    """What is trained after the cut; nothing is, without one of the first four."""
 
     recover_steps: Annotated[int | None, _help(RECOVER["steps"])] = None
     recover_epochs: Annotated[float | None, _help(RECOVER["epochs"])] = None
+    schedule: Annotated[Literal["published"] | None, _help(RECOVER["schedule"])] = None
     blockwise: Annotated[
         Literal["mlp", "block"] | None, _help("First train each block by itself: its MLP, or all of it.")
     ] = None

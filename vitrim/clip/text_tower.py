@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -23,6 +23,7 @@ from vitrim.checked import Checked
 from vitrim.clip.contrastive import contrastive_loss, gather_rows
 from vitrim.clip.embedded_pairs import EmbeddedPairs
 from vitrim.config.options import Precision
+from vitrim.config.published import TEXT, filled
 from vitrim.config.run_context import RunContext
 from vitrim.distributed.precision import autocast
 from vitrim.distributed.processes import any_process, is_main, mean, num_processes, rank
@@ -32,13 +33,15 @@ from vitrim.models.features import restored
 from vitrim.models.towers import Pair, scale_and_bias, unit
 from vitrim.output.stage import TEXT_STATE
 from vitrim.progress import progress
-from vitrim.recover.schedule import rate_shape, stop_on_interrupt
+from vitrim.recover.schedule import cosine_between, rate_shape, stop_on_interrupt
 from vitrim.recover.state import clear_state, has_state, load_state, save_state
 
 
 class TextOptions(Checked):
-    """Text tuning; exactly one of `steps` and `epochs` says how long."""
+    """Text tuning; exactly one of `steps` and `epochs` says how long, unless a schedule does."""
 
+    schedule: Literal["published"] | None = None
+    """`published` takes what is not given from what the DGMR paper did for EVA-CLIP-E: 20 epochs, rate and decay."""
     steps: int | None = Field(default=None, ge=1)
     """Training steps."""
     epochs: float | None = Field(default=None, gt=0)
@@ -49,17 +52,28 @@ class TextOptions(Checked):
     """Peak learning rate, the paper's for EVA-CLIP-E; small towers want a higher one."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps in which the rate rises."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay on matrices."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end."""
+    weight_decay: tuple[float, float] = (0.0, 0.0)
+    """Weight decay on matrices, at the start and at the end."""
     precision: Precision = "auto"
     """`auto` is bf16 on GPUs that have it, and fp32 elsewhere."""
     num_validations: int = Field(default=10, ge=1)
     """How often held-out pairs are judged."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, given: Any) -> Any:
+        """Fill in the published values where none are given."""
+        published = isinstance(given, Mapping) and given.get("schedule") == "published"
+        return filled(TEXT, given) if published else given
+
     @model_validator(mode="after")
-    def _one_length(self) -> TextOptions:
+    def _fits_together(self) -> TextOptions:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above the peak rate, {self.lr:g}")
         return self
 
 
@@ -203,19 +217,20 @@ class _Run:
         """Build AdamW with weight decay on matrices only, as for the image tower."""
         matrices = [p for p in self.named.values() if p.ndim > 1]
         others = [p for p in self.named.values() if p.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.options.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+        groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
     def train_step(self) -> float:
         """Take one step on the whole batch; returns the mean loss over the processes."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.context.seed * 1_000_003 + epoch)
         rows_N = torch.randperm(len(self.train), generator=generator)
+        floor = self.options.min_lr / self.options.lr
+        shape = rate_shape(self.step, self.num_steps, self.options.warmup_ratio, floor=floor)
+        decay = cosine_between(*self.options.weight_decay, self.step / self.num_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * rate_shape(self.step, self.num_steps, self.options.warmup_ratio)
+            group["lr"] = self.options.lr * shape
+            group["weight_decay"] = decay if group["decays"] else 0.0
         loss = self._loss(*self.train.drawn(rows_N[place * self.batch : (place + 1) * self.batch], generator))
         self.accelerator.backward(loss)
         nn.utils.clip_grad_norm_(self.named.values(), 1.0)

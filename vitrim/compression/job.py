@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vitrim.clip.embedding_space import embedding_space_of
+from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream
 from vitrim.data.inputs import open_inputs
@@ -32,6 +33,7 @@ class Job:
         recipe: what the user asked for.
         images: images for selection, repair and recovery; None if there are none.
         space: the embedding space in which pooled vectors are compared, for the image tower of a pair.
+        notes: what the user should know about how the request was read.
     """
 
     whole: nn.Module
@@ -40,6 +42,7 @@ class Job:
     recipe: Recipe
     images: ImageSet | ImageStream | None
     space: EmbeddingSpace | None
+    notes: tuple[str, ...] = ()
 
     @property
     def encoder(self) -> nn.Module:
@@ -68,6 +71,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     encoder, scope = resolve_scope(whole, recipe.scope, origin.encoder)
     if encoder != origin.encoder:  # the known preprocessing belongs to another part
         origin = replace(origin, encoder=encoder, preprocessing={})
+    recipe, note = _with_published(recipe, origin)
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
     images = None if data is None else open_inputs(data, origin)
     if images is None and (recipe.recover or recipe.blockwise):
@@ -76,4 +80,15 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
         check_trackers(recipe.recover.report_to, folder=out)
         if isinstance(images, ImageStream):
             check_stream(images, recipe.recover)
-    return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space)
+    notes = () if note is None else (note,)
+    return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space, notes=notes)
+
+
+def _with_published(recipe: Recipe, origin: Origin) -> tuple[Recipe, str | None]:
+    """Return the recipe with the published schedule of the model's family filled in, and a note on whose it is."""
+    options = recipe.recover
+    if options is None or options.schedule is None:
+        return recipe, None
+    family = family_of(origin.architecture, origin.library)
+    note = f"recover.schedule: what was not given is as the DGMR paper published it for {family}."
+    return recipe.model_copy(update={"recover": options.as_published(family)}), note

@@ -167,7 +167,7 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
         cut_errors=cut.errors,
         allocation=widths.about,
         stock=stock is not None,
-        notes=(*widths.notes, *cut.notes, *trained.notes, *stock_notes(job.origin, plan.edits, stock)),
+        notes=(*job.notes, *widths.notes, *cut.notes, *trained.notes, *stock_notes(job.origin, plan.edits, stock)),
         environment=environment(),
         seconds=round(time.monotonic() - started, 1),
         **plan.describe(),

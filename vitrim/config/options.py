@@ -12,9 +12,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vitrim.checked import Checked
+from vitrim.config.published import RECOVERY, filled
 from vitrim.types import FeaturesAt
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+Augmentation = Literal["none", "light", "strong", "clip", "dinov2"]
 
 
 Counted = Literal["params", "macs", "latency"]
@@ -126,8 +130,11 @@ class AdapterOptions(Checked):
 
 
 class RecoverOptions(Checked):
-    """Distillation without labels; give exactly one of `steps` and `epochs` for its length."""
+    """Distillation without labels; exactly one of `steps` and `epochs` sets its length, unless a schedule does."""
 
+    schedule: Literal["published"] | None = None
+    """`published` takes what is not given from the DGMR paper's own config for the model's family: length, batch, rate,
+    weight decay, augmentation."""
     steps: int | None = Field(default=None, ge=1)
     """Length of distillation in steps."""
     epochs: float | None = Field(default=None, gt=0)
@@ -136,6 +143,10 @@ class RecoverOptions(Checked):
     """Images in a pass, over all processes."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. By default a short test finds one."""
+    base_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate at 256 images a step, instead of `lr`; with other batches it grows in proportion."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps in which the learning rate rises to its peak."""
     weight_decay: tuple[float, float] = (0.0, 0.0)
@@ -146,8 +157,8 @@ class RecoverOptions(Checked):
     """Number format of the computation; `auto` is bf16 on GPUs that support it, and fp32 elsewhere."""
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights; 0 keeps none."""
-    augment: Literal["none", "light", "strong"] = "light"
-    """How strongly images are augmented."""
+    augment: Augmentation = "light"
+    """How strongly images are augmented; `clip` and `dinov2` do as the DGMR paper does for these families."""
     flip: bool = False
     """Also flip images at random."""
     features_at: FeaturesAt = "final"
@@ -209,10 +220,28 @@ class RecoverOptions(Checked):
         return tuple(sorted(ratios))
 
     @model_validator(mode="after")
-    def _one_length(self) -> RecoverOptions:
-        if (self.steps is None) == (self.epochs is None):
+    def _one_length_and_rate(self) -> RecoverOptions:
+        if (self.steps is not None and self.epochs is not None) or (self.schedule is None and not self.has_length):
             raise ValueError("give exactly one of steps and epochs")
+        if self.lr is not None and self.base_lr is not None:
+            raise ValueError("give one of lr and base_lr, or neither to find a rate")
+        peak = self.peak_lr(self.batch_size * self.gradient_accumulation_steps)
+        if peak is not None and self.min_lr > peak:
+            raise ValueError(f"min_lr {self.min_lr:g} is above the peak rate, {peak:g}")
         return self
+
+    @property
+    def has_length(self) -> bool:
+        """Whether the length is known; a published schedule has one only when it is filled in."""
+        return self.steps is not None or self.epochs is not None
+
+    def as_published(self, family: str) -> RecoverOptions:
+        """Return the options with the values that the paper published for a family, where none were given."""
+        return RecoverOptions.model_validate(filled(RECOVERY[family], self.model_dump(exclude_unset=True)))
+
+    def peak_lr(self, images_per_step: int) -> float | None:
+        """Return the peak learning rate that was given, or None if it is to be found."""
+        return self.lr if self.base_lr is None else self.base_lr * images_per_step / 256
 
     def view_of(self, epoch: int) -> int:
         """Return which augmentation an epoch uses: its own, or one of those for which targets are stored."""

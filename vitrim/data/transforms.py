@@ -7,15 +7,17 @@ comes from torch's generator, which `ImageSet.augmented` seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import nn
 
+from vitrim.config.options import Augmentation
 from vitrim.data.images import Transform
 from vitrim.errors import DataError, RecipeError
 from vitrim.models.load import origin_of
 
-Strength = Literal["none", "light", "strong"]
+# Smallest part of an image's area that a crop keeps.
+SMALLEST_CROP = {"strong": 0.3, "clip": 0.2, "dinov2": 0.05}
 
 
 def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
@@ -37,16 +39,15 @@ def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
     return transform
 
 
-def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength, *, flip: bool = True) -> Transform:
+def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Augmentation, *, flip: bool = True) -> Transform:
     """Return a label-free training augmentation from PIL images to normalised tensors of the model's input size.
 
     Args:
         model_or_cfg: a timm model or `pretrained_cfg`, as for `transform_for`.
         strength: "none" is the preprocessing for evaluation; "light" resizes as evaluation does, pads by 1/8 with
-            a reflection and crops at random; "strong" crops 30% to 100% of the area and jitters colour
-            mildly.
-        flip: mirror half of the images ("light" and "strong"); off for digits, text or anything with a
-            handedness.
+            a reflection and crops at random; "strong" crops 30% to 100% of the area and jitters colour mildly; "clip"
+            crops 20% to 100%; "dinov2" crops 5% to 100%, and changes colour, blurs and solarizes some of the images.
+        flip: mirror half of the images (all but "none"); off for digits, text or anything with a handedness.
 
     Raises:
         DataError: nothing is known about the model's preprocessing.
@@ -54,23 +55,30 @@ def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Strength,
     """
     from torchvision import transforms as tv
 
-    if strength not in ("none", "light", "strong"):
-        raise RecipeError(f"augment: unknown strength {strength!r}; use 'none', 'light' or 'strong'.")
+    if strength not in get_args(Augmentation):
+        known = ", ".join(map(repr, get_args(Augmentation)))
+        raise RecipeError(f"augment: unknown strength {strength!r}; use one of {known}.")
     if strength == "none":
         return transform_for(model_or_cfg)
     config = _data_config(model_or_cfg)
     height, width = config["input_size"][-2:]
     mode = tv.InterpolationMode(config["interpolation"])
-    if strength == "strong":
-        steps: list[Any] = [tv.RandomResizedCrop((height, width), scale=(0.3, 1.0), interpolation=mode)]
-        steps.append(tv.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2))
+    if strength in SMALLEST_CROP:
+        scale = (SMALLEST_CROP[strength], 1.0)
+        steps: list[Any] = [tv.RandomResizedCrop((height, width), scale=scale, interpolation=mode)]
     else:
         keep_ratio = height == width and config["crop_mode"] != "squash"
         scaled = [int(side / config["crop_pct"]) for side in (height, width)]
         steps = [tv.Resize(scaled[0] if keep_ratio else scaled, interpolation=mode)]
         padding = (width // 8, height // 8)
         steps.append(tv.RandomCrop((height, width), padding=padding, padding_mode="reflect"))
+    steps += [tv.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)] if strength == "strong" else []
     steps += [tv.RandomHorizontalFlip()] if flip else []
+    if strength == "dinov2":
+        steps.append(tv.RandomApply([tv.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8))
+        steps.append(tv.RandomGrayscale(p=0.2))
+        steps.append(tv.RandomApply([tv.GaussianBlur(9, sigma=(0.1, 2.0))], p=0.1))
+        steps.append(tv.RandomSolarize(threshold=128, p=0.2))
     return tv.Compose([*steps, tv.ToTensor(), tv.Normalize(config["mean"], config["std"])])
 
 

@@ -85,6 +85,8 @@ def recover_(
     context = context or RunContext()
     if options.elastic is not None and widths is None:
         raise RecipeError("recover.elastic: recover_ needs its widths; pass widths=Widths.of(recipe, sites).")
+    if not options.has_length:
+        raise RecipeError("recover.schedule: not filled in yet; pass options.as_published(family), or give steps.")
     given = {"images": images, "held_out": held_out, "options": options, "context": context}
     run = Run(student, teacher, **given, widths=widths, space=space)
     if run.is_main and not context.quiet:

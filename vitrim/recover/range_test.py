@@ -27,7 +27,7 @@ def rates_to_try(options: RecoverOptions) -> tuple[float, ...]:
 def start_(run: Run) -> Validation:
     """Judge the untrained student, keep it as the best so far, and find the rate if none was given."""
     first = run.validate(loss=math.nan)
-    run.result.lr = run.options.lr or find_rate(run)
+    run.result.lr = run.options.peak_lr(run.sampler.global_batch) or find_rate(run)
     run.ema = {name: p.detach().clone() for name, p in run.named_parameters().items()} if run.options.ema else {}
     return first
 

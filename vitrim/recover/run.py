@@ -194,7 +194,8 @@ class Run:
         Returns:
             The mean loss over the images of all processes. `diverged` says whether it was too bad to step on.
         """
-        shape = rate_shape(self.step, self.num_steps, self.options.warmup_ratio)
+        floor = min(1.0, self.options.min_lr / self.result.lr) if lr is None else 0.0
+        shape = rate_shape(self.step, self.num_steps, self.options.warmup_ratio, floor=floor)
         decay = cosine_between(*self.options.weight_decay, self.step / self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.result.lr * shape if lr is None else lr

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def rate_shape(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Return the share of the peak rate at a step: linear warm-up over `warmup_ratio` of them, then a cosine to 0."""
+def rate_shape(step: int, num_steps: int, warmup_ratio: float, *, floor: float = 0.0) -> float:
+    """Return the share of the peak rate at a step: linear warm-up in `warmup_ratio` of all, then a cosine to `floor`."""
     warmup = max(1, round(warmup_ratio * num_steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
 def cosine_between(start: float, end: float, share: float) -> float:
