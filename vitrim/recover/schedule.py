@@ -11,7 +11,7 @@ from typing import Any
 
 
 def rate_shape(step: int, num_steps: int, warmup_ratio: float, *, floor: float = 0.0) -> float:
-    """Return the share of the peak rate at a step: linear warm-up in `warmup_ratio` of all, then a cosine to `floor`."""
+    """Return the share of the peak rate at a step: linear warm-up in `warmup_ratio` of them, a cosine to `floor`."""
     warmup = max(1, round(warmup_ratio * num_steps))
     if step < warmup:
         return (step + 1) / warmup
