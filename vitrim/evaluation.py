@@ -20,6 +20,7 @@ from vitrim.models.features import num_classes
 from vitrim.models.origin import Origin
 from vitrim.output.load import Model, open_encoder
 from vitrim.output.result import aligned, html_table
+from vitrim.torch_state import own_torch_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
+@own_torch_state()
 def evaluate(
     student: Model,
     teacher: Model,

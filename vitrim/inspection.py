@@ -28,6 +28,7 @@ from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import is_output, open_model
 from vitrim.output.result import aligned, html_table
+from vitrim.torch_state import own_torch_state
 from vitrim.types import MlpSite
 
 # Budgets to predict for if none is given.
@@ -124,6 +125,7 @@ class Inspection:
 HEADER = ("budget", "hidden units", "parameters", "change")
 
 
+@own_torch_state()
 def inspect(
     model: nn.Module | str,
     *,

@@ -65,6 +65,7 @@ from vitrim.output.stage import staged_output
 from vitrim.output.verify import verify
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
+from vitrim.torch_state import own_torch_state
 
 # A tenth of the pairs, at most this many, is held out to judge on.
 MAX_HELD_OUT = 2048
@@ -72,6 +73,7 @@ MAX_HELD_OUT = 2048
 PROBES = ("a photo of a cat.", "two dogs on a beach", "")
 
 
+@own_torch_state()
 def zero_shot(
     model: Model,
     data: Any,
@@ -117,6 +119,7 @@ def zero_shot(
     return {name: 100 * value if name.startswith("top") else value for name, value in found.items()}
 
 
+@own_torch_state()
 def retrieval(
     model: Model,
     pairs: Any,
@@ -167,6 +170,7 @@ def retrieval(
     return {way: {k: 100 * share for k, share in shares.items()} for way, shares in found.items()} | counts
 
 
+@own_torch_state()
 def tune_text(
     model: Model,
     pairs: Any,

@@ -48,11 +48,13 @@ from vitrim.output.stage import PICKS, staged_output
 from vitrim.storage.documents import write_json
 from vitrim.storage.tensor_files import tensor_bytes
 from vitrim.surgery import KeepUnits, Plan
+from vitrim.torch_state import own_torch_state
 
 SHARD_BYTES = 2 * 10**9
 log = logging.getLogger("vitrim")
 
 
+@own_torch_state()
 def prune_checkpoint(
     source: str,
     out: str | Path,

@@ -16,8 +16,10 @@ from vitrim.models.load import origin_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.surgery import Plan
+from vitrim.torch_state import own_torch_state
 
 
+@own_torch_state()
 def prune_(
     model: nn.Module,
     method: str | Method = "dgmr",

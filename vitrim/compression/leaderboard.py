@@ -36,10 +36,12 @@ from vitrim.progress import progress
 from vitrim.report.leaderboard import markdown, verdict
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
+from vitrim.torch_state import own_torch_state
 
 FORMAT, REPORT = "vitrim-leaderboard/1", "leaderboard.json"
 
 
+@own_torch_state()
 def leaderboard(
     model: nn.Module | str | None = None,
     *,

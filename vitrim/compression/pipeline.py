@@ -37,8 +37,10 @@ from vitrim.output.result import Result
 from vitrim.output.stage import staged_output
 from vitrim.recover.distill import OnValidation
 from vitrim.report.collect import NOTHING
+from vitrim.torch_state import own_torch_state
 
 
+@own_torch_state()
 def compress(
     model: nn.Module | str,
     *,

@@ -32,8 +32,10 @@ from vitrim.recover.elastic import Slice
 from vitrim.recover.elastic_files import read_widths
 from vitrim.storage.documents import write_json
 from vitrim.surgery import KeepUnits, Plan, apply_
+from vitrim.torch_state import own_torch_state
 
 
+@own_torch_state()
 def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model: nn.Module | None = None) -> Result:
     """Cut an output of vitrim to a smaller width, without images.
 

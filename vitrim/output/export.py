@@ -30,6 +30,7 @@ from vitrim.models.origin import require
 from vitrim.output.load import Model, open_encoder
 from vitrim.output.stage import refuse_existing
 from vitrim.surgery.edits import replace_
+from vitrim.torch_state import own_torch_state
 
 Form = Literal["onnx", "openvino", "torch"]
 SUFFIXES: Mapping[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -64,6 +65,7 @@ class Exported:
         return {**asdict(self), "path": str(self.path), "tolerance": TOLERANCE}
 
 
+@own_torch_state()
 def export(
     model: Model,
     out: str | Path,

@@ -15,11 +15,13 @@ from vitrim.models.load import backend_of, build_empty, load_model, origin_of
 from vitrim.models.origin import ModelBackend, Origin, in_one_line, match_buffers_
 from vitrim.storage.tensor_files import open_tensors
 from vitrim.surgery import Plan, reshape_
+from vitrim.torch_state import own_torch_state
 
 HUB = "hf-hub:"
 WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
 
 
+@own_torch_state()
 def load(
     source: str | Path,
     *,
