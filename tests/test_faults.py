@@ -72,10 +72,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
 )
 RECIPES = {
     "an object": ("model: !!python/object/apply:os.system ['touch {0}']", "python/object"),
-    "names for names": (BOMB, "more than 10,000 values"),
-    "itself": ("options: &a [*a]", "more than 10,000 values"),
+    "names for names": (BOMB, "stands for something above"),
+    "itself": ("options: &a [*a]", "stands for something above"),
     "a deep list": ("options: " + "[" * 5000, "can't be read as YAML"),
-    "no date": ("data: 2001-13-45", "can't be read as YAML"),
     "no truth": ("stock: !!bool maybe", "can't be read as YAML"),
     "a long number": ("hidden_dim: " + "9" * 5000, "can't be read as YAML"),
     "no text": ("\x00", "can't be read"),
@@ -97,7 +96,7 @@ def test_a_hostile_recipe_is_one_line_at_once(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-@pytest.mark.parametrize("value", ["!!python/name:os.system", "[" * 5000, "2001-13-45"])
+@pytest.mark.parametrize("value", ["!!python/name:os.system", "[" * 5000, "*a"])
 def test_a_hostile_option_on_the_command_line_is_one_line(tmp_path, capsys, value):
     assert run(["compress", "timm/test_vit", "--out", str(tmp_path / "out"), "--option", f"rank={value}"]) == 2
     printed = capsys.readouterr().err

@@ -6,9 +6,10 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from vitrim.errors import RecipeError
 
@@ -47,6 +48,13 @@ class Checked(BaseModel, metaclass=_Checking):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, given: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would turn into another type: text into numbers, numbers into true and false."""
+        _check_kind(given, cls.model_fields[str(info.field_name)].annotation)
+        return given
+
     @classmethod
     def refusal(cls, error: ValidationError) -> str:
         """Return an error text: what is wrong with the constructor's arguments, in one line."""
@@ -56,6 +64,38 @@ class Checked(BaseModel, metaclass=_Checking):
     def keys(cls) -> list[str]:
         """Return every allowed key, nested ones dotted."""
         return known_keys(cls)
+
+
+def _check_kind(given: Any, annotation: Any) -> None:
+    """Refuse text where a number or true and false are wanted, and one of these in place of the other.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    kinds = list(_alternatives(annotation))
+    if isinstance(given, Mapping | list | tuple):
+        items = given.values() if isinstance(given, Mapping) else given
+        for inner in [get_args(kind)[-1 if isinstance(given, Mapping) else 0] for kind in kinds if get_args(kind)]:
+            for item in items:
+                _check_kind(item, inner)
+        return
+    numbers, truths = int in kinds or float in kinds, bool in kinds
+    is_truth, is_text = isinstance(given, bool), isinstance(given, str)
+    if not (numbers or truths) or (is_text and not {str, Literal}.isdisjoint({*kinds, *map(get_origin, kinds)})):
+        return
+    if is_text or (is_truth and not truths) or (isinstance(given, int | float) and not is_truth and not numbers):
+        plain = ", without quotes and in decimal digits" if is_text else ""
+        raise ValueError("give true or false" if truths and not numbers else f"give a number{plain}")
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """Yield the types of which an annotation allows one."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        parts = get_args(annotation)
+        for part in parts[:1] if get_origin(annotation) is Annotated else parts:
+            yield from _alternatives(part)
+    else:
+        yield annotation
 
 
 def explain(error: ValidationError, kind: type[Checked]) -> str:

@@ -89,14 +89,12 @@ class CutOptions:
 
     def _options(self) -> dict[str, Any]:
         """Return the method's options; values are parsed as YAML, as in a recipe."""
-        from vitrim.config.yaml_files import read_yaml
-
         found: dict[str, Any] = {} if self.select_on is None else {"select_on": self.select_on}
         for given in self.option or ():
             key, equals, value = given.partition("=")
             if not (key and equals):
                 raise RecipeError(f"--option {given!r}: give KEY=VALUE, such as --option sparsity=0.75.")
-            found[key] = read_yaml(value, where=f"--option {given!r}: give KEY=VALUE, such as sparsity=0.75")
+            found[key] = _values(value, where=f"--option {given!r}: give KEY=VALUE, such as sparsity=0.75")
         return found
 
     def _allocate(self) -> Any:
@@ -141,10 +139,19 @@ class TrainOptions:
     def given(self) -> dict[str, Any]:
         """Return the options that were given, as updates to a recipe."""
         values: dict[str, Any] = {**self.__dict__, "steps": self.recover_steps, "epochs": self.recover_epochs}
-        for name in ("elastic", "report_to"):
-            values[name] = None if values[name] is None else values[name].split(",")
+        if self.report_to is not None:
+            values["report_to"] = self.report_to.split(",")
+        if self.elastic is not None:
+            values["elastic"] = _values(f"[{self.elastic}]", where=f"--elastic {self.elastic!r}: give ratios, as 0.5,1")
         for name in ("recover_steps", "recover_epochs", "blockwise"):
             del values[name]
         recover = {name: value for name, value in values.items() if value is not None}
         found: dict[str, Any] = {"recover": recover} if recover else {}
         return found if self.blockwise is None else {**found, "blockwise": {"train": self.blockwise}}
+
+
+def _values(text: str, *, where: str) -> Any:
+    """Read values as in a recipe."""
+    from vitrim.config.yaml_files import read_yaml
+
+    return read_yaml(text, where=where)

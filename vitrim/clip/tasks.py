@@ -215,6 +215,7 @@ def tune_text(
         VitrimError: the input is wrong; nothing is written.
     """
     started, chosen = time.monotonic(), _options(options)
+    context = RunContext(resume=resume, quiet=quiet, device=device, seed=seed)
     join_(device)
     whole, origin, plan = _open_to_write(model, out)
     types = {name: tensor.dtype for name, tensor in _tensors(whole)}
@@ -229,8 +230,7 @@ def tune_text(
             train, judged = train.split(min(MAX_HELD_OUT, max(1, len(train) // 10)), seed)
         else:
             judged = embed(open_source(held_out, limit=None))
-        context = RunContext(work=work, resume=resume, quiet=quiet, device=device, seed=seed)
-        tuned = tune_text_(pair, train, held_out=judged, options=chosen, context=context)
+        tuned = tune_text_(pair, train, held_out=judged, options=chosen, context=replace(context, work=work))
         whole.cpu()
         for name, tensor in _tensors(whole):
             tensor.data = tensor.data.to(types[name])

@@ -10,18 +10,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from vitrim.checked import Checked, explain, known_keys
 from vitrim.config.options import BlockwiseOptions, CalibrateOptions, RecoverOptions
 from vitrim.config.steps import Step
 from vitrim.config.widths import BUDGETS, Width
-from vitrim.config.yaml_files import read_yaml
+from vitrim.config.yaml_files import read_yaml_file, write_yaml
 from vitrim.errors import RecipeError
 from vitrim.methods import Method, find_method
 
 LENGTHS = {"steps", "epochs"}
+MAX_STEPS = 16  # each is a pass over the whole model
 MERGED = ("repair", "allocate", "blockwise", "recover", "calibrate", "options")
 
 
@@ -35,7 +35,7 @@ class Recipe(Checked):
     """Name or folder of the model."""
     data: str | None = None
     """Images to learn from; labels are not needed."""
-    steps: tuple[Step, ...] = Field(default_factory=lambda: (Step(),), min_length=1)
+    steps: tuple[Step, ...] = Field(default_factory=lambda: (Step(),), min_length=1, max_length=MAX_STEPS)
     """Methods to apply in turn, each to the result of the one before."""
     scope: str | None = None
     """Dotted path of the part to cut, or its end. By default the image tower, or the whole model if there is none."""
@@ -105,11 +105,7 @@ class Recipe(Checked):
         Raises:
             RecipeError: the file is missing, is not a YAML mapping, or has an unknown key or a forbidden value.
         """
-        try:
-            text = Path(path).read_text()
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{path}: can't be read ({error}); pass a YAML file.") from None
-        data = read_yaml(text, where=str(path))
+        data = read_yaml_file(Path(path))
         if not isinstance(data, dict):
             raise RecipeError(f"{path}: holds {type(data).__name__}; a recipe is a mapping of keys to values.")
         return cls.parse(data, where=str(path))
@@ -180,7 +176,7 @@ class Recipe(Checked):
 
     def dump(self) -> str:
         """Return the recipe as YAML, which `load` can read."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitrim.errors import RecipeError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
@@ -23,3 +25,12 @@ class RunContext:
     quiet: bool = False
     device: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a seed that torch would not take, before anything is done with it.
+
+        Raises:
+            RecipeError: the seed is no integer of 32 bits.
+        """
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise RecipeError(f"seed: is {self.seed!r:.80}; give an integer from 0 to {2**32 - 1}.")

@@ -52,14 +52,6 @@ class Step(Checked):
         method = given["method"]
         return {**given, "method": method.name, "options": method.model_dump(exclude_unset=True)}
 
-    @field_validator(*BUDGETS, mode="before")
-    @classmethod
-    def _no_switch(cls, given: Any) -> Any:
-        """Refuse true and false, which would count as 1 and 0."""
-        if isinstance(given, bool):
-            raise ValueError("give a number")
-        return given
-
     @field_validator("allocate", mode="before")
     @classmethod
     def _allocate_by_name(cls, given: Any) -> Any:

@@ -1,19 +1,22 @@
 """The model card in every output: what was cut, how, with which data, how close the result is, and its licence.
 
 It states only what was measured; the original's limits are left to the original's card. The licence is copied from the
-original and never guessed.
+original and never guessed. What comes from outside (names, notes, the command) is text here: it can't add a heading, a
+link, HTML or a key of the front matter.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from vitrim.config.recipe import Recipe
+from vitrim.config.yaml_files import MAX_BYTES, read_yaml, write_yaml
+from vitrim.errors import RecipeError
 from vitrim.methods import find_method
 from vitrim.metrics.record import Metrics
 from vitrim.models.origin import Origin
@@ -21,7 +24,10 @@ from vitrim.models.stock import loads_with
 from vitrim.output.result import table_rows
 
 CARD = "README.md"
-HUB_NAME = re.compile(r"^(?:timm|hf)/(.+)$")
+HUB_NAME = re.compile(r"^(?:timm|hf)/([\w.-]+/[\w.-]+)$")
+MARKUP = re.compile(r"([\\`*_\[\]<>&|~#$!])")
+MAX_LICENCE = 80
+log = logging.getLogger("vitrim")
 
 
 def write_card(folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *, licence: str | None) -> None:
@@ -40,15 +46,15 @@ def write_card(folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *
         "tags": ["vitrim", "pruning", "vision-transformer", *(step.method for step in recipe.steps)],
     }
     named = HUB_NAME.match(origin.name)
-    if named and "/" in named.group(1):
+    if named:
         about["base_model"] = named.group(1)
     parts = [
-        f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
-        f"# {origin.name}, made smaller with vitrim",
+        f"---\n{write_yaml(about)}---",
+        f"# {plain(origin.name)}, made smaller with vitrim",
         _what(recipe, metrics),
-        f"## Loading\n\n```python\n{_loading(metrics.stock, origin)}\n```",
+        f"## Loading\n\n{block(_loading(metrics.stock, origin), 'python')}",
         f"## Measured\n\n{_table(metrics)}\n\n{_measured_on(metrics)}",
-        f"## Made with\n\n```\n{metrics.environment['command']}\n```\n\nThe whole recipe is `recipe.yaml`.",
+        f"## Made with\n\n{block(metrics.environment['command'])}\n\nThe whole recipe is `recipe.yaml`.",
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(recipe, metrics, licence)),
     ]
     (folder / CARD).write_text("\n\n".join(parts) + "\n")
@@ -59,17 +65,43 @@ def licence_of(whole: nn.Module, origin: Origin) -> str | None:
     for part in (whole, getattr(whole, "visual", None), getattr(getattr(whole, "visual", None), "trunk", None)):
         named = (getattr(part, "pretrained_cfg", None) or {}).get("license")
         if named:
-            return str(named)
+            return _one_line(named)[:MAX_LICENCE]
     card = Path(origin.folder or "") / CARD
     if origin.folder is None or not card.is_file():
         return None
-    head = re.match(r"^---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+    with card.open(encoding="utf-8", errors="replace") as file:
+        head = re.match(r"^---\n(.*?)\n---", file.read(MAX_BYTES), re.DOTALL)
     try:
-        said = yaml.safe_load(head.group(1)) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        said = read_yaml(head.group(1), where=str(card)) if head else None
+    except RecipeError as error:
+        log.warning("%s The licence in it is not carried over.", error)
         return None
     found = said.get("license") if isinstance(said, dict) else None
-    return str(found) if found and found != "other" else None
+    return _one_line(found)[:MAX_LICENCE] if isinstance(found, str) and found != "other" else None
+
+
+def _one_line(text: Any) -> str:
+    """Return text without line breaks and control characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+def plain(text: Any) -> str:
+    """Return text for a sentence or a heading, in which nothing is markup."""
+    return MARKUP.sub(r"\\\1", _one_line(text))
+
+
+def code(text: Any) -> str:
+    """Return text as code within a sentence, between more backticks than it holds."""
+    line = _one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line or ' '}{space}{fence}"
+
+
+def block(text: str, language: str = "") -> str:
+    """Return text as a block of code, between more backticks than it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _what(recipe: Recipe, metrics: Metrics) -> str:
@@ -85,7 +117,7 @@ def _what(recipe: Recipe, metrics: Metrics) -> str:
     steps = (metrics.recovery or {}).get("num_steps")
     if steps:
         said += f" Then {steps} steps of label-free distillation from the original."
-    return said + (f" Only the part `{metrics.encoder}` was touched." if metrics.encoder else "")
+    return said + (f" Only the part {code(metrics.encoder)} was touched." if metrics.encoder else "")
 
 
 def _span(values: list[int]) -> str:
@@ -108,7 +140,7 @@ def _table(metrics: Metrics) -> str:
 
 def _measured_on(metrics: Metrics) -> str:
     images, machine = metrics.images, metrics.environment
-    where = f"Latency on {machine['machine']}, {machine['device']}, torch {machine['torch']}."
+    where = f"Latency on {plain(machine['machine'])}, {plain(machine['device'])}, torch {machine['torch']}."
     if not images:
         return f"No images were given, so how close the features are was not measured. {where}"
     counts = ", ".join(f"{name} {count:,}" for name, count in images.items() if isinstance(count, int))
@@ -119,10 +151,10 @@ def _limits(recipe: Recipe, metrics: Metrics, licence: str | None) -> list[str]:
     """Return what a user of this model should know, one sentence per line."""
     data = recipe.data or "no images"
     lines = [
-        f"The cut was fitted to, and judged on, `{data}`. On other images it may be further from the original.",
+        f"The cut was fitted to, and judged on, {code(data)}. On other images it may be further from the original.",
         "What the original is not good at or not meant for, this is not either; its own card says so.",
-        f"Licence: `{licence}`, carried over from the original."
+        f"Licence: {code(licence)}, carried over from the original."
         if licence
         else "The licence of the original was not found beside its weights. It holds for this model, too: look it up.",
     ]
-    return lines + [str(note) for note in metrics.notes]
+    return lines + [plain(note) for note in metrics.notes]
