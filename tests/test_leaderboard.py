@@ -14,6 +14,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.errors import OutputError, RecipeError
 from vitrim.methods import METHODS, ModelMethod, SiteMethod, register
+from vitrim.methods.fips import Fips
 from vitrim.report.leaderboard import markdown, table, verdict
 from vitrim.surgery import KeepUnits
 
@@ -150,6 +151,24 @@ def a_row(method, error, *, repair="none", counted="params", recovered=None, **v
     return row | {"bytes": 200, "after_cut": judged, "after_recovery": after, "seconds": 1.0} | values
 
 
+class Masked(Fips):
+    name = "masked"
+    steps: int = 0  # nothing is trained
+
+
+def test_every_method_is_sized_by_bytes_as_well(build, data):
+    """The masks of FiPS are no parameters, and take their bytes."""
+    register(Masked)
+    model = build("timm-vit").copy()
+    options = {"data": data, "methods": ("masked",), "params_ratio": 0.7, "recipe": RECIPE, "quiet": True}
+    found = leaderboard(model, **options)
+    (row,) = found["rows"]
+    assert row["error"] is None and row["fitted"]["counted"] == "params"
+    share = row["bytes"] / found["original"]["bytes"]
+    assert row["parameters"] / found["original"]["parameters"] < share <= 0.7
+    assert table(found)[1][1][2] == "70% params and bytes"
+
+
 def test_the_verdict_compares_equal_terms_by_the_last_error():
     rows = [
         a_row("random", 0.5),
@@ -170,7 +189,8 @@ def test_the_verdict_compares_equal_terms_by_the_last_error():
 def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
     rows = [
         a_row("worse", 0.5, speedup={"8": 1.9}),
-        a_row("better", 0.1, bytes=300, speedup={"8": 1.5}),
+        a_row("better", 0.1, bytes=190, speedup={"8": 1.5}),
+        a_row("heavier", 0.05, bytes=206, speedup={"8": 1.7}),  # its masks are over the budget
         a_row("masked", 0.01, counted=None),
         {"method": "broken", "repair": "none", "error": "X: y", "fitted": None},
     ]
@@ -181,14 +201,15 @@ def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
     assert header == [
         *"method,repair,held to,parameters,MACs".split(","),
         speed,
-        "on disk (MB)",
+        "weights (MB)",
         "error, cut",
         "seconds",
     ]
-    assert [line[0] for line in cells] == ["original", "masked", "better", "worse", "broken"]
+    assert [line[0] for line in cells] == ["original", "masked", "heavier", "better", "worse", "broken"]
     by_name = {line[0]: dict(zip(header, line, strict=True)) for line in cells}
     assert by_name["better"]["error, cut"] == "**0.1000**" and by_name["masked"]["error, cut"] == "0.0100"
-    assert by_name["worse"]["on disk (MB)"] == "**0.00**"
+    assert (by_name["heavier"]["error, cut"], by_name["heavier"]["weights (MB)"]) == ("0.0500", "0.00 (52%)")
+    assert (by_name["better"]["weights (MB)"], by_name["worse"]["weights (MB)"]) == ("**0.00 (48%)**", "0.00 (50%)")
     assert (by_name["worse"][speed], by_name["better"][speed]) == ("**1.90x**", "1.50x")
     assert by_name["worse"]["parameters"] == "0.00M (50%)"  # a tie of all is no best
     assert by_name["masked"]["held to"] == "keep_ratio 0.5; it saves neither parameters nor MACs"

@@ -91,7 +91,7 @@ def test_the_table_holds_each_run_beside_the_original(folders):
     assert cells["latency batch 8 (ms)"][1:3] == [("5 (50%)", True), ("6 (60%)", False)]
     assert cells["relative error"] == [("0", False), ("0.1", True), ("0.3", False), ("0.2", False)]
     assert cells["cosine CLS"][1:] == [("0.95", False)] * 3  # no best where all are equal
-    assert cells["file size (MB)"][:2] == [("\N{EN DASH}", False), ("2.5", False)]
+    assert cells["weights (MB)"][:2] == [("0.004", False), ("0.0024 (60%)", False)]
 
 
 def test_the_page_shows_the_front_and_every_run(folders, tmp_path, capsys):

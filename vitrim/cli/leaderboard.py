@@ -12,7 +12,7 @@ from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import print_json, print_table, say
 
 # Columns that do not fit on a terminal of 80 characters.
-IN_FILE_ONLY = ("MACs", "on disk (MB)", "top-1 %, cut", "seconds")
+IN_FILE_ONLY = ("MACs", "weights (MB)", "top-1 %, cut", "seconds")
 
 
 @app.command

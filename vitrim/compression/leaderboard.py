@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -27,17 +26,16 @@ from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DAMAGED, Interrupted, OutputError, RecipeError
 from vitrim.methods import METHODS, find_method
 from vitrim.metrics.record import Closeness, ModelCost
-from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import open_model
 from vitrim.output.provenance import environment
-from vitrim.output.save import save
 from vitrim.progress import progress
 from vitrim.report.leaderboard import markdown, verdict
 from vitrim.storage.documents import write_json
-from vitrim.surgery import Plan
 from vitrim.torch_state import own_torch_state
 
+# What has to stay within a budget of parameters or of MACs: masks are no parameters, but a file holds them.
+SIZES: Mapping[str, Sequence[Counted]] = {"params": ("params", "bytes"), "macs": ("macs",)}
 FORMAT, REPORT = "vitrim-leaderboard/1", "leaderboard.json"
 
 
@@ -63,8 +61,8 @@ def leaderboard(
         model: as for `compress`; None is the digits ViT that comes with vitrim.
         data: images, as for `compress`; with labels and a classifier head, top-1 is measured too.
         methods: names of methods; by default all that are registered.
-        params_ratio: share of the model's parameters that stays, 0..1; 0.5 if neither ratio is given. A method that
-            can't save parameters is run at the same share of MACs, or else at that keep_ratio, and its row says so.
+        params_ratio: share of the model's parameters that stays, and of its bytes, 0..1; 0.5 if neither ratio is given.
+            A method that can't save them is run at the same share of MACs, or else at that keep_ratio; its row says so.
         macs_ratio: share of the model's multiply-accumulates that stays, instead of parameters.
         recover_steps: distillation steps for every row; 0 for none.
         recipe: calibration, repair, recovery, scope and rounding of every row, instead of the defaults.
@@ -152,7 +150,6 @@ class _Runner:
     base: Recipe
     budget: float
     counted: Counted
-    origin: Origin
     trials: Trials
     original: dict[str, Any] | None = None
 
@@ -168,7 +165,7 @@ class _Runner:
         batches, _ = first_images(source, NUM_IMAGES, seed=base.seed, batch_size=NUM_IMAGES)
         sites = find_mlps(teacher, scope=scope.removeprefix(encoder).removeprefix("."))
         trials = Trials(teacher=teacher, sites=sites, images_BCHW=batches[0], base=base)
-        return cls(model=model, data=data, base=base, budget=budget, counted=counted, origin=origin, trials=trials)
+        return cls(model=model, data=data, base=base, budget=budget, counted=counted, trials=trials)
 
     def rows(self, name: str, kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the rows of a method: those that exist already, and new ones as they are finished."""
@@ -186,14 +183,9 @@ class _Runner:
         budget = {} if find_method(name).takes == "nothing" else {"keep_ratio": fitted["keep_ratio"]}
         recipe = self.base.updated({"method": name, "repair": {} if repair == "ours" else False, **budget})
         try:
-            found = compress(self.model, data=self.data, recipe=recipe, quiet=True)
-            metrics = found.metrics
+            metrics = compress(self.model, data=self.data, recipe=recipe, quiet=True).metrics
             if self.original is None:
-                whole, _ = open_model(self.model)
-                uncut = _size_on_disk(whole, self.origin, Plan(edits=(), method="none"))
-                self.original = {**_costs(metrics.before), "bytes": uncut, "top1": metrics.before.top1}
-            assert found.model is not None
-            size = _size_on_disk(found.model, self.origin, found.plan)
+                self.original = {**_costs(metrics.before), "top1": metrics.before.top1}
         except Interrupted:
             raise
         except Exception as error:  # no error may stop the other rows
@@ -205,7 +197,6 @@ class _Runner:
             "fitted": fitted,
             **_costs(metrics.after),
             "speedup": _speedup(metrics.before, metrics.after),
-            "bytes": size,
             "after_cut": _quality(metrics.after_cut),
             "after_recovery": _quality(metrics.after_recovery),
             "seconds": metrics.seconds,
@@ -214,8 +205,10 @@ class _Runner:
 
     def fit(self, name: str) -> dict[str, Any]:
         """Find the keep_ratio at which a method leaves the budget's share, by trial cuts on a few images."""
-        units: list[Counted] = ["macs"] if self.counted == "macs" else ["params", "macs"]
-        met = ((ratio, unit) for unit in units if (ratio := self.trials.meet(name, unit, self.budget)) is not None)
+        units = ("macs",) if self.counted == "macs" else ("params", "macs")
+        met = (
+            (ratio, unit) for unit in units if (ratio := self.trials.meet(name, SIZES[unit], self.budget)) is not None
+        )
         ratio, counted = next(met, (self.budget, None))
         return {"keep_ratio": ratio, "counted": counted, "repairable": self.trials.at(name, ratio).repairable}
 
@@ -223,7 +216,8 @@ class _Runner:
 def _costs(cost: ModelCost) -> dict[str, Any]:
     """Return sizes and times of one model."""
     latency = {str(size): found["median_ms"] for size, found in cost.latency.items()}
-    return {"parameters": cost.parameters, "macs": cost.macs, "latency_ms": latency}
+    sizes = {"parameters": cost.parameters, "bytes": cost.num_bytes, "macs": cost.macs}
+    return {**sizes, "latency_ms": latency}
 
 
 def _speedup(before: ModelCost, after: ModelCost) -> dict[str, float]:
@@ -243,13 +237,6 @@ def _failed(name: str, repair: str, error: Exception, fitted: dict[str, Any] | N
     """Return the row of a run that failed."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     return {"method": name, "repair": repair, "error": line, "fitted": fitted}
-
-
-def _size_on_disk(model: nn.Module, origin: Origin, plan: Plan) -> int:
-    """Return the size of a model's weights file in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), model, origin=origin, plan=plan)
-        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
 
 def _opened(out: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:

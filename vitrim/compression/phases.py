@@ -16,6 +16,7 @@ from vitrim.compression.job import Job
 from vitrim.compression.share import find_share
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
+from vitrim.cost.count import model_size
 from vitrim.cost.memory import check_memory
 from vitrim.data import Split, augment_for, split_images
 from vitrim.data.inputs import check_inputs, random_inputs
@@ -272,6 +273,11 @@ def measure_costs(models: Models, job: Job) -> tuple[ModelCost, ModelCost]:
     sample, held_out = (None, None) if split is None else (split.sample, split.held_out)
     before, after = (measure(model, job.origin, sample, held_out) for model in (models.teacher, models.student))
     return before, after
+
+
+def with_bytes(cost: ModelCost, model: nn.Module) -> ModelCost:
+    """Add the bytes of a model as it is written, in the original's tensor types."""
+    return replace(cost, num_bytes=model_size(model)["num_bytes"])
 
 
 def stock_notes(origin: Origin, edits: Sequence[Edit], stock: Origin | None) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from vitrim.compression.phases import (
     prepare,
     stock_notes,
     train_,
+    with_bytes,
 )
 from vitrim.compression.write import Finished, Place, look_at_both, put_together, write_output
 from vitrim.config.options import RecoverOptions, RepairOptions
@@ -157,12 +158,14 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     before, after = on_main(measure_costs, models, job)
     plan = cut.plan.below(job.origin.encoder)
     stock = stock_origin(job.origin, plan.edits)
+    seen = look_at_both(models, job) if place is not None else NOTHING
+    whole = put_together(job, models, stock)
     metrics = Metrics(
         model=job.origin.name,
         method=plan.method,
         encoder=job.origin.encoder,
-        before=before,
-        after=after,
+        before=with_bytes(before, job.encoder),
+        after=with_bytes(after, models.student),
         after_cut=after_cut,
         after_recovery=after_recovery,
         images=models.counts,
@@ -175,8 +178,6 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
         **plan.describe(),
         **trained.describe(),
     )
-    seen = look_at_both(models, job) if place is not None else NOTHING
-    whole = put_together(job, models, stock)
     if place is None:
         return Result(model=whole, plan=plan, metrics=from_main(metrics), out=None)
     done = Finished(

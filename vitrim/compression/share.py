@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
-from vitrim.cost.count import count_macs, num_parameters
+from vitrim.cost.count import count_macs, model_size
 from vitrim.errors import BudgetError
 from vitrim.methods import SiteMethod, find_method
 from vitrim.surgery import KeepUnits, apply_
 from vitrim.types import MlpSite
 
-Counted = Literal["params", "macs"]
+Counted = Literal["params", "macs", "bytes"]
 SMALLEST, TOLERANCE, MAX_TRIALS = 0.05, 0.01, 6  # a keep_ratio, a share of the model, a number of cuts
 NUM_IMAGES = 32
 
@@ -33,6 +33,10 @@ class Trial:
 
     shares: Mapping[Counted, float]
     repairable: bool
+
+    def largest(self, counted: Sequence[Counted]) -> float:
+        """Return the largest share of several."""
+        return max(self.shares[each] for each in counted)
 
 
 @dataclass(kw_only=True)
@@ -45,15 +49,15 @@ class Trials:
     base: Recipe
     tried: dict[tuple[str, float], Trial] = field(default_factory=dict)
 
-    def meet(self, name: str, counted: Counted, budget: float) -> float | None:
+    def meet(self, name: str, counted: Sequence[Counted], budget: float) -> float | None:
         """Return the largest keep_ratio found that stays within the budget, or None if no share saves that much.
 
         Args:
             name: name of the method.
-            counted: what the budget counts, parameters or MACs.
+            counted: what the budget counts; if it is several things, each has to stay within it.
             budget: share of the model that may stay.
         """
-        low, high = (SMALLEST, self.at(name, SMALLEST).shares[counted]), (1.0, 1.0)
+        low, high = (SMALLEST, self.at(name, SMALLEST).largest(counted)), (1.0, 1.0)
         if low[1] > budget:
             return None
         for number in range(MAX_TRIALS):
@@ -63,7 +67,7 @@ class Trials:
             straight = low[0] + slope * (budget - TOLERANCE / 2 - low[1])
             # If sizes come in steps, such as experts, interpolation may get stuck: every other trial bisects instead.
             ratio = (low[0] + high[0]) / 2 if number % 2 else straight
-            share = self.at(name, ratio).shares[counted]
+            share = self.at(name, ratio).largest(counted)
             low, high = (low, (ratio, share)) if share > budget else ((ratio, share), high)
         return low[0]
 
@@ -83,9 +87,10 @@ class Trials:
             apply_(student, edits)
         else:
             edits = cut_(student, self.teacher, self.sites, recipe, [self.images_BCHW], quiet=True).plan.edits
-        one = self.images_BCHW[:1]
+        one, small, whole = self.images_BCHW[:1], model_size(student), model_size(self.teacher)
         shares: dict[Counted, float] = {
-            "params": num_parameters(student) / num_parameters(self.teacher),
+            "params": small["num_parameters"] / whole["num_parameters"],
+            "bytes": small["num_bytes"] / whole["num_bytes"],
             "macs": count_macs(student, one) / count_macs(self.teacher, one),
         }
         return Trial(shares=shares, repairable=any(isinstance(edit, KeepUnits) and not edit.tensors for edit in edits))
@@ -109,7 +114,7 @@ def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inp
     alone = recipe.model_copy(update={"steps": (step,), "recover": None, "blockwise": None})
     trials = Trials(teacher=teacher, sites=sites, images_BCHW=inputs[:NUM_IMAGES], base=alone)
     counted: Counted = "params" if width.kind == "params_ratio" else "macs"
-    found = trials.meet(step.method, counted, width.value)
+    found = trials.meet(step.method, [counted], width.value)
     if found is None:
         least = trials.at(step.method, SMALLEST).shares[counted]
         least = math.ceil(least * 1000) / 1000  # rounded up, so that it can be met

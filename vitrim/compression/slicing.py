@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vitrim.config.widths import Width
-from vitrim.cost.count import num_parameters
+from vitrim.cost.count import model_size
 from vitrim.data.inputs import random_inputs
 from vitrim.errors import BudgetError, CheckpointError
 from vitrim.metrics.record import Metrics, ModelCost
@@ -73,7 +73,7 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
     cuts, found = _last_cuts(plan, source), read_widths(source).get(mlp_ratio)
     chosen = _prefix(cuts, mlp_ratio) if found is None else _checked(found, cuts, source)
     whole = load(source, model=model)
-    before = num_parameters(whole)
+    before = _cost(whole)
     with in_one_line(str(source)):
         apply_(whole, [_second_cut(edit, chosen) for edit in cuts])
     narrowed = {id(edit): _narrowed(edit, chosen) for edit in cuts}
@@ -83,8 +83,8 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
         model=origin.name,
         method=plan.method,
         encoder=origin.encoder,
-        before=ModelCost(parameters=before),
-        after=ModelCost(parameters=num_parameters(whole)),
+        before=before,
+        after=_cost(whole),
         sliced_from=str(source),
         elastic={f"{mlp_ratio:g}": dict(chosen.errors)} if chosen.errors else None,
         notes=(note,) if found is None else (),
@@ -94,6 +94,12 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
     with staged_output(out) as (folder, _):
         metrics = _write(folder, whole, origin, plan, metrics, out, started)
     return Result(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
+
+
+def _cost(model: nn.Module) -> ModelCost:
+    """Return the size of a model."""
+    size = model_size(model)
+    return ModelCost(parameters=size["num_parameters"], num_bytes=size["num_bytes"])
 
 
 def _last_cuts(plan: Plan, source: Path) -> list[KeepUnits]:

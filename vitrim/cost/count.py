@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -43,7 +44,7 @@ class Latency(TypedDict):
 
 
 class ModelSize(TypedDict):
-    """Parameters, and bytes of parameters and buffers; shared tensors count once."""
+    """Parameters, and bytes of what a file holds; shared tensors count once."""
 
     num_parameters: int
     num_bytes: int
@@ -67,15 +68,20 @@ def site_macs(site: MlpSite, width: int) -> int:
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Return the parameters of a model and the bytes that it holds in memory, buffers included."""
-    return {"num_parameters": num_parameters(model), "num_bytes": sum(_storages(model).values())}
+    """Return the parameters of a model, and the bytes that it takes in a file.
+
+    The bytes are those of parameters and persistent buffers, such as masks, each in its own type; the names and shapes
+    at the head of a file are not counted.
+    """
+    stored = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    return {"num_parameters": num_parameters(model), "num_bytes": sum(stored.values())}
 
 
 def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     """Count the multiply-accumulates of one image while the model runs (half of torch's FLOPs).
 
-    Matrix products, convolutions and attention count; norms, activations, softmax and biases don't, as usual
-    in papers. Causal attention counts in full.
+    Matrix products, convolutions and attention count, and so do weighted sums of gathered rows, which are products that
+    leave out zeros; norms, activations, softmax and biases don't, as usual in papers. Causal attention counts in full.
 
     Args:
         model: any module that takes images.
@@ -87,9 +93,11 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-    packets = [getattr(torch.ops.aten, name) for name in UNCOUNTED_ATTENTION if hasattr(torch.ops.aten, name)]
-    mapping: dict[Any, Any] = {packet: _attention_flops for packet in packets if packet not in flop_registry}
-    mapping[torch.ops.aten._int_mm] = _product_flops  # int8 by int8
+    formulas = dict.fromkeys(UNCOUNTED_ATTENTION, _attention_flops) | UNCOUNTED_PRODUCTS
+    packets = {name: getattr(torch.ops.aten, name) for name in formulas if hasattr(torch.ops.aten, name)}
+    mapping: dict[Any, Any] = {
+        packet: formulas[name] for name, packet in packets.items() if packet not in flop_registry
+    }
     # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
     # an attention pool) while it asks for gradients.
     with frozen(model), evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
@@ -220,8 +228,24 @@ def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
 
 
 def _product_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
-    """Return the FLOPs of a matrix product, from the shapes of its factors."""
-    return 2 * left[0] * left[1] * right[1]
+    """Return the FLOPs of a product of a matrix with a matrix or a vector, from the shapes of its factors."""
+    return 2 * math.prod(left) * (right[1] if len(right) > 1 else 1)
+
+
+def _bag_flops(weight: Sequence[int], places: Sequence[int], offsets: Any, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of sums of gathered rows: a product for each entry of each row, if they are weighted at all."""
+    weights = args[3] if len(args) > 3 else kwargs.get("per_sample_weights")
+    return 0 if weights is None else 2 * math.prod(places) * weight[1]
+
+
+# Products that torch's counter does not know: int8 by int8, a matrix by a vector, weighted sums of gathered rows.
+UNCOUNTED_PRODUCTS: dict[str, Callable[..., int]] = {
+    "_int_mm": _product_flops,
+    "mv": _product_flops,
+    "addmv": lambda added, *factors, **_: _product_flops(*factors),
+    "_embedding_bag": _bag_flops,
+    "_embedding_bag_forward_only": _bag_flops,
+}
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

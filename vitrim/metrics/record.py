@@ -14,7 +14,7 @@ class ModelCost:
     """What one model costs, and how often it is right where it has a head and the images have labels.
 
     `macs` are those of one image; `latency` is by batch size, each with `median_ms` and `iqr_ms`; `num_bytes` is the
-    size of the tensors in files. What was not measured is None, or empty.
+    size of the tensors in files, each in its own type. What was not measured is None, or empty.
     """
 
     parameters: int

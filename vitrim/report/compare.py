@@ -1,6 +1,6 @@
 """Compares output folders of one original: a table of cost and quality, and a picture of the best trade-offs.
 
-It reads what the runs measured (metrics.json, recipe.yaml, the size of the weights' files) and loads no model. Runs of
+It reads what the runs measured (metrics.json, recipe.yaml) and loads no model. Runs of
 different originals are refused: closeness is measured against a run's own original, so the numbers are not comparable.
 If machines or held-out images differ between runs, the numbers are shown with a note.
 """
@@ -20,18 +20,16 @@ from vitrim.metrics.record import Metrics
 from vitrim.report.page import render, write_page
 from vitrim.report.pareto import Point, draw_pareto
 from vitrim.report.picture import final_value, format_number
-from vitrim.report.summary import summarise
+from vitrim.report.summary import WEIGHTS, summarise
 
-FILE_SIZE = "file size (MB)"
-ELASTIC_WEIGHTS = "elastic.safetensors"  # holds further widths, not the one that was measured
-COSTS = ("parameters", "MACs per image", "peak memory (MiB)", "latency", FILE_SIZE)  # lower is better; shares are shown
+COSTS = ("parameters", "MACs per image", "peak memory (MiB)", "latency", WEIGHTS)  # lower is better; shares are shown
 # Costs that the picture plots against the relative error, with their labels.
 AXES = (("parameters", "Parameters"), ("latency batch 8 (ms)", "Milliseconds a batch of 8"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One output folder: `summary` as in its own report, with file size; `held_out` names the images for judging."""
+    """One output folder: `summary` as in its own report; `held_out` names the images for judging."""
 
     number: int
     name: str
@@ -127,13 +125,12 @@ def _read(folder: Path, number: int, label: str) -> Run:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: not what vitrim compress writes ({what}); name one of its folders.") from None
     recipe = Recipe.load(folder / "recipe.yaml")
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != ELASTIC_WEIGHTS)
     return Run(
         number=number,
         name=label,
         method=str(method),
         original=original,
-        summary={**summary, FILE_SIZE: {"before": None, "after_cut": size / 1e6, "after": size / 1e6}},
+        summary=summary,
         machine=machine,
         held_out=f"{images} of {recipe.data}, seed {recipe.seed}",
     )

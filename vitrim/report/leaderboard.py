@@ -11,7 +11,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("parameters", "parameters", "count"),
     ("MACs", "macs", "count"),
     (f"times as fast, batch {LATENCY_BATCH}", f"speedup.{LATENCY_BATCH}", "times"),
-    ("on disk (MB)", "bytes", "megabytes"),
+    ("weights (MB)", "bytes", "megabytes"),
     ("error, cut", "after_cut.relative_error", "number"),
     ("error, end", "after_recovery.relative_error", "number"),
     ("top-1 %, cut", "after_cut.top1", "percent"),
@@ -85,7 +85,8 @@ def _held_to(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     fitted = row["fitted"]
     if fitted["counted"] is None:
         return f"keep_ratio {fitted['keep_ratio']:g}; it saves neither parameters nor MACs"
-    return f"{_asked(report)[1]:.0%} {fitted['counted'].replace('macs', 'MACs')}"
+    words = {"params": "params and bytes" if _in_bytes(report, row) else "params, not bytes", "macs": "MACs"}
+    return f"{_asked(report)[1]:.0%} {words[fitted['counted']]}"
 
 
 def _asked(report: Mapping[str, Any]) -> tuple[str, float]:
@@ -105,10 +106,21 @@ def _value(row: Mapping[str, Any], key: str) -> float | None:
 
 def _best(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: tuple[str, str, str]) -> float | None:
     """Return the best value of a column among the rows that met the budget, or None if there is no difference."""
-    met = [row for row in rows if not row["error"] and row["fitted"]["counted"] == _asked(report)[0]]
+    met = [row for row in rows if not row["error"] and _met(report, row)]
     values = [value for row in met if (value := _value(row, column[1])) is not None]
     pick = max if column[2] in MORE_IS_BETTER else min
     return pick(values) if len(set(values)) > 1 else None
+
+
+def _met(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Return whether a row's model met the budget; one of parameters holds for bytes, too."""
+    counted = _asked(report)[0]
+    return row["fitted"]["counted"] == counted and (counted == "macs" or _in_bytes(report, row))
+
+
+def _in_bytes(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Return whether a row's model is within the budget by the bytes of its weights."""
+    return row["bytes"] <= _asked(report)[1] * report["original"]["bytes"]
 
 
 def _cell(row: Mapping[str, Any], column: tuple[str, str, str], original: Mapping[str, Any]) -> str:
@@ -118,11 +130,11 @@ def _cell(row: Mapping[str, Any], column: tuple[str, str, str], original: Mappin
     if value is None:
         return ""
     whole = _value(original, key)
-    share = f" ({value / whole:.0%})" if kind == "count" and whole and row is not original else ""
+    share = f" ({value / whole:.0%})" if kind in ("count", "megabytes") and whole else ""
     written = {
         "count": f"{value / 1e6:.2f}M{share}",
         "times": f"{value:.2f}x",
-        "megabytes": f"{value / 1e6:.2f}",
+        "megabytes": f"{value / 1e6:.2f}{share}",
         "number": f"{value:.4f}",
         "percent": f"{value:.1f}",
         "seconds": f"{value:.0f}",

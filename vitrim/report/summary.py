@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vitrim.metrics.record import Metrics
+from vitrim.metrics.record import Metrics, ModelCost
 
+WEIGHTS = "weights (MB)"  # as written: masks and other buffers count, each tensor in its own type
 Cells = dict[str, float | None]
 
 # Rows of the table, with their names in the result of `metrics.fidelity`.
@@ -22,6 +23,7 @@ def summarise(metrics: Metrics) -> dict[str, Cells]:
     costs = {
         "parameters": (before.parameters, after.parameters),
         "MACs per image": (before.macs, after.macs),
+        WEIGHTS: (_megabytes(before), _megabytes(after)),
         "peak memory (MiB)": (before.peak_memory_mib, after.peak_memory_mib),
     }
     rows: dict[str, Cells] = {
@@ -31,6 +33,10 @@ def summarise(metrics: Metrics) -> dict[str, Cells]:
         name = f"latency batch {size} (ms)"
         rows[name] = {"before": timed["median_ms"], "after_cut": None, "after": after.latency[size]["median_ms"]}
     return rows | _closeness_rows(metrics)
+
+
+def _megabytes(cost: ModelCost) -> float | None:
+    return None if cost.num_bytes is None else cost.num_bytes / 1e6
 
 
 def _closeness_rows(metrics: Metrics) -> dict[str, Cells]:
