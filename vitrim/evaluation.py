@@ -147,6 +147,7 @@ def evaluate(
         model.to(resolve_device(device))
     images = open_set(data, origin, split=split, limit=limit)
     batches = list(images.loader(batch_size=batch_size))
+    images.tell()
     check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
     learn = None if index is None else list(open_set(index, origin, limit=limit).loader(batch_size=batch_size))

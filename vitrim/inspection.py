@@ -239,6 +239,7 @@ def _activity(
     encoder = model.get_submodule(origin.encoder).float()
     images = open_set(data, origin, split="train", limit=limit)
     batches, _ = first_images(images, limit, seed=0)
+    images.tell()
     check_inputs(encoder, origin, batches)
     own = [site.within(origin.encoder) if origin.encoder else site for site in sites]
     return tuple(measure_activity(encoder, own, batches))

@@ -116,6 +116,7 @@ def zero_shot(
     classes_CE = build_classifier(pair, prompts_for(names, templates), cache=cache, quiet=quiet)
     images = open_set(data, origin, split=split, limit=limit)
     found = zero_shot_top(whole, pair, classes_CE, images.loader(batch_size=batch_size))
+    images.tell()
     return {name: 100 * value if name.startswith("top") else value for name, value in found.items()}
 
 

@@ -220,7 +220,9 @@ def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> list[Tensor]:
     images = open_inputs(data, job.origin)
     if isinstance(images, ImageStream):
         images, _ = images.take(options.num_images, seed=recipe.seed)
-    return first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)[0]
+    batches, _ = first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
+    images.tell()
+    return batches
 
 
 def _run(task: _Task, context: RunContext, place: Place) -> Result:

@@ -163,6 +163,7 @@ class _Runner:
         if isinstance(source, ImageStream):
             source = source.take(NUM_IMAGES, seed=base.seed)[0]
         batches, _ = first_images(source, NUM_IMAGES, seed=base.seed, batch_size=NUM_IMAGES)
+        source.tell()
         sites = find_mlps(teacher, scope=scope.removeprefix(encoder).removeprefix("."))
         trials = Trials(teacher=teacher, sites=sites, images_BCHW=batches[0], base=base)
         return cls(model=model, data=data, base=base, budget=budget, counted=counted, trials=trials)

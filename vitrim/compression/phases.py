@@ -61,6 +61,11 @@ class Models:
         return None if self.split is None else self.split.calibration
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the images."""
+        return () if self.split is None else self.split.notes
+
+    @property
     def counts(self) -> Mapping[str, Any]:
         """Number of images for each purpose."""
         return {} if self.split is None else self.split.counts

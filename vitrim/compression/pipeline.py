@@ -160,6 +160,7 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     stock = stock_origin(job.origin, plan.edits)
     seen = look_at_both(models, job) if place is not None else NOTHING
     whole = put_together(job, models, stock)
+    why = stock_notes(job.origin, plan.edits, stock)
     metrics = Metrics(
         model=job.origin.name,
         method=plan.method,
@@ -172,7 +173,7 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
         cut_errors=cut.errors,
         allocation=widths.about,
         stock=stock is not None,
-        notes=(*job.notes, *widths.notes, *cut.notes, *trained.notes, *stock_notes(job.origin, plan.edits, stock)),
+        notes=(*job.notes, *models.notes, *widths.notes, *cut.notes, *trained.notes, *why),
         environment=environment(),
         seconds=round(time.monotonic() - started, 1),
         **plan.describe(),

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from vitrim.data.decode import READ_ERRORS, decode
 from vitrim.data.images import Transform, collate, prepare
 from vitrim.data.shards import IMAGE_SUFFIXES, TAR_ERRORS, shard_urls
-from vitrim.data.sources import READ_ERRORS, choose_split, decode, files_of_split, name_of, open_rows, unpack
+from vitrim.data.sources import choose_split, files_of_split, name_of, open_rows, unpack
 from vitrim.errors import DataError
 from vitrim.models.origin import require
 

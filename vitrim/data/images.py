@@ -9,6 +9,7 @@ on its own.
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vitrim.data.sources import ALLOWED, READ_ERRORS, Rows, open_rows
+from vitrim.data.decode import READ_ERRORS, Seen, as_picture, kind_of, remarks, to_rgb
+from vitrim.data.sources import ALLOWED, Rows, open_rows
 from vitrim.errors import DataError
 
+LOG = logging.getLogger("vitrim")
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -42,8 +45,8 @@ class Batch(NamedTuple):
 class ImageSet(Dataset):
     """A map-style dataset of preprocessed images: item i is (image_CHW, label), or None if unreadable.
 
-    PIL images go through the transform (without one: scaled to 0..1 at their own size); tensors are taken as
-    already preprocessed, by the transform and by augmentation alike.
+    PIL images and arrays or tensors of 8 or 16 bits go through the transform (without one: scaled to 0..1 at their own
+    size); float tensors are taken as already preprocessed, by the transform and by augmentation alike.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ImageSet(Dataset):
         transform: Transform | None = None,
         indices: Sequence[int] | None = None,
         seed: int | None = None,
+        seen: Seen | None = None,
     ):
         self.name = name
         self._rows = rows
@@ -61,6 +65,7 @@ class ImageSet(Dataset):
         self._indices = range(len(rows)) if indices is None else indices
         self._seed = seed
         self._epoch = 0
+        self._seen = Seen(len(rows)) if seen is None else seen
 
     @property
     def has_labels(self) -> bool:
@@ -71,9 +76,11 @@ class ImageSet(Dataset):
         return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
+        index = range(len(self))[index]
         try:
-            return self._load(range(len(self))[index])
-        except READ_ERRORS:
+            return self._load(index)
+        except READ_ERRORS as error:
+            self._seen.failed(self._indices[index], error)
             return None
 
     def problem(self, index: int) -> str | None:
@@ -86,7 +93,7 @@ class ImageSet(Dataset):
 
     def with_transform(self, transform: Transform | None) -> ImageSet:
         """Return the same images with another transform and no augmentation."""
-        return ImageSet(self._rows, name=self.name, transform=transform, indices=self._indices)
+        return self._with(transform=transform, seed=None)
 
     def augmented(self, augment: Transform | None, seed: int) -> ImageSet:
         """Return the same images with a random transform.
@@ -95,7 +102,7 @@ class ImageSet(Dataset):
         the
         number of workers.
         """
-        return ImageSet(self._rows, name=self.name, transform=augment, indices=self._indices, seed=seed)
+        return self._with(transform=augment, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that augmentation draws for; call it before iterating over a loader."""
@@ -108,8 +115,20 @@ class ImageSet(Dataset):
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """Return the images at these positions, in this order."""
-        chosen = [self._indices[i] for i in indices]
-        return ImageSet(self._rows, name=self.name, transform=self._transform, indices=chosen, seed=self._seed)
+        return self._with(indices=[self._indices[i] for i in indices])
+
+    def kinds(self) -> dict[str, int]:
+        """Return how many images were of which mode, or `unreadable`, as far as they were read in this process."""
+        return self._seen.counts(self._indices)
+
+    def remarks(self) -> list[str]:
+        """Return sentences on the images read in this process: those left out, and those of an unusual mode."""
+        return remarks(self.kinds(), self._seen.problem)
+
+    def tell(self) -> None:
+        """Log the remarks, where there is no result to note them in."""
+        for remark in self.remarks():
+            LOG.warning("%s: %s", self.name, remark)
 
     def loader(
         self, *, batch_size: int, indices: Sequence[int] | Sampler[int] | None = None, num_workers: int = 0
@@ -130,28 +149,36 @@ class ImageSet(Dataset):
             generator=torch.Generator().manual_seed(0),  # else every pass would draw from the global generator
         )
 
+    def _with(self, **changed: Any) -> ImageSet:
+        same = {"transform": self._transform, "indices": self._indices, "seed": self._seed}
+        return ImageSet(self._rows, name=self.name, seen=self._seen, **{**same, **changed})
+
     def _load(self, index: int) -> tuple[Tensor, int]:
         image, label = self._rows.read(self._indices[index])
+        self._seen.note(self._indices[index], kind_of(image))
         return prepare(image, self._transform, name=self.name, seed=self._seed, epoch=self._epoch, index=index), label
 
 
 def prepare(
     image: Any, transform: Transform | None, *, name: str, seed: int | None = None, epoch: int = 0, index: int = 0
 ) -> Tensor:
-    """Apply a transform to an image, drawn under (seed, epoch, index); tensors are returned as they are.
+    """Apply a transform to an image, drawn under (seed, epoch, index); float tensors are returned as they are.
 
     Raises:
-        DataError: the image is neither a PIL image nor a tensor of the right kind.
+        DataError: the image is neither a PIL image nor an array or tensor of the right kind.
+        OSError, SyntaxError: the image is None or can't be read.
     """
+    image = as_picture(image, f"{name}: item {index}")
     if isinstance(image, Image.Image):
+        image = to_rgb(image)
         with _seeded(seed, epoch, index):
-            image = (transform or _to_unit_range)(image.convert("RGB"))
+            image = (transform or _to_unit_range)(image)
     is_tensor = isinstance(image, Tensor)
     if not (is_tensor and (image.ndim == 3 if image.is_floating_point() else image.ndim == 1)):
-        got = f"{image.dtype} {tuple(image.shape)}" if is_tensor else type(image).__name__
+        got = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
         raise DataError(
-            f"{name}: item {index} is {got}; use PIL images or float tensors (C, H, W), or for a text "
-            "encoder token ids (N,)."
+            f"{name}: item {index} is {got}; use PIL images, arrays of 8 or 16 bits, or float tensors (C, H, W) that "
+            "are preprocessed already, or for a text encoder token ids (N,)."
         )
     return image
 

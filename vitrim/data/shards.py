@@ -19,7 +19,7 @@ from typing import Any
 from vitrim.errors import DataError
 from vitrim.models.origin import require
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 SHARD = re.compile(r"^pipe:|\.(tar|tgz|tar\.gz)($|\?)")  # a command to run, or a tar file, also at the end of a url
 META = re.compile(r"__[^/]*__($|/)")  # what is said about a shard as a whole
 TAR_ERRORS = (OSError, tarfile.TarError, EOFError, ValueError)

@@ -6,12 +6,9 @@ decoded. Preprocessing, counting and batching are in `images.py`.
 
 from __future__ import annotations
 
-import io
 import operator
 import re
-import struct
 import sys
-import warnings
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from vitrim.data.decode import READ_ERRORS, decode
 from vitrim.data.shards import IMAGE_SUFFIXES, TarIndex, can_seek, shard_urls
 from vitrim.errors import DataError
 
@@ -34,14 +33,7 @@ ALLOWED = (
     "a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
 )
 NUM_DIGITS_TRAIN = 1437  # of 1797; the test part has 360
-MAX_ASPECT = 200  # a strip of one pixel by a million is a small file, and its short side is scaled to the model's
 PARQUET_CACHE_BYTES = 512 * 2**20  # encoded row groups kept, in each process; CIFAR-10's 50,000 images take 114 MB
-READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    Image.DecompressionBombError,
-)  # PIL raises SyntaxError for broken PNG chunks
-DECODE_ERRORS = (*READ_ERRORS, Image.DecompressionBombWarning, ValueError, EOFError, IndexError, struct.error)
 
 
 class Rows(Protocol):
@@ -78,6 +70,7 @@ def open_rows(source: Any, *, split: str, limit: int | None) -> tuple[Rows, str]
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         return _Items(source, name), name
     if isinstance(source, Iterable):
+        _check_layout(source, name)
         return _Items(_collect(source, limit), name), name
     raise DataError(f"{name}: not a source of images; {ALLOWED}.")
 
@@ -244,7 +237,6 @@ class _Items:
 
 def _digits(split: str) -> _Items:
     """Return scikit-learn's handwritten digits as RGB images of 8x8 pixels."""
-    import numpy as np
     from sklearn.datasets import load_digits
 
     parts = {"train": slice(None, NUM_DIGITS_TRAIN), "test": slice(NUM_DIGITS_TRAIN, None)}
@@ -261,11 +253,20 @@ def _collect(source: Iterable[Any], limit: int | None) -> list[tuple[Any, Any]]:
     return list(islice((pair for item in source for pair in _unbatch(item)), limit))
 
 
+def _check_layout(source: Any, name: str) -> None:
+    """Refuse an array of which it can't be told whether it is one image or several grey ones."""
+    if isinstance(source, Tensor | np.ndarray) and source.ndim == 3 and {1, 3, 4} & {source.shape[0], source.shape[-1]}:
+        raise DataError(
+            f"{name}: an array {tuple(source.shape)} may be one image or {len(source)} grey ones; use four sides, "
+            "(N, C, H, W) or (N, H, W, C)."
+        )
+
+
 def _unbatch(item: Any) -> Iterable[tuple[Any, Any]]:
     image, label = unpack(item)
-    if not (isinstance(image, Tensor) and image.ndim == 4):
+    if not (isinstance(image, Tensor | np.ndarray) and image.ndim == 4):
         return [(image, label)]
-    has_labels = isinstance(label, Tensor | Sequence) and len(label) == len(image)
+    has_labels = isinstance(label, Tensor | np.ndarray | Sequence) and len(label) == len(image)
     return zip(image, label if has_labels else [-1] * len(image), strict=True)
 
 
@@ -337,19 +338,3 @@ def _read_cells(table: Any, columns: Sequence[str], root: Path) -> tuple[Image.I
     if cell is None:
         raise OSError("the cell is empty")
     return decode(cell), as_label(label)
-
-
-def decode(encoded: bytes | Path) -> Image.Image:
-    """Decode an image file or its bytes; any error of PIL for a broken or oversized image becomes OSError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on metadata; the pixels are what counts
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-                if image.format == "EPS":  # the bytes decide, not the name, and PIL would have Ghostscript run them
-                    raise OSError("an EPS is a program, not an image")
-                if max(image.size) > MAX_ASPECT * min(image.size):
-                    raise OSError(f"{image.width} x {image.height} pixels: over {MAX_ASPECT} times as long as wide")
-                return image.convert("RGB")
-    except DECODE_ERRORS as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -10,10 +10,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from vitrim.config.recipe import Recipe
+from vitrim.data.decode import UNREADABLE
 from vitrim.data.images import Batch, ImageSet, first_images, split_indices
 from vitrim.data.streams import ImageStream, Place
 from vitrim.errors import DataError
@@ -24,12 +26,16 @@ MAX_HELD_OUT = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images by purpose; `counts` says how many of each, None for the training images of a stream."""
+    """Images by purpose; `counts` says how many of each, None for the training images of a stream.
+
+    In `counts`, `modes` are those of the calibration and held-out images; `notes` are on the same.
+    """
 
     train: ImageSet | ImageStream
     calibration: list[Tensor]
     held_out: list[Batch]
-    counts: dict[str, int | None]
+    counts: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def sample(self) -> Tensor:
@@ -65,11 +71,14 @@ def _split(images: ImageSet, source: ImageSet | ImageStream, recipe: Recipe, pla
     held_out = [batch for batch in judged.loader(batch_size=options.batch_size) if len(batch.images_BCHW)]
     if not held_out:
         raise DataError(f"{images.name}: none of the {len(judged)} held-out images could be read; check the files.")
-    counts = {
+    counts: dict[str, Any] = {
         "train": len(train) if isinstance(source, ImageSet) else None,
         "calibration": sum(map(len, batches)),
         "held_out": sum(len(batch.images_BCHW) for batch in held_out),
         "skipped": num_skipped + sum(batch.num_skipped for batch in held_out),
     }
+    modes = {kind: count for kind, count in images.kinds().items() if kind != UNREADABLE}
+    if modes:
+        counts["modes"] = modes
     remaining = train if isinstance(source, ImageSet) else source.without([places[i] for i in held])
-    return Split(train=remaining, calibration=batches, held_out=held_out, counts=counts)
+    return Split(train=remaining, calibration=batches, held_out=held_out, counts=counts, notes=tuple(images.remarks()))

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vitrim.data.decode import READ_ERRORS, decode
 from vitrim.data.images import Batch, ImageSet, Transform, collate, prepare
 from vitrim.data.shards import IMAGE_SUFFIXES, can_seek, label_of, shard_urls
-from vitrim.data.sources import READ_ERRORS, as_label, choose_split, decode, find_columns, name_of, unpack
+from vitrim.data.sources import as_label, choose_split, find_columns, name_of, unpack
 from vitrim.errors import DataError, VitrimError
 from vitrim.models.origin import require
 from vitrim.storage.tensor_writer import read_journal

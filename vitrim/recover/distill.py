@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -119,12 +118,12 @@ def _start(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> Non
 
 
 def _left_out(run: Run) -> list[str]:
-    """Note how many images of a stream could not be read, over all processes."""
-    if not isinstance(run.sampler, StreamSampler):
-        return []
-    mine = torch.tensor(len(run.sampler.unreadable), device=run.device)
-    num_images = int(run.accelerator.reduce(mine, reduction="sum"))  # type: ignore[arg-type]
-    return [f"{num_images} images of the stream could not be read and were left out."] if num_images else []
+    """Note how many images could not be read, over all processes."""
+    from accelerate.utils import gather_object
+
+    num_images = len(set(gather_object(sorted(run.sampler.unreadable))))
+    what = "stream" if isinstance(run.sampler, StreamSampler) else "training set"
+    return [f"{num_images} images of the {what} could not be read and were left out."] if num_images else []
 
 
 def _loop(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None:

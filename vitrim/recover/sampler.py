@@ -44,6 +44,7 @@ class Sampler:
     ) -> None:
         self.images, self.options, self.seed = images, options, seed
         self.rank, self.num_processes = rank, num_processes
+        self.unreadable: set[int] = set()
         self.global_batch = min(len(images), options.batch_size * options.gradient_accumulation_steps)
         self.steps_per_epoch = max(1, len(images) // self.global_batch)
 
@@ -81,6 +82,7 @@ class Sampler:
             generator=torch.Generator().manual_seed(0),  # workers' base seed; items draw from their own
         )
         for rows, batch in zip(micro_batches, loader, strict=True):
+            self.unreadable |= set(rows) - {rows[place] for place in batch.places_B.tolist()}
             yield MicroBatch(batch.images_BCHW, torch.tensor(rows, dtype=torch.int64)[batch.places_B], epoch)
 
 
