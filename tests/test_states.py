@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import vitrim
 from tests.support.digits import DIGITS
-from vitrim.errors import VitrimError
+from vitrim.errors import ModelError, VitrimError
 from vitrim.torch_state import AUTOCAST
 
 SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -134,3 +135,151 @@ def test_every_entry_point_that_runs_models_has_a_state_of_its_own():
     without = {"doctor", "push"}
     names = [name for name in vitrim.__all__ if name.islower() and name not in ("methods", "__version__", *without)]
     assert [name for name in names if not hasattr(getattr(vitrim, name), "__wrapped__")] == []
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def in_ddp(model: nn.Module) -> nn.Module:
+    with one_process():
+        return nn.parallel.DistributedDataParallel(model)
+
+
+def with_compiled_block(model: nn.Module) -> nn.Module:
+    model.blocks[1] = torch.compile(model.blocks[1])
+    return model
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compile a block": with_compiled_block,
+    "compile in place": compiled_in_place,
+    "nested": lambda model: torch.compile(in_ddp(torch.compile(nn.DataParallel(model)))),
+}
+
+
+@pytest.fixture(scope="module")
+def halved() -> vitrim.Result:
+    return vitrim.compress(tiny(), method="magnitude", mlp_ratio=1, quiet=True)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_are_taken_off(name, halved):
+    wrapped = WRAPPERS[name](tiny())
+    before = {key: tensor.clone() for key, tensor in wrapped.state_dict().items()}
+    found = vitrim.compress(wrapped, method="magnitude", mlp_ratio=1, quiet=True)
+    assert found.metrics.stock and found.plan == halved.plan
+    assert halved.model is not None and found.model is not None
+    kept, wanted = found.model.state_dict(), halved.model.state_dict()
+    assert kept.keys() == wanted.keys() and all(torch.equal(kept[key], tensor) for key, tensor in wanted.items())
+    assert vitrim.inspect(wrapped).parameters == vitrim.inspect(tiny()).parameters
+    after = wrapped.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_in_place_a_wrapper_that_only_passes_calls_on_stays():
+    for wrap in (nn.DataParallel, torch.compile):
+        model = tiny()
+        assert vitrim.prune_(wrap(model), "magnitude", mlp_ratio=1).widths == {"blocks.0.mlp": 32, "blocks.1.mlp": 32}
+        assert model.blocks[0].mlp.fc1.weight.shape == (32, 32)
+    with pytest.raises(ModelError, match=r"prune_\(model.module\)"):
+        vitrim.prune_(in_ddp(tiny()), "magnitude")
+    with pytest.raises(ModelError, match=r"blocks.1: is wrapped \(OptimizedModule\)"):
+        vitrim.prune_(with_compiled_block(tiny()), "magnitude")
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["fc1"]))
+
+
+def with_injected_lora(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), model)
+
+
+def masked(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        nn.utils.prune.l1_unstructured(block.attn.proj, "weight", amount=0.5)
+    return model
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    with one_process():
+        return torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+
+
+def half_on_meta(model: nn.Module) -> nn.Module:
+    model.blocks[1].to("meta")
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "peft": (with_lora, r"adapters of PEFT .* model = model.merge_and_unload\(\)\."),
+    "peft, injected": (with_injected_lora, r"blocks.0.attn.qkv has adapters of PEFT"),
+    "peft, compiled": (lambda model: torch.compile(with_lora(model)), r"merge_and_unload"),
+    "masks": (
+        masked,
+        r'blocks.0.attn.proj .*\(and 1 more modules\).*get_submodule\("blocks.0.attn.proj"\), "weight"\)',
+    ),
+    "shards": (sharded, r"sharded"),
+    "meta": (half_on_meta, r"blocks.1.norm1.weight \(and 11 more\) is on the meta device"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_in_the_weights_is_refused_before_the_first_image(name):
+    def images() -> Iterator[torch.Tensor]:
+        raise AssertionError("an image was read")
+        yield
+
+    spoil, reason = REFUSED[name]
+    model = spoil(tiny())
+    for use in (
+        lambda: vitrim.compress(model, data=images(), method="dgmr", quiet=True),
+        lambda: vitrim.prune_(model, "magnitude"),
+        lambda: vitrim.evaluate(tiny(), model, images(), limit=4),
+        lambda: vitrim.inspect(model, activity=images()),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            use()
+
+
+def test_the_line_for_adapters_and_for_masks_is_the_way_on():
+    merged = with_lora(tiny()).merge_and_unload()
+    assert vitrim.prune_(merged, "magnitude", mlp_ratio=1).widths["blocks.0.mlp"] == 32
+    model = masked(tiny())
+    for block in model.blocks:
+        nn.utils.prune.remove(block.attn.proj, "weight")
+    vitrim.prune_(model, "magnitude", mlp_ratio=1)
+    assert float((model.blocks[0].attn.proj.weight == 0).float().mean()) == 0.5
+
+
+def test_a_model_built_in_inference_mode_is_copied_or_refused(expected):
+    with torch.inference_mode():
+        model = tiny()
+    assert vitrim.evaluate(tiny(), model, IMAGES, latency=False, device="cpu").fidelity["relative_error"] == 0
+    with pytest.raises(ModelError, match=r"made under torch.inference_mode"):
+        vitrim.prune_(model, "magnitude")
+    recovered = vitrim.compress(
+        model,
+        data=IMAGES,
+        method="dgmr",
+        mlp_ratio=1,
+        repair=vitrim.RepairOptions(refit_steps=2),
+        recover={"steps": 2, "batch_size": 8, "lr": 1e-4},
+        device="cpu",
+        quiet=True,
+    ).model
+    assert recovered is not None
+    assert all(torch.equal(tensor, expected[0][key]) for key, tensor in recovered.state_dict().items())

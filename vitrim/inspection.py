@@ -23,6 +23,7 @@ from vitrim.data import first_images
 from vitrim.data.inputs import check_inputs, open_set, random_inputs
 from vitrim.errors import BudgetError, CheckpointError
 from vitrim.models.features import device_of
+from vitrim.models.given import unwrapped, with_values
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
@@ -188,6 +189,7 @@ def inspect(
         name, whole = model, activity is not None or is_output(model)
         model, origin = open_model(model) if whole else load_model(model, weights=False)
     else:
+        model = unwrapped(model) if activity is None else with_values(unwrapped(model))
         origin = origin_of(model)
         name = origin.name
     _, part = resolve_scope(model, scope, origin.encoder)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vitrim.errors import DAMAGED, CheckpointError, ModelError
+from vitrim.models.given import unwrapped, with_values
 from vitrim.models.load import backend_of, build_empty, load_model, origin_of
 from vitrim.models.origin import ModelBackend, Origin, in_one_line, match_buffers_
 from vitrim.storage.tensor_files import open_tensors
@@ -59,7 +60,7 @@ def load(
     path = local_folder(source)
     about = read_about(path)
     plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"])
-    student = model if model is not None else build_empty(origin)
+    student = build_empty(origin) if model is None else unwrapped(model, in_place=True)
     with in_one_line(str(path)):
         reshape_(student, plan.edits)
     _fill_(student, path, backend_of(origin.library))
@@ -111,10 +112,11 @@ def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
     """Return a model and how it was built, from a module, a name, or a folder (vitrim's own or a library's).
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or it is in a state that can't be compressed.
         CheckpointError: vitrim wrote the folder, but it is damaged.
     """
     if isinstance(model, nn.Module):
+        model = with_values(unwrapped(model))
         return model, origin_of(model)
     if not isinstance(model, str | Path):
         raise ModelError(f"model: is {type(model).__name__}; pass a module, a name or a folder.")
