@@ -209,7 +209,7 @@ def test_a_disk_without_room_for_activations_is_refused(pristine, tmp_path, monk
 
 
 @pytest.mark.parametrize("where", ["a tensor", "a journal", "the config"])
-def test_a_disk_that_fills_up_leaves_nothing(pristine, tmp_path, monkeypatch, where):
+def test_a_disk_that_fills_up_leaves_nothing_but_what_was_picked(pristine, whole, tmp_path, monkeypatch, where):
     if where == "a tensor":
         calls, write = itertools.count(), TensorWriter.write
         monkeypatch.setattr(TensorWriter, "write", lambda *given: no_space() if next(calls) == 5 else write(*given))
@@ -219,7 +219,14 @@ def test_a_disk_that_fills_up_leaves_nothing(pristine, tmp_path, monkeypatch, wh
         )
     with pytest.raises(OutputError, match=r"could not be written \(No space left on device\)") as caught:
         prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, quiet=True)
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    if where == "a journal":
+        assert list(tmp_path.iterdir()) == []
+    else:
+        monkeypatch.undo()
+        monkeypatch.setattr(selection, "select", None)  # nothing is picked twice
+        prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, resume=True, quiet=True)
+        assert bytes_of(tmp_path / "out") == whole["weights"]
 
 
 def test_values_that_change_on_their_way_to_the_disk_are_noticed(pristine, tmp_path, monkeypatch):
@@ -235,7 +242,7 @@ def test_values_that_change_on_their_way_to_the_disk_are_noticed(pristine, tmp_p
     monkeypatch.setattr(TensorWriter, "close", close_and_flip)
     with pytest.raises(OutputError, match="cls_token reads back otherwise"):
         prune_checkpoint(pristine["timm"], tmp_path / "out", recipe=PRUNE, quiet=True)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 
 # Killed and gone on with
@@ -372,8 +379,8 @@ def test_another_run_does_not_go_on_with_it_and_leaves_it_alone(pristine, copied
     assert bytes_of(stopped) == whole["weights"]
 
 
-def test_without_resume_a_stopped_run_is_started_again(pristine, whole, stopped):
-    prune_checkpoint(pristine["timm"], stopped, recipe=PRUNE, quiet=True)
+def test_with_overwrite_a_stopped_run_is_started_again(pristine, whole, stopped):
+    prune_checkpoint(pristine["timm"], stopped, recipe=PRUNE, overwrite=True, quiet=True)
     assert bytes_of(stopped) == whole["weights"]
 
 

@@ -17,7 +17,7 @@ HEADER = ("360 test digits", "original", "small")
 
 
 def run_demo(
-    out: Path, *, recover_steps: int, say: Callable[[str], None]
+    out: Path, *, recover_steps: int, say: Callable[[str], None], overwrite: bool = False
 ) -> tuple[tuple[str, ...], list[tuple[str, str, str]]]:
     """Inspect, compress to half the parameters, repair, distil without labels, save, reload with plain timm, evaluate.
 
@@ -25,6 +25,7 @@ def run_demo(
         out: folder to write.
         recover_steps: steps of distillation.
         say: called with a sentence at each stage.
+        overwrite: replace an output of vitrim at `out`.
 
     Returns:
         Header and rows of a before/after table, on the 360 test digits.
@@ -43,7 +44,7 @@ def run_demo(
         width = f"from {found.sites[0].d_hidden} to {row.widths} hidden units"
         say(f"Cutting every MLP {width}, with 1,437 unlabelled training images ...")
         recover = {"steps": recover_steps, "batch_size": 64, "augment": "none"}
-        compress(model, data="digits", params_ratio=0.5, recover=recover, out=out)
+        compress(model, data="digits", params_ratio=0.5, recover=recover, out=out, overwrite=overwrite)
         small = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         say(f"Reloaded with plain timm: timm.create_model('local-dir:{out}', pretrained=True)")
         measured = evaluate(small, model, "digits", index="digits", split="test")

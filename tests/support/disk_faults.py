@@ -23,6 +23,7 @@ from typing import Any
 from tests.support.faults import Outcome, Scene, in_child
 from tests.support.processes import environment
 from vitrim.output.load import load
+from vitrim.output.stage import has_state
 from vitrim.output.verify import Check, checking_with
 
 KILL = 0
@@ -33,7 +34,7 @@ FAULTS = {
     "read-only": (errno.EROFS, 1),
     "killed": (KILL, 0),
 }
-RECIPE = "calibrate: {num_images: 12, batch_size: 8}\nwidth_ratio: 1\nrepair: {refit: false}\n"
+RECIPE = "calibrate: {num_images: 12, batch_size: 8}\nmlp_ratio: 1\nrepair: {refit: false}\n"
 RECOVER = "recover: {steps: 2, batch_size: 4, lr: 1.0e-5, num_validations: 1}\n"
 
 
@@ -140,7 +141,8 @@ class Bench:
             return f"left {extra}"
         if done or not again:
             return None
-        second = in_child(lambda: self.run(place, resume=killed or None))
+        state = has_state(place / ".out.partial")
+        second = in_child(lambda: self.run(place, resume=killed or state or None))
         if second.code != 0:
             return f"can't be run again: {second.said[-600:]}"
         return self._left(place) or (None if os.path.lexists(place / self.out) else "no output after a second run")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import number, print_json, print_notes, print_table, say
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from vitrim.config.recipe import Recipe
     from vitrim.output.result import Result
 
+Overwrite = Annotated[
+    bool,
+    Parameter(negative="", help="replace an output of vitrim; without --resume, also delete a stopped run's state."),
+]
 NO_BUDGET, NO_CUT, NO_TRAINING = BudgetOptions(), CutOptions(), TrainOptions()
 
 
@@ -27,6 +33,7 @@ def compress(
     cut: CutOptions = NO_CUT,
     train: TrainOptions = NO_TRAINING,
     resume: bool = False,
+    overwrite: Overwrite = False,
     quiet: bool = False,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +43,7 @@ def compress(
 
     Args:
         model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, or a model folder; or named in the recipe.
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless with --overwrite.
         data: folder of images, parquet, saved dataset, tar shards ("pipe:COMMAND" and "hf-stream:NAME" too) or
             "digits", all without labels; texts for a text encoder.
         resume: continue a stopped run that was writing this folder.
@@ -48,7 +55,7 @@ def compress(
     asked = _recipe(cut, {"model": model, "data": data, **budget.given(), **cut.given(), **train.given()})
     if asked.model is None:
         raise RecipeError("model: none given; name one on the command line or in the recipe.")
-    result = run(asked.model, recipe=asked, out=out, resume=resume, quiet=hush(quiet or as_json))
+    result = run(asked.model, recipe=asked, out=out, resume=resume, overwrite=overwrite, quiet=hush(quiet or as_json))
     if not is_main():
         return
     if not _said_as_json(result, as_json):
@@ -67,6 +74,7 @@ def prune_checkpoint(
     memory_budget: str | None = None,
     shard_size: str = "2GB",
     resume: bool = False,
+    overwrite: Overwrite = False,
     quiet: bool = False,
     as_json: Json = False,
 ) -> None:
@@ -76,7 +84,7 @@ def prune_checkpoint(
 
     Args:
         source: a model folder, timm/NAME@FILE, or hf/ORG/NAME.
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless with --overwrite.
         data: images for selection and repair; by default units are picked from weights alone.
         memory_budget: memory that calibration may use, such as 4GB; the rest goes to disk.
         shard_size: largest size of a file, for libraries that read shards.
@@ -92,6 +100,7 @@ def prune_checkpoint(
         memory_budget=memory_budget,
         shard_size=shard_size,
         resume=resume,
+        overwrite=overwrite,
         quiet=hush(quiet or as_json),
     )
     if _said_as_json(result, as_json):
@@ -107,7 +116,7 @@ def prune_checkpoint(
 
 
 @app.command(name="slice")
-def slice_(source: Path, *, mlp_ratio: float, out: Path, as_json: Json = False) -> None:
+def slice_(source: Path, *, mlp_ratio: float, out: Path, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Cut an output of vitrim to a smaller width, without data.
 
     Example: vitrim slice small --mlp-ratio 0.5 --out smaller
@@ -115,11 +124,11 @@ def slice_(source: Path, *, mlp_ratio: float, out: Path, as_json: Json = False) 
     Args:
         source: a folder that vitrim wrote, ideally with --elastic, which trains it for several widths.
         mlp_ratio: hidden width as a multiple of the model width.
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless with --overwrite.
     """
     from vitrim.compression.slicing import slice_output
 
-    result = slice_output(source, out, mlp_ratio=mlp_ratio)
+    result = slice_output(source, out, mlp_ratio=mlp_ratio, overwrite=overwrite)
     if not _said_as_json(result, as_json):
         _say_written(result, "Written and verified by loading it in a fresh process")
 
@@ -139,6 +148,7 @@ def tune_text(
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
+    overwrite: Overwrite = False,
     quiet: bool = False,
     as_json: Json = False,
 ) -> None:
@@ -149,7 +159,7 @@ def tune_text(
     Args:
         model: an image-text pair: a folder that vitrim or its library wrote, or a name.
         pairs: images with captions: tar shards, parquet, or JSON in COCO's format.
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless with --overwrite.
         steps: length in steps; one epoch if neither steps nor epochs is given.
         epochs: length in epochs.
         schedule: `published` takes length, rate and weight decay from the DGMR paper's EVA-CLIP-E, where not given.
@@ -176,6 +186,7 @@ def tune_text(
         seed=seed,
         device=device,
         resume=resume,
+        overwrite=overwrite,
         quiet=hush(quiet or as_json),
     )
     if not is_main() or _said_as_json(result, as_json):
@@ -188,18 +199,18 @@ def tune_text(
 
 
 @app.command
-def demo(*, out: Path = Path("vitrim-demo"), recover_steps: int = 200) -> None:
+def demo(*, out: Path = Path("vitrim-demo"), recover_steps: int = 200, overwrite: Overwrite = False) -> None:
     """Cut a small ViT that comes with vitrim to half its size, on scikit-learn's digits; offline, takes a few minutes.
 
     Example: vitrim demo --out my-first
 
     Args:
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless with --overwrite.
         recover_steps: steps of distillation.
     """
     from vitrim.demo import run_demo
 
-    header, rows = run_demo(out, recover_steps=recover_steps, say=say)
+    header, rows = run_demo(out, recover_steps=recover_steps, say=say, overwrite=overwrite)
     print_table(header, rows, title="Before and after")
     say(f"Open {out / 'report.html'} for the pictures.")
 

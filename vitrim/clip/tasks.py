@@ -61,7 +61,7 @@ from vitrim.output.load import Model, is_output, load, open_model, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
 from vitrim.output.save import save
-from vitrim.output.stage import staged_output
+from vitrim.output.stage import check_place, staged_output
 from vitrim.output.verify import verify
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
@@ -188,6 +188,7 @@ def tune_text(
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
+    overwrite: bool = False,
     quiet: bool = False,
 ) -> Result:
     """Tune the text tower of a pair to its image tower, which may have been cut, and write the pair to a new folder.
@@ -197,7 +198,7 @@ def tune_text(
         pairs: images with captions: whatever `vitrim.data.open_pairs` takes.
         options: length, batch, rate and the rest; without, one epoch.
         held_out: pairs that judge which state is best; without, a seeded tenth of the images.
-        out: folder to write; it must not exist. Its layout and widths are those of `model`.
+        out: folder to write; it must not exist, unless `overwrite`. Its layout and widths are those of `model`.
         tokenizer: from strings to token ids (B, N), for a pair that is passed as a module.
         limit: at most this many images, the first ones.
         split: which part of a source that has parts.
@@ -207,6 +208,7 @@ def tune_text(
         seed: makes two runs equal.
         device: `auto`, or a torch device.
         resume: continue a run into `out` that was stopped.
+        overwrite: replace an output of vitrim at `out`, at the end; without `resume`, delete a stopped run's state.
         quiet: show no progress.
 
     Returns:
@@ -218,13 +220,18 @@ def tune_text(
     started, chosen = time.monotonic(), _options(options)
     context = RunContext(resume=resume, quiet=quiet, device=device, seed=seed)
     join_(device)
+    place = None if out is None else Path(out)
+    if place is not None:
+        on_main(check_place, place, resume=resume, overwrite=overwrite)
     whole, origin, plan = _open_to_write(model, out)
     types = {name: tensor.dtype for name, tensor in _tensors(whole)}
     whole.to(resolve_device(device)).float()  # bf16 is too coarse to tune
     pair = open_pair(whole, origin, tokenizer=tokenizer)
     open_source = partial(_open_pairs, origin=origin, split=split, image_folder=image_folder)
     embed = partial(embed_pairs, pair, batch_size=batch_size, num_workers=num_workers)
-    stage = nullcontext((None, None)) if out is None else entered_on_main(staged_output(Path(out), resume=resume))
+    stage: Any = nullcontext((None, None))
+    if place is not None:
+        stage = entered_on_main(staged_output(place, resume=resume, overwrite=overwrite))
     with stage as (folder, work):
         train = embed(open_source(pairs, limit=limit))
         if held_out is None:
@@ -238,8 +245,8 @@ def tune_text(
         metrics = _metrics(pair, plan, tuned, chosen, {"train": train, "held_out": judged})
         metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
         if folder is not None:
-            metrics = on_main(_write, folder, pair, plan, metrics, Path(str(out)))
-    return Result(model=whole, plan=plan, metrics=metrics, out=None if out is None else Path(out))
+            metrics = on_main(_write, folder, pair, plan, metrics, place)
+    return Result(model=whole, plan=plan, metrics=metrics, out=place)
 
 
 def _metrics(

@@ -38,13 +38,13 @@ from vitrim.config.run_context import RunContext
 from vitrim.cost.memory import parse_bytes
 from vitrim.data import ImageStream, first_images
 from vitrim.data.inputs import check_inputs, open_inputs, random_inputs
-from vitrim.errors import RecipeError, VitrimError
+from vitrim.errors import OutputError, RecipeError, VitrimError
 from vitrim.methods import Method, SiteMethod, find_method
 from vitrim.metrics.record import Metrics
 from vitrim.models.stock import loads_with, why_not_stock
 from vitrim.output.provenance import environment, versions
 from vitrim.output.result import Result
-from vitrim.output.stage import PICKS, staged_output
+from vitrim.output.stage import PICKS, check_place, staged_output
 from vitrim.storage.documents import write_json
 from vitrim.storage.tensor_files import tensor_bytes
 from vitrim.surgery import KeepUnits, Plan
@@ -70,6 +70,7 @@ def prune_checkpoint(
     memory_budget: str | int | None = None,
     shard_size: str | int = SHARD_BYTES,
     resume: bool = False,
+    overwrite: bool = False,
     quiet: bool = False,
 ) -> Result:
     """Prune a checkpoint that need not fit in memory.
@@ -80,7 +81,7 @@ def prune_checkpoint(
     Args:
         source: a folder of timm, transformers or open_clip (one file, or shards with an index), `timm/NAME@FILE`, or
             `hf/ORG/NAME` (its files are downloaded first).
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless `overwrite`.
         recipe: a Recipe, a mapping of its keys, or a YAML file; recovery is not possible here.
         data: images for selection and repair; by default units are picked from weights alone.
         method: name of a method that cuts hidden units of each MLP, or an instance of a class in `vitrim.methods`.
@@ -92,6 +93,7 @@ def prune_checkpoint(
         memory_budget: memory that calibration may use, in bytes or as text such as "4GB"; the rest goes to disk.
         shard_size: largest size of a file, for libraries that read shards; others get one file.
         resume: continue a killed run that was writing this folder.
+        overwrite: replace an output of vitrim at `out`, at the end; without `resume`, delete a stopped run's state.
         quiet: show no progress.
 
     Returns:
@@ -122,11 +124,12 @@ def prune_checkpoint(
     given = {key: value for key, value in asked.items() if value is not None and value is not NOT_GIVEN}
     chosen = Recipe.of(recipe).updated(given)
     _check_possible(chosen)
+    check_place(Path(out), resume=resume, overwrite=overwrite)
     task = _open_task(
         source, chosen, chosen.data if data is NOT_GIVEN else data, memory_budget=memory_budget, shard_size=shard_size
     )
     context = RunContext(resume=resume, quiet=quiet, device=chosen.device, seed=chosen.seed)
-    with staged_output(Path(out), resume=resume) as (folder, work):
+    with staged_output(Path(out), resume=resume, overwrite=overwrite) as (folder, work):
         return _run(task, replace(context, work=work), Place(folder=folder, out=Path(out)))
 
 
@@ -238,8 +241,10 @@ def _run(task: _Task, context: RunContext, place: Place) -> Result:
         metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
         (place.folder / "recipe.yaml").write_text(task.recipe.dump())
         write_json(place.folder / "metrics.json", metrics.to_json())
-    except (VitrimError, OSError, SafetensorError):
-        if not journal.resumed:  # the state of a killed run is worth keeping even if this run's options are wrong
+    except (VitrimError, OSError, SafetensorError) as error:
+        # After an error of the input the next run starts from another one; a full disk costs no picks.
+        of_input = isinstance(error, VitrimError) and not isinstance(error, OutputError)
+        if not journal.resumed and (of_input or not journal.edits):
             (work / PICKS).unlink(missing_ok=True)
         raise
     return Result(model=None, plan=plan.without_tensors(), metrics=metrics, out=place.out)

@@ -35,7 +35,7 @@ from vitrim.metrics.record import Metrics
 from vitrim.models.stock import stock_origin
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
-from vitrim.output.stage import staged_output
+from vitrim.output.stage import check_place, staged_output
 from vitrim.recover.distill import OnValidation
 from vitrim.report.collect import NOTHING
 from vitrim.torch_state import own_torch_state
@@ -66,6 +66,7 @@ def compress(
     options: Mapping[str, Any] | None = None,
     quiet: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     on_validation: OnValidation | None = None,
 ) -> Result:
     """Make a pretrained vision transformer smaller.
@@ -90,7 +91,7 @@ def compress(
         recover: options of distillation; None for none.
         recover_steps: steps of distillation.
         recover_epochs: epochs of distillation, instead of steps.
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless `overwrite`.
         seed: random seed; equal recipes and seeds give equal results.
         device: `auto`, or a torch device.
         scope: dotted path of the part to cut, or its end; by default the image tower, or the whole model.
@@ -99,6 +100,7 @@ def compress(
         options: options of the method, by name.
         quiet: show no progress.
         resume: continue a stopped run that was writing `out`.
+        overwrite: replace an output of vitrim at `out`, at the end; without `resume`, delete a stopped run's state.
         on_validation: called at each validation of the distillation.
 
     Returns:
@@ -137,11 +139,13 @@ def compress(
     join_(chosen.device)
     source = chosen.data if data is NOT_GIVEN else data
     place = None if out is None else Path(out)
+    if place is not None:
+        on_main(check_place, place, resume=resume, overwrite=overwrite)
     job = open_job(model, chosen, source, out=place)
     context = RunContext(resume=resume, quiet=quiet or not is_main(), device=chosen.device, seed=chosen.seed)
     if place is None:
         return _run(job, context, None, on_validation)
-    with entered_on_main(staged_output(place, resume=resume)) as (folder, work):
+    with entered_on_main(staged_output(place, resume=resume, overwrite=overwrite)) as (folder, work):
         return _run(job, replace(context, work=work), Place(folder=folder, out=place), on_validation)
 
 

@@ -26,7 +26,7 @@ from vitrim.output.load import load, local_folder, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
 from vitrim.output.save import save
-from vitrim.output.stage import staged_output
+from vitrim.output.stage import check_place, staged_output
 from vitrim.output.verify import verify
 from vitrim.recover.elastic import Slice
 from vitrim.recover.elastic_files import read_widths
@@ -36,14 +36,22 @@ from vitrim.torch_state import own_torch_state
 
 
 @own_torch_state()
-def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model: nn.Module | None = None) -> Result:
+def slice_output(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mlp_ratio: float,
+    model: nn.Module | None = None,
+    overwrite: bool = False,
+) -> Result:
     """Cut an output of vitrim to a smaller width, without images.
 
     Args:
         source: a folder that vitrim wrote, ideally with `recover.elastic`, which trains it for several widths.
-        out: folder to write; it must not exist.
+        out: folder to write; it must not exist, unless `overwrite`.
         mlp_ratio: hidden width as a multiple of the model width; at most that of the output.
         model: the uncut model, needed if no library can build it; it is reshaped in place.
+        overwrite: replace an output of vitrim at `out`, at the end.
 
     Returns:
         The small model, the plan that turns the original into it, what was measured, and the folder.
@@ -68,6 +76,7 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
     if not isinstance(mlp_ratio, int | float) or not 0 < mlp_ratio < math.inf:
         raise BudgetError(f"mlp_ratio is {mlp_ratio!r}; give a multiple of the model width above 0.")
     source, out = local_folder(source), Path(out)
+    check_place(out, overwrite=overwrite)
     about = read_about(source)
     origin, plan = Origin.from_json(about["origin"]).placed_at(str(source)), Plan.from_json(about["plan"])
     cuts, found = _last_cuts(plan, source), read_widths(source).get(mlp_ratio)
@@ -91,7 +100,7 @@ def slice_output(source: str | Path, out: str | Path, *, mlp_ratio: float, model
         environment=environment(),
         **plan.describe(),
     )
-    with staged_output(out) as (folder, _):
+    with staged_output(out, overwrite=overwrite) as (folder, _):
         metrics = _write(folder, whole, origin, plan, metrics, out, started)
     return Result(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
 
