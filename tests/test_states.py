@@ -13,7 +13,9 @@ from torch import nn
 
 import vitrim
 from tests.support.digits import DIGITS
-from vitrim.errors import ModelError, VitrimError
+from vitrim.errors import ModelError, SiteNotFoundError, VitrimError
+from vitrim.models.given import check_weights
+from vitrim.models.sites import find_mlps
 from vitrim.torch_state import AUTOCAST
 
 SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -283,3 +285,73 @@ def test_a_model_built_in_inference_mode_is_copied_or_refused(expected):
     ).model
     assert recovered is not None
     assert all(torch.equal(tensor, expected[0][key]) for key, tensor in recovered.state_dict().items())
+
+
+class WritesItsWidth(nn.Module):
+    """An MLP that runs only at the width that is written into its forward, or only beside a mask."""
+
+    def __init__(self, *, mask: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.mask = nn.Linear(16, 24), nn.Linear(24, 16), mask
+
+    def forward(self, tokens: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
+        if self.mask and not masks:
+            raise TypeError("the mask is missing")
+        return self.fc2(self.fc1(tokens).relu().view(*tokens.shape[:-1], 24))
+
+
+def test_a_probe_that_fails_is_not_an_absent_mlp(caplog):
+    with pytest.raises(SiteNotFoundError, match=r"1 left open: 0: .* with half of its hidden units \(RuntimeError"):
+        find_mlps(nn.Sequential(WritesItsWidth(mask=False)))
+    with pytest.raises(SiteNotFoundError, match=r"can't be run on noise \(TypeError: the mask is missing\)"):
+        find_mlps(nn.Sequential(WritesItsWidth(mask=True)))
+    good = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    assert [site.path for site in find_mlps(nn.Sequential(good, WritesItsWidth(mask=True)))] == ["0"]
+    assert "1: looks like an MLP and can't be run on noise" in caplog.text
+    lookalike = nn.Sequential(nn.Linear(16, 24), nn.Softmax(-1), nn.Linear(24, 16))  # its units depend on each other
+    with pytest.raises(SiteNotFoundError, match="no MLP found"):
+        find_mlps(nn.Sequential(lookalike))
+    with torch.no_grad():
+        good[2].bias[1] = torch.nan
+    with pytest.raises(SiteNotFoundError, match=r"0.2.bias: holds NaN or infinite values \(1 of 16\)"):
+        find_mlps(nn.Sequential(good))
+    with torch.no_grad():
+        good[2].bias[1] = 0
+        good[0].weight[2] = good[2].weight[:, 2] = 1e30
+    with pytest.raises(SiteNotFoundError, match=r"puts out NaN or infinite .* is in 0\.[02]\.weight \(1e\+30\)"):
+        find_mlps(nn.Sequential(good))
+
+
+@pytest.mark.parametrize("name", ("blocks.1.attn.qkv.weight", "pos_embed", "blocks.0.mlp.fc2.bias"))
+def test_one_bad_weight_is_named_before_the_first_image(name, tmp_path):
+    def images() -> Iterator[torch.Tensor]:
+        raise AssertionError("an image was read")
+        yield
+
+    model = tiny()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[1] = torch.inf if "bias" in name else torch.nan
+    timm.models.save_for_hf(model, tmp_path / "source", model_args=SIZE, safe_serialization=True)
+    source = str(tmp_path / "source")
+    for use in (
+        lambda: vitrim.compress(model, data=images(), method="dgmr", quiet=True),
+        lambda: vitrim.compress(source, method="magnitude", quiet=True),
+        lambda: vitrim.prune_(model, "magnitude"),
+        lambda: vitrim.evaluate(tiny(), model, images(), limit=4),
+        lambda: vitrim.inspect(model),
+        lambda: vitrim.prune_checkpoint(source, tmp_path / "out", method="magnitude", quiet=True),
+        lambda: vitrim.prune_checkpoint(source, tmp_path / "out", data=images(), method="dgmr", quiet=True),
+    ):
+        with pytest.raises(VitrimError, match=rf"{name}:? holds NaN or infinite values \(1 of"):
+            use()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_mask_may_hold_minus_infinity():
+    model = tiny()
+    model.register_buffer("mask", torch.full((2,), -torch.inf))
+    check_weights(model, "x")
+    for value, dtype in ((torch.inf, torch.float32), (torch.nan, torch.bfloat16), (torch.nan, torch.float8_e4m3fn)):
+        model.mask = torch.tensor([0, value]).to(dtype)
+        with pytest.raises(ModelError, match=r"x: mask holds NaN or infinite values \(1 of 2\)"):
+            check_weights(model, "x")

@@ -23,7 +23,7 @@ from vitrim.data import first_images
 from vitrim.data.inputs import check_inputs, open_set, random_inputs
 from vitrim.errors import BudgetError, CheckpointError
 from vitrim.models.features import device_of
-from vitrim.models.given import unwrapped, with_values
+from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
@@ -191,6 +191,7 @@ def inspect(
     else:
         model = unwrapped(model) if activity is None else with_values(unwrapped(model))
         origin = origin_of(model)
+        check_weights(model, origin.name)
         name = origin.name
     _, part = resolve_scope(model, scope, origin.encoder)
     sites = find_mlps(model, scope=part)

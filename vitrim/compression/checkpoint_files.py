@@ -114,7 +114,7 @@ def _pass_through(job: CheckpointJob, plan: Plan, writer: TensorWriter, *, quiet
             for name in [name for name in job.files if name not in writer.digests]:
                 edit = touched.get(job.names.get(name, ""))
                 if edit is None:
-                    writer.write(name, job.files.chunks(name))
+                    writer.write(name, job.finite_chunks(name))
                 else:
                     ((_, tensor),) = transform({job.names[name]: job.files[name]}, [edit])
                     writer.write(name, [tensor_bytes(tensor)])

@@ -31,7 +31,7 @@ from vitrim.compression.selection import (
     select_and_repair,
     select_on_weights,
 )
-from vitrim.compression.source import CheckpointJob, check_tensors, open_checkpoint
+from vitrim.compression.source import CheckpointJob, check_tensors, check_values, open_checkpoint
 from vitrim.compression.write import Place
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
@@ -186,12 +186,15 @@ def _open_task(
     job = open_checkpoint(source, recipe)
     widths, notes = checkpoint_widths(job, recipe)
     check_tensors(job)
+    calibrated = data is not None and looks_at_images(recipe)
+    if calibrated:  # else each tensor is checked when it is read, to pick units or to be copied
+        check_values(job)
     return _Task(
         job=job,
         recipe=recipe,
         widths=widths,
         notes=notes,
-        batches=None if data is None or not looks_at_images(recipe) else _batches(job, recipe, data),
+        batches=_batches(job, recipe, data) if calibrated else None,
         memory_budget=memory_budget,
         shard_bytes=parse_bytes(shard_size),
     )

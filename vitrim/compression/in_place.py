@@ -12,7 +12,7 @@ from vitrim.compression.write import typed_as
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.methods import Method
-from vitrim.models.given import unwrapped, with_values
+from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import origin_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
@@ -81,6 +81,7 @@ def prune_(
     recipe = Recipe.parse({"method": method, **given, "repair": repair, "exact": True, "seed": seed})
     model = with_values(unwrapped(model, in_place=True), in_place=True)
     origin: Origin = origin_of(model)
+    check_weights(model, origin.name)
     path, part = resolve_scope(model, scope, origin.encoder)
     encoder, modes = model.get_submodule(path), {name: module.training for name, module in model.named_modules()}
     original = copy.deepcopy(encoder)

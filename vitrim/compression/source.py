@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,15 @@ class CheckpointJob:
     def by_model_name(self) -> TensorFiles:
         """The tensors under the model's names."""
         return self.files.renamed(self.names)
+
+    def finite_chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor of the files, checked to be finite; what is no parameter may be a mask.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        parameters = {name for name, _ in self.model.named_parameters()}
+        return self.files.finite_chunks(name, masks=self.names.get(name) not in parameters)
 
 
 def open_checkpoint(source: str, recipe: Recipe) -> CheckpointJob:
@@ -128,3 +137,14 @@ def check_tensors(job: CheckpointJob) -> None:
             f"{job.origin.name}: holds no {missing[0]} (and {len(missing) - 1} more MLP tensors), or holds them in a "
             "form that the library converts when it loads them; use compress."
         )
+
+
+def check_values(job: CheckpointJob) -> None:
+    """Read every tensor of a checkpoint once, piece by piece, and check that its values are finite.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite; the tensor is named.
+    """
+    for name in job.files:
+        for _ in job.finite_chunks(name):
+            pass

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from vitrim.errors import ModelError
+from vitrim.storage.tensor_files import not_finite
 
 
 def unwrapped(model: nn.Module, *, in_place: bool = False) -> nn.Module:
@@ -71,6 +72,22 @@ def with_values(model: nn.Module, *, in_place: bool = False) -> nn.Module:
             "model = copy.deepcopy(model) outside of it makes one that can."
         )
     return copy.deepcopy(model)
+
+
+def check_weights(model: nn.Module, where: str) -> None:
+    """Check that every parameter and buffer is finite; a buffer may hold minus infinity, as masks do.
+
+    Args:
+        model: any module; tensors on the meta device are left out.
+        where: name of the model, for the error.
+
+    Raises:
+        ModelError: a value is NaN or infinite; the tensor is named.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in _tensors(model):
+        if (what := not_finite(tensor, masks=name not in parameters)) is not None:
+            raise ModelError(f"{where}: {name} {what}; take weights that are whole.")
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

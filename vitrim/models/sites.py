@@ -6,12 +6,13 @@ Whether it behaves like one is then checked by running it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
 
-from vitrim.errors import SiteNotFoundError
+from vitrim.errors import ModelError, SiteNotFoundError
 from vitrim.layers.moefication import ExpertMlp
 from vitrim.surgery import verify_site, weight_of
 from vitrim.types import MlpKind, MlpSite
@@ -33,6 +34,7 @@ NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "0", "3"),
     (None, "0", "2"),
 )
+log = logging.getLogger("vitrim")
 NORM_NAMES = ("norm", "ffn_ln", "sub_ln", "ln")
 
 
@@ -47,7 +49,8 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
         One site per MLP, each verified by a dead-unit test (once for each distinct kind of container and shape).
 
     Raises:
-        SiteNotFoundError: the scope does not exist, or holds no MLP.
+        SiteNotFoundError: the scope does not exist, or holds no MLP; if modules look like one and can't be run, the
+            first is named with the reason.
 
     Example:
         >>> from torch import nn
@@ -64,22 +67,22 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
         raise SiteNotFoundError(f"scope {prefix!r}: no such module; the top level has {children}.") from None
     found: list[MlpSite] = []
     claimed: set[str] = set()
-    confirmed: dict[tuple, bool] = {}
+    verdicts: dict[tuple, bool | str] = {}
+    failed: list[str] = []
     split = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertMlp))
     for name, module in root.named_modules(prefix=prefix):
         if name.startswith(split):  # the units of experts can't be cut without their router
             continue
-        types = tuple(type(part) for part in module.modules())
-        for site in _matches(module, name):
-            if site.output in claimed:
-                continue
-            signature = (types, site.output.removeprefix(name), site.d_model, site.d_hidden)
-            if signature not in confirmed:
-                confirmed[signature] = verify_site(model, site)
-            if confirmed[signature]:
-                claimed.add(site.output)
-                found.append(site)
-                break
+        site, reasons = _confirmed(model, module, name, claimed, verdicts)
+        if site is None:
+            failed += reasons
+        else:
+            claimed.add(site.output)
+            found.append(site)
+    if failed and not found:
+        raise SiteNotFoundError(f"no MLP confirmed in {type(model).__name__}, {len(failed)} left open: {failed[0]}")
+    for said in dict.fromkeys(failed):
+        log.warning("%s It is left as it is.", said)
     if not found:
         num_modules = sum(1 for _ in root.modules())
         raise SiteNotFoundError(
@@ -88,6 +91,27 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
         )
     mlp_weights = {f"{name}.weight" for site in found for name in (site.value, site.gate, site.output) if name}
     return tuple(replace(site, block=_block_of(model, site, mlp_weights)) for site in found)
+
+
+def _confirmed(
+    model: nn.Module, container: nn.Module, path: str, claimed: set[str], verdicts: dict[tuple, bool | str]
+) -> tuple[MlpSite | None, list[str]]:
+    """Return a container's site that passes the dead-unit test, or None and why the test could not be made."""
+    types, reasons = tuple(type(part) for part in container.modules()), []
+    for site in _matches(container, path):
+        if site.output in claimed:
+            continue
+        signature = (types, site.output.removeprefix(path), site.d_model, site.d_hidden)
+        if signature not in verdicts:
+            try:
+                verdicts[signature] = verify_site(model, site)
+            except ModelError as error:
+                verdicts[signature] = str(error)
+        verdict = verdicts[signature]
+        if verdict is True:
+            return site, []
+        reasons += [verdict] if isinstance(verdict, str) else []
+    return None, reasons
 
 
 def resolve_scope(model: nn.Module, scope: str | None, encoder: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vitrim.errors import DAMAGED, CheckpointError, ModelError
-from vitrim.models.given import unwrapped, with_values
+from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import backend_of, build_empty, load_model, origin_of
 from vitrim.models.origin import ModelBackend, Origin, in_one_line, match_buffers_
 from vitrim.storage.tensor_files import open_tensors
@@ -112,21 +112,27 @@ def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
     """Return a model and how it was built, from a module, a name, or a folder (vitrim's own or a library's).
 
     Raises:
-        ModelError: there is no such model, or it is in a state that can't be compressed.
+        ModelError: there is no such model, it is in a state that can't be compressed, or a weight is not finite.
         CheckpointError: vitrim wrote the folder, but it is damaged.
     """
     if isinstance(model, nn.Module):
         model = with_values(unwrapped(model))
-        return model, origin_of(model)
+        return _whole(model, origin_of(model))
     if not isinstance(model, str | Path):
         raise ModelError(f"model: is {type(model).__name__}; pass a module, a name or a folder.")
     model = str(model)  # `out` of a result is a Path
     path = model.removeprefix("local-dir:")
     if not is_output(path):
-        return load_model(model)
+        return _whole(*load_model(model))
     about = read_about(Path(path))
     origin = Origin.from_json(about["origin"]).placed_at(path).after(Plan.from_json(about["plan"]).edits)
-    return load(path), origin
+    return _whole(load(path), origin)
+
+
+def _whole(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
+    """Return a model and its origin, after checking that its weights are finite."""
+    check_weights(model, origin.name)
+    return model, origin
 
 
 def is_output(path: str | Path) -> bool:

@@ -121,6 +121,21 @@ class TensorFiles(Mapping[str, Tensor]):
         if left:
             raise CheckpointError(f"{info.file}: ends inside tensor {name}; fetch the file again.")
 
+    def finite_chunks(self, name: str, *, masks: bool = False) -> Iterator[memoryview]:
+        """Yield the same bytes as `chunks`, after checking that their values are finite; `masks` as in `check_finite`.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or the file can't be read.
+        """
+        dtype, kept = self.infos[name].dtype, bytearray()
+        for chunk in self.chunks(name):
+            kept += chunk
+            whole = len(kept) // dtype.itemsize * dtype.itemsize  # a read may end inside a value
+            if whole:
+                check_finite(name, torch.frombuffer(kept[:whole], dtype=dtype), masks=masks)
+                yield memoryview(kept)[:whole]
+            kept = kept[whole:]
+
     def fakes(self) -> dict[str, Tensor]:
         """Return all tensors on the meta device: shapes and dtypes, no values."""
         return {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in self.infos.items()}
@@ -171,14 +186,33 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, flat.view(torch.uint8).numpy())) if flat.numel() else memoryview(b"")
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Check that a weight holds finite values only.
+def not_finite(tensor: Tensor, *, masks: bool = False) -> str | None:
+    """Return in words that a tensor holds NaN or infinite values, and how many; None if it does not.
+
+    Args:
+        tensor: of any type; whole numbers are always finite.
+        masks: allow minus infinity, which buffers hold as the mask of an attention.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return None
+    values = tensor.detach()
+    values = values.float() if values.dtype.itemsize == 1 else values  # of 8 bits torch can't ask this
+    finite = torch.isfinite(values)
+    if masks:
+        finite |= values == -torch.inf
+    if bool(finite.all()):
+        return None
+    return f"holds NaN or infinite values ({int((~finite).sum()):,} of {tensor.numel():,})"
+
+
+def check_finite(name: str, tensor: Tensor, *, masks: bool = False) -> None:
+    """Check that a weight holds finite values only; with `masks` it may hold minus infinity.
 
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again.")
+    if (what := not_finite(tensor, masks=masks)) is not None:
+        raise CheckpointError(f"{name}: {what}; fetch the checkpoint again.")
 
 
 def _open_shards(index: Path) -> TensorFiles:

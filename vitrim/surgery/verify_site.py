@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vitrim.errors import ModelError
+from vitrim.storage.tensor_files import not_finite
 from vitrim.surgery.edits import apply_
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.modules import run_mlp, weight_of
@@ -17,6 +19,9 @@ def verify_site(model: nn.Module, site: MlpSite) -> bool:
     """Whether removing hidden units gives the same output as zeroing their columns of the output projection.
 
     A norm over the hidden units is bypassed for the comparison: removing units changes its statistics, by design.
+
+    Raises:
+        ModelError: the question stays open, since the module can't be run on tokens or its values are not finite.
     """
     container = model.get_submodule(site.path) if site.path else model
     weight = weight_of(model, site.output)
@@ -26,15 +31,53 @@ def verify_site(model: nn.Module, site: MlpSite) -> bool:
     local = site.within(site.path)
     if local.norm is not None:
         container.get_submodule(local.norm).register_forward_hook(lambda _, args, output: args[0])
-    tokens = torch.randn(1, 4, site.d_model, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 4, site.d_model, generator=generator, dtype=torch.float32).to(weight.device)
     keep = tuple(range(0, site.d_hidden, 2))
     with torch.no_grad():
         weight_of(container, local.output)[:, 1::2] = 0
-        try:
-            masked = run_mlp(container, local, tokens)
-            apply_(container, [KeepUnits(site=local, keep=keep)])
-            cut = run_mlp(container, local, tokens)
-        except Exception:  # foreign code, such as a forward with the hidden size written into it, may raise anything
-            return False
+        masked = _run(container, local, tokens, site.path, "on noise")
+        _check_values(masked, container, site.path)
+        apply_(container, [KeepUnits(site=local, keep=keep)])
+        cut = _run(container, local, tokens, site.path, "with half of its hidden units")
     scale = masked.abs().max().clamp(min=1e-6)
-    return bool((masked - cut).abs().max() <= 1e-4 * scale)
+    return masked.shape == cut.shape and bool((masked - cut).abs().max() <= 1e-4 * scale)
+
+
+def _run(container: nn.Module, site: MlpSite, tokens: Tensor, path: str, how: str) -> Tensor:
+    """Return the output of a container.
+
+    Raises:
+        ModelError: it raises something, or returns no tensor.
+    """
+    try:
+        output = run_mlp(container, site, tokens)
+        assert isinstance(output, Tensor), f"it returned {type(output).__name__}"
+    except (
+        Exception
+    ) as error:  # foreign code, such as a forward with the hidden size written into it, may raise anything
+        reason = str(error).strip().split("\n")[0][:160]
+        raise ModelError(
+            f"{path or type(container).__name__}: looks like an MLP and can't be run {how} "
+            f"({type(error).__name__}: {reason})."
+        ) from error
+    return output
+
+
+def _check_values(output: Tensor, container: nn.Module, path: str) -> None:
+    """Check that an output is finite.
+
+    Raises:
+        ModelError: it is not; the tensor that is not finite, or else holds the largest value, is named.
+    """
+    if bool(torch.isfinite(output).all()):
+        return
+    tensors = {f"{path}.{name}".strip("."): tensor for name, tensor in container.named_parameters()}
+    for name, tensor in tensors.items():
+        if (what := not_finite(tensor)) is not None:
+            raise ModelError(f"{name}: {what}; take a checkpoint that is whole.")
+    name = max(tensors, key=lambda name: float(tensors[name].abs().max()))
+    raise ModelError(
+        f"{path}: puts out NaN or infinite values on noise; the largest of its weights is in {name} "
+        f"({float(tensors[name].abs().max()):.3g})."
+    )
