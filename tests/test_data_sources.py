@@ -122,13 +122,15 @@ def test_parquet_folders_are_split_by_file_name(tmp_path):
         write_parquet(tmp_path / "data" / f"{name}.parquet", [encoded(picture(number + i)) for i in range(2)])
     assert torch.equal(open_images(tmp_path)[2][0], to_tensor(picture(2)))
     assert (len(open_images(tmp_path)), len(open_images(tmp_path, split="test"))) == (4, 2)
-    with pytest.raises(DataError, match=r"no parquet file of split 'val'; use one of \['test', 'train'\]"):
+    with pytest.raises(DataError, match=r"parquet files: no split 'val'; use one of \['test', 'train'\]"):
         open_images(tmp_path, split="val")
     other = tmp_path / "other"
     other.mkdir()
     write_parquet(other / "part-0.parquet", [encoded(picture(0))])
     write_parquet(other / "part-1.parquet", [encoded(picture(1))])
-    assert len(open_images(other, split="val")) == 2
+    assert len(open_images(other)) == 2
+    with pytest.raises(DataError, match="has no splits, so not 'val' either"):
+        open_images(other, split="val")
 
 
 def test_parquet_column_choice_and_errors(tmp_path):

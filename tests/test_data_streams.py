@@ -414,8 +414,11 @@ def test_sets_by_name(tmp_path):
     stream = open_stream(f"hf-stream:{tmp_path / 'set'}")
     assert stream.num_shards == 2
     assert_holds(stream, 4)
-    with pytest.raises(DataError, match=r"hf-stream:.*can't be opened .*; use hf-stream:ORG/NAME\[/CONFIG\]"):
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"hf-stream:.*: no split 'val'; use one of \['train'\]"):
         open_stream(f"hf-stream:{tmp_path / 'set'}", split="val")
+    with pytest.raises(DataError, match=r"hf-stream:.*can't be opened .*; use hf-stream:ORG/NAME\[/CONFIG\]"):
+        open_stream(f"hf-stream:{empty}")
 
 
 # The main job
@@ -427,7 +430,8 @@ def test_compress_and_evaluate_on_a_stream(tmp_path):
     source = piped(write_shards(tmp_path / "shards", num_shards=3, per_shard=50))
     recover = {"steps": 3, "batch_size": 8, "lr": 1e-4, "report_to": ["tensorboard"]}
     result = vitrim.compress(DIGITS, data=source, recipe=few(), recover=recover, out=tmp_path / "out", quiet=True)
-    assert result.metrics.images == {"train": None, "calibration": 96, "held_out": 15, "skipped": 0}
+    counts = {"train": None, "calibration": 96, "held_out": 15, "skipped": 0, "modes": {"RGB": 111}}
+    assert result.metrics.images == counts
     assert {path.name for path in tmp_path.iterdir()} == {"shards", "out"}
     assert list((tmp_path / "out" / "logs" / "vitrim").glob("events.*"))
     with pytest.raises(DataError, match="may not end; give limit"):

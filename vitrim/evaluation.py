@@ -113,7 +113,7 @@ def evaluate(
     batch_size: int = 64,
     latency: bool = True,
     device: str = "auto",
-    split: str = "test",
+    split: str | None = None,
 ) -> Evaluation:
     """Compare two models on images.
 
@@ -126,7 +126,7 @@ def evaluate(
         batch_size: images per forward pass.
         latency: also time both models.
         device: `auto`, or a torch device.
-        split: the part to use of a data source that has several, such as "train" and "test".
+        split: the part to use of a data source that has several; by default "test", or "val" if there is none.
 
     Returns:
         Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
@@ -145,7 +145,7 @@ def evaluate(
     (student_model, its_origin), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
-    images = open_set(data, origin, split=split, limit=limit)
+    images = open_set(data, origin, split=split, limit=limit, default="test")
     batches = list(images.loader(batch_size=batch_size))
     images.tell()
     check_inputs(student_model, its_origin, batches)

@@ -240,7 +240,7 @@ def _activity(
 ) -> tuple[Activity, ...]:
     """Count the active hidden units of a model's encoder on images."""
     encoder = model.get_submodule(origin.encoder).float()
-    images = open_set(data, origin, split="train", limit=limit)
+    images = open_set(data, origin, limit=limit)
     batches, _ = first_images(images, limit, seed=0)
     images.tell()
     check_inputs(encoder, origin, batches)

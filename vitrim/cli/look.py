@@ -61,7 +61,7 @@ def evaluate(
     data: str,
     index: str | None = None,
     limit: int | None = None,
-    split: str = "test",
+    split: str | None = None,
     device: str = "auto",
     as_json: Json = False,
 ) -> None:
@@ -75,7 +75,7 @@ def evaluate(
         data: images to evaluate on; with labels, kNN, linear probe and top-1 are measured too.
         index: labelled images for kNN and the linear probe to learn from; by default 80% of data.
         limit: use at most this many images.
-        split: the part to use of a data source that has several, such as train and test.
+        split: the part to use of a data source that has several, by default test, or val if there is none.
         device: auto, cpu, cuda or mps.
     """
     from vitrim.evaluation import evaluate as measure
@@ -97,7 +97,7 @@ def zero_shot(
     text_from: str | None = None,
     cache: Path | None = None,
     limit: int | None = None,
-    split: str = "test",
+    split: str | None = None,
     device: str = "auto",
     quiet: bool = False,
     as_json: Json = False,
@@ -114,7 +114,7 @@ def zero_shot(
         text_from: the pair whose text tower makes the classifier; by default the model itself.
         cache: folder in which classifiers are kept between runs.
         limit: use at most this many images.
-        split: the part to use of a data source that has several, such as train and test.
+        split: the part to use of a data source that has several, by default test, or val if there is none.
         device: auto, cpu, cuda or mps.
         quiet: show no progress.
     """
@@ -145,7 +145,7 @@ def retrieval(
     text_from: str | None = None,
     image_folder: Path | None = None,
     limit: int | None = None,
-    split: str = "test",
+    split: str | None = None,
     device: str = "auto",
     quiet: bool = False,
     as_json: Json = False,
@@ -160,7 +160,7 @@ def retrieval(
         text_from: the pair whose text tower embeds the captions; by default the model itself.
         image_folder: folder with the images that a JSON file names.
         limit: use at most this many images.
-        split: the part to use of a source that has several, such as train and test.
+        split: the part to use of a source that has several, by default test, or val if there is none.
         device: auto, cpu, cuda or mps.
         quiet: show no progress.
     """

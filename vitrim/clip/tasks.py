@@ -84,7 +84,7 @@ def zero_shot(
     tokenizer: Tokenize | None = None,
     cache: str | Path | None = None,
     limit: int | None = None,
-    split: str = "test",
+    split: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
     quiet: bool = False,
@@ -100,7 +100,7 @@ def zero_shot(
         tokenizer: from strings to token ids (B, N), for a pair that is passed as a module.
         cache: folder that keeps classifiers between runs.
         limit: at most this many images.
-        split: which part of a data source that has parts.
+        split: which part of a data source that has parts; by default "test", or "val" if there is none.
         batch_size: images a forward pass.
         device: `auto`, or a torch device.
         quiet: show no progress.
@@ -114,7 +114,7 @@ def zero_shot(
     """
     whole, origin, pair = _open(model, text_from, tokenizer, device)
     classes_CE = build_classifier(pair, prompts_for(names, templates), cache=cache, quiet=quiet)
-    images = open_set(data, origin, split=split, limit=limit)
+    images = open_set(data, origin, split=split, limit=limit, default="test")
     found = zero_shot_top(whole, pair, classes_CE, images.loader(batch_size=batch_size))
     images.tell()
     return {name: 100 * value if name.startswith("top") else value for name, value in found.items()}
@@ -129,7 +129,7 @@ def retrieval(
     tokenizer: Tokenize | None = None,
     ks: Sequence[int] = (1, 5, 10),
     limit: int | None = None,
-    split: str = "test",
+    split: str | None = None,
     image_folder: str | Path | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -145,7 +145,7 @@ def retrieval(
         tokenizer: from strings to token ids (B, N), for a pair that is passed as a module.
         ks: how many results to look at.
         limit: at most this many images, the first ones.
-        split: which part of a source that has parts.
+        split: which part of a source that has parts; by default "test", or "val" if there is none.
         image_folder: where the images that a `.json` names are.
         batch_size: images a forward pass.
         num_workers: processes that decode images.
@@ -160,7 +160,7 @@ def retrieval(
         DataError: the pairs can't be read.
     """
     whole, origin, pair = _open(model, text_from, tokenizer, device)
-    source = _open_pairs(pairs, origin, split=split, limit=limit, image_folder=image_folder)
+    source = _open_pairs(pairs, origin, split=split, limit=limit, image_folder=image_folder, default="test")
     images_NE, captions, _, num_skipped = embed_captioned(whole, source.batches(batch_size, num_workers=num_workers))
     texts_ME = embed_all(pair, pair.tokenize([text for texts in captions for text in texts]), quiet=quiet)
     check_widths(images_NE, texts_ME)
@@ -181,7 +181,7 @@ def tune_text(
     out: str | Path | None = None,
     tokenizer: Tokenize | None = None,
     limit: int | None = None,
-    split: str = "train",
+    split: str | None = None,
     image_folder: str | Path | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -201,7 +201,7 @@ def tune_text(
         out: folder to write; it must not exist, unless `overwrite`. Its layout and widths are those of `model`.
         tokenizer: from strings to token ids (B, N), for a pair that is passed as a module.
         limit: at most this many images, the first ones.
-        split: which part of a source that has parts.
+        split: which part of a source that has parts; by default "train".
         image_folder: where the images that a `.json` names are.
         batch_size: images a forward pass; `options` say how many captions a step compares.
         num_workers: processes that decode images.
@@ -227,7 +227,7 @@ def tune_text(
     types = {name: tensor.dtype for name, tensor in _tensors(whole)}
     whole.to(resolve_device(device)).float()  # bf16 is too coarse to tune
     pair = open_pair(whole, origin, tokenizer=tokenizer)
-    open_source = partial(_open_pairs, origin=origin, split=split, image_folder=image_folder)
+    open_source = partial(_open_pairs, origin=origin, split=split, image_folder=image_folder, default="train")
     embed = partial(embed_pairs, pair, batch_size=batch_size, num_workers=num_workers)
     stage: Any = nullcontext((None, None))
     if place is not None:
@@ -281,11 +281,17 @@ def _open(
 
 
 def _open_pairs(
-    source: Any, origin: Origin, *, split: str, limit: int | None, image_folder: str | Path | None
+    source: Any,
+    origin: Origin,
+    *,
+    split: str | None,
+    limit: int | None,
+    image_folder: str | Path | None,
+    default: str,
 ) -> PairSet:
     """Open images with captions, with a model's own preprocessing."""
     transform = transform_for(origin.preprocessing) if "mean" in origin.preprocessing else None
-    return open_pairs(source, transform=transform, split=split, limit=limit, image_folder=image_folder)
+    return open_pairs(source, transform=transform, split=split, limit=limit, image_folder=image_folder, default=default)
 
 
 def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:

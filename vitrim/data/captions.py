@@ -7,6 +7,7 @@ out; images without a caption are skipped.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,12 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from vitrim.data.decode import READ_ERRORS, decode
+from vitrim.data.folders import walk
 from vitrim.data.images import Transform, collate, prepare
+from vitrim.data.parts import Part
 from vitrim.data.shards import IMAGE_SUFFIXES, TAR_ERRORS, shard_urls
-from vitrim.data.sources import choose_split, files_of_split, name_of, open_rows, unpack
+from vitrim.data.sources import name_of, open_rows, unpack
 from vitrim.errors import DataError
 from vitrim.models.origin import require
 
+LOG = logging.getLogger("vitrim")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "txt", "sentence", "sentences", "raw", "alt_text")
 ALLOWED = (
     "pass .tar shards with .txt or .json captions, a .parquet file with a caption column, COCO's captions .json, a "
@@ -100,8 +104,9 @@ def open_pairs(
     source: Any,
     *,
     transform: Transform | None = None,
-    split: str = "test",
+    split: str | None = None,
     limit: int | None = None,
+    default: str = "test",
     image_folder: str | Path | None = None,
 ) -> PairSet:
     """Open any source of images with captions.
@@ -112,8 +117,9 @@ def open_pairs(
             as `.json`, a folder of shards or parquet files, a `datasets.Dataset`, or any iterable of (image, caption or
             captions), or of dicts that name them.
         transform: function from a PIL image to a tensor (C, H, W).
-        split: part to read, for a source that has parts.
+        split: part to read of a source that has parts; refused for one that has none.
         limit: read only this many images, the first ones.
+        default: part to read of a source that has parts where no split is given.
         image_folder: folder of the images that a `.json` names; None for the folder of the `.json`.
 
     Raises:
@@ -124,41 +130,48 @@ def open_pairs(
         raise DataError(f"limit is {limit}; use 1 or more, or None for all images.")
     if isinstance(source, PairSet):
         return source
-    rows, name = _open(source, split, image_folder)
+    part = Part(asked=split, default=default)
+    rows, name = _open(source, part, image_folder)
+    for note in part.notes:
+        LOG.info("%s", note)
     return PairSet(rows, name=name, transform=transform, limit=limit)
 
 
-def _open(source: Any, split: str, image_folder: str | Path | None) -> tuple[Callable[[], Iterator[Row]], str]:
+def _open(source: Any, part: Part, image_folder: str | Path | None) -> tuple[Callable[[], Iterator[Row]], str]:
     """Detect the kind of a source; return a function that yields its rows, and a name to show."""
     urls = shard_urls(source)
     if urls is not None:
         require("webdataset", "shards")
+        part.without(name_of(source))
         return partial(_of_shards, urls), name_of(source)
     if isinstance(source, str | Path):
-        return _open_path(Path(source), split, image_folder), str(source)
+        return _open_path(Path(source), part, image_folder), str(source)
     name = type(source).__name__
     hugging_face = sys.modules.get("datasets")  # whoever holds one of its objects has imported it
     if hugging_face is not None and isinstance(source, hugging_face.DatasetDict | hugging_face.Dataset):
-        return partial(_of_dataset, choose_split(source, split, name), name), name
+        return partial(_of_dataset, part.of_dataset(source, name), name), name
+    part.without(name)
     if isinstance(source, Iterable) or isinstance(source, Dataset):
         return partial(_of_items, source, name), name
     raise DataError(f"{name}: not a source of images with captions; {ALLOWED}.")
 
 
-def _open_path(path: Path, split: str, image_folder: str | Path | None) -> Callable[[], Iterator[Row]]:
+def _open_path(path: Path, part: Part, image_folder: str | Path | None) -> Callable[[], Iterator[Row]]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; {ALLOWED}.")
+    if path.is_file():
+        part.without(str(path))
     if path.suffix == ".json":
         return partial(_of_coco, path, path.parent if image_folder is None else Path(image_folder))
     if path.suffix == ".parquet":
         return partial(_of_parquet, [path])
     for kind in (".parquet", ".tar") if path.is_dir() else ():
-        files = sorted(path.rglob(f"*{kind}"))
+        files = sorted(file for _, found in walk(path) for file in found if file.suffix == kind)
         if files and kind == ".parquet":
-            return partial(_of_parquet, files_of_split(files, path, split))
+            return partial(_of_parquet, part.of_files(files, path))
         if files:
             require("webdataset", "shards")
-            return partial(_of_shards, [str(file) for file in files_of_split(files, path, split)])
+            return partial(_of_shards, [str(file) for file in part.of_files(files, path)])
     raise DataError(f"{path}: holds no captions that vitrim can read; {ALLOWED}.")
 
 
@@ -191,7 +204,7 @@ def _of_parquet(files: Sequence[Path]) -> Iterator[Row]:
     from pyarrow import parquet
 
     for path in files:
-        rows, _ = open_rows(path, split="", limit=None)  # says what is wrong with a file that can't be read
+        rows, _ = open_rows(path, part=Part(), limit=None)  # says what is wrong with a file that can't be read
         column = _caption_column(parquet.read_schema(path), str(path))
         try:
             texts = parquet.read_table(path, columns=[column]).column(column)
@@ -203,7 +216,7 @@ def _of_parquet(files: Sequence[Path]) -> Iterator[Row]:
 
 def _of_dataset(dataset: Any, name: str) -> Iterator[Row]:
     """Yield rows of a `datasets.Dataset`; an image is decoded only when it is read."""
-    rows, _ = open_rows(dataset, split="", limit=None)
+    rows, _ = open_rows(dataset, part=Part(), limit=None)
     column = _caption_column(dataset.features.arrow_schema, name)
     for row, text in enumerate(dataset.select_columns([column])):
         yield _texts(text[column]), partial(_first_of, rows, row)

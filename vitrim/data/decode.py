@@ -123,10 +123,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Seen:
-    """What the images of a source were, as far as this process has read them: one byte an image."""
+    """What the images of a source were, as far as this process has read them: one byte an image.
 
-    def __init__(self, num_images: int) -> None:
-        self._codes, self._kinds, self.problem = bytearray(num_images), [""], ""
+    `notes` are on the source as a whole.
+    """
+
+    def __init__(self, num_images: int, notes: Iterable[str] = ()) -> None:
+        self._codes, self._kinds, self.problem, self.notes = bytearray(num_images), [""], "", list(notes)
 
     def note(self, row: int, kind: str) -> None:
         """Note what an image was; "" for what needs no word."""

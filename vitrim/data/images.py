@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitrim.data.decode import READ_ERRORS, Seen, as_picture, kind_of, remarks, to_rgb
+from vitrim.data.parts import Part
 from vitrim.data.sources import ALLOWED, Rows, open_rows
 from vitrim.errors import DataError
 
@@ -122,8 +123,8 @@ class ImageSet(Dataset):
         return self._seen.counts(self._indices)
 
     def remarks(self) -> list[str]:
-        """Return sentences on the images read in this process: those left out, and those of an unusual mode."""
-        return remarks(self.kinds(), self._seen.problem)
+        """Return sentences on the source, and on images read in this process: left out, or of an unusual mode."""
+        return [*self._seen.notes, *remarks(self.kinds(), self._seen.problem)]
 
     def tell(self) -> None:
         """Log the remarks, where there is no result to note them in."""
@@ -193,20 +194,26 @@ def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
 
 
 def open_images(
-    source: Any, *, transform: Transform | None = None, split: str = "train", limit: int | None = None
+    source: Any,
+    *,
+    transform: Transform | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    default: str = "train",
 ) -> ImageSet:
     """Open any source of images as an `ImageSet`.
 
     Args:
-        source: a folder of images (any depth; the names of first-level sub-folders are labels if every image
-            lies in one of two or more), a `.parquet` file or a folder of them, `.tar` files (webdataset's shards:
-            one, a folder, a list, or `{000..127}` in a name), a folder written by `save_to_disk`, a
+        source: a folder of images (any depth; first-level sub-folders are classes if every image lies in one of
+            two or more; those called train, val, test are splits), a `.parquet` file or a folder of them, `.tar` files
+            (webdataset's shards: one, a folder, a list, or `{000..127}` in a name), a folder of `save_to_disk`, a
             `datasets.Dataset` or `DatasetDict`, a torch `Dataset` or `DataLoader`, "digits" (scikit-learn's 8x8
             digits), or any other iterable of tensors, PIL images or pairs with a label. A 4-d tensor is a batch.
         transform: function from a PIL image to a tensor (C, H, W); see `transform_for`.
-        split: part to read, for a source that has parts: "digits", `DatasetDict`, parquet files named after
-            splits.
+        split: part to read of a source that has parts: "digits", `DatasetDict`, and folders whose folders, parquet
+            files or shards are named after splits. Refused for a source that has none.
         limit: read only this many images: the first of an iterable, evenly spaced ones of anything else.
+        default: part to read of a source that has parts where no split is given.
 
     Returns:
         The images. Plain iterables are collected in memory; everything else is read on access.
@@ -217,12 +224,14 @@ def open_images(
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; use 1 or more, or None for all images.")
     if isinstance(source, ImageSet):
+        Part(asked=split).without(source.name)
         images = source if transform is None else source.with_transform(transform)
     else:
-        rows, name = open_rows(source, split=split, limit=limit)
+        part = Part(asked=split, default=default)
+        rows, name = open_rows(source, part=part, limit=limit)
         if not len(rows):
             raise DataError(f"{name}: no images found; {ALLOWED}.")
-        images = ImageSet(rows, name=name, transform=transform)
+        images = ImageSet(rows, name=name, transform=transform, seen=Seen(len(rows), part.notes))
     return images if limit is None else images.spaced(limit)
 
 

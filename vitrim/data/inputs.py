@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.data.images import Batch, ImageSet, open_images
+from vitrim.data.parts import Part
 from vitrim.data.streams import ImageStream, open_stream
 from vitrim.data.texts import is_text, open_texts
 from vitrim.data.transforms import transform_for
@@ -19,7 +20,9 @@ from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
 
 
-def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int | None = None) -> ImageSet | ImageStream:
+def open_inputs(
+    data: Any, origin: Origin, *, split: str | None = None, limit: int | None = None, default: str = "train"
+) -> ImageSet | ImageStream:
     """Open images with a model's own preprocessing, or text as rows of its tokenizer's ids.
 
     A model without known preprocessing takes tensors, or images of the right size.
@@ -27,8 +30,9 @@ def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int |
     Args:
         data: a source that `open_images`, `open_stream` or `open_texts` can open.
         origin: how the model was built; holds its preprocessing.
-        split: part to read, for a source that has parts.
+        split: part to read of a source that has parts.
         limit: read only this many images; has no effect on a stream.
+        default: part to read of a source that has parts where no split is given.
 
     Returns:
         A set, or a stream if the source can only be read in order.
@@ -38,25 +42,28 @@ def open_inputs(data: Any, origin: Origin, *, split: str = "train", limit: int |
     """
     known = origin.preprocessing
     transform = transform_for(known) if "mean" in known else None
-    stream = open_stream(data, transform=transform, split=split)
+    stream = open_stream(data, transform=transform, split=split, default=default)
     if stream is not None:
         return stream
     if is_text(data) and "num_tokens" in known:
+        Part(asked=split).without("texts")
         return open_texts(data, tokenizer=tokenizer_of(origin), num_tokens=known["num_tokens"], limit=limit)
     is_folder = isinstance(data, str | Path) and Path(data).is_dir()  # of images, with a text file among them
     if is_text(data) and not is_folder:
         what = "takes images" if "input_size" in known else "has no tokenizer that vitrim knows"
         raise DataError(f"{origin.name}: {what}, not text; pass images or tensors that are preprocessed already.")
-    return open_images(data, transform=transform, split=split, limit=limit)
+    return open_images(data, transform=transform, split=split, limit=limit, default=default)
 
 
-def open_set(data: Any, origin: Origin, *, split: str = "train", limit: int | None) -> ImageSet:
+def open_set(
+    data: Any, origin: Origin, *, split: str | None = None, limit: int | None, default: str = "train"
+) -> ImageSet:
     """Open images or text to judge on, as `open_inputs` does; of a stream the first `limit` images.
 
     Raises:
         DataError: the source can't be read, or is a stream and there is no limit.
     """
-    images = open_inputs(data, origin, split=split, limit=limit)
+    images = open_inputs(data, origin, split=split, limit=limit, default=default)
     if isinstance(images, ImageSet):
         return images
     if limit is None:

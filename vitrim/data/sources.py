@@ -7,7 +7,6 @@ decoded. Preprocessing, counting and batching are in `images.py`.
 from __future__ import annotations
 
 import operator
-import re
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
@@ -22,12 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from vitrim.data.decode import READ_ERRORS, decode
-from vitrim.data.shards import IMAGE_SUFFIXES, TarIndex, can_seek, shard_urls
+from vitrim.data.folders import Found, is_image, read_folder, walk
+from vitrim.data.parts import Part
+from vitrim.data.shards import TarIndex, can_seek, shard_urls
 from vitrim.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "y")
-SPLIT_WORDS = {"train", "test", "validation", "valid", "val"}
 ALLOWED = (
     "pass a folder of images, a .parquet or .tar file or a folder of them, a datasets.Dataset or where it was saved, "
     "a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
@@ -48,23 +48,26 @@ class Rows(Protocol):
         ...
 
 
-def open_rows(source: Any, *, split: str, limit: int | None) -> tuple[Rows, str]:
+def open_rows(source: Any, *, part: Part, limit: int | None) -> tuple[Rows, str]:
     """Detect the kind of a source; return its rows and a name to show.
 
     Raises:
         DataError: the source is missing, has no such split or is of no known kind.
     """
     if isinstance(source, str) and source == "digits":
+        split = part.asked or part.default
         return _digits(split), f"digits ({split})"
     urls = shard_urls(source)
     if urls is not None:
+        part.without(name_of(source))
         return _Shards(_on_disk(urls)), name_of(source)
     if isinstance(source, str | Path):
-        return _open_path(Path(source), split), str(source)
+        return _open_path(Path(source), part), str(source)
     name = type(source).__name__
     hugging_face = sys.modules.get("datasets")  # whoever holds one of its objects has imported it
     if hugging_face is not None and isinstance(source, hugging_face.DatasetDict | hugging_face.Dataset):
-        return _HuggingFace(choose_split(source, split, name), name), name
+        return _HuggingFace(part.of_dataset(source, name), name), name
+    part.without(name)
     if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
         source = source.dataset
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
@@ -93,43 +96,39 @@ def _on_disk(urls: Sequence[str]) -> list[Path]:
     return [Path(url) for url in urls]
 
 
-def _open_path(path: Path, split: str) -> Rows:
+def _open_path(path: Path, part: Part) -> Rows:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; {ALLOWED}.")
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise DataError(f"{path}: not a .parquet file, nor a .tar; {ALLOWED}.")
+        part.without(str(path))
         return _Parquet([path])
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         import datasets
 
-        return _HuggingFace(choose_split(datasets.load_from_disk(path), split, str(path)), str(path))
-    files = sorted(f for f in path.rglob("*") if not f.name.startswith(".") and f.is_file())
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
-    tars = [file for file in files if file.suffix.lower() == ".tar"]
-    if parquet and not images:
-        return _Parquet(files_of_split(parquet, path, split))
-    if tars and not images:
-        return _Shards(files_of_split(tars, path, split))
-    return _Files(images, path)
+        return _HuggingFace(part.of_dataset(datasets.load_from_disk(path), str(path)), str(path))
+    tree = list(walk(path))
+    files = sorted(file for _, files in tree for file in files)
+    for suffix, rows in ((".parquet", _Parquet), (".tar", _Shards)):
+        found = [file for file in files if file.suffix.lower() == suffix]
+        if found and not any(map(is_image, files)):
+            return rows(part.of_files(found, path))
+    return _Files(read_folder(path, tree, part))
 
 
 class _Files:
-    """Image files of a folder; sub-folders are classes if there are two or more and every image is in one of them."""
+    """Image files of a folder."""
 
-    def __init__(self, files: Sequence[Path], root: Path):
-        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        self.has_labels = len(classes) > 1 and all(file.parent.parent == root for file in files)
-        self._files = files
-        self._class_of = {name: label for label, name in enumerate(classes)}
+    def __init__(self, found: Found):
+        self.has_labels = bool(found.labels)
+        self._found = found
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._found.files)
 
     def read(self, row: int) -> tuple[Image.Image, int]:
-        file = self._files[row]
-        return decode(file), self._class_of[file.parent.name] if self.has_labels else -1
+        return decode(self._found.files[row]), self._found.labels[row] if self.has_labels else -1
 
 
 class _Shards:
@@ -286,26 +285,6 @@ def as_label(value: Any) -> int:
         return operator.index(value)
     except TypeError:
         return -1
-
-
-def choose_split(dataset: Any, split: str, name: str) -> Any:
-    """Return the split of a Hugging Face set with this name; the set itself if it has no splits."""
-    if not isinstance(dataset, Mapping):
-        return dataset
-    if split not in dataset:
-        raise DataError(f"{name}: no split {split!r}; use one of {sorted(dataset)}.")
-    return dataset[split]
-
-
-def files_of_split(files: Sequence[Path], root: Path, split: str) -> Sequence[Path]:
-    """Return the files with the split's name as a word of their path; all of them if no path names any split."""
-    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower())) for file in files}
-    chosen = [file for file in files if split in words[file]]
-    others = sorted(set().union(*words.values()) & SPLIT_WORDS)
-    if not chosen and others:
-        kind = files[0].suffix[1:]
-        raise DataError(f"{root}: no {kind} file of split {split!r}; use one of {others}, or pass one file.")
-    return chosen or files
 
 
 def find_columns(schema: Any, where: str) -> list[str]:

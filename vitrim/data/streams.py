@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitrim.data.decode import READ_ERRORS, decode
+from vitrim.data.decode import READ_ERRORS, Seen, decode
 from vitrim.data.images import Batch, ImageSet, Transform, collate, prepare
+from vitrim.data.parts import Part
 from vitrim.data.shards import IMAGE_SUFFIXES, can_seek, label_of, shard_urls
-from vitrim.data.sources import as_label, choose_split, find_columns, name_of, unpack
+from vitrim.data.sources import as_label, find_columns, name_of, unpack
 from vitrim.errors import DataError, VitrimError
 from vitrim.models.origin import require
 from vitrim.storage.tensor_writer import read_journal
@@ -77,6 +78,7 @@ class ImageStream:
         held_out: places of images to skip.
         sizes: number of images, by name, of shards that were read to their end; a resumed run skips these unread.
         journal: file that stores `sizes`; None stores nothing.
+        notes: what the user should know about how it was opened.
     """
 
     shards: Shards
@@ -86,6 +88,7 @@ class ImageStream:
     held_out: frozenset[Place] = frozenset()
     sizes: dict[str, int] = field(default_factory=dict)
     journal: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -122,7 +125,9 @@ class ImageStream:
         records = list(islice(found, num_images))
         if not records:
             raise DataError(f"{self.name}: no images found; check the shards.")
-        return ImageSet(_Taken(records), name=self.name, transform=self.transform), [r.place for r in records]
+        seen = Seen(len(records), self.notes)
+        images = ImageSet(_Taken(records), name=self.name, transform=self.transform, seen=seen)
+        return images, [record.place for record in records]
 
     def lane(self, lane: int, *, num_lanes: int, window: int, seed: int, first: int = 0) -> Iterator[Record]:
         """Yield images of one of `num_lanes` lanes from number `first` on, pass after pass, without end.
@@ -224,7 +229,9 @@ class ImageStream:
         return sum(size or 0 for size in sizes) - sum(shard in shards for shard, _ in self.held_out)
 
 
-def open_stream(source: Any, *, transform: Transform | None = None, split: str = "train") -> ImageStream | None:
+def open_stream(
+    source: Any, *, transform: Transform | None = None, split: str | None = None, default: str = "train"
+) -> ImageStream | None:
     """Open a source that can only be read in order; return None for any other source.
 
     Args:
@@ -232,7 +239,8 @@ def open_stream(source: Any, *, transform: Transform | None = None, split: str =
             lists included; local shards that are compressed; `hf-stream:ORG/NAME` or `hf-stream:ORG/NAME/CONFIG`; a
             `datasets.IterableDataset`, or one for each split.
         transform: function from a PIL image to a tensor (C, H, W).
-        split: part to read of a Hugging Face set.
+        split: part to read of a Hugging Face set; refused for shards, which have none.
+        default: part to read where no split is given.
 
     Raises:
         DataError: a Hugging Face set can't be opened or has no such split.
@@ -242,14 +250,17 @@ def open_stream(source: Any, *, transform: Transform | None = None, split: str =
         return source if transform is None else replace(source, transform=transform)
     name = source if isinstance(source, str) else type(source).__name__
     if isinstance(source, str) and source.startswith(PREFIX):
-        source = _load_dataset(source.removeprefix(PREFIX), split)
+        source = _load_dataset(source.removeprefix(PREFIX))
     hugging_face = sys.modules.get("datasets")  # whoever holds one of its objects has imported it
     if hugging_face is not None and isinstance(source, hugging_face.IterableDataset | hugging_face.IterableDatasetDict):
-        return ImageStream(shards=_HuggingFace(choose_split(source, split, name), name), name=name, transform=transform)
+        part = Part(asked=split, default=default)
+        shards = _HuggingFace(part.of_dataset(source, name), name)
+        return ImageStream(shards=shards, name=name, transform=transform, notes=tuple(part.notes))
     urls = shard_urls(source)
     if urls is None or all(can_seek(url) for url in urls):
         return None
     require("webdataset", "shards")
+    Part(asked=split).without(name_of(source))
     return ImageStream(shards=_Urls(urls), name=name_of(source), transform=transform)
 
 
@@ -348,13 +359,14 @@ def _permutation(size: int, *key: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big"))).tolist()
 
 
-def _load_dataset(name: str, split: str) -> Any:
-    """Open a Hugging Face set by name or folder, streamed."""
+def _load_dataset(name: str) -> Any:
+    """Open all splits of a Hugging Face set by name or folder, streamed."""
     import datasets
 
     parts = [name] if Path(name).exists() else ["/".join(name.split("/")[:2]), *name.split("/")[2:]]
     try:
-        return datasets.load_dataset(*parts, split=split, streaming=True)
+        load: Any = datasets.load_dataset
+        return load(*parts, streaming=True)
     except Exception as error:  # the Hub, networks and scripts fail in their own ways
         reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
         raise DataError(f"{PREFIX}{name}: can't be opened ({reason}); use {PREFIX}ORG/NAME[/CONFIG].") from error
