@@ -27,6 +27,8 @@ from vitrim.data import open_images
 from vitrim.errors import Interrupted, OutputError, RecipeError
 from vitrim.recover.distill import recover_
 from vitrim.recover.losses import feature_loss
+from vitrim.recover.range_test import RATES
+from vitrim.recover.result import Recovery
 from vitrim.recover.schedule import rate_shape
 from vitrim.types import Features
 
@@ -62,9 +64,41 @@ def test_recovery_never_returns_worse_than_the_start():
     teacher = make_teacher()
     student = make_student(teacher)
     start = weights(student)
-    result = run(student, teacher, options={"lr": 10.0})
+    result = run(student, teacher, options={"lr": 10.0, "steps": 6})
     assert result.best_step == 0
     assert_equal(start, student.state_dict())
+    first, last = (f"{result.curve[place]['relative_error']:.4g}" for place in (0, -1))
+    assert result.num_images >= 6 * 8 and result.seconds > 0
+    assert result.notes[-1] == (
+        f"recovery did not improve on the cut, which was kept: error {first} at the start and {last} at step "
+        f"{result.curve[-1]['step']}, on 8 held-out images. It took {result.cost()}."
+    )
+    assert not any("did not improve" in note for note in run(student, teacher, options={"steps": 20}).notes)
+
+
+def test_an_end_worse_than_the_start_is_said_even_where_a_better_state_was_kept():
+    curve = [{"step": step, "relative_error": error} for step, error in ((0, 0.2), (10, 0.1), (20, 0.3))]
+    found = Recovery(curve=curve, best_step=10, best_error=0.1, num_steps=20, num_test_steps=2, num_images=176)
+    assert found.verdict(60) == [
+        "recovery got worse again: error 0.2 at the start and 0.3 at step 20, on 60 held-out images. The state of step "
+        "10 was kept (0.1). It took 20 steps and 2 of the range test, 176 images seen, 0 s."
+    ]
+    assert Recovery(curve=curve[:2], best_step=10, best_error=0.1).verdict(60) == []
+    assert not Recovery(curve=curve[:1], best_step=0, best_error=0.2).improved
+
+
+@pytest.mark.parametrize("steps", [1, 100, 400])
+def test_the_range_test_takes_a_tenth_of_the_steps_at_most(monkeypatch, steps):
+    """Or a single step for each rate, where a tenth is less than that."""
+    teacher = make_teacher()
+    student, done = make_student(teacher), []
+    monkeypatch.setattr("vitrim.recover.distill._loop", lambda *_: None)  # the test alone
+    monkeypatch.setattr("vitrim.recover.run.Run.train_step", lambda self, batches, lr=None: done.append(lr) or 0.0)
+    errors = iter([1.0, *(2.0 - 0.1 * number for number in range(99))])  # every rate is tried
+    monkeypatch.setattr("vitrim.recover.judge.relative_error", lambda *_: next(errors))
+    found = run(student, teacher, options={"lr": None, "steps": steps, "num_validations": 1})
+    assert len(found.rate_test) == len(RATES)
+    assert len(RATES) <= len(done) == found.num_test_steps <= max(len(RATES), steps / 10)
 
 
 def test_labels_change_nothing():

@@ -58,6 +58,10 @@ def test_the_folder_holds_everything_and_loads_with_stock_timm(result):
     assert torch.equal(vitrim.load(result.out)(images), result.model(images))
     assert result.metrics.stock and result.metrics.reload_difference <= 1e-5
     assert vitrim.Recipe.load(result.out / "recipe.yaml").recover.steps == 4
+    failed = any("did not improve on the cut" in note for note in result.metrics.notes)
+    said = "" if not failed else ", which did not improve on the cut: this is the model before it"
+    card = (result.out / "README.md").read_text()
+    assert f"from the original (4 steps, 64 images seen, {result.metrics.recovery['seconds']:.0f} s){said}." in card
     assert json.loads((result.out / "metrics.json").read_text())["images"]["held_out"] == 143
 
 

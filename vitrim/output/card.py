@@ -22,6 +22,7 @@ from vitrim.metrics.record import Metrics
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
 from vitrim.output.result import table_rows
+from vitrim.recover.result import Recovery
 
 CARD = "README.md"
 HUB_NAME = re.compile(r"^(?:timm|hf)/([\w.-]+/[\w.-]+)$")
@@ -114,9 +115,10 @@ def _what(recipe: Recipe, metrics: Metrics) -> str:
     if pairs:
         old, new = (sorted({pair[place] for pair in pairs}) for place in (0, 1))
         said += f" Hidden units of the {len(metrics.widths)} MLPs: {_span(old)} became {_span(new)}."
-    steps = (metrics.recovery or {}).get("num_steps")
-    if steps:
-        said += f" Then {steps} steps of label-free distillation from the original."
+    if metrics.recovery is not None:
+        recovery = Recovery(**metrics.recovery)
+        said += f" Then label-free distillation from the original ({recovery.cost()})"
+        said += "." if recovery.improved else ", which did not improve on the cut: this is the model before it."
     return said + (f" Only the part {code(metrics.encoder)} was touched." if metrics.encoder else "")
 
 

@@ -100,7 +100,8 @@ def recover_(
         finally:
             keeper.trackers.close()
         run.finish()
-    run.result.notes = [*run.notes, *run.targets.notes, *run.result.notes, *_left_out(run)]
+    said = run.result.verdict(sum(map(len, held_out)))
+    run.result.notes = [*run.notes, *run.targets.notes, *run.result.notes, *_left_out(run), *said]
     return run.result
 
 

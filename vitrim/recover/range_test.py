@@ -15,6 +15,8 @@ from vitrim.recover.schedule import rate_shape
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
 # LoRA's factors tolerate about 25 times the rate that the weights themselves do; OP-LoRA's generators do not.
 LORA_RATES = (2e-2, 1e-2, 5e-3, *RATES)
+# All short runs together take at most this share of the steps asked for, each one step at least and MOST_STEPS at most.
+SHARE, MOST_STEPS = 0.1, 30
 # A short run may end at this multiple of the error at the start, if that error is below NEAR.
 SHOCK, NEAR = 1.5, 0.1
 
@@ -46,16 +48,17 @@ def find_rate(run: Run) -> float:
     Returns:
         The chosen rate; the lowest one where all are too high.
     """
-    num_steps = max(8, min(30, run.num_steps // 10))
+    rates = rates_to_try(run.options)
+    num_steps = max(1, min(MOST_STEPS, int(SHARE * run.num_steps) // len(rates)))
     start = run.values()
     errors: dict[float, float] = {}
     chosen: float | None = None
     shock = SHOCK if run.result.curve[0]["relative_error"] < NEAR else 1.0
-    rates = rates_to_try(run.options)
     with progress("range test", len(rates), quiet=run.context.quiet or not run.is_main) as bar:
         for rate in rates:
             for batches in run.batches(0, num_steps):
                 run.train_step(batches, lr=rate * rate_shape(run.step, num_steps, run.options.warmup_ratio))
+            run.result.num_test_steps += num_steps
             errors[rate] = score(run.judge.errors(run.judged), run.result.curve[0])
             run.start_over_(start)
             bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")

@@ -19,6 +19,9 @@ class Recovery:
         best_error: relative error of that state.
         rate_test: error at the end of the short run at each learning rate, where no rate was given.
         num_steps: steps asked for.
+        num_test_steps: steps of the range test, in addition to those.
+        num_images: images that all steps saw, those of the range test and repeated ones included.
+        seconds: time that it took.
         notes: sentences for the user.
         adapter: counts and sizes of the adapters, where there were any.
     """
@@ -29,8 +32,35 @@ class Recovery:
     best_error: float = math.inf
     rate_test: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
+    num_test_steps: int = 0
+    num_images: int = 0
+    seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     adapter: dict[str, Any] | None = None
+
+    @property
+    def improved(self) -> bool:
+        """Whether the state that was kept is closer to the original than the untrained start."""
+        return self.best_step > 0 and self.best_error < self.curve[0]["relative_error"]
+
+    def verdict(self, num_held_out: int) -> list[str]:
+        """Return a sentence on a recovery that did not end better than it started, with what it cost; else nothing.
+
+        Args:
+            num_held_out: number of images behind the errors.
+        """
+        start, end = self.curve[0]["relative_error"], self.curve[-1]["relative_error"]
+        if self.improved and end < start:
+            return []
+        what = "did not improve on the cut, which was kept" if not self.improved else "got worse again"
+        kept = f" The state of step {self.best_step} was kept ({self.best_error:.4g})." if self.improved else ""
+        errors = f"error {start:.4g} at the start and {end:.4g} at step {self.curve[-1]['step']}"
+        return [f"recovery {what}: {errors}, on {num_held_out:,} held-out images.{kept} It took {self.cost()}."]
+
+    def cost(self) -> str:
+        """Return what the recovery cost, in words."""
+        tests = f" and {self.num_test_steps:,} of the range test" if self.num_test_steps else ""
+        return f"{self.num_steps:,} steps{tests}, {self.num_images:,} images seen, {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +70,9 @@ class Validation:
     Attributes:
         step: steps done so far; 0 is the untrained start.
         num_steps: steps asked for.
+        num_test_steps: steps of the range test, in addition to those.
+        num_images: images that all steps saw, those of the range test and repeated ones included.
+        seconds: time that it took.
         held_out_error: relative error of the state at this step.
         best_error: relative error of the best state so far, this one included.
         lr: learning rate of the last step; 0 before the first.

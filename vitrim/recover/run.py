@@ -7,6 +7,7 @@ held here is all it takes to continue exactly. When and how long to train is dec
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -95,6 +96,7 @@ class Run:
         if self.teacher_spread:
             dtype = torch.bfloat16 if is_bf16(options.precision, self.device) else None
             live.teacher = shard(teacher, self.blocks, device=self.device, at=options.features_at, dtype=dtype)
+        self.since = time.monotonic()  # when `result.seconds` was last brought up to date
         self.best: dict[str, Tensor] = {}
         self.best_score = math.inf
         self.ema: dict[str, Tensor] = {}
@@ -200,6 +202,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.result.lr * shape if lr is None else lr
             group["weight_decay"] = decay if group["decays"] else 0.0
+        self.result.num_images += self.sampler.global_batch
         total = self._backward(batches)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         total = mean(total)
@@ -294,8 +297,14 @@ class Run:
                 for p, value in zip(self.parameters, current, strict=True):
                     p.copy_(value)
 
+    def count_time(self) -> None:
+        """Bring the seconds of the result up to date."""
+        now = time.monotonic()
+        self.result.seconds, self.since = self.result.seconds + now - self.since, now
+
     def finish(self) -> None:
         """Give the student the best state seen."""
+        self.count_time()
         self.student.load_state_dict({name: full(tensor).cpu() for name, tensor in self.best.items()})
 
     def values(self) -> dict[str, Tensor]:

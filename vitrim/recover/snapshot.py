@@ -24,6 +24,7 @@ def take_snapshot(run: Run) -> dict[str, Any]:
     The tensors are the run's own, not copies.
     """
     run.targets.flush()
+    run.count_time()
     moments = {name: run.optimizer.state.get(p, {}) for name, p in run.named_parameters().items()}
     return {
         "student": run.trained.state_dict(),
@@ -66,12 +67,14 @@ def roll_back_(run: Run, saved: Mapping[str, Any], loss: float) -> bool:
         False where this has been done MAX_ROLLBACKS times already; then nothing is changed but the notes.
     """
     failed, rate, notes = run.step, run.result.lr * SLOWER, list(run.result.notes)
+    run.count_time()
+    num_images, seconds = run.result.num_images, run.result.seconds  # they stay spent
     if len(notes) >= MAX_ROLLBACKS:
         said = f"diverged again at step {failed}: distillation ended there with its best state; give a lower lr."
         run.result.notes = [*notes, said]
         return False
     restore_(run, saved)
-    run.result.lr = rate
+    run.result.lr, run.result.num_images, run.result.seconds = rate, num_images, seconds
     said = f"loss {loss:.3g} at step {failed}: went back to step {run.step} with the rate lowered to {rate:.3g}."
     run.result.notes = [*notes, said]
     return True
