@@ -28,9 +28,11 @@ from vitrim.compression.cut import cut_
 from vitrim.compression.share import find_share
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs, num_parameters
+from vitrim.cost.latency import measure_latency
 from vitrim.data import first_images, open_images, transform_for
 from vitrim.methods import find_method
 from vitrim.metrics.fidelity import TokenComparison
+from vitrim.metrics.record import relative_latency
 from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
@@ -67,7 +69,7 @@ def main() -> None:
         "environment": environment(),
         "arguments": {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "write")},
         "original": kept.get("original") or {**bench.scores(bench.teacher), **bench.sizes(bench.teacher)},
-        "latency": kept.get("latency") or bench.latency("dgmr-paper"),
+        "latency": kept["latency"] if has_spread(kept.get("latency", {})) else bench.latency("dgmr-paper"),
         "rows": kept.get("rows", {}),
     }
     for seed in arguments.seeds:
@@ -128,18 +130,13 @@ class Bench:
         return {"parameters": num_parameters(model), "macs": count_macs(model, self.test[0][0][:1])}
 
     def latency(self, method: str) -> dict[str, Any]:
-        """Time the original and a cut by turns, by batch size: median milliseconds of both, and their ratio.
+        """Time the original and a cut by turns; returns the cut's times and their ratio with its spread, by batch size.
 
         All rows that cut hidden units have the same shapes and so the same time; values play no part.
         """
-        small, found = self.cut(method, "none", 0), {}
-        for size in TIMED_BATCHES:
-            images = self.test[0][0][:size]
-            pairs = [(timed(self.teacher, images), timed(small, images)) for _ in range(ROUNDS + 2)][2:]
-            before, after = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
-            ratio = statistics.median(mine / its for its, mine in pairs)
-            found[str(size)] = {"original_ms": before, "small_ms": after, "ratio": ratio}
-        return found
+        both = [self.teacher, self.cut(method, "none", 0)]
+        _, small = measure_latency(both, self.test[0][0][:1], batch_sizes=TIMED_BATCHES, rounds=ROUNDS)
+        return {str(size): dict(row) for size, row in small.items()}
 
 
 def tokens(model: nn.Module, images_BCHW: Tensor) -> Tensor:
@@ -147,12 +144,9 @@ def tokens(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     return model.forward_features(images_BCHW)  # type: ignore[operator]
 
 
-def timed(model: nn.Module, images_BCHW: Tensor) -> float:
-    """Return the seconds of one forward pass."""
-    with evaluating(model):
-        started = time.perf_counter()
-        model(images_BCHW)
-        return time.perf_counter() - started
+def has_spread(latency: dict[str, Any]) -> bool:
+    """Return whether latency was measured with its spread; a number without it is none."""
+    return bool(latency) and all("ratio_quartiles" in found for found in latency.values())
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -193,8 +187,8 @@ def before_after(result: dict[str, Any]) -> str:
         f"| top-1 on 10,000 test images (%) | {full['top1']:.2f} | {spread([row['top1'] for row in rows], 2)} |",
         f"| relative error of the features | 0 | {spread([row['relative_error'] for row in rows], 4)} |",
     ]
-    for size, found in result["latency"].items():
-        lines.append(f"| latency relative to the original, batch {size} | 1 | {found['ratio']:.2f} |")
+    for size, found in result["latency"].items() if has_spread(result["latency"]) else ():
+        lines.append(f"| latency relative to the original, batch {size} | 1 | {relative_latency(found)} |")
     return "\n".join(lines)
 
 

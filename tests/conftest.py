@@ -17,14 +17,14 @@ from tests.support.models import (
     Case,
     build_case,
 )
-from vitrim.cost.count import measure_latency
+from vitrim.cost.latency import measure_latency
 from vitrim.output.verify import checking_with, in_fresh_process
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Leave out what would be most of the time of all tests: repeated timing, fresh processes that load results."""
     assert measure_latency.__kwdefaults__ is not None
-    measure_latency.__kwdefaults__["min_run_time_s"] = 0.0  # once each: no test is about how long something takes
+    measure_latency.__kwdefaults__ |= {"rounds": 1, "min_seconds": 0.0}  # no test is about how long something takes
     config.addinivalue_line("markers", "fresh: results are loaded in a fresh process, as for users; else in this one")
     checking = checking_with(in_this_process)  # from here on, for the fixtures that many tests share, too
     checking.__enter__()

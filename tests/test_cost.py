@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrim.cost import count as cost
+from vitrim.cost import latency
+from vitrim.cost.latency import measure_latency
+from vitrim.metrics.record import relative_latency
 
 DIM, DEPTH, HEADS, HIDDEN, SIZE, PATCH, CLASSES = 64, 2, 2, 96, 32, 4, 10
 TOKENS = (SIZE // PATCH) ** 2 + 1
@@ -116,27 +121,61 @@ def test_peak_memory_grows_with_the_batch_and_ignores_what_was_freed(vit):
 
 
 class Slow(nn.Module):
-    def forward(self, images):
-        import time
+    """Sleeps for each image, as long as it is told for the turn."""
 
-        time.sleep(0.002 * len(images))
+    def __init__(self, name, seconds, seen):
+        super().__init__()
+        self.name, self.seconds, self.seen = name, seconds, seen
+
+    def forward(self, images):
+        self.seen.append((self.name, len(images)))
+        time.sleep(self.seconds[len(self.seen) % len(self.seconds)] * len(images))
         return images
 
 
-def test_latency_follows_the_work():
-    measured = cost.measure_latency(Slow(), torch.zeros(1, 3, 4, 4), batch_sizes=(1, 4), min_run_time_s=0.03)
-    assert list(measured) == [1, 4]
-    assert 2.0 <= measured[1]["median_ms"] < measured[4]["median_ms"]
-    assert measured[4]["median_ms"] >= 8.0
-    for size, latency in measured.items():
-        assert latency["iqr_ms"] >= 0
-        assert latency["images_per_s"] == pytest.approx(size / latency["median_ms"] * 1e3)
+def test_latency_is_taken_by_turns_and_is_a_ratio_with_quartiles():
+    seen: list = []
+    models = [Slow("original", [0.004], seen), Slow("cut", [0.002], seen)]
+    options = {"batch_sizes": (1, 4), "rounds": 20, "min_seconds": 0.0}
+    before, after = measure_latency(models, torch.zeros(1, 3, 4, 4), **options)
+    warm = ["original", "original", "cut", "cut"]
+    assert [name for name, size in seen if size == 4] == [*warm, *["original", "cut"] * 20]
+    for size, row in after.items():
+        assert row["rounds"] == 20 and "ratio" not in before[size]
+        assert row["ratio"] == row["median_ms"] / before[size]["median_ms"]
+        low, high = row["ratio_quartiles"]
+        assert low <= row["ratio"] * 1.1 and high >= row["ratio"] * 0.9
+        assert before[size]["median_ms"] >= 4 * size and row["median_ms"] >= 2 * size
+        assert row["images_per_s"] == pytest.approx(size / row["median_ms"] * 1e3)
+
+
+def test_the_spread_of_latency_equals_that_of_ratios_by_hand():
+    turns = [(1.0, 0.5), (2.0, 1.0), (1.0, 0.9), (1.0, 0.7), (4.0, 2.4)]
+    before, after = latency._summed_up(turns, 8)
+    ratios = sorted(after / before for before, after in turns)  # 0.5, 0.5, 0.6, 0.7, 0.9
+    assert after["ratio"] == pytest.approx(0.9 / 1.0)  # of the medians
+    assert after["ratio_quartiles"] == pytest.approx([ratios[1], ratios[3]])
+    assert (before["median_ms"], before["iqr_ms"]) == (1000.0, 1000.0)
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "said"), [((0.49, 0.54), "0.52 (0.49 to 0.54)"), ((0.49, 0.56), "noisy"), ((0.2, 0.9), "noisy")]
+)
+def test_a_latency_of_wide_spread_is_no_number(quartiles, said):
+    assert relative_latency({"ratio": 0.52, "ratio_quartiles": quartiles}) == said
+
+
+def test_a_batch_whose_rounds_would_take_too_long_is_left_out_and_said(caplog):
+    options = {"batch_sizes": (1, 9), "rounds": 3, "min_seconds": 0.0, "max_seconds": 0.03}
+    with caplog.at_level("INFO", logger="vitrim"):
+        (found,) = measure_latency([Slow("original", [0.002], [])], torch.zeros(1, 3, 4, 4), **options)
+    assert list(found) == [1] and "latency at batch 9: not measured; 3 rounds would take 0 s" in caplog.text
 
 
 def test_latency_leaves_mode_device_and_random_state_alone(vit):
     vit.train()
     state = torch.random.get_rng_state()
-    cost.measure_latency(vit, torch.zeros(1, 3, SIZE, SIZE), batch_sizes=(1,), device="cpu", min_run_time_s=0.01)
+    measure_latency([vit], torch.zeros(1, 3, SIZE, SIZE), batch_sizes=(1,), min_seconds=0.01)
     assert vit.training and next(vit.parameters()).device.type == "cpu"
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(parameter.requires_grad for name, parameter in vit.named_parameters() if "weight" in name)

@@ -37,11 +37,11 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # and results are not loaded in fresh processes, which test_checkpoint.py tries.
 RUN = """
 import runpy, sys
-from vitrim.cost.count import measure_latency
+from vitrim.cost.latency import measure_latency
 from vitrim.config.options import CalibrateOptions, RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.output.verify import checking_with
-measure_latency.__kwdefaults__["min_run_time_s"] = 0.0
+measure_latency.__kwdefaults__ |= {"rounds": 1, "min_seconds": 0.0}
 RepairOptions.model_fields["refit_steps"].default = 10
 Recipe.model_fields["calibrate"].default = CalibrateOptions(num_images=64)
 for options in (RepairOptions, Recipe):

@@ -94,7 +94,8 @@ def test_a_new_method_is_in_the_leaderboard_and_a_failing_one_stops_no_other(bui
         assert bare["parameters"] == repaired["parameters"] and 0.59 <= bare["parameters"] / whole <= 0.6
         assert repaired["after_cut"]["relative_error"] < bare["after_cut"]["relative_error"]
         assert 0 < bare["bytes"] < found["original"]["bytes"]
-        assert bare["speedup"].keys() == {"1", "8", "32"} and min(bare["speedup"].values()) > 0
+        assert bare["latency"].keys() == {"1", "8", "32"}
+        assert all(row["ratio"] > 0 and len(row["ratio_quartiles"]) == 2 for row in bare["latency"].values())
         assert {"relative_error", "cosine", "top1"} == bare["after_recovery"].keys()
     assert rows["last", "none"]["after_cut"] == rows["wide", "none"]["after_cut"]  # same units, images and seed
     top_k = rows["top-k", "none"]
@@ -156,6 +157,10 @@ class Masked(Fips):
     steps: int = 0  # nothing is trained
 
 
+def timed(ratio, spread):
+    return {"8": {"ratio": ratio, "ratio_quartiles": [ratio - spread / 2, ratio + spread / 2]}}
+
+
 def test_every_method_is_sized_by_bytes_as_well(build, data):
     """The masks of FiPS are no parameters, and take their bytes."""
     register(Masked)
@@ -188,16 +193,16 @@ def test_the_verdict_compares_equal_terms_by_the_last_error():
 
 def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
     rows = [
-        a_row("worse", 0.5, speedup={"8": 1.9}),
-        a_row("better", 0.1, bytes=190, speedup={"8": 1.5}),
-        a_row("heavier", 0.05, bytes=206, speedup={"8": 1.7}),  # its masks are over the budget
-        a_row("masked", 0.01, counted=None),
+        a_row("worse", 0.5, latency=timed(0.53, 0.02)),
+        a_row("better", 0.1, bytes=190, latency=timed(0.66, 0.04)),
+        a_row("heavier", 0.05, bytes=206, latency=timed(0.6, 0.02)),  # its masks are over the budget
+        a_row("masked", 0.01, counted=None, latency=timed(0.4, 0.2)),
         {"method": "broken", "repair": "none", "error": "X: y", "fitted": None},
     ]
     asked = {"params_ratio": 0.5}
-    original = {"parameters": 100, "macs": 100, "bytes": 400, "latency_ms": {}, "top1": None}
+    original = {"parameters": 100, "macs": 100, "bytes": 400, "top1": None}
     header, cells = table({"asked": asked, "original": original, "rows": rows, "verdict": []})
-    speed = "times as fast, batch 8"
+    speed = "relative latency, batch 8"
     assert header == [
         *"method,repair,held to,parameters,MACs".split(","),
         speed,
@@ -210,7 +215,8 @@ def test_the_table_is_sorted_marks_the_best_and_says_what_was_saved():
     assert by_name["better"]["error, cut"] == "**0.1000**" and by_name["masked"]["error, cut"] == "0.0100"
     assert (by_name["heavier"]["error, cut"], by_name["heavier"]["weights (MB)"]) == ("0.0500", "0.00 (52%)")
     assert (by_name["better"]["weights (MB)"], by_name["worse"]["weights (MB)"]) == ("**0.00 (48%)**", "0.00 (50%)")
-    assert (by_name["worse"][speed], by_name["better"][speed]) == ("**1.90x**", "1.50x")
+    assert by_name["worse"][speed] == "**0.53 (0.52 to 0.54)**" and by_name["better"][speed] == "0.66 (0.64 to 0.68)"
+    assert (by_name["masked"][speed], by_name["original"][speed]) == ("noisy", "1")
     assert by_name["worse"]["parameters"] == "0.00M (50%)"  # a tie of all is no best
     assert by_name["masked"]["held to"] == "keep_ratio 0.5; it saves neither parameters nor MACs"
     assert by_name["broken"]["held to"] == "X: y"

@@ -1,5 +1,6 @@
 """What both models see in the same images, and output folders of one original side by side."""
 
+import json
 import re
 from html import unescape
 
@@ -88,7 +89,8 @@ def test_the_table_holds_each_run_beside_the_original(folders):
     assert header == ["Measured", "Original", "1 a", "2 b", "3 c"]
     cells = dict(rows)
     assert cells["parameters"] == [("1000", False), ("600 (60%)", False), ("500 (50%)", True), ("700 (70%)", False)]
-    assert cells["latency batch 8 (ms)"][1:3] == [("5 (50%)", True), ("6 (60%)", False)]
+    latency = cells["relative latency, batch 8"]
+    assert latency[:3] == [("1", False), ("0.50 (0.49 to 0.51)", False), ("0.60 (0.59 to 0.61)", False)]
     assert cells["relative error"] == [("0", False), ("0.1", True), ("0.3", False), ("0.2", False)]
     assert cells["cosine CLS"][1:] == [("0.95", False)] * 3  # no best where all are equal
     assert cells["weights (MB)"][:2] == [("0.004", False), ("0.0024 (60%)", False)]
@@ -100,10 +102,24 @@ def test_the_page_shows_the_front_and_every_run(folders, tmp_path, capsys):
     assert f"Report: {out}" in capsys.readouterr().out.replace("\n", "")
     text = out.read_text()
     (alt,) = [unescape(found) for found in re.findall(r'aria-label="(Points[^"]*)"', text)]
-    assert "1 a 600 and 0.1, on the front; 2 b 500 and 0.3, on the front; 3 c 700 and 0.2. Milli" in alt
+    assert "1 a 600 and 0.1, on the front; 2 b 500 and 0.3, on the front; 3 c 700 and 0.2. Latency rel" in alt
     assert "<strong>500 (50%)</strong>" in text and "Notes" not in text
     assert run(["report", *map(str, folders), "--out", str(out)]) == 2  # an older page is not written over
     assert "compare.html: exists already" in capsys.readouterr().err
+
+
+def test_originals_that_disagree_are_not_averaged_and_noise_is_no_number(folders, tmp_path):
+    """Timed at 10 and at 30 ms: each run's latency is its share of its own original; a median would be of neither."""
+    noisy = write_run(tmp_path / "noisy", original_ms=30.0, spread=0.2, **{"images": {"held_out": 10}})
+    metrics = json.loads((noisy / "metrics.json").read_text())
+    metrics["before"]["peak_memory_mib"] = 3.0
+    (noisy / "metrics.json").write_text(json.dumps(metrics))
+    cells = dict(table(read_runs([folders[0], noisy]))[1])
+    assert [text for text, _ in cells["relative latency, batch 8"]] == ["1", "0.50 (0.49 to 0.51)", "noisy"]
+    assert cells["peak memory (MiB)"] == [("1 to 3", False), ("1 (100%)", False), ("1 (33%)", False)]
+    compare_runs([*folders, noisy], tmp_path / "o.html")
+    (alt,) = [unescape(found) for found in re.findall(r'aria-label="(Points[^"]*)"', (tmp_path / "o.html").read_text())]
+    assert "batch 8: original 1 and 0, on the front; 1 a 0.5" in alt and "noisy" not in alt.partition("Latency")[2]
 
 
 def test_what_is_hard_to_compare_is_said(folders, tmp_path):

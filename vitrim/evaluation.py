@@ -8,18 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitrim.cost.count import count_macs, measure_latency, num_parameters, peak_memory_mib
+from vitrim.cost.count import count_macs, num_parameters, peak_memory_mib
+from vitrim.cost.latency import measure_latency
 from vitrim.data import Batch, split_indices
 from vitrim.data.inputs import check_inputs, open_set, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
 from vitrim.metrics.outputs import Outputs
-from vitrim.metrics.record import ModelCost
+from vitrim.metrics.record import ModelCost, relative_latency
 from vitrim.models.features import num_classes
 from vitrim.models.origin import Origin
 from vitrim.output.load import Model, open_encoder
 from vitrim.output.result import aligned, html_table
+from vitrim.report.summary import latency_name
 from vitrim.torch_state import own_torch_state
 
 
@@ -70,7 +72,7 @@ class Evaluation:
         theirs, mine = self.teacher.to_json(), self.student.to_json()
         for name in theirs:
             if name == "latency":
-                rows += [_latency_row(size, theirs[name], mine[name]) for size in theirs[name]]
+                rows += [(latency_name(size), "1", relative_latency(row)) for size, row in mine[name].items()]
             else:
                 rows.append((name, _number(theirs[name]), _number(mine.get(name))))
         return rows
@@ -87,12 +89,6 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """Return the table for notebooks."""
         return html_table(("measure", "original", "small"), self.rows())
-
-
-def _latency_row(size: int, theirs: Mapping[int, Any], mine: Mapping[int, Any]) -> tuple[str, str, str]:
-    """Return a table row with both models' latency at a batch size."""
-    before, after = (f"{found[size]['median_ms']:.2f} ({found[size]['iqr_ms']:.2f})" for found in (theirs, mine))
-    return f"latency batch {size} (ms, IQR)", before, after
 
 
 def _number(value: float | None) -> str:
@@ -152,9 +148,10 @@ def evaluate(
     check_inputs(teacher_model, origin, batches)
     learn = None if index is None else list(open_set(index, origin, limit=limit).loader(batch_size=batch_size))
     found, *outputs = compare(student_model, teacher_model, batches)
+    costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency)
     mine, theirs = (
-        Scored(cost=cost_of(model, batches[0].images_BCHW, latency=latency), scores=quality_of(model, own, learn))
-        for model, own in zip((student_model, teacher_model), outputs, strict=True)
+        Scored(cost=cost, scores=quality_of(model, own, learn))
+        for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
     )
     return Evaluation(
         fidelity=found,
@@ -175,14 +172,22 @@ def compare(
     return {**found, **recall}, mine, theirs
 
 
-def cost_of(model: nn.Module, images_BCHW: Tensor, *, latency: bool) -> ModelCost:
-    """Measure parameters, MACs per image, peak memory on up to 8 images, and latency at batch 1, 8 and 32."""
-    return ModelCost(
-        parameters=num_parameters(model),
-        macs=count_macs(model, images_BCHW[:1]),
-        peak_memory_mib=peak_memory_mib(model, images_BCHW[:8]),
-        latency=measure_latency(model, images_BCHW[:1]) if latency else {},
+def costs_of(
+    original: nn.Module, small: nn.Module, images_BCHW: Tensor, *, latency: bool
+) -> tuple[ModelCost, ModelCost]:
+    """Measure parameters, MACs per image, peak memory on up to 8 images, and latency of both by turns."""
+    both = (original, small)
+    times = measure_latency(both, images_BCHW[:1]) if latency else ({}, {})
+    before, after = (
+        ModelCost(
+            parameters=num_parameters(model),
+            macs=count_macs(model, images_BCHW[:1]),
+            peak_memory_mib=peak_memory_mib(model, images_BCHW[:8]),
+            latency=found,
+        )
+        for model, found in zip(both, times, strict=True)
     )
+    return before, after
 
 
 def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None) -> dict[str, float]:
@@ -202,13 +207,17 @@ def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None
     return scores if own is None else {**scores, "top1": own}
 
 
-def measure(model: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None) -> ModelCost:
-    """Measure what a model costs, and its top-1 if the images have labels and it has a head."""
+def measure(
+    original: nn.Module, small: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None
+) -> tuple[ModelCost, ModelCost]:
+    """Measure what both models cost, and their top-1 if the images have labels and they have a head."""
     sample = random_inputs(origin) if sample is None else sample
     if sample is None:
-        return ModelCost(parameters=num_parameters(model))
-    cost = cost_of(model, sample, latency=True)
-    return replace(cost, top1=top1_of(model, batches)) if batches else cost
+        return ModelCost(parameters=num_parameters(original)), ModelCost(parameters=num_parameters(small))
+    before, after = costs_of(original, small, sample, latency=True)
+    if not batches:
+        return before, after
+    return replace(before, top1=top1_of(original, batches)), replace(after, top1=top1_of(small, batches))
 
 
 def top1_of(model: nn.Module, batches: Sequence[Batch]) -> float | None:

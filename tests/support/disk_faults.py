@@ -176,8 +176,9 @@ def _leave_out_what_takes_time() -> None:
     import vitrim.output.export
     import vitrim.report.page
 
-    def latency(*_: Any, batch_sizes: Any = (1,), **__: Any) -> dict[int, dict[str, float]]:
-        return {size: {"median_ms": 1.0, "iqr_ms": 0.0} for size in batch_sizes}
+    def latency(models: Any, *_: Any, batch_sizes: Any = (1,), **__: Any) -> list[dict[int, dict[str, Any]]]:
+        row = {"median_ms": 1.0, "iqr_ms": 0.0, "ratio": 1.0, "ratio_quartiles": (1.0, 1.0)}
+        return [dict.fromkeys(batch_sizes, row) for _ in models]
 
     vitrim.output.export.measure_latency = vitrim.evaluation.measure_latency = latency
     vitrim.report.page.write_report = lambda path, *_: path.write_text("the page")

@@ -47,6 +47,7 @@ def report_data() -> ReportData:
             *({"step": step, "loss": 0.5 / (1 + step / 50)} for step in range(101)),
         ],
         latency={"before": {1: 12.0, 8: 80.0, 32: 1300.0}, "after": {1: 8.0, 8: 50.0, 32: 700.0}},
+        relative_latency={"relative latency, batch 1": "0.67 (0.66 to 0.68)", "relative latency, batch 64": "noisy"},
         images=torch.rand(8, 3, 32, 32, generator=generator),
         teacher_patches=teacher,
         student_patches=student,
@@ -68,11 +69,23 @@ def report_data() -> ReportData:
     )
 
 
-def write_run(folder, *, parameters=600, error=0.1, ms=5.0, data="photos", machine="cpu 1", **changes):
-    """A folder with what the page reads of a run."""
+def write_run(
+    folder,
+    *,
+    parameters=600,
+    error=0.1,
+    ms=5.0,
+    spread=0.02,
+    original_ms=10.0,
+    data="photos",
+    machine="cpu 1",
+    **changes,
+):
+    """A folder with what the page reads of a run; its latency has the given quartiles around `ms` of 10."""
 
     def cost(count, time):
-        latency = {"8": {"median_ms": time, "iqr_ms": 0.1}}
+        ratio = {"ratio": time / 10.0, "ratio_quartiles": [time / 10.0 - spread / 2, time / 10.0 + spread / 2]}
+        latency = {"8": {"median_ms": time, "iqr_ms": 0.1, **ratio}}
         sizes = {"parameters": count, "num_bytes": 4 * count}
         return {**sizes, "macs": 10 * count, "peak_memory_mib": 1.0, "latency": latency}
 
@@ -80,7 +93,7 @@ def write_run(folder, *, parameters=600, error=0.1, ms=5.0, data="photos", machi
         "model": "vit",
         "method": "dgmr",
         "images": {"held_out": 10},
-        "before": cost(1000, 10.0),
+        "before": cost(1000, original_ms),
         "after": cost(parameters, ms),
         "after_cut": {"fidelity": {"relative_error": 2 * error, "pooled_cosine": 0.9}, "blocks": []},
         "after_recovery": {"fidelity": {"relative_error": error, "pooled_cosine": 0.95}, "blocks": []},

@@ -53,15 +53,16 @@ def export(
         opset: ONNX opset; by default the one that torch prefers.
     """
     from vitrim.cost.memory import show_bytes
+    from vitrim.metrics.record import relative_latency
     from vitrim.output.export import TOLERANCE
     from vitrim.output.export import export as run
 
     found = run(model, out, to=to, data=data, tokens=tokens, opset=opset)
     if as_json:
         return print_json(found.to_json())
-    sizes = next(iter(found.latency.values()))
-    rows = [(name, *(f"{times[size]['median_ms']:.2f}" for size in sizes)) for name, times in found.latency.items()]
-    print_table(("CPU, ms a pass", *(f"batch {size}" for size in sizes)), rows)
+    times = found.latency[to]
+    row = (to, *(relative_latency(found) for found in times.values()))
+    print_table(("time on the CPU, 1 is PyTorch's", *(f"batch {size}" for size in times)), [row])
     for name, difference in found.differences.items():
         say(f"Largest difference from PyTorch on {name}: {difference:.1e} (allowed {TOLERANCE:g})")
     opset_said = "" if found.opset is None else f", opset {found.opset}"

@@ -32,7 +32,8 @@ from vitrim.compression.cut import cut_, select
 from vitrim.config.options import Counted, RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
-from vitrim.cost.count import import_timer, site_macs, site_parameters
+from vitrim.cost.count import site_macs, site_parameters
+from vitrim.cost.latency import import_timer
 from vitrim.data import Split
 from vitrim.errors import DAMAGED, CheckpointError, RecipeError
 from vitrim.methods import SiteMethod

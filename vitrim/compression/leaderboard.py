@@ -197,7 +197,7 @@ class _Runner:
             "error": None,
             "fitted": fitted,
             **_costs(metrics.after),
-            "speedup": _speedup(metrics.before, metrics.after),
+            "latency": {str(size): dict(row) for size, row in metrics.after.latency.items()},
             "after_cut": _quality(metrics.after_cut),
             "after_recovery": _quality(metrics.after_recovery),
             "seconds": metrics.seconds,
@@ -215,15 +215,8 @@ class _Runner:
 
 
 def _costs(cost: ModelCost) -> dict[str, Any]:
-    """Return sizes and times of one model."""
-    latency = {str(size): found["median_ms"] for size, found in cost.latency.items()}
-    sizes = {"parameters": cost.parameters, "bytes": cost.num_bytes, "macs": cost.macs}
-    return {**sizes, "latency_ms": latency}
-
-
-def _speedup(before: ModelCost, after: ModelCost) -> dict[str, float]:
-    """Return the speed relative to the original, by batch size; both were timed in the same run."""
-    return {str(size): before.latency[size]["median_ms"] / row["median_ms"] for size, row in after.latency.items()}
+    """Return the sizes of one model."""
+    return {"parameters": cost.parameters, "bytes": cost.num_bytes, "macs": cost.macs}
 
 
 def _quality(judged: Closeness | None) -> dict[str, Any] | None:

@@ -276,8 +276,7 @@ def measure_costs(models: Models, job: Job) -> tuple[ModelCost, ModelCost]:
     """Measure what original and student cost, and their top-1 on held-out images if they have a head and labels."""
     split = models.split
     sample, held_out = (None, None) if split is None else (split.sample, split.held_out)
-    before, after = (measure(model, job.origin, sample, held_out) for model in (models.teacher, models.student))
-    return before, after
+    return measure(models.teacher, models.student, job.origin, sample, held_out)
 
 
 def with_bytes(cost: ModelCost, model: nn.Module) -> ModelCost:

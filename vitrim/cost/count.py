@@ -1,4 +1,4 @@
-"""Measures the cost of a model: parameters, bytes, multiply-accumulates, latency, peak memory.
+"""Measures the cost of a model: parameters, bytes, multiply-accumulates, peak memory.
 
 Everything is measured on the model as it is, in eval mode without gradients. How good the model is, is measured in
 `metrics/`; nothing is estimated from a config.
@@ -6,13 +6,10 @@ Everything is measured on the model as it is, in eval mode without gradients. Ho
 
 from __future__ import annotations
 
-import io
-import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +19,6 @@ from torch.utils._pytree import tree_leaves
 from vitrim.models.features import evaluating, frozen, inputs_for
 from vitrim.types import MlpSite
 
-if TYPE_CHECKING:
-    from torch.utils.benchmark import Timer
-
 MIB = 2**20
 
 # Fused attention that torch's counter does not know and would count as 0 (CPU: pytorch issue 195460).
@@ -33,14 +27,6 @@ UNCOUNTED_ATTENTION = (
     "_scaled_dot_product_attention_math_for_mps",
     "_scaled_dot_product_fused_attention_overrideable",
 )
-
-
-class Latency(TypedDict):
-    """Time of one forward pass over a batch, and the throughput that follows from the median."""
-
-    median_ms: float
-    iqr_ms: float
-    images_per_s: float
 
 
 class ModelSize(TypedDict):
@@ -103,40 +89,6 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     with frozen(model), evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         model(inputs_for(model, images_BCHW))
     return round(counter.get_total_flops() / (2 * len(images_BCHW)))
-
-
-def measure_latency(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    batch_sizes: Sequence[int] = (1, 8, 32),
-    device: torch.device | str | None = None,
-    min_run_time_s: float = 0.5,
-) -> dict[int, Latency]:
-    """Time forward passes with `torch.utils.benchmark`, after a warm-up, on all of torch's threads.
-
-    Args:
-        model: any module that takes images.
-        example: one image (1, C, H, W), or one row of token ids (1, N); it is repeated.
-        batch_sizes: images per pass.
-        device: where to run; the model is put back afterwards. Default: where it is.
-        min_run_time_s: passes are repeated for at least this long, for each batch size. A pass that takes
-            longer is timed once, and its inter-quartile range is 0.
-
-    Returns:
-        For each batch size: median and inter-quartile range in ms, images per second.
-    """
-    home, _ = _device_and_dtype(model)
-    model.to(device or home)
-    try:
-        with evaluating(model):
-            measured = {}
-            for size in batch_sizes:
-                images = inputs_for(model, example.repeat(size, *[1] * (example.ndim - 1)))
-                measured[size] = _time(model, images, min_run_time_s)
-            return measured
-    finally:
-        model.to(home)
 
 
 def peak_memory_mib(model: nn.Module, images_BCHW: Tensor) -> float:
@@ -202,31 +154,6 @@ class _LiveStorages(TorchDispatchMode):
         self._live_bytes -= size
 
 
-def import_timer() -> type[Timer]:
-    """Return torch's timer. Importing it makes torch say on standard error that no CUDA was found, which is no news."""
-    log = logging.getLogger("torch.utils.cpp_extension")  # before torch 2.7 it is printed
-    disabled, log.disabled = log.disabled, True
-    try:
-        with redirect_stderr(io.StringIO()):
-            from torch.utils.benchmark import Timer
-    finally:
-        log.disabled = disabled
-    return Timer
-
-
-def _time(model: nn.Module, images: Tensor, min_run_time_s: float) -> Latency:
-    timer = import_timer()(
-        "model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads()
-    )
-    timer.timeit(1)  # warm-up: allocator, kernel choice, clocks
-    run = timer.blocked_autorange(min_run_time=min_run_time_s)
-    return {
-        "median_ms": run.median * 1e3,
-        "iqr_ms": run.iqr * 1e3,
-        "images_per_s": len(images) / run.median,
-    }
-
-
 def _product_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
     """Return the FLOPs of a product of a matrix with a matrix or a vector, from the shapes of its factors."""
     return 2 * math.prod(left) * (right[1] if len(right) > 1 else 1)
@@ -259,8 +186,3 @@ def _storages(model: nn.Module) -> Mapping[int, int]:
     tensors = [*model.parameters(), *model.buffers()]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return first.device, first.dtype

@@ -8,12 +8,28 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+# A ratio of latencies whose quartiles are further apart than this share of it is noise.
+MOST_SPREAD = 0.1
+
+
+def relative_latency(row: Row) -> str:
+    """Return a latency as a share of the original's with its quartiles, or "noisy" where these are too far apart."""
+    ratio, (low, high) = row["ratio"], row["ratio_quartiles"]
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})" if is_steady(row) else "noisy"
+
+
+def is_steady(row: Row) -> bool:
+    """Return whether a latency was measured well enough beside the original's to be shown as a number."""
+    low, high = row["ratio_quartiles"]
+    return high - low <= MOST_SPREAD * row["ratio"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCost:
     """What one model costs, and how often it is right where it has a head and the images have labels.
 
-    `macs` are those of one image; `latency` is by batch size, each with `median_ms` and `iqr_ms`; `num_bytes` is the
+    `macs` are those of one image; `latency` is by batch size, each with `median_ms`, `iqr_ms` and, of the small model,
+    `ratio` and `ratio_quartiles`, both to the original that it was timed in turns with; `num_bytes` is the
     size of the tensors in files, each in its own type. What was not measured is None, or empty.
     """
 

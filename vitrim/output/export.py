@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vitrim.cost.count import Latency, measure_latency
+from vitrim.cost.latency import Latency, measure_latency
 from vitrim.data.inputs import open_set, random_inputs
 from vitrim.errors import ModelError, OutputError, RecipeError
 from vitrim.layers.fips import SharedBasisLinear
@@ -85,7 +85,7 @@ def export(
         data: images to compare on, in addition to noise.
         tokens: export the pooled vector and the patch tokens instead of the model's own output.
         opset: ONNX opset; by default the one that torch prefers.
-        latency: time the file and PyTorch.
+        latency: time the file and PyTorch, by turns.
 
     Returns:
         The result: the file, and how it compares with PyTorch.
@@ -130,7 +130,7 @@ def export(
         if max(differences.values()) > TOLERANCE:
             raise OutputError(f"{out}: puts out something else than PyTorch ({differences}; allowed {TOLERANCE:g}).")
         models = {"pytorch": wrapped, to: session} if latency else {}
-        times = {name: measure_latency(each, noise[:1], batch_sizes=TIMED) for name, each in models.items()}
+        times = measure_latency(list(models.values()), noise[:1], batch_sizes=TIMED)
         num_bytes = sum(file.stat().st_size for file in path.parent.iterdir())
     return Exported(
         path=out,
@@ -139,7 +139,7 @@ def export(
         opset=opset,
         num_bytes=num_bytes,
         differences=differences,
-        latency=times,
+        latency=dict(zip(models, times, strict=True)),
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from vitrim.metrics.record import Metrics
 from vitrim.report.picture import format_number
-from vitrim.report.summary import summarise
+from vitrim.report.summary import latency_rows, summarise
 from vitrim.surgery import Plan
 
 
@@ -69,6 +69,9 @@ def table_rows(metrics: Metrics) -> tuple[tuple[str, ...], list[tuple[str, ...]]
         cells = {**row, "after": row["after"] if row["after"] is not None else _result_of(row, metrics)}
         shown = ("-" if cells[key] is None else format_number(cells[key], name=name) for key in keys)
         rows.append((name, *shown))
+    for name, text in latency_rows(metrics.after).items():
+        cells = {"before": "1", "after_cut": "", "after": text}
+        rows.append((name, *(cells[key] for key in keys)))
     return header, rows
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitrim.config.recipe import Recipe
-from vitrim.metrics.record import Metrics
+from vitrim.metrics.record import Metrics, is_steady
 from vitrim.models.features import device_of, evaluating, features, logits, num_classes
 from vitrim.models.origin import Origin
 from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.report.data import ReportData
-from vitrim.report.summary import summarise
+from vitrim.report.summary import latency_rows, summarise
 from vitrim.surgery import KeepUnits, Plan, read_weights
 
 NUM_IMAGES = 8
@@ -48,6 +48,7 @@ def collect(teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metr
         for e in cuts
     ]
     costs = {"before": metrics.before, "after": metrics.after}
+    steady = [size for size, row in metrics.after.latency.items() if is_steady(row)]
     return ReportData(
         model=origin.name,
         method=metrics.method,
@@ -58,7 +59,8 @@ def collect(teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metr
         edits=[dict(edit) for edit in metrics.edits],
         residual_curves={edit.site.path: _residual(teacher, edit) for edit in cuts},
         recovery=[] if metrics.recovery is None else metrics.recovery["curve"],
-        latency={when: {n: row["median_ms"] for n, row in cost.latency.items()} for when, cost in costs.items()},
+        latency={when: {n: cost.latency[n]["median_ms"] for n in steady} for when, cost in costs.items()},
+        relative_latency=latency_rows(metrics.after),
         recipe_yaml=recipe.dump(),
         environment=dict(metrics.environment),
         notes=list(metrics.notes),

@@ -9,33 +9,44 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, CheckpointError, OutputError
-from vitrim.metrics.record import Metrics
+from vitrim.metrics.record import Metrics, is_steady, relative_latency
 from vitrim.report.page import render, write_page
 from vitrim.report.pareto import Point, draw_pareto
 from vitrim.report.picture import final_value, format_number
-from vitrim.report.summary import WEIGHTS, summarise
+from vitrim.report.summary import WEIGHTS, latency_name, summarise
 
-COSTS = ("parameters", "MACs per image", "peak memory (MiB)", "latency", WEIGHTS)  # lower is better; shares are shown
-# Costs that the picture plots against the relative error, with their labels.
-AXES = (("parameters", "Parameters"), ("latency batch 8 (ms)", "Milliseconds a batch of 8"))
+COSTS = ("parameters", "MACs per image", "peak memory (MiB)", WEIGHTS)  # lower is better; shares are shown
+TIMED_BATCH = 8  # whose latency the picture plots
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One output folder: `summary` as in its own report; `held_out` names the images for judging."""
+    """One output folder.
+
+    Attributes:
+        number: its place among the folders, from 1.
+        name: of the folder, or its path where names are not unique.
+        method: as in its metrics.
+        original: name and size of the original.
+        summary: as in its own report.
+        latency: of the small model, beside the original in the same run.
+        machine: on which it was measured.
+        held_out: the images for judging, in words.
+    """
 
     number: int
     name: str
     method: str
     original: str
     summary: Mapping[str, Mapping[str, float | None]]
+    latency: Mapping[int, Mapping[str, Any]]
     machine: str
     held_out: str
 
@@ -90,7 +101,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
     """Return the header, and for each measure its name and cells: the text, and whether it is the best of the runs.
 
-    Costs are shown with their share of the original's in the same run. The original's cell is the runs' median.
+    Costs are shown with their share of the original's in the same run, and latency as that share alone. Where the runs
+    found different values for the original, its cell has their range, and none is called the best.
     """
     header = ["Measured", "Original", *(f"{run.number} {run.name}" for run in runs)]
     rows = []
@@ -99,15 +111,14 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[tuple[st
         befores = [before for row in found if (before := row.get("before")) is not None]
         values = [final_value(row) for row in found]
         known = [value for value in values if value is not None]
-        best = None if len(set(known)) < 2 else (min if _less_is_better(name) else max)(known)
+        comparable = len(set(known)) > 1 and len(set(befores)) < 2
+        best = (min if _less_is_better(name) else max)(known) if comparable else None
         cells = [
             (_cell(name, row, value), value is not None and value == best)
             for row, value in zip(found, values, strict=True)
         ]
-        rows.append(
-            (name, [(format_number(statistics.median(befores) if befores else None, name=name), False), *cells])
-        )
-    return header, rows
+        rows.append((name, [(_range(name, befores), False), *cells]))
+    return header, [*rows, *_latency_rows(runs)]
 
 
 def _read(folder: Path, number: int, label: str) -> Run:
@@ -131,9 +142,27 @@ def _read(folder: Path, number: int, label: str) -> Run:
         method=str(method),
         original=original,
         summary=summary,
+        latency=metrics.after.latency,
         machine=machine,
         held_out=f"{images} of {recipe.data}, seed {recipe.seed}",
     )
+
+
+def _range(name: str, befores: Sequence[float]) -> str:
+    """Return the value that all runs found for the original, or from the least to the most."""
+    if not befores:
+        return format_number(None)
+    ends = dict.fromkeys(format_number(value, name=name) for value in (min(befores), max(befores)))
+    return " to ".join(ends)
+
+
+def _latency_rows(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Return rows of latency relative to the original in the same run; originals of several runs are never mixed."""
+    rows = []
+    for size in dict.fromkeys(size for run in runs for size in run.latency):
+        texts = [relative_latency(run.latency[size]) if size in run.latency else format_number(None) for run in runs]
+        rows.append((latency_name(size), [("1", False), *((text, False) for text in texts)]))
+    return rows
 
 
 def _less_is_better(name: str) -> bool:
@@ -148,16 +177,23 @@ def _cell(name: str, row: Mapping[str, float | None], value: float | None) -> st
 
 def _panels(runs: Sequence[Run]) -> dict[str, list[Point]]:
     """Return the points of each panel, the original first (number 0)."""
+    sizes = {run.number: final_value(run.summary.get("parameters", {})) for run in runs}
+    times = {
+        run.number: run.latency[TIMED_BATCH]["ratio"]
+        for run in runs
+        if TIMED_BATCH in run.latency and is_steady(run.latency[TIMED_BATCH])
+    }
+    whole = runs[0].summary["parameters"]["before"]  # the same in all, or they would not be compared
+    titles = (("Parameters", sizes, whole), (f"Latency relative to the original, batch {TIMED_BATCH}", times, 1.0))
     panels = {}
-    for name, title in AXES:
+    for title, costs, original in titles:
         points = []
         for run in runs:
-            cost, error = (final_value(run.summary.get(row, {})) for row in (name, "relative error"))
+            cost, error = costs.get(run.number), final_value(run.summary.get("relative error", {}))
             if cost is not None and error is not None:
                 points.append(Point(number=run.number, name=run.name, cost=cost, error=error))
-        befores = [before for run in runs if (before := run.summary.get(name, {}).get("before"))]
-        if len(points) > 1 and befores:
-            panels[title] = [Point(number=0, name="original", cost=statistics.median(befores), error=0.0), *points]
+        if len(points) > 1 and original is not None:
+            panels[title] = [Point(number=0, name="original", cost=original, error=0.0), *points]
     return panels
 
 

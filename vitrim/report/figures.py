@@ -71,7 +71,8 @@ def draw_latency(latency: Mapping[str, Mapping[int, float]]) -> Picture | None:
     before, after = latency.get("before", {}), latency.get("after", {})
     sizes = [size for size in sorted(before) if size in after and before[size] > 0]
     pairs = [(f"Batch {size}", before[size], after[size]) for size in sizes]
-    caption = "Milliseconds for one batch. Each panel has its own scale."
+    caption = "Milliseconds for one batch, medians of passes by turns. Each panel has its own scale; "
+    caption += "sizes whose times were noisy are left out."
     return _draw_pairs(pairs, unit=" ms", key="latency", title="Latency", caption=caption)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vitrim.metrics.record import is_steady, relative_latency
+
 LATENCY_BATCH = "8"
 # Title, key of the value in a row, and number format; "end" is the result after recovery.
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("parameters", "parameters", "count"),
     ("MACs", "macs", "count"),
-    (f"times as fast, batch {LATENCY_BATCH}", f"speedup.{LATENCY_BATCH}", "times"),
+    (f"relative latency, batch {LATENCY_BATCH}", f"latency.{LATENCY_BATCH}.ratio", "latency"),
     ("weights (MB)", "bytes", "megabytes"),
     ("error, cut", "after_cut.relative_error", "number"),
     ("error, end", "after_recovery.relative_error", "number"),
@@ -18,7 +20,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("top-1 %, end", "after_recovery.top1", "percent"),
     ("seconds", "seconds", "seconds"),
 )
-MORE_IS_BETTER = ("percent", "times")
+MORE_IS_BETTER = ("percent",)
 
 
 def table(
@@ -42,7 +44,7 @@ def table(
         if row["error"]:
             cells.append([*line, row["error"], *("" for _ in shown)])
             continue
-        values = [(_cell(row, column, original), _value(row, column[1]) == winners[column]) for column in shown]
+        values = [(_cell(row, column, original), _counted(row, column) == winners[column]) for column in shown]
         cells.append([*line, _held_to(report, row), *(best(text) if wins and text else text for text, wins in values)])
     return header, cells
 
@@ -107,9 +109,20 @@ def _value(row: Mapping[str, Any], key: str) -> float | None:
 def _best(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: tuple[str, str, str]) -> float | None:
     """Return the best value of a column among the rows that met the budget, or None if there is no difference."""
     met = [row for row in rows if not row["error"] and _met(report, row)]
-    values = [value for row in met if (value := _value(row, column[1])) is not None]
+    values = [value for row in met if (value := _counted(row, column)) is not None]
     pick = max if column[2] in MORE_IS_BETTER else min
     return pick(values) if len(set(values)) > 1 else None
+
+
+def _counted(row: Mapping[str, Any], column: tuple[str, str, str]) -> float | None:
+    """Return a value of a row that may be the best: not one of noise."""
+    noisy = column[2] == "latency" and not row["error"] and not all(map(is_steady, _timed(row)))
+    return None if noisy else _value(row, column[1])
+
+
+def _timed(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the latency of a row's model beside the original's in the same run, if it was measured."""
+    return [row["latency"][LATENCY_BATCH]] if LATENCY_BATCH in row.get("latency", {}) else []
 
 
 def _met(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
@@ -126,6 +139,8 @@ def _in_bytes(report: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 def _cell(row: Mapping[str, Any], column: tuple[str, str, str], original: Mapping[str, Any]) -> str:
     """Return a value as text; sizes with their share of the original's."""
     _, key, kind = column
+    if kind == "latency":
+        return "".join(map(relative_latency, _timed(row))) if "method" in row else "1"
     value = _value(row, key)
     if value is None:
         return ""
@@ -133,7 +148,6 @@ def _cell(row: Mapping[str, Any], column: tuple[str, str, str], original: Mappin
     share = f" ({value / whole:.0%})" if kind in ("count", "megabytes") and whole else ""
     written = {
         "count": f"{value / 1e6:.2f}M{share}",
-        "times": f"{value:.2f}x",
         "megabytes": f"{value / 1e6:.2f}{share}",
         "number": f"{value:.4f}",
         "percent": f"{value:.1f}",

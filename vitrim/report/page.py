@@ -70,7 +70,7 @@ def _render(data: ReportData) -> str:
         data=data,
         headline=_headline(data),
         pictures=[picture for picture in candidates if picture is not None],
-        rows=[_summary_row(name, row) for name, row in data.summary.items()],
+        rows=[*(_summary_row(name, row) for name, row in data.summary.items()), *_latency_rows(data)],
     )
 
 
@@ -114,6 +114,12 @@ def _headline(data: ReportData) -> Markup:
         clauses.append(Markup(" and ").join(close) + Markup(" against the original"))
     name = Markup("{}: ").format(data.model) if clauses else Markup("{}").format(data.model)
     return name + Markup(", with ").join(clauses) + Markup(".")
+
+
+def _latency_rows(data: ReportData) -> list[dict[str, str]]:
+    """Return rows of the table on latency; the change is the value itself."""
+    empty = {"before": "1", "after_cut": "", "change": ""}
+    return [{**empty, "name": name, "after": text} for name, text in data.relative_latency.items()]
 
 
 def _cosine(value: float) -> str:

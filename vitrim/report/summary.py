@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitrim.metrics.record import Metrics, ModelCost
+from vitrim.metrics.record import Metrics, ModelCost, relative_latency
 
 WEIGHTS = "weights (MB)"  # as written: masks and other buffers count, each tensor in its own type
 Cells = dict[str, float | None]
@@ -29,10 +29,17 @@ def summarise(metrics: Metrics) -> dict[str, Cells]:
     rows: dict[str, Cells] = {
         name: {"before": old, "after_cut": new, "after": new} for name, (old, new) in costs.items() if old is not None
     }
-    for size, timed in before.latency.items():
-        name = f"latency batch {size} (ms)"
-        rows[name] = {"before": timed["median_ms"], "after_cut": None, "after": after.latency[size]["median_ms"]}
     return rows | _closeness_rows(metrics)
+
+
+def latency_rows(cost: ModelCost) -> dict[str, str]:
+    """Return the small model's latency relative to the original's in words, by the name of the row."""
+    return {latency_name(size): relative_latency(row) for size, row in cost.latency.items()}
+
+
+def latency_name(size: int) -> str:
+    """Return the name of a row on latency."""
+    return f"relative latency, batch {size}"
 
 
 def _megabytes(cost: ModelCost) -> float | None:
