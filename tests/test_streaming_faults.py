@@ -98,7 +98,11 @@ DAMAGE = {
     "a shard elsewhere": ("timm shards", index_edited(lambda m: {FC1: "../secret"}), "not a file beside it"),
     "NaN": ("timm", edited(**{FC1: nan}), f"{FC1}: holds NaN"),
     "infinite": ("timm", edited(**{"blocks.0.mlp.fc2.weight": lambda t: t / 0}), "NaN or infinite"),
-    "another shape": ("timm", edited(**{FC1: lambda t: t[:-1].clone()}), f"{FC1} is .127, 32., the architecture has"),
+    "another shape": (
+        "timm",
+        edited(**{FC1: lambda t: t[:-1].clone()}),
+        f"{FC1} is .127, 32. in the checkpoint and .128, 32.",
+    ),
     "another shape elsewhere": ("timm", edited(**{"head.bias": lambda t: t[:2].clone()}), r"head.bias is \(2,\)"),
     "a missing MLP tensor": ("timm", edited(**{FC1: None}), f"holds no {FC1} .and 0 more"),
     "no weights": ("timm", lambda f: (f / "model.safetensors").unlink(), "holds no weights"),

@@ -18,10 +18,11 @@ from vitrim.metrics.fidelity import fidelity, retrieval_recall
 from vitrim.metrics.outputs import Outputs
 from vitrim.metrics.record import ModelCost, relative_latency
 from vitrim.models.features import num_classes
-from vitrim.models.origin import Origin
+from vitrim.models.origin import Origin, Reading
 from vitrim.output.load import Model, open_encoder
 from vitrim.output.result import aligned, html_table
 from vitrim.report.summary import latency_name
+from vitrim.storage.training_files import Which
 from vitrim.torch_state import own_torch_state
 
 
@@ -110,6 +111,8 @@ def evaluate(
     latency: bool = True,
     device: str = "auto",
     split: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    weights: Which = "auto",
 ) -> Evaluation:
     """Compare two models on images.
 
@@ -123,6 +126,8 @@ def evaluate(
         latency: also time both models.
         device: `auto`, or a torch device.
         split: the part to use of a data source that has several; by default "test", or "val" if there is none.
+        model_args: arguments of the teacher's architecture, if it is a `timm/NAME@FILE`, as for `compress`.
+        weights: which weights of training checkpoints, as for `compress`.
 
     Returns:
         Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
@@ -138,7 +143,8 @@ def evaluate(
         >>> found.fidelity["relative_error"], found.num_images
         (0.0, 20)
     """
-    (student_model, its_origin), (teacher_model, origin) = open_encoder(student), open_encoder(teacher)
+    student_model, its_origin = open_encoder(student, Reading(weights=weights))
+    teacher_model, origin = open_encoder(teacher, Reading(model_args=model_args or {}, weights=weights))
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
     images = open_set(data, origin, split=split, limit=limit, default="test")

@@ -29,6 +29,7 @@ from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import is_output, open_model
 from vitrim.output.result import aligned, html_table
+from vitrim.storage.training_files import Which
 from vitrim.torch_state import own_torch_state
 from vitrim.types import MlpSite
 
@@ -138,6 +139,8 @@ def inspect(
     round_to: int = 16,
     exact: bool = False,
     scope: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    weights: Which = "auto",
     activity: Any = None,
     limit: int = 256,
 ) -> Inspection:
@@ -153,6 +156,8 @@ def inspect(
         round_to: round widths to multiples of this.
         exact: predict for widths exactly as asked, even if the model's own library can't load them.
         scope: dotted path of the part to look at.
+        model_args: arguments of the architecture of `timm/NAME@FILE`, as for `compress`.
+        weights: which weights of a training checkpoint, as for `compress`.
         activity: images, as for `compress`, on which to count active hidden units; this loads the weights.
         limit: use at most this many images.
 
@@ -181,14 +186,16 @@ def inspect(
         "hidden_dim": hidden_dim,
     }
     budget = {name: value for name, value in given.items() if value is not None}
-    asked = Recipe.parse({**budget, "round_to": round_to, "exact": exact, "scope": scope})
-    checkpoint, notes = None, ()
+    rest = {"round_to": round_to, "exact": exact, "scope": scope, "model_args": model_args or {}, "weights": weights}
+    asked = Recipe.parse({**budget, **rest})
+    checkpoint, notes, reading = None, (), asked.reading()
     if not isinstance(model, nn.Module):
         model = str(model)  # `out` of a result is a Path
         checkpoint, notes = _checkpoint(model, asked)
         name, whole = model, activity is not None or is_output(model)
-        model, origin = open_model(model) if whole else load_model(model, weights=False)
+        model, origin = open_model(model, reading) if whole else load_model(model, weights=False, reading=reading)
     else:
+        reading.refuse_model_args(type(model).__name__)
         model = unwrapped(model) if activity is None else with_values(unwrapped(model))
         origin = origin_of(model)
         check_weights(model, origin.name)
@@ -202,7 +209,7 @@ def inspect(
         parameters={"total": total, "mlp": mlp, "other": total - mlp},
         predicted=(_predict(model, origin, sites, asked),) if budget else _usual(model, origin, sites, asked),
         checkpoint=checkpoint,
-        notes=notes,
+        notes=(*origin.notes, *notes),
         activity=() if activity is None else _activity(model, sites, origin, activity, limit),
     )
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from vitrim.catalog import COLUMNS, method_rows
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import number, print_json, print_notes, print_table, say
-from vitrim.cli.options import BudgetOptions
+from vitrim.cli.options import BudgetOptions, SourceOptions
 
-NO_BUDGET = BudgetOptions()
+NO_BUDGET, AS_NAMED = BudgetOptions(), SourceOptions()
 
 
 @app.command
@@ -18,6 +18,7 @@ def inspect(
     model: str,
     *,
     budget: BudgetOptions = NO_BUDGET,
+    reading: SourceOptions = AS_NAMED,
     scope: str | None = None,
     activity: str | None = None,
     limit: int = 256,
@@ -36,7 +37,7 @@ def inspect(
     from vitrim.inspection import HEADER
     from vitrim.inspection import inspect as look
 
-    found = look(model, scope=scope, activity=activity, limit=limit, **budget.given())
+    found = look(model, scope=scope, activity=activity, limit=limit, **reading.given(), **budget.given())
     if as_json:
         return print_json(found.to_json())
     say(found.headline)
@@ -59,6 +60,7 @@ def evaluate(
     *,
     against: str,
     data: str,
+    reading: SourceOptions = AS_NAMED,
     index: str | None = None,
     limit: int | None = None,
     split: str | None = None,
@@ -80,7 +82,7 @@ def evaluate(
     """
     from vitrim.evaluation import evaluate as measure
 
-    found = measure(student, against, data, index=index, limit=limit, split=split, device=device)
+    found = measure(student, against, data, index=index, limit=limit, split=split, device=device, **reading.given())
     if as_json:
         return print_json(found.to_json())
     print_table(("measure", "original", "small"), found.rows())

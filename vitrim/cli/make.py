@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import number, print_json, print_notes, print_table, say
-from vitrim.cli.options import BudgetOptions, CutOptions, TrainOptions
+from vitrim.cli.options import BudgetOptions, CutOptions, SourceOptions, TrainOptions
 from vitrim.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Overwrite = Annotated[
     bool,
     Parameter(negative="", help="replace an output of vitrim; without --resume, also delete a stopped run's state."),
 ]
-NO_BUDGET, NO_CUT, NO_TRAINING = BudgetOptions(), CutOptions(), TrainOptions()
+NO_BUDGET, NO_CUT, NO_TRAINING, AS_NAMED = BudgetOptions(), CutOptions(), TrainOptions(), SourceOptions()
 
 
 @app.command
@@ -31,6 +31,7 @@ def compress(
     data: str | None = None,
     budget: BudgetOptions = NO_BUDGET,
     cut: CutOptions = NO_CUT,
+    reading: SourceOptions = AS_NAMED,
     train: TrainOptions = NO_TRAINING,
     resume: bool = False,
     overwrite: Overwrite = False,
@@ -52,7 +53,9 @@ def compress(
     from vitrim.compression.pipeline import compress as run
     from vitrim.distributed.processes import is_main
 
-    asked = _recipe(cut, {"model": model, "data": data, **budget.given(), **cut.given(), **train.given()})
+    asked = _recipe(
+        cut, {"model": model, "data": data, **reading.given(), **budget.given(), **cut.given(), **train.given()}
+    )
     if asked.model is None:
         raise RecipeError("model: none given; name one on the command line or in the recipe.")
     result = run(asked.model, recipe=asked, out=out, resume=resume, overwrite=overwrite, quiet=hush(quiet or as_json))
@@ -71,6 +74,7 @@ def prune_checkpoint(
     data: str | None = None,
     budget: BudgetOptions = NO_BUDGET,
     cut: CutOptions = NO_CUT,
+    reading: SourceOptions = AS_NAMED,
     memory_budget: str | None = None,
     shard_size: str = "2GB",
     resume: bool = False,
@@ -96,7 +100,7 @@ def prune_checkpoint(
     result = prune(
         source,
         out,
-        recipe=_recipe(cut, {"model": source, "data": data, **budget.given(), **cut.given()}),
+        recipe=_recipe(cut, {"model": source, "data": data, **reading.given(), **budget.given(), **cut.given()}),
         memory_budget=memory_budget,
         shard_size=shard_size,
         resume=resume,

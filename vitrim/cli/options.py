@@ -5,6 +5,7 @@ The recipe defines what they mean, and their help is the documentation of its fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,21 @@ def _help(text: str, *, switch: bool = False) -> Parameter:
     return Parameter(help=text, negative="") if switch else Parameter(help=text)
 
 
+def keys_and_values(given: Sequence[str] | None, option: str, *, such_as: str) -> dict[str, Any]:
+    """Return what KEY=VALUE pairs say; values are parsed as YAML, as in a recipe.
+
+    Raises:
+        RecipeError: one is no such pair.
+    """
+    found: dict[str, Any] = {}
+    for pair in given or ():
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise RecipeError(f"{option} {pair!r}: give KEY=VALUE, such as {option} {such_as}.")
+        found[key] = _values(value, where=f"{option} {pair!r}: give KEY=VALUE, such as {such_as}")
+    return found
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
@@ -51,6 +67,23 @@ class BudgetOptions:
     def given(self) -> dict[str, Any]:
         """Return the options that were given."""
         return {name: value for name, value in self.__dict__.items() if value is not None}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How a model is read, where its name leaves that open."""
+
+    model_arg: Annotated[
+        list[str] | None, Parameter(negative="", help=f"{RECIPE['model_args']} As KEY=VALUE; may be given again.")
+    ] = None
+    weights: Annotated[Literal["auto", "raw"] | None, _help(RECIPE["weights"])] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, as keys of a recipe."""
+        args = keys_and_values(self.model_arg, "--model-arg", such_as="img_size=384")
+        found = {"model_args": args or None, "weights": self.weights}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @Parameter(name="*")
@@ -88,14 +121,9 @@ class CutOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     def _options(self) -> dict[str, Any]:
-        """Return the method's options; values are parsed as YAML, as in a recipe."""
-        found: dict[str, Any] = {} if self.select_on is None else {"select_on": self.select_on}
-        for given in self.option or ():
-            key, equals, value = given.partition("=")
-            if not (key and equals):
-                raise RecipeError(f"--option {given!r}: give KEY=VALUE, such as --option sparsity=0.75.")
-            found[key] = _values(value, where=f"--option {given!r}: give KEY=VALUE, such as sparsity=0.75")
-        return found
+        """Return the method's options."""
+        found = {} if self.select_on is None else {"select_on": self.select_on}
+        return {**found, **keys_and_values(self.option, "--option", such_as="sparsity=0.75")}
 
     def _allocate(self) -> Any:
         """Return the recipe's allocation; `{}` means its default options."""

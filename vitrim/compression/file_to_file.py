@@ -47,6 +47,7 @@ from vitrim.output.result import Result
 from vitrim.output.stage import PICKS, check_place, staged_output
 from vitrim.storage.documents import write_json
 from vitrim.storage.tensor_files import tensor_bytes
+from vitrim.storage.training_files import Which
 from vitrim.surgery import KeepUnits, Plan
 from vitrim.torch_state import own_torch_state
 
@@ -56,7 +57,7 @@ log = logging.getLogger("vitrim")
 
 @own_torch_state()
 def prune_checkpoint(
-    source: str,
+    source: str | Path,
     out: str | Path,
     *,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
@@ -69,6 +70,8 @@ def prune_checkpoint(
     hidden_dim: int | None = None,
     memory_budget: str | int | None = None,
     shard_size: str | int = SHARD_BYTES,
+    model_args: Mapping[str, Any] | None = None,
+    weights: Which | None = None,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
@@ -92,6 +95,9 @@ def prune_checkpoint(
         hidden_dim: hidden units that stay in each MLP.
         memory_budget: memory that calibration may use, in bytes or as text such as "4GB"; the rest goes to disk.
         shard_size: largest size of a file, for libraries that read shards; others get one file.
+        model_args: arguments of the architecture of `timm/NAME@FILE`, where its tensors don't fix them.
+        weights: which weights of a training checkpoint: "auto" takes averaged ones (EMA) where there are any, "raw" the
+            trained ones.
         resume: continue a killed run that was writing this folder.
         overwrite: replace an output of vitrim at `out`, at the end; without `resume`, delete a stopped run's state.
         quiet: show no progress.
@@ -120,13 +126,19 @@ def prune_checkpoint(
         "mlp_ratio": mlp_ratio,
         "keep_ratio": keep_ratio,
         "hidden_dim": hidden_dim,
+        "model_args": model_args,
+        "weights": weights,
     }
     given = {key: value for key, value in asked.items() if value is not None and value is not NOT_GIVEN}
     chosen = Recipe.of(recipe).updated(given)
     _check_possible(chosen)
     check_place(Path(out), resume=resume, overwrite=overwrite)
     task = _open_task(
-        source, chosen, chosen.data if data is NOT_GIVEN else data, memory_budget=memory_budget, shard_size=shard_size
+        str(source),
+        chosen,
+        chosen.data if data is NOT_GIVEN else data,
+        memory_budget=memory_budget,
+        shard_size=shard_size,
     )
     context = RunContext(resume=resume, quiet=quiet, device=chosen.device, seed=chosen.seed)
     with staged_output(Path(out), resume=resume, overwrite=overwrite) as (folder, work):
@@ -193,7 +205,7 @@ def _open_task(
         job=job,
         recipe=recipe,
         widths=widths,
-        notes=notes,
+        notes=(*job.notes, *notes),
         batches=_batches(job, recipe, data) if calibrated else None,
         memory_budget=memory_budget,
         shard_bytes=parse_bytes(shard_size),

@@ -67,7 +67,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     Raises:
         VitrimError: the model or the images can't be opened, or something does not fit.
     """
-    whole, origin = open_model(model)
+    whole, origin = open_model(model, recipe.reading())
     encoder, scope = resolve_scope(whole, recipe.scope, origin.encoder)
     if encoder != origin.encoder:  # the known preprocessing belongs to another part
         origin = replace(origin, encoder=encoder, preprocessing={})
@@ -80,7 +80,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
         check_trackers(recipe.recover.report_to, folder=out)
         if isinstance(images, ImageStream):
             check_stream(images, recipe.recover)
-    notes = () if note is None else (note,)
+    notes = (*origin.notes, *(() if note is None else (note,)))
     return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space, notes=notes)
 
 

@@ -136,7 +136,9 @@ def _budget(params_ratio: float | None, macs_ratio: float | None) -> tuple[Count
 def _shared(recipe: Recipe, recover_steps: int, seed: int, device: str) -> Recipe:
     """Return the part of a recipe that every row uses: all but method, options and budget; widths are kept exactly."""
     step = recipe.steps[0].model_dump(exclude_unset=True, include={"repair", "round_to"})
-    kept = recipe.model_dump(exclude_unset=True, include={"calibrate", "blockwise", "recover", "scope"})
+    kept = recipe.model_dump(
+        exclude_unset=True, include={"calibrate", "blockwise", "recover", "scope", "model_args", "weights"}
+    )
     base = Recipe.parse({**kept, **step, "exact": True, "seed": seed, "device": device})
     return base.updated({"recover": {"steps": recover_steps}}) if recover_steps else base
 
@@ -156,7 +158,7 @@ class _Runner:
     @classmethod
     def of(cls, model: nn.Module | str, data: Any, base: Recipe, budget: float, counted: Counted) -> _Runner:
         """Open the model and a few images."""
-        whole, origin = open_model(model)
+        whole, origin = open_model(model, base.reading())
         encoder, scope = resolve_scope(whole, base.scope, origin.encoder)
         teacher = copy.deepcopy(whole.get_submodule(encoder)).to(resolve_device(base.device)).float().eval()
         source = open_inputs(data, replace(origin, encoder=encoder))

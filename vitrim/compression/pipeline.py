@@ -38,6 +38,7 @@ from vitrim.output.result import Result
 from vitrim.output.stage import check_place, staged_output
 from vitrim.recover.distill import OnValidation
 from vitrim.report.collect import NOTHING
+from vitrim.storage.training_files import Which
 from vitrim.torch_state import own_torch_state
 
 
@@ -64,6 +65,8 @@ def compress(
     round_to: int | NotGiven = NOT_GIVEN,
     exact: bool | NotGiven = NOT_GIVEN,
     options: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    weights: Which | None = None,
     quiet: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -75,8 +78,8 @@ def compress(
     half of the encoder's parameters stay. Every argument that is given overrides the recipe.
 
     Args:
-        model: a module (left unchanged), `timm/NAME`, `hf/ORG/NAME`, `open_clip/NAME/TAG`, `torchvision/NAME`,
-            `local-dir:PATH`, or a folder that vitrim wrote.
+        model: a module (left unchanged), `timm/NAME`, `timm/NAME@FILE`, `hf/ORG/NAME`, `open_clip/NAME/TAG`,
+            `torchvision/NAME`, `local-dir:PATH`, or a folder that vitrim wrote.
         data: images to learn from, without labels: a folder, parquet, a dataset or loader, "digits"; for a text encoder
             a text file or strings. Shards behind urls and streamed Hugging Face sets (`hf-stream:ORG/NAME`) are never
             loaded as a whole. Without images nothing is repaired.
@@ -98,6 +101,9 @@ def compress(
         round_to: round widths to multiples of this.
         exact: keep widths exactly as asked, without rounding, even if the model's own library can't load them.
         options: options of the method, by name.
+        model_args: arguments of the architecture of `timm/NAME@FILE`, where its tensors don't fix them.
+        weights: which weights of a training checkpoint: "auto" takes averaged ones (EMA) where there are any, "raw" the
+            trained ones.
         quiet: show no progress.
         resume: continue a stopped run that was writing `out`.
         overwrite: replace an output of vitrim at `out`, at the end; without `resume`, delete a stopped run's state.
@@ -134,6 +140,8 @@ def compress(
         "round_to": round_to,
         "exact": exact,
         "options": NOT_GIVEN if options is None else options,
+        "model_args": NOT_GIVEN if model_args is None else model_args,
+        "weights": NOT_GIVEN if weights is None else weights,
     }
     chosen = Recipe.of(recipe).updated(_given(asked))
     join_(chosen.device)

@@ -10,6 +10,7 @@ from torch import nn
 
 from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError
+from vitrim.models.fit import check_fit, check_floats, in_model_names
 from vitrim.models.load import PREFIXES, backend_of, load_model
 from vitrim.models.origin import ModelBackend, Origin, in_one_line
 from vitrim.models.sites import find_mlps, resolve_scope
@@ -31,6 +32,11 @@ class CheckpointJob:
     files: TensorFiles
     names: Mapping[str, str]
     sites: tuple[MlpSite, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen when architecture and files were opened, for the user."""
+        return tuple(dict.fromkeys((*self.origin.notes, *self.files.notes)))
 
     @property
     def encoder(self) -> nn.Module:
@@ -64,11 +70,13 @@ def open_checkpoint(source: str, recipe: Recipe) -> CheckpointJob:
         ModelError, CheckpointError: there is no such model, or its files can't be read.
     """
     local, path = _local(source, fetch=True)
-    model, origin = load_model(local, weights=False)
+    reading = recipe.reading()
+    model, origin = load_model(local, weights=False, reading=reading)
     backend = backend_of(origin.library)
     if backend is None:
         raise CheckpointError(f"{source}: no library builds this architecture; use compress with the module.")
-    files = open_tensors(path, prefer=backend.WEIGHTS.partition("_model")[0])
+    files = open_tensors(path, prefer=backend.WEIGHTS.partition("_model")[0], weights=reading.weights)
+    files = in_model_names(files, model, reading.weights)
     encoder, scope = resolve_scope(model, recipe.scope, origin.encoder)
     if encoder != origin.encoder:  # the known preprocessing belongs to another part
         origin = replace(origin, encoder=encoder, preprocessing={})
@@ -96,10 +104,10 @@ def has_files(source: str) -> bool:
 def _local(source: str, *, fetch: bool) -> tuple[str, Path]:
     """Return the name and path of a source's local files; those of a hub id are downloaded first."""
     prefix, _, rest = source.partition("/")
-    if prefix == "timm" and "@" in rest:
-        return source, Path(rest.partition("@")[2])
+    if prefix == "timm" and "@" in rest and not rest.startswith(("local-dir:", "hf-hub:")):
+        return source, Path(rest.partition("@")[2]).expanduser()
     prefix, rest = (f"{prefix}/", rest) if prefix in PREFIXES and rest else ("", source)
-    path = Path(rest.removeprefix("local-dir:"))
+    path = Path(rest.removeprefix("local-dir:")).expanduser()
     if fetch and not path.exists() and (prefix == "hf/" or rest.startswith("hf-hub:")):
         path = _fetched(rest.removeprefix("hf-hub:"), source)
     folder = path.parent if path.is_file() else path
@@ -123,13 +131,13 @@ def check_tensors(job: CheckpointJob) -> None:
     """Check that a checkpoint's tensors fit the architecture.
 
     Raises:
-        CheckpointError: a tensor of an MLP is missing or has another shape.
+        CheckpointError: a tensor of an MLP is missing or has another shape, or weights are quantized.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in job.model.state_dict().items()}
-    found = {job.names[name]: info.shape for name, info in job.files.infos.items() if name in job.names}
-    for name, shape in found.items():
-        if shape != wanted[name]:
-            raise CheckpointError(f"{job.origin.name}: {name} is {shape}, the architecture has {wanted[name]}.")
+    fakes = job.files.fakes()
+    check_floats(fakes, job.model, job.origin.name)
+    found = {job.names[name]: fake for name, fake in fakes.items() if name in job.names}
+    check_fit(found, job.model, job.origin.name, "Check its config, or fetch it again.", strict=False)
+    wanted = job.model.state_dict()
     cut = edit_of(KeepUnits(site=site, keep=(0,)) for site in job.sites)
     missing = [name for name in wanted if name in cut and name not in found]
     if missing:

@@ -19,10 +19,12 @@ from vitrim.config.widths import BUDGETS, Width
 from vitrim.config.yaml_files import read_yaml_file, write_yaml
 from vitrim.errors import RecipeError
 from vitrim.methods import Method, find_method
+from vitrim.models.origin import Reading
+from vitrim.storage.training_files import Which
 
 LENGTHS = {"steps", "epochs"}
 MAX_STEPS = 16  # each is a pass over the whole model
-MERGED = ("repair", "allocate", "blockwise", "recover", "calibrate", "options")
+MERGED = ("model_args", "repair", "allocate", "blockwise", "recover", "calibrate", "options")
 
 
 class Recipe(Checked):
@@ -33,6 +35,10 @@ class Recipe(Checked):
 
     model: str | None = None
     """Name or folder of the model."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the architecture of `timm/NAME@FILE`, where its tensors don't fix them."""
+    weights: Which = "auto"
+    """Which weights of a training checkpoint: `auto` takes averaged ones (EMA) where there are any, `raw` never."""
     data: str | None = None
     """Images to learn from; labels are not needed."""
     steps: tuple[Step, ...] = Field(default_factory=lambda: (Step(),), min_length=1, max_length=MAX_STEPS)
@@ -161,6 +167,10 @@ class Recipe(Checked):
             steps[0].pop("options", None)  # of the method that is replaced; an instance brings all of its own
         steps[0] = _merged(steps[0], own)
         return self.parse({**_merged(base, rest), "steps": steps})
+
+    def reading(self) -> Reading:
+        """Return how the model is to be read."""
+        return Reading(model_args=self.model_args, weights=self.weights)
 
     def width(self, number: int = 0) -> Width:
         """Return how many hidden units of each MLP stay after a step.

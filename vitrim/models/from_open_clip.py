@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models import from_timm
-from vitrim.models.origin import Origin, in_one_line, on_meta, plain_json, require
+from vitrim.models.fit import check_fit, read_for
+from vitrim.models.origin import Origin, Reading, in_one_line, on_meta, plain_json, require
 from vitrim.surgery import KeepUnits
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -32,9 +34,11 @@ LOADS = 'open_clip.create_model_and_transforms("local-dir:{folder}")'
 TRUNK_ARGS = "timm_args"
 RESIZE_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "spiece.model")
+# Files that open_clip reads, and in which nothing can be but tensors.
+PLAIN = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 
 
-def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
+def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origin]:
     """Load an open_clip model: `NAME/TAG`, `NAME` (its first tag), `hf-hub:ID`, or a folder with open_clip's config."""
     open_clip = require("open_clip", "clip")
     folder = Path(source.removeprefix("local-dir:"))
@@ -46,10 +50,11 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
         name, tag = _name_and_tag(open_clip, source)
     with in_one_line(f"open_clip/{source}"):
         config = _config(open_clip, name)
-        if weights:
-            model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-        else:
-            model = on_meta(lambda: _build(open_clip, config["model_cfg"]))
+        build = partial(on_meta, partial(_build, open_clip, config["model_cfg"]))
+        place = folder if tag is None else Path(tag).expanduser()
+        model = _filled(build, place, reading) if weights and tag != "" and place.exists() else None
+        if model is None:
+            model = open_clip.create_model(name, pretrained=tag, require_pretrained=True) if weights else build()
     said = getattr(model.visual, "preprocess_cfg", None) or config["preprocess_cfg"] | _tag_config(open_clip, name, tag)
     origin = Origin(
         name=source,
@@ -61,6 +66,19 @@ def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
         folder=str(folder) if folder.is_dir() else None,
     )
     return model, origin
+
+
+def _filled(build: Callable[[], nn.Module], place: Path, reading: Reading) -> nn.Module | None:
+    """Build a model and fill it from a file or folder that open_clip can't read by itself; None for the others."""
+    files = read_for(place, build, reading, prefer="open_clip", plain=PLAIN)
+    if files is None:
+        return None
+    model = build()
+    if files.keys() != model.state_dict().keys():  # names of other code, which open_clip converts
+        return None
+    check_fit(files, model, place, "Its weights are those of another config.")
+    model.load_state_dict(dict(files), assign=True)
+    return model.float()  # as open_clip reads a file
 
 
 def origin_of(model: nn.Module, name: str) -> Origin | None:
@@ -199,7 +217,7 @@ def _name_and_tag(open_clip: Any, source: str) -> tuple[str, str]:
         hint = f"did you mean 'open_clip/{close[0]}'?" if close else "open_clip.list_models() lists them."
         raise ModelError(f"open_clip/{source}: open_clip has no model of that name; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag and tag not in tags and not Path(tag).is_file():
+    if tag and tag not in tags and not Path(tag).expanduser().is_file():
         raise ModelError(f"open_clip/{source}: {name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
     quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
     fitting = [each for each in tags if bool(open_clip.get_pretrained_cfg(name, each).get("quick_gelu")) == quick]

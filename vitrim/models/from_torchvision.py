@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta
+from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta
 from vitrim.surgery import KeepUnits
 
 WEIGHTS = "model.safetensors"
@@ -18,7 +18,7 @@ RELOAD = ""
 LOADS = ""
 
 
-def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
+def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origin]:
     """Load a torchvision model by name, with its default weights."""
     from torchvision import models
 

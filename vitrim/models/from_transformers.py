@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, ModelError
 from vitrim.models.features import encoder_path
-from vitrim.models.origin import Origin, crop_pct, in_one_line, on_meta, plain_json, require
+from vitrim.models.fit import read_for
+from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.surgery import KeepUnits
 
 WEIGHTS = "model.safetensors"
@@ -40,27 +42,54 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.*",
 )
+# Files that transformers reads, and in which nothing can be but tensors.
+PLAIN = (WEIGHTS, f"{WEIGHTS}.index.json")
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 TEXT_LENGTH = 128
 
 
-def load(source: str, weights: bool) -> tuple[nn.Module, Origin]:
+def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origin]:
     """Load a model by hub id, or from a folder with transformers' config.json."""
     transformers = require("transformers", "hf")
     with in_one_line(f"hf/{source}"):
         config = _config(transformers, source)
+        if getattr(config, "quantization_config", None):
+            raise ModelError(f"hf/{source}: its weights are quantized; pass the model from before it was quantized.")
         model_class: Any = _known_class(transformers, (config.architectures or [""])[0]) or transformers.AutoModel
-        if weights:
-            model, report = model_class.from_pretrained(
-                source, dtype="auto", trust_remote_code=False, output_loading_info=True
-            )
-            _refuse_random_weights(source, report["missing_keys"])
-        elif model_class is transformers.AutoModel:
-            model = on_meta(lambda: model_class.from_config(config))
-        else:
-            model = on_meta(lambda: model_class(config))
+        build = partial(on_meta, partial(_uncut, transformers, model_class, config))
+        model = _filled(model_class, config, build, source, reading) if weights else build()
         folder = source if Path(source).is_dir() else _companions_of(source)
     return model, _origin(model, source, folder)
+
+
+def _uncut(transformers: Any, model_class: Any, config: Any) -> nn.Module:
+    """Build the architecture of a config."""
+    return model_class.from_config(config) if model_class is transformers.AutoModel else model_class(config)
+
+
+def _filled(model_class: Any, config: Any, build: Callable[[], nn.Module], source: str, reading: Reading) -> nn.Module:
+    """Load a model with its weights, from files that transformers reads or from others.
+
+    Raises:
+        ModelError: weights are missing, or have other shapes than the architecture's.
+    """
+    files = None
+    if Path(source).is_dir():
+        files = read_for(Path(source), build, reading, prefer="model", plain=PLAIN)
+    given = {"trust_remote_code": False} if files is None else {"config": config, "state_dict": dict(files)}
+    model, report = model_class.from_pretrained(
+        source if files is None else None,
+        dtype="auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **given,
+    )
+    for name, found, wanted in sorted(report.get("mismatched_keys", ())):
+        raise ModelError(
+            f"hf/{source}: {name} is {tuple(found)} in its files and {tuple(wanted)} by its config; fetch both again."
+        )
+    _refuse_random_weights(source, report["missing_keys"])
+    return model
 
 
 def origin_of(model: nn.Module, name: str) -> Origin | None:

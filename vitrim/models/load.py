@@ -7,6 +7,8 @@ repository.
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from torch import nn
 
 from vitrim.errors import CheckpointError, ModelError
 from vitrim.models.features import encoder_path
-from vitrim.models.origin import ModelBackend, Origin, in_one_line, on_meta, require
+from vitrim.models.origin import ModelBackend, Origin, Reading, in_one_line, on_meta, require
+from vitrim.storage.tensor_files import find_weights
 from vitrim.surgery import reshape_
 
 # By prefix of a source; the module's name is also the `library` of its origins.
@@ -23,6 +26,8 @@ PREFIXES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip", "tor
 SOURCES = "timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, local-dir:PATH, or a folder that vitrim wrote"
 # Files that hold the words of a tokenizer, under the names that transformers gives them.
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
+PLAIN = Reading()
+log = logging.getLogger("vitrim")
 
 
 def backend_of(name: str | None) -> ModelBackend | None:
@@ -38,33 +43,40 @@ def backend_of(name: str | None) -> ModelBackend | None:
     return import_module(f"vitrim.models.from_{name}")  # type: ignore[return-value]
 
 
-def load_model(source: str, *, weights: bool = True) -> tuple[nn.Module, Origin]:
+def load_model(source: str, *, weights: bool = True, reading: Reading = PLAIN) -> tuple[nn.Module, Origin]:
     """Load a pretrained model in eval mode.
 
     Args:
         source: `timm/NAME`, `timm/NAME@FILE` (a bare state dict), `hf/ORG/NAME`, `open_clip/NAME/TAG`,
             `torchvision/NAME`, or `local-dir:PATH` / a path to a folder in the layout of one of them.
         weights: whether to load weights; without them only the architecture is built, on the meta device.
+        reading: how to read a source whose name leaves that open.
 
     Returns:
         The model and how it was built.
 
     Raises:
-        ModelError: no such model or folder, or its weights can't be read.
+        ModelError, CheckpointError: no such model or folder, or its weights can't be read or don't fit it.
         MissingExtraError: the library is not installed.
     """
     prefix, _, rest = source.partition("/")
     if prefix in PREFIXES and rest:
-        found, name = PREFIXES[prefix], rest
+        found, name = PREFIXES[prefix], str(Path(rest).expanduser()) if rest.startswith("~") else rest
     else:
-        folder = Path(source.removeprefix("local-dir:"))
-        found = _library_of(folder, source, weights=weights)
+        folder = Path(source.removeprefix("local-dir:")).expanduser()
+        found = _library_of(folder, source)
+        if weights and not find_weights(folder):
+            raise ModelError(f"{folder}: has no weights; a model folder holds config.json and model.safetensors.")
         name = str(folder) if found == "transformers" else f"local-dir:{folder}"
     backend = backend_of(found)
     assert backend is not None
+    if found != "timm":
+        reading.refuse_model_args(source)
     with in_one_line(source):
-        model, origin = backend.load(name, weights)
-    return model.eval(), Origin(**{**origin.__dict__, "name": source})
+        model, origin = backend.load(name, weights, reading)
+    for note in origin.notes if weights else ():
+        log.info(note)
+    return model.eval(), replace(origin, name=source)
 
 
 def origin_of(model: nn.Module, *, name: str | None = None) -> Origin:
@@ -110,7 +122,7 @@ def build_empty(origin: Origin) -> nn.Module:
     return model
 
 
-def _library_of(folder: Path, source: str, *, weights: bool) -> str:
+def _library_of(folder: Path, source: str) -> str:
     """Return the name of the library in whose layout a folder is."""
     if not folder.is_dir():
         raise ModelError(f"{source}: no such model; use {SOURCES}.")
@@ -126,6 +138,4 @@ def _library_of(folder: Path, source: str, *, weights: bool) -> str:
         raise ModelError(
             f"{folder / 'config.json'}: says neither model_type (transformers) nor architecture (timm); fetch it again."
         )
-    if weights and not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: has no model.safetensors; a model folder holds config.json and model.safetensors.")
     return "transformers" if "model_type" in config else "timm"

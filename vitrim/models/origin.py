@@ -21,9 +21,33 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
+from vitrim.storage.training_files import Which
 from vitrim.surgery import Edit, KeepUnits
 
 MAX_MODULES = 100_000  # models have some thousands; a damaged config asks for any number, and would be built for ever
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How to read a source, where its name leaves that open.
+
+    `model_args` are arguments of the architecture of `timm/NAME@FILE`, `weights` which ones to take of a training
+    checkpoint: "auto" takes averaged weights (EMA) where there are any, "raw" those that were trained.
+    """
+
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    weights: Which = "auto"
+
+    def refuse_model_args(self, source: str) -> None:
+        """Refuse arguments for a source that says itself how it is built.
+
+        Raises:
+            ModelError: there are some.
+        """
+        if self.model_args:
+            raise ModelError(
+                f"{source}: takes no model_args ({', '.join(self.model_args)}); they are for timm/NAME@FILE alone."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +56,8 @@ class Origin:
 
     `library` is None for a module that only its owner can build. `encoder` is the path of the part that takes the
     images, "" for the whole model. `folder` is where the files beside the weights (tokenizer, processor) come from.
-    `earlier` holds, without tensors, the edits of a model that was already cut when it was opened.
+    `earlier` holds, without tensors, the edits of a model that was already cut when it was opened. `notes` is what was
+    chosen when it was opened, for the user.
     """
 
     name: str
@@ -43,6 +68,7 @@ class Origin:
     encoder: str = ""
     folder: str | None = None
     earlier: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
     @property
     def earlier_edits(self) -> list[Edit]:
@@ -54,9 +80,9 @@ class Origin:
         return replace(self, earlier=(*self.earlier, *(edit.shape_only().to_json() for edit in edits)))
 
     def without_place(self) -> Origin:
-        """Return the origin without the folder it came from, which another machine does not have."""
+        """Return the origin without the folder it came from, which another machine does not have, and without notes."""
         known = {key: "." if key == "tokenizer" and value else value for key, value in self.preprocessing.items()}
-        return replace(self, folder=None, preprocessing=known)
+        return replace(self, folder=None, preprocessing=known, notes=())
 
     def placed_at(self, folder: str) -> Origin:
         """Return the origin with this folder for tokenizer and processor: the inverse of `without_place`."""
@@ -65,7 +91,8 @@ class Origin:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in self.__dict__.items()}
+        kept = {key: value for key, value in self.__dict__.items() if key != "notes"}
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Origin:
@@ -75,7 +102,7 @@ class Origin:
             CheckpointError: a field is missing or unknown.
         """
         try:
-            return cls(**data)
+            return cls(**{**data, "notes": ()})
         except TypeError as error:
             raise CheckpointError(f"origin: damaged or incomplete ({error}).") from None
 
@@ -97,7 +124,7 @@ class ModelBackend(Protocol):
     RELOAD: str
     LOADS: str
 
-    def load(self, source: str, weights: bool) -> tuple[nn.Module, Origin]:
+    def load(self, source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origin]:
         """Load a model by the library's own name or from a folder; without weights its parameters are on meta."""
         ...
 
@@ -141,6 +168,14 @@ def require(package: str, extra: str) -> ModuleType:
         raise MissingExtraError(f"{package} is not installed; pip install 'vitrim[{extra}]'.") from None
 
 
+def reason_of(error: Exception) -> str:
+    """Return what an exception of a library says, in one line; of a state dict that does not fit, where it does not."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    if lines[0].startswith("Error(s) in loading state_dict"):
+        lines = sorted(lines[1:], key=lambda line: not line.startswith("size mismatch"))
+    return next(iter(lines), "")[:300] or type(error).__name__
+
+
 @contextmanager
 def in_one_line(source: str) -> Iterator[None]:
     """Turn whatever a library raises while it loads a model into a ModelError of one line.
@@ -162,7 +197,7 @@ def in_one_line(source: str) -> Iterator[None]:
     except VitrimError:
         raise
     except Exception as error:  # libraries, the hub client and safetensors each raise their own kinds
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = reason_of(error)
         raise ModelError(
             f"{source}: could not load the model ({reason}); check the name, the files or the network, "
             "or pass local-dir:PATH."

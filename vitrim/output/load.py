@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vitrim.errors import DAMAGED, CheckpointError, ModelError
+from vitrim.models.fit import check_fit
 from vitrim.models.given import check_weights, unwrapped, with_values
-from vitrim.models.load import backend_of, build_empty, load_model, origin_of
-from vitrim.models.origin import ModelBackend, Origin, in_one_line, match_buffers_
+from vitrim.models.load import PLAIN, backend_of, build_empty, load_model, origin_of
+from vitrim.models.origin import ModelBackend, Origin, Reading, in_one_line, match_buffers_
 from vitrim.storage.tensor_files import open_tensors
 from vitrim.surgery import Plan, reshape_
 from vitrim.torch_state import own_torch_state
@@ -83,7 +84,7 @@ def local_folder(source: str | Path) -> Path:
     """
     name = str(source)
     if not name.startswith(HUB):
-        return Path(name.removeprefix("local-dir:"))
+        return Path(name.removeprefix("local-dir:")).expanduser()
     from huggingface_hub import snapshot_download
 
     with in_one_line(name):
@@ -96,6 +97,7 @@ def _fill_(model: nn.Module, path: Path, backend: ModelBackend | None) -> None:
     if backend is not None and not files.keys() <= model.state_dict().keys():
         with in_one_line(str(path)):  # the library's own code runs on tensors that may have any shape
             files = files.renamed(backend.names(model, files.fakes()))
+    check_fit(files, model, path, "Its plan or its weights are damaged; fetch it again.", strict=False)
     try:
         missing, unexpected = model.load_state_dict(dict(files), strict=False, assign=True)
         if missing and hasattr(model, "tie_weights"):
@@ -108,22 +110,28 @@ def _fill_(model: nn.Module, path: Path, backend: ModelBackend | None) -> None:
         raise CheckpointError(f"{path}: does not fit the plan or is damaged ({reason}).") from None
 
 
-def open_model(model: nn.Module | str) -> tuple[nn.Module, Origin]:
+def open_model(model: nn.Module | str, reading: Reading = PLAIN) -> tuple[nn.Module, Origin]:
     """Return a model and how it was built, from a module, a name, or a folder (vitrim's own or a library's).
+
+    Args:
+        model: the module, name or folder.
+        reading: how to read a source whose name leaves that open.
 
     Raises:
         ModelError: there is no such model, it is in a state that can't be compressed, or a weight is not finite.
         CheckpointError: vitrim wrote the folder, but it is damaged.
     """
     if isinstance(model, nn.Module):
+        reading.refuse_model_args(type(model).__name__)
         model = with_values(unwrapped(model))
         return _whole(model, origin_of(model))
     if not isinstance(model, str | Path):
         raise ModelError(f"model: is {type(model).__name__}; pass a module, a name or a folder.")
     model = str(model)  # `out` of a result is a Path
-    path = model.removeprefix("local-dir:")
+    path = str(Path(model.removeprefix("local-dir:")).expanduser())
     if not is_output(path):
-        return _whole(*load_model(model))
+        return _whole(*load_model(model, reading=reading))
+    reading.refuse_model_args(model)
     about = read_about(Path(path))
     origin = Origin.from_json(about["origin"]).placed_at(path).after(Plan.from_json(about["plan"]).edits)
     return _whole(load(path), origin)
@@ -161,7 +169,7 @@ def read_about(path: Path) -> dict[str, Any]:
 Model = nn.Module | str
 
 
-def open_encoder(model: Model) -> tuple[nn.Module, Origin]:
+def open_encoder(model: Model, reading: Reading = PLAIN) -> tuple[nn.Module, Origin]:
     """Return the part of a model that takes the inputs, and how the whole was built."""
-    whole, origin = open_model(model)
+    whole, origin = open_model(model, reading)
     return whole.get_submodule(origin.encoder), origin

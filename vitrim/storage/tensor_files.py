@@ -2,14 +2,14 @@
 
 safetensors files are read with plain reads at the offsets in their headers, because a memory map of an 8 GB file counts
 as resident memory page by page. The safetensors library checks the header first. A torch file is mapped by torch
-(`weights_only=True`): the system may drop its pages when memory is short.
+(`weights_only=True`): the system may drop its pages when memory is short. What training loops wrap around the weights
+is taken off in `training_files`. Nothing but regular files is opened: a FIFO or a device would never end.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitrim.errors import DAMAGED, CheckpointError
+from vitrim.storage.training_files import Which, read_training_file
 
 CHUNK_BYTES = 32 * 2**20
 MAX_NAME = 200  # of a shard; file systems end at 255 bytes, and raise for more
@@ -72,10 +73,20 @@ class TensorInfo:
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """A mapping of names to the tensors of one or more files, each read on access."""
+    """A mapping of names to the tensors of one or more files, each read on access.
 
-    def __init__(self, infos: Mapping[str, TensorInfo], mapped: Mapping[str, Tensor] | None = None) -> None:
-        self.infos, self._mapped = dict(infos), mapped or {}
+    `said` is what the files say of how the model was built and trained, `notes` what was chosen when they were opened.
+    """
+
+    def __init__(
+        self,
+        infos: Mapping[str, TensorInfo],
+        mapped: Mapping[str, Tensor] | None = None,
+        *,
+        said: Mapping[str, Any] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.infos, self._mapped, self.said, self.notes = dict(infos), mapped or {}, said or {}, notes
 
     def __len__(self) -> int:
         return len(self.infos)
@@ -140,26 +151,30 @@ class TensorFiles(Mapping[str, Tensor]):
         """Return all tensors on the meta device: shapes and dtypes, no values."""
         return {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in self.infos.items()}
 
-    def renamed(self, names: Mapping[str, str]) -> TensorFiles:
+    def renamed(self, names: Mapping[str, str], *notes: str) -> TensorFiles:
         """Return the tensors under other names; those that `names` (old to new) does not hold are left out."""
         infos = {new: self.infos[old] for old, new in names.items()}
         mapped = {new: self._mapped[old] for old, new in names.items() if old in self._mapped}
-        return TensorFiles(infos, mapped)
+        return TensorFiles(infos, mapped, said=self.said, notes=(*self.notes, *notes))
 
 
-def open_tensors(path: Path, *, prefer: str = "") -> TensorFiles:
+def open_tensors(path: Path, *, prefer: str = "", weights: Which = "auto") -> TensorFiles:
     """Open a checkpoint: a safetensors or torch file, an index of shards, or a folder that holds one of these.
 
     Args:
         path: file or folder.
         prefer: start of the preferred file name, for a folder that holds the weights of several libraries.
+        weights: which weights of a training checkpoint to take: "auto" takes averaged ones (EMA) where there are any,
+            "raw" those that were trained.
 
     Raises:
         CheckpointError: there are no weights or several candidates, a shard is missing, or a file is damaged.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"{path}: is no regular file; pass a .safetensors, .pth or .bin file, or a model folder.")
     found = find_weights(path, prefer=prefer)
     if len(found) == 1:
-        return _open_shards(found[0]) if found[0].name.endswith(INDEX) else _open_file(found[0])
+        return _open_shards(found[0], weights) if found[0].name.endswith(INDEX) else _open_file(found[0], weights)
     what = f"{len(found)} weight files and no index" if found else "no weights"
     raise CheckpointError(f"{path}: holds {what}; pass a .safetensors, .pth or .bin file, or a model folder.")
 
@@ -177,7 +192,8 @@ def find_weights(path: Path, *, prefer: str = "") -> list[Path]:
         for file in (path / name, path / f"{name}{INDEX}"):
             if file.is_file():
                 return [file]
-    return sorted(path.glob(f"*{INDEX}")) or [file for kind in KINDS for file in sorted(path.glob(f"*{kind}"))]
+    indices, *files = ([file for file in sorted(path.glob(f"*{kind}")) if file.is_file()] for kind in (INDEX, *KINDS))
+    return indices or [file for found in files for file in found]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -215,7 +231,7 @@ def check_finite(name: str, tensor: Tensor, *, masks: bool = False) -> None:
         raise CheckpointError(f"{name}: {what}; fetch the checkpoint again.")
 
 
-def _open_shards(index: Path) -> TensorFiles:
+def _open_shards(index: Path, weights: Which) -> TensorFiles:
     """Open the shards that an index names, and take each tensor from the shard that the index gives for it."""
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -228,7 +244,7 @@ def _open_shards(index: Path) -> TensorFiles:
             raise CheckpointError(f"{index}: names {shard[:80]!r}, which is not a file beside it; fetch it again.")
         if not (index.parent / shard).is_file():
             raise CheckpointError(f"{index.parent / shard}: missing, named by {index.name}; fetch it again.")
-        opened = _open_file(index.parent / shard)
+        opened = _open_file(index.parent / shard, weights)
         for name in [name for name, where in weight_map.items() if where == shard]:
             if name not in opened.infos:
                 raise CheckpointError(f"{index}: says that {shard} holds {name}, and it does not; fetch both again.")
@@ -237,9 +253,9 @@ def _open_shards(index: Path) -> TensorFiles:
     return TensorFiles({name: infos[name] for name in weight_map}, mapped)
 
 
-def _open_file(path: Path) -> TensorFiles:
+def _open_file(path: Path, weights: Which) -> TensorFiles:
     """Open one safetensors or torch file."""
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path, weights)
 
 
 def _open_safetensors(path: Path) -> TensorFiles:
@@ -262,20 +278,8 @@ def _open_safetensors(path: Path) -> TensorFiles:
     return TensorFiles(infos)
 
 
-def _open_torch(path: Path) -> TensorFiles:
-    """Open a state dict that torch saved, without running anything in it.
-
-    torch's format before 1.6 can't be mapped, so such a file is read whole.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
-        reason = str(error).strip().split("\n")[0][:160]
-        raise CheckpointError(f"{path}: can't be read as a torch state dict ({reason}).") from None
-    for key in ("state_dict", "model", "module", "model_state_dict"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: holds no tensors; pass the file that holds the model's state dict.")
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    infos = {name: TensorInfo(file=path, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()}
-    return TensorFiles(infos, tensors)
+def _open_torch(path: Path, weights: Which) -> TensorFiles:
+    """Open what torch saved: a state dict, or a training checkpoint that holds one."""
+    found = read_training_file(path, weights)
+    infos = {name: TensorInfo(file=path, dtype=t.dtype, shape=tuple(t.shape)) for name, t in found.tensors.items()}
+    return TensorFiles(infos, found.tensors, said=found.said, notes=found.notes)
