@@ -1,7 +1,6 @@
 """Model cards: what comes from outside is text there, whatever it holds."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 from markdown_it import MarkdownIt  # comes with rich
@@ -54,10 +53,10 @@ def test_what_comes_from_outside_is_text(tmp_path, where):
 )
 def test_the_licence_of_another_card_is_read_by_the_one_reader(tmp_path, text, found):
     (tmp_path / "README.md").write_text(text)
-    assert licence_of(SimpleNamespace(), Origin(name="x", folder=str(tmp_path))) == found
+    assert licence_of(Origin(name="x", folder=str(tmp_path))) == found
 
 
 def test_a_card_that_can_not_be_read_is_said(tmp_path, caplog):
     (tmp_path / "README.md").write_text("---\nlicense: mit\nlicense: gpl\n---\n")
-    licence_of(SimpleNamespace(), Origin(name="x", folder=str(tmp_path)))
+    licence_of(Origin(name="x", folder=str(tmp_path)))
     assert "'license' is there twice" in caplog.text and "The licence in it is not carried over" in caplog.text

@@ -14,6 +14,7 @@ from vitrim.output.verify import Check
 def in_this_process(check: Check) -> float:
     """As `vitrim.output.verify.in_fresh_process` does, but vitrim stays importable."""
     names = {"folder": str(check.folder), "probe": check.probe, "encoder": check.encoder}
+    names |= {"original": dict(check.original), "image_file": io.BytesIO(check.image)}
     with warnings.catch_warnings(), torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:

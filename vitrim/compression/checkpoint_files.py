@@ -18,6 +18,7 @@ from vitrim.models.load import build_empty
 from vitrim.models.stock import stock_origin
 from vitrim.output.load import read_about
 from vitrim.output.save import write_configs
+from vitrim.output.verify import verify_config
 from vitrim.progress import progress
 from vitrim.storage.tensor_files import TensorFiles, open_tensors, tensor_bytes
 from vitrim.storage.tensor_writer import TensorWriter
@@ -78,12 +79,14 @@ def write_checkpoint(
     _check_written(weights, layout, writer)
     for path in weights.iterdir():
         path.rename(folder / path.name)
+    stock = bool(read_about(folder)["stock"])
+    verify_config(folder, origin=job.origin, stock=stock)
     sizes = [info.num_bytes for info in job.files.infos.values()]
     before, after = (
         ModelCost(parameters=num_parameters(model), num_bytes=num_bytes)
         for model, num_bytes in ((job.model, sum(sizes)), (student, writer.total_bytes))
     )
-    return Written(before=before, after=after, stock=bool(read_about(folder)["stock"]))
+    return Written(before=before, after=after, stock=stock)
 
 
 def _layout(job: CheckpointJob, plan: Plan) -> Layout:

@@ -146,4 +146,4 @@ def _write_documents(done: Finished, folder: Path, teacher: nn.Module) -> None:
     write_json(folder / "metrics.json", metrics.to_json())
     page = collect(teacher, job.origin, done.cut.plan, recipe, metrics, done.seen)
     write_report(folder / "report.html", page)
-    write_card(folder, job.origin, recipe, metrics, licence=licence_of(job.whole, job.origin))
+    write_card(folder, job.origin, recipe, metrics, licence=licence_of(job.origin))

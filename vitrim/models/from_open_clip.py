@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import importlib
 import json
@@ -28,6 +27,14 @@ CONFIG = "open_clip_config.json"
 RELOAD = """
 import open_clip
 model = open_clip.create_model("local-dir:" + folder)
+"""
+READS = """
+import dataclasses, json, pathlib
+from open_clip import transform as of_open_clip
+read = json.loads((pathlib.Path(folder) / "open_clip_config.json").read_text(encoding="utf-8"))["preprocess_cfg"]
+config = of_open_clip.PreprocessCfg(**of_open_clip.merge_preprocess_dict(of_open_clip.PreprocessCfg(), read))
+said = {"preprocessing": dataclasses.asdict(config)}
+transform = of_open_clip.image_transform_v2(config, is_train=False)
 """
 LOADS = 'open_clip.create_model_and_transforms("local-dir:{folder}")'
 # A timm tower's own arguments, kept beside open_clip's until they are written to a timm config.
@@ -56,14 +63,17 @@ def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origi
         if model is None:
             model = open_clip.create_model(name, pretrained=tag, require_pretrained=True) if weights else build()
     said = getattr(model.visual, "preprocess_cfg", None) or config["preprocess_cfg"] | _tag_config(open_clip, name, tag)
+    said = _in_full(said, model.visual)
+    own = {key: value for key, value in config.items() if key != "model_cfg"}
     origin = Origin(
         name=source,
         library="open_clip",
         architecture=name,
         model_args=plain_json(config["model_cfg"]),
-        preprocessing=_in_timm_words(said, model.visual),
+        preprocessing=_in_timm_words(said),
         encoder="visual",
         folder=str(folder) if folder.is_dir() else None,
+        config=plain_json({**own, "preprocess_cfg": said}),
     )
     return model, origin
 
@@ -85,12 +95,17 @@ def origin_of(model: nn.Module, name: str) -> Origin | None:
     """Return the preprocessing of a live open_clip model; it does not store its config. None if it stores neither."""
     visual = getattr(model, "visual", None)
     said = getattr(visual, "preprocess_cfg", None)
-    return None if said is None else Origin(name=name, preprocessing=_in_timm_words(said, visual), encoder="visual")
+    known = None if said is None else _in_timm_words(_in_full(said, visual))
+    return None if known is None else Origin(name=name, preprocessing=known, encoder="visual")
 
 
 def build(origin: Origin) -> nn.Module:
     """Build the uncut pair of towers, without its weights."""
-    return _build(require("open_clip", "clip"), origin.model_args)
+    open_clip = require("open_clip", "clip")
+    model = _build(open_clip, origin.model_args)
+    if "preprocess_cfg" in origin.config:  # where open_clip itself puts it
+        importlib.import_module("open_clip.model").set_model_preprocess_cfg(model, origin.config["preprocess_cfg"])
+    return model
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
@@ -111,20 +126,22 @@ def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     args = copy.deepcopy(dict(origin.model_args))
     if TRUNK_ARGS in args["vision_cfg"]:
         _write_trunk_config(args["vision_cfg"], folder / "trunk")
-    known = origin.preprocessing
-    modes = {mode: ours for ours, mode in RESIZE_MODES.items()}
-    height, width = known["input_size"][-2:]
-    said = {
-        "size": height if height == width else [height, width],
-        "mean": known["mean"],
-        "std": known["std"],
-        "interpolation": known["interpolation"],
-        "resize_mode": modes[known["crop_mode"]],
-        "fill_color": known.get("fill_color", 0),
-    }
     # Not in ASCII alone: the path of a trunk is found in it again when the folder gets its final name.
-    text = json.dumps({"model_cfg": args, "preprocess_cfg": said}, indent=2, ensure_ascii=False)
+    text = json.dumps({"model_cfg": args, **origin.config}, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def says(origin: Origin) -> dict[str, Any]:
+    """Return the preprocessing in open_clip's words; its config has no place for labels or a licence."""
+    return {"preprocessing": origin.config.get("preprocess_cfg")}
+
+
+def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
+    """Return open_clip's own transform for evaluation."""
+    known = importlib.import_module("open_clip.transform")
+    if "preprocess_cfg" not in origin.config:
+        return None
+    return known.image_transform_v2(known.PreprocessCfg(**origin.config["preprocess_cfg"]), is_train=False)
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
@@ -178,7 +195,7 @@ def _write_trunk_config(vision: dict[str, Any], folder: Path) -> None:
     said = {
         "architecture": architecture.partition(".")[0],
         "model_args": vision.pop(TRUNK_ARGS),
-        "pretrained_cfg": {} if known is None else known.to_dict(),
+        "pretrained_cfg": {} if known is None else from_timm.without_claims(known.to_dict()),
     }
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
@@ -235,10 +252,18 @@ def _tag_config(open_clip: Any, name: str, tag: str | None) -> dict[str, Any]:
     return dict(open_clip.get_pretrained_cfg(name, tag)) if tag else {}
 
 
-def _in_timm_words(said: Any, visual: Any) -> dict[str, Any]:
+def _in_full(said: Mapping[str, Any], visual: Any) -> dict[str, Any]:
+    """Return open_clip's preprocessing with its defaults, and the size that the tower was built for."""
+    known = importlib.import_module("open_clip.transform")
+    full = known.merge_preprocess_dict(known.PreprocessCfg(), said)
+    size = getattr(visual, "image_size", None) or full["size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return {**full, "size": height if height == width else [height, width]}
+
+
+def _in_timm_words(said: Mapping[str, Any]) -> dict[str, Any]:
     """Translate open_clip's preprocessing to timm's data config."""
-    said = {**dataclasses.asdict(importlib.import_module("open_clip.transform").PreprocessCfg()), **said}
-    size = getattr(visual, "image_size", None) or said["size"]
+    size = said["size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return plain_json(
         {

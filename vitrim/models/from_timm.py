@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,23 @@ RELOAD = """
 import timm
 model = timm.create_model("local-dir:" + folder, pretrained=True)
 """
+READS = """
+import timm.data
+from timm.models._hub import load_model_config_from_path
+said, _, _ = load_model_config_from_path(folder)
+said["preprocessing"] = timm.data.resolve_data_config(pretrained_cfg=said)
+transform = timm.data.create_transform(**said["preprocessing"])
+"""
 LOADS = 'timm.create_model("local-dir:{folder}", pretrained=True)'
 
 ADVICE = (
     "Name the architecture that it was trained as, or give its arguments: --model-arg KEY=VALUE (model_args in Python)."
 )
+# What a `pretrained_cfg` says of the weights themselves: true of these weights only, not of the architecture.
+LABELS = ("label_names", "label_descriptions")
+OF_THE_WEIGHTS = (*LABELS, "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+# What timm's config file holds at its top besides what is the file's own.
+TOP = ("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg", *LABELS)
 
 
 def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origin]:
@@ -48,10 +60,13 @@ def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origi
         notes: tuple[str, ...] = ()
     else:
         model, notes = _load_file(name, path, weights, reading)
+        if "." not in name and ":" not in name:  # the tag and licence of timm's own weights are not those of the file
+            model.pretrained_cfg = without_claims(model.pretrained_cfg)  # type: ignore[arg-type]
     origin = origin_of(model, source)
     if origin is None:
         raise ModelError(f"timm/{source}: timm does not say how it built this model; pass the module itself.")
-    return model, replace(origin, notes=notes)
+    folder = str(path) if path is not None and path.is_dir() else None
+    return model, replace(origin, folder=folder, config={**_own_fields(name), **origin.config}, notes=notes)
 
 
 def _name_and_path(source: str) -> tuple[str, Path | None]:
@@ -121,25 +136,28 @@ def origin_of(model: nn.Module, name: str) -> Origin | None:
     try:
         model_args = plain_json(get_model_args(model))
     except TypeError:  # built with a class or a function as an argument: no file can say that
-        return Origin(name=name, preprocessing=preprocessing(model))
+        return Origin(name=name, preprocessing=preprocessing(model), config={"pretrained_cfg": _pretrained_cfg(model)})
     return Origin(
         name=name,
         library="timm",
         architecture=architecture,
         model_args=model_args,
         preprocessing=preprocessing(model),
+        config={"pretrained_cfg": _pretrained_cfg(model)},
     )
 
 
 def build(origin: Origin) -> nn.Module:
-    """Build the uncut architecture."""
+    """Build the uncut architecture, with the original's own `pretrained_cfg` in place of the architecture's."""
     import timm
+    from timm.models import filter_pretrained_cfg
 
     _check_name(origin.architecture)
     foreign = inspect.signature(timm.create_model).parameters.keys() & origin.model_args.keys()
     if foreign:  # such as checkpoint_path: files of whoever wrote the plan would be opened
         raise ModelError(f"timm/{origin.architecture}: {min(foreign)} is no argument of a model; compress it again.")
-    return timm.create_model(origin.architecture, pretrained=False, **origin.model_args)
+    known = filter_pretrained_cfg(dict(origin.config.get("pretrained_cfg", {})), remove_source=True) or None
+    return timm.create_model(origin.architecture, pretrained=False, pretrained_cfg=known, **origin.model_args)
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
@@ -149,14 +167,31 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
 
 
 def describe_(student: nn.Module, origin: Origin) -> None:
-    """Do nothing: timm does not store a model's arguments in the model."""
+    """Write the new arguments to where timm's own functions for saving look for them."""
+    if hasattr(student, "_model_args"):
+        student._model_args = dict(origin.model_args)  # type: ignore[assignment]
 
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     """Write config.json, by timm's own function."""
     from timm.models._hub import save_config_for_hf
 
-    save_config_for_hf(student, str(folder / "config.json"), model_args=dict(origin.model_args))
+    model = on_meta(lambda: build(origin))
+    own = {key: value for key, value in origin.config.items() if key != "pretrained_cfg"}
+    save_config_for_hf(model, str(folder / "config.json"), model_config=own, model_args=dict(origin.model_args))
+
+
+def says(origin: Origin) -> dict[str, Any]:
+    """Return the preprocessing, and what `pretrained_cfg` says of the weights."""
+    known = origin.config.get("pretrained_cfg", {})
+    return {"preprocessing": dict(origin.preprocessing), **{key: known.get(key) for key in OF_THE_WEIGHTS}}
+
+
+def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
+    """Return timm's own transform for evaluation."""
+    from timm.data.transforms_factory import create_transform
+
+    return create_transform(**origin.preprocessing) if origin.preprocessing else None  # type: ignore[return-value]
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
@@ -190,14 +225,38 @@ def mlp_ratios(edits: Sequence[KeepUnits]) -> Iterator[float]:
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
     """Return the preprocessing of a timm model: input size, crop, interpolation, mean and std."""
-    from timm.data.config import resolve_data_config
+    from timm.data.model_config import resolve_input_data_config
 
-    config = resolve_data_config({}, model=model)
-    config["input_size"] = (getattr(model, "in_chans", config["input_size"][0]), *config["input_size"][1:])
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if built_for is not None:  # timm leaves the config's size alone when a model is created with another img_size
-        config["input_size"] = (config["input_size"][0], *built_for)
-    return plain_json(config)
+    return plain_json(resolve_input_data_config(model))
+
+
+def without_claims(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `pretrained_cfg` without what it says of weights: these are others."""
+    return {key: value for key, value in known.items() if key not in OF_THE_WEIGHTS}
+
+
+def _pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's `pretrained_cfg` says, but for where its weights were and how their file was to be read."""
+    from timm.models import filter_pretrained_cfg
+
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    said = filter_pretrained_cfg({key: known[key] for key in known if key != "state_dict"}, remove_source=True)
+    left_out = {"architecture", "custom_load", "label_offset"}  # timm leaves them out when it saves
+    if said.get("num_classes") != getattr(model, "num_classes", None):
+        left_out |= {*LABELS}  # its head is another one than the labels were of
+    return plain_json({key: value for key, value in said.items() if key not in left_out})
+
+
+def _own_fields(source: str) -> dict[str, Any]:
+    """Return what a source's config.json holds at its top that timm does not know."""
+    from timm.models._hub import download_from_hf, load_cfg_from_json
+
+    kind, _, place = source.partition(":")
+    if kind not in ("local-dir", "hf-hub"):
+        return {}
+    file = Path(place) / "config.json" if kind == "local-dir" else download_from_hf(place, "config.json")
+    said = load_cfg_from_json(file)
+    return {key: value for key, value in said.items() if key not in TOP} if "pretrained_cfg" in said else {}
 
 
 def _check_name(name: str) -> None:

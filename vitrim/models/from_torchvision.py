@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ WEIGHTS = "model.safetensors"
 SHARDED = False
 COMPANIONS: tuple[str, ...] = ()
 RELOAD = ""
+READS = ""
 LOADS = ""
 
 
@@ -63,6 +65,16 @@ def describe_(student: nn.Module, origin: Origin) -> None:
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     """Write nothing: torchvision reads no config."""
     raise NotImplementedError
+
+
+def says(origin: Origin) -> dict[str, Any]:
+    """Return the preprocessing."""
+    return {"preprocessing": dict(origin.preprocessing)}
+
+
+def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
+    """Return None: what torchvision offers belongs to its own weights, by name."""
+    return None
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:

@@ -29,6 +29,17 @@ import json, pathlib, transformers
 name = json.loads((pathlib.Path(folder) / "config.json").read_text())["architectures"][0]
 model = getattr(transformers, name).from_pretrained(folder)
 """
+READS = """
+import transformers
+said = {"preprocessing": None, "id2label": transformers.AutoConfig.from_pretrained(folder).to_dict().get("id2label")}
+try:
+    said["preprocessing"], _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder)
+except OSError:
+    pass
+def transform(image):
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+"""
 LOADS = 'transformers.{architecture}.from_pretrained("{folder}")'
 # Files beside the weights: preprocessing, tokenizer, generation. Never weights, never code.
 COMPANIONS = (
@@ -107,12 +118,13 @@ def origin_of(model: nn.Module, name: str) -> Origin | None:
 def build(origin: Origin) -> nn.Module:
     """Build the uncut architecture."""
     transformers = require("transformers", "hf")
-    args = dict(origin.model_args)
-    config = transformers.AutoConfig.for_model(args.pop("model_type"), **args)
+    config = _config_of(transformers, origin)
     model_class: Any = _known_class(transformers, origin.architecture)
     if model_class is None:  # a name from a file is never called but for a model
         raise CheckpointError(f"origin: transformers has no model {origin.architecture!r}; update it.")
-    return model_class(config)
+    model = model_class(config)
+    model.name_or_path = origin.folder or ""  # where transformers itself keeps where a model came from
+    return model
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
@@ -145,13 +157,31 @@ def describe_(student: nn.Module, origin: Origin) -> None:
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     """Write config.json, and generation_config.json for a model that has one, by transformers' own functions."""
-    describe_(student, origin)
-    config: Any = student.config
-    config.architectures = [type(student).__name__]
+    config = _config_of(require("transformers", "hf"), origin)
+    config.architectures = [origin.architecture]
     config.dtype = next(student.parameters()).dtype
     config.save_pretrained(folder)
-    if getattr(student, "generation_config", None) is not None and student.can_generate():  # type: ignore[operator]
+    beside = Path(origin.folder or "") / "generation_config.json"  # copied from there, as it was
+    if getattr(student, "generation_config", None) is None or not student.can_generate():  # type: ignore[operator]
+        return
+    if origin.folder is None or not beside.is_file():
         student.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+
+
+def says(origin: Origin) -> dict[str, Any]:
+    """Return the image processor's settings as its file says them, and the labels."""
+    said = _processor_settings(require("transformers", "hf"), origin.folder)
+    return plain_json({"preprocessing": said, "id2label": origin.model_args.get("id2label")})
+
+
+def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
+    """Return the model's own image processor for one image; None if it has none that gives one image (C, H, W)."""
+    transformers = require("transformers", "hf")
+    if "mean" not in origin.preprocessing or _processor_settings(transformers, origin.folder) is None:
+        return None
+    with in_one_line(str(origin.folder)):
+        processor = transformers.AutoImageProcessor.from_pretrained(origin.folder, trust_remote_code=False)
+    return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
@@ -193,6 +223,12 @@ def _config(transformers: Any, source: str) -> Any:
                 "repository; load it yourself and pass the module."
             ) from None
         raise
+
+
+def _config_of(transformers: Any, origin: Origin) -> Any:
+    """Return the config with which an origin is built."""
+    args = copy.deepcopy(dict(origin.model_args))
+    return transformers.AutoConfig.for_model(args.pop("model_type"), **args)
 
 
 def _known_class(transformers: Any, name: str) -> type[nn.Module] | None:
@@ -243,11 +279,15 @@ def _preprocessing(tower: nn.Module, folder: str | None) -> dict[str, Any]:
             *(size if isinstance(size, list | tuple) else [size] * 2),
         ]
     transformers = require("transformers", "hf")
+    return plain_json(known | _in_timm_words(_processor_settings(transformers, folder) or {}))
+
+
+def _processor_settings(transformers: Any, folder: str | None) -> dict[str, Any] | None:
+    """Return the settings of a folder's image processor; None without one: images must come as tensors."""
     try:
-        said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder) if folder else ({}, None)
-    except OSError:  # a checkpoint without a processor: its images must come as tensors
-        said = {}
-    return plain_json(known | _in_timm_words(said))
+        return transformers.ImageProcessingMixin.get_image_processor_dict(folder)[0] if folder else None
+    except OSError:
+        return None
 
 
 def _in_timm_words(said: dict[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,9 @@ class Origin:
 
     `library` is None for a module that only its owner can build. `encoder` is the path of the part that takes the
     images, "" for the whole model. `folder` is where the files beside the weights (tokenizer, processor) come from.
-    `earlier` holds, without tensors, the edits of a model that was already cut when it was opened. `notes` is what was
-    chosen when it was opened, for the user.
+    `config` is what else the library's own config file says (preprocessing, labels, tag, licence), in its own words;
+    every writer writes it back. `earlier` holds, without tensors, the edits of a model that was already cut when it
+    was opened. `notes` is what was chosen when it was opened, for the user.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Origin:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     encoder: str = ""
     folder: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
     earlier: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
 
@@ -112,16 +114,17 @@ class ModelBackend(Protocol):
 
     `WEIGHTS` is the library's own file name for weights, and `SHARDED` whether it reads several files. `COMPANIONS` are
     patterns of files that belong beside the weights: preprocessing and tokenizer, never code. `RELOAD` is Python code
-    that
-    loads `folder` as `model` with the library alone, and `LOADS` the same in one line, to show. A library without a
-    folder
-    format has "" for both, and its configs are never written.
+    that loads `folder` as `model` with the library alone, and `LOADS` the same in one line, to show. `READS` is Python
+    code that reads only the configuration of `folder` with the library alone: `said`, with the keys of `says`, and
+    `transform`, from a PIL image to a tensor. A library without a folder format has "" for all three, and its configs
+    are never written.
     """
 
     WEIGHTS: str
     SHARDED: bool
     COMPANIONS: tuple[str, ...]
     RELOAD: str
+    READS: str
     LOADS: str
 
     def load(self, source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origin]:
@@ -145,7 +148,15 @@ class ModelBackend(Protocol):
         ...
 
     def write_config(self, student: nn.Module, folder: Path, origin: Origin) -> None:
-        """Write the config file as the library does; the student may be on meta."""
+        """Write the config file as the library does, from the origin alone; the student gives the type of tensors."""
+        ...
+
+    def says(self, origin: Origin) -> dict[str, Any]:
+        """Return what an output must say as the original did, as JSON: preprocessing, and labels, tag, licence."""
+        ...
+
+    def transform(self, origin: Origin) -> Callable[[Any], Tensor] | None:
+        """Return the library's own way from a PIL image to the original's input (C, H, W); None if it has none."""
         ...
 
     def names(self, model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:

@@ -12,8 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from vitrim.config.recipe import Recipe
 from vitrim.config.yaml_files import MAX_BYTES, read_yaml, write_yaml
 from vitrim.errors import RecipeError
@@ -61,12 +59,11 @@ def write_card(folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *
     (folder / CARD).write_text("\n\n".join(parts) + "\n")
 
 
-def licence_of(whole: nn.Module, origin: Origin) -> str | None:
+def licence_of(origin: Origin) -> str | None:
     """Return the licence named in timm's config or at the top of the card in the original's folder, or None."""
-    for part in (whole, getattr(whole, "visual", None), getattr(getattr(whole, "visual", None), "trunk", None)):
-        named = (getattr(part, "pretrained_cfg", None) or {}).get("license")
-        if named:
-            return _one_line(named)[:MAX_LICENCE]
+    named = origin.config.get("pretrained_cfg", {}).get("license")
+    if named:
+        return _one_line(named)[:MAX_LICENCE]
     card = Path(origin.folder or "") / CARD
     if origin.folder is None or not card.is_file():
         return None

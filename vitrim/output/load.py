@@ -60,7 +60,7 @@ def load(
     """
     path = local_folder(source)
     about = read_about(path)
-    plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"])
+    plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"]).placed_at(str(path))
     student = build_empty(origin) if model is None else unwrapped(model, in_place=True)
     with in_one_line(str(path)):
         reshape_(student, plan.edits)

@@ -1,18 +1,27 @@
-"""Checks in a fresh process that an output folder loads and gives the same outputs."""
+"""Checks in a fresh process that an output folder loads, gives the same outputs, and says what the original said.
+
+What it says is its preprocessing, labels, tag and licence. They are compared as they are written, and by what the
+library's own transform makes of an image file.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +29,8 @@ from vitrim.errors import OutputError
 from vitrim.models.features import evaluating
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
+
+log = logging.getLogger("vitrim")
 
 # Run first in the interpreter: from then on importing vitrim fails, so that a stock library has no help from it.
 WITHOUT_VITRIM = """
@@ -30,9 +41,21 @@ sys.modules["vitrim"] = None
 
 # The names that a check's code uses, from the command line of the fresh process.
 GIVEN = """
-import sys
+import json, sys
 from safetensors.torch import load_file
-folder, probe, encoder = sys.argv[1], load_file(sys.argv[2]), sys.argv[3]
+folder, scratch, encoder = sys.argv[1:]
+probe, original = load_file(scratch + "/probe.safetensors"), json.load(open(scratch + "/original.json"))
+image_file = scratch + "/image.png"
+"""
+
+
+OWN_READS = """
+from pathlib import Path
+from vitrim.models.load import backend_of
+from vitrim.models.origin import Origin
+from vitrim.output.load import read_about
+origin = Origin.from_json(read_about(Path(folder))["origin"]).placed_at(folder)
+said, transform = backend_of(origin.library).says(origin), backend_of(origin.library).transform(origin)
 """
 
 
@@ -42,16 +65,38 @@ model = vitrim.load(folder)
 """
 
 
+COMPARE_CONFIG = """
+import json
+said = json.loads(json.dumps(said, default=str))
+for key, value in original.items():
+    found = said.get(key)
+    if isinstance(value, dict) and isinstance(found, dict):
+        key, value, found = next(((k, value.get(k), found.get(k)) for k in {**found, **value}
+                                  if value.get(k) != found.get(k)), (key, 0, 0))
+    assert found == value, f"{key} is {str(found):.80} there, {str(value):.80} in the original"
+if "pixels" in probe:
+    from PIL import Image
+    pixels = transform(Image.open(image_file))
+    unlike = "an image file becomes other pixels there than with the original's preprocessing"
+    assert pixels.shape == probe["pixels"].shape, unlike
+    assert float((pixels - probe["pixels"]).abs().max()) <= 1e-4 * float(probe["pixels"].abs().max()), unlike
+difference = 0.0
+"""
+
+
 COMPARE = """
 import torch
 module = model.to(probe["like"].dtype).float().eval().get_submodule(encoder)
-with torch.inference_mode():
-    output = module(probe["inputs"])
-output = output if isinstance(output, torch.Tensor) else output[0]
-error = float((output - probe["output"]).abs().max())
-scale = float(probe["output"].abs().max())
-assert error <= 1e-4 * max(scale, 1e-6), f"outputs differ by {error:.3g} at scale {scale:.3g}"
-difference = error / max(scale, 1e-30)
+def difference_of(inputs, expected):
+    with torch.inference_mode():
+        output = module(inputs)
+    output = output if isinstance(output, torch.Tensor) else output[0]
+    error, scale = float((output - expected).abs().max()), float(expected.abs().max())
+    assert error <= 1e-4 * max(scale, 1e-6), f"outputs differ by {error:.3g} at scale {scale:.3g}"
+    return error / max(scale, 1e-30)
+difference = difference_of(probe["inputs"], probe["output"])
+if "output_of_image" in probe:
+    difference = max(difference, difference_of(pixels[None], probe["output_of_image"]))
 """
 
 
@@ -59,10 +104,12 @@ difference = error / max(scale, 1e-30)
 class Check:
     """A check of a written folder, independent of where it is run.
 
-    `code` is Python that uses the names `folder` (a path as text), `probe` and `encoder`, and sets `difference` to the
-    largest difference, relative to the largest output; it raises if that is too large. With `stock` it loads the folder
-    with the stock library, and vitrim must not be importable. `probe` has `inputs`, the expected `output` of `encoder`
-    (a path in the model), and an empty tensor `like` of the weights' type.
+    `code` is Python that uses the names `folder` (a path as text), `probe`, `encoder`, `original` and `image_file`, and
+    sets `difference` to the largest difference, relative to the largest output; it raises if that is too large, or if
+    the folder says something else than `original`. With `stock` it loads the folder with the stock library, and vitrim
+    must not be importable. `probe` has `inputs`, the expected `output` of `encoder` (a path in the model), an empty
+    tensor `like` of the weights' type, and, where the original turns `image` (a PNG) into inputs, `pixels` and
+    `output_of_image`.
     """
 
     code: str
@@ -70,10 +117,12 @@ class Check:
     folder: Path
     probe: dict[str, Tensor]
     encoder: str
+    original: Mapping[str, Any]
+    image: bytes = b""
 
     def failed(self, reason: str) -> OutputError:
         """Return the error to raise if the code failed, with its own message as the reason."""
-        return OutputError(f"{self.folder}: written, but does not load back to the same outputs ({reason}).")
+        return OutputError(f"{self.folder}: written, but does not load back as the same model ({reason}).")
 
 
 RunCheck = Callable[[Check], float]
@@ -93,10 +142,11 @@ def in_fresh_process(check: Check) -> float:
     """
     code = (WITHOUT_VITRIM if check.stock else "") + GIVEN + check.code + "print(difference)\n"
     with tempfile.TemporaryDirectory() as scratch:
-        probe = Path(scratch) / "probe.safetensors"
-        save_file(check.probe, probe)
+        save_file(check.probe, Path(scratch) / "probe.safetensors")
+        (Path(scratch) / "original.json").write_text(json.dumps(dict(check.original)))
+        (Path(scratch) / "image.png").write_bytes(check.image)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", code, str(check.folder), str(probe), check.encoder]
+        command = [sys.executable, "-c", code, str(check.folder), scratch, check.encoder]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise check.failed((done.stderr.strip().split("\n") or ["no message"])[-1])
@@ -121,34 +171,124 @@ def checking_with(run_check: RunCheck) -> Iterator[None]:
 
 
 def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, stock: bool) -> float:
-    """Load a folder in a fresh process and compare its outputs with the model in memory.
+    """Load a folder in a fresh process and compare its outputs with the model in memory, and what it says.
 
     Args:
         folder: the folder that `save` wrote.
         student: the whole model in memory; its encoder is run.
         inputs: a few images (or rows of token ids) to compare on.
-        origin: names the library that loads the folder, and the encoder's path.
+        origin: the original: its library loads the folder, and its preprocessing, labels, tag and licence are expected.
         stock: load with the stock library while vitrim can't be imported; otherwise with `load`.
 
     Returns:
         The largest difference relative to the largest output.
 
     Raises:
-        OutputError: the folder does not load, or its outputs differ.
+        OutputError: the folder does not load, its outputs differ, it says something else than the original, or the
+            model in memory is not finite.
     """
     reference = copy.deepcopy(student.get_submodule(origin.encoder)).cpu()
     like = next(reference.parameters()).new_empty(0)
     reference = reference.to(like.dtype).float()  # compare bf16 in float32, but with all buffers rounded to bf16
-    with evaluating(reference):
-        output = reference(inputs.cpu())
-    output = output if isinstance(output, Tensor) else output[0]
+    inputs = inputs.cpu().contiguous()
+    probe = {"inputs": inputs, "output": _output(reference, inputs, folder), "like": like}
+    image, pixels = _image_of(origin)
+    if pixels is not None:
+        probe["pixels"] = pixels
+        if pixels.shape == inputs.shape[1:]:
+            probe["output_of_image"] = _output(reference, pixels[None], folder)
+    return _run_check.get()(_check(folder, origin, probe, image, stock=stock, load=True))
+
+
+def verify_config(folder: Path, *, origin: Origin, stock: bool) -> None:
+    """Compare what a folder says in a fresh process with the original, without loading weights.
+
+    Args:
+        folder: the folder that `write_configs` wrote.
+        origin: the original, whose preprocessing, labels, tag and licence are expected.
+        stock: read it with the stock library while vitrim can't be imported.
+
+    Raises:
+        OutputError: it says something else than the original.
+    """
+    image, pixels = _image_of(origin)
+    probe = {} if pixels is None else {"pixels": pixels}
+    _run_check.get()(_check(folder, origin, probe, image, stock=stock, load=False))
+
+
+def _check(folder: Path, origin: Origin, probe: dict[str, Tensor], image: bytes, *, stock: bool, load: bool) -> Check:
+    """Return the check of a folder, by its own library or by vitrim."""
     backend = backend_of(origin.library)
-    by_library = backend.RELOAD if stock and backend is not None else None
-    check = Check(
-        code=(OWN_LOAD if by_library is None else by_library) + COMPARE,
-        stock=by_library is not None,
+    assert backend is not None
+    by_library = stock and bool(backend.RELOAD)
+    reads = (backend.READS if by_library else OWN_READS) + COMPARE_CONFIG
+    loads = (backend.RELOAD if by_library else OWN_LOAD) + COMPARE
+    return Check(
+        code=reads + (loads if load else ""),
+        stock=by_library,
         folder=folder,
-        probe={"inputs": inputs.cpu().contiguous(), "output": output.clone().contiguous(), "like": like},
+        probe=probe,
         encoder=origin.encoder,
+        original=backend.says(origin),
+        image=image,
     )
-    return _run_check.get()(check)
+
+
+def _image_of(origin: Origin) -> tuple[bytes, Tensor | None]:
+    """Return an image as a PNG, and what the original's own transform makes of it; None if it has none for images."""
+    from PIL import Image
+
+    backend, size = backend_of(origin.library), origin.preprocessing.get("input_size", ())
+    transform = None if backend is None or len(size) != 3 or size[0] not in (1, 3) else backend.transform(origin)
+    if transform is None:
+        return b"", None
+    generator = torch.Generator().manual_seed(0)  # neither square nor of the input's size: both resize and crop show
+    height, width = size[1] * 5 // 4 + 1, size[2] * 3 // 2 + 1
+    noise = torch.randint(256, (height, width, size[0]), generator=generator, dtype=torch.uint8).numpy()
+    file = io.BytesIO()
+    Image.fromarray(noise if size[0] == 3 else noise[..., 0]).save(file, format="PNG")
+    try:
+        return file.getvalue(), torch.as_tensor(transform(Image.open(file))).float().contiguous()
+    except Exception as error:  # the library's own code, and a configuration of anyone's
+        reason = str(error).split("\n")[0][:120]
+        log.warning("%s: its own transform takes no image (%s); only tensors are compared.", origin.name, reason)
+        return b"", None
+
+
+def _output(model: nn.Module, inputs: Tensor, folder: Path) -> Tensor:
+    """Run a model in memory.
+
+    Raises:
+        OutputError: its output is not finite.
+    """
+    with evaluating(model):
+        output = model(inputs)
+    output = output if isinstance(output, Tensor) else output[0]
+    if not bool(output.isfinite().all()):
+        raise OutputError(f"{folder}: the model is not finite: {_first_not_finite(model, inputs)}.")
+    return output.clone().contiguous()
+
+
+def _first_not_finite(model: nn.Module, inputs: Tensor) -> str:
+    """Name the first tensor of a model that holds NaN or infinity: a weight, or the first output that it runs into."""
+    for name, parameter in model.named_parameters():
+        wrong = int((~parameter.isfinite()).sum())
+        if wrong:
+            return f"{name} holds {wrong:,} NaN or infinite of {parameter.numel():,} values"
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            found.append(name)
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with evaluating(model):
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"its weights are, but the output of {found[0] if found else 'the model'} is not"
