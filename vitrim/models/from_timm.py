@@ -174,11 +174,16 @@ def describe_(student: nn.Module, origin: Origin) -> None:
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     """Write config.json, by timm's own function."""
+    from timm.data.model_config import resolve_input_data_config
     from timm.models._hub import save_config_for_hf
 
     model = on_meta(lambda: build(origin))
     own = {key: value for key, value in origin.config.items() if key != "pretrained_cfg"}
-    save_config_for_hf(model, str(folder / "config.json"), model_config=own, model_args=dict(origin.model_args))
+    shown = {"model_config": own, "model_args": dict(origin.model_args)}
+    size = tuple(origin.preprocessing.get("input_size", ()))
+    if size and size != tuple(resolve_input_data_config(model)["input_size"]):
+        shown["data_config"] = {"input_size": size}  # a size that timm would not take from the model
+    save_config_for_hf(model, str(folder / "config.json"), **shown)
 
 
 def says(origin: Origin) -> dict[str, Any]:
@@ -227,7 +232,11 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
     """Return the preprocessing of a timm model: input size, crop, interpolation, mean and std."""
     from timm.data.model_config import resolve_input_data_config
 
-    return plain_json(resolve_input_data_config(model))
+    config = resolve_input_data_config(model)
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built_for is not None:  # timm leaves the size of a model that takes several alone, whatever it was built for
+        config["input_size"] = (config["input_size"][0], *built_for)
+    return plain_json(config)
 
 
 def without_claims(known: Mapping[str, Any]) -> dict[str, Any]:
