@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vitrim.cost.count import count_macs, num_parameters, peak_memory_mib
 from vitrim.cost.latency import measure_latency
-from vitrim.data import Batch, split_indices
-from vitrim.data.inputs import check_inputs, open_set, random_inputs
+from vitrim.data import Batch, ImageSet, split_indices
+from vitrim.data.inputs import check_inputs, match_labels, open_set, random_inputs
+from vitrim.data.labels import Classes
 from vitrim.distributed.devices import resolve_device
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import fidelity, retrieval_recall
@@ -148,15 +149,17 @@ def evaluate(
     for model in (student_model, teacher_model):
         model.to(resolve_device(device))
     images = open_set(data, origin, split=split, limit=limit, default="test")
+    images, fits, note = match_labels(images, teacher_model)
     batches = list(images.loader(batch_size=batch_size))
-    images.tell()
+    images.tell(*([] if note is None else [note]))
     check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
-    learn = None if index is None else list(open_set(index, origin, limit=limit).loader(batch_size=batch_size))
+    known = None if index is None else _like(images, open_set(index, origin, limit=limit))
+    learn = None if known is None else list(known.loader(batch_size=batch_size))
     found, *outputs = compare(student_model, teacher_model, batches)
     costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency)
     mine, theirs = (
-        Scored(cost=cost, scores=quality_of(model, own, learn))
+        Scored(cost=cost, scores=quality_of(model, own, learn, top1=fits))
         for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
     )
     return Evaluation(
@@ -166,6 +169,15 @@ def evaluate(
         num_images=len(outputs[0]),
         num_skipped=sum(batch.num_skipped for batch in batches),
     )
+
+
+def _like(images: ImageSet, index: ImageSet) -> ImageSet:
+    """Call the classes of an index as those of images: by name, with new numbers for those that only the index has."""
+    mine, theirs = images.classes, index.classes
+    if mine is None or theirs is None or not mine.names or not theirs.names:
+        return index
+    names = tuple(dict.fromkeys((*mine.names, *theirs.names)))
+    return index.relabelled([names.index(name) for name in theirs.names], Classes(count=len(names), names=names))
 
 
 def compare(
@@ -196,8 +208,10 @@ def costs_of(
     return before, after
 
 
-def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None) -> dict[str, float]:
-    """Measure kNN, linear probe and top-1 in percent, as far as labels and the model allow."""
+def quality_of(
+    model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None, *, top1: bool = True
+) -> dict[str, float]:
+    """Measure kNN, linear probe and, if the labels are those of the model's head, top-1, in percent."""
     pooled, labels = outputs.pooled_ND, outputs.labels_N
     if int((labels >= 0).sum()) < 2:
         return {}
@@ -209,7 +223,7 @@ def quality_of(model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None
     scores = {"knn": 100 * knn_top1(*train, *test, k=min(20, len(train[0])))}
     if len(train[1][train[1] >= 0].unique()) > 1:
         scores["linear_probe"] = 100 * linear_probe_top1(*train, *test)
-    own = own_top1(model, outputs)
+    own = own_top1(model, outputs) if top1 else None
     return scores if own is None else {**scores, "top1": own}
 
 

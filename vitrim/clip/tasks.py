@@ -46,13 +46,21 @@ from vitrim.clip.text_tower import TextOptions, TextTuning, tune_text_
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import num_parameters
 from vitrim.data import PairSet, open_pairs, transform_for
-from vitrim.data.inputs import open_set, random_inputs
+from vitrim.data.inputs import match_names, open_set, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import entered_on_main, join_, on_main
 from vitrim.errors import OutputError, RecipeError
 from vitrim.metrics.record import Metrics, ModelCost
 from vitrim.metrics.retrieval import embed_captioned, image_text_recall
-from vitrim.metrics.zero_shot import Template, build_classifier, check_widths, embed_all, prompts_for, zero_shot_top
+from vitrim.metrics.zero_shot import (
+    Template,
+    build_classifier,
+    check_widths,
+    embed_all,
+    names_of,
+    prompts_for,
+    zero_shot_top,
+)
 from vitrim.models.load import load_model
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
@@ -114,7 +122,7 @@ def zero_shot(
     """
     whole, origin, pair = _open(model, text_from, tokenizer, device)
     classes_CE = build_classifier(pair, prompts_for(names, templates), cache=cache, quiet=quiet)
-    images = open_set(data, origin, split=split, limit=limit, default="test")
+    images = match_names(open_set(data, origin, split=split, limit=limit, default="test"), names_of(names))
     found = zero_shot_top(whole, pair, classes_CE, images.loader(batch_size=batch_size))
     images.tell()
     return {name: 100 * value if name.startswith("top") else value for name, value in found.items()}

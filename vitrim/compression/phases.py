@@ -96,7 +96,7 @@ def prepare(job: Job, context: RunContext) -> Models:
     sites = find_mlps(teacher, scope=job.scope_in_encoder)
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
-    split = None if job.images is None else split_images(job.images, job.recipe, work=seen)
+    split = None if job.images is None else split_images(job.images, job.recipe, work=seen, model=teacher)
     noise = random_inputs(job.origin) if split is None else None  # costs are measured on it
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)

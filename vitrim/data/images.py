@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitrim.data.decode import READ_ERRORS, Seen, as_picture, kind_of, remarks, to_rgb
+from vitrim.data.labels import Classes
 from vitrim.data.parts import Part
 from vitrim.data.sources import ALLOWED, Rows, open_rows
 from vitrim.errors import DataError
@@ -59,6 +60,8 @@ class ImageSet(Dataset):
         indices: Sequence[int] | None = None,
         seed: int | None = None,
         seen: Seen | None = None,
+        numbers: Sequence[int] | None = None,
+        classes: Classes | None = None,
     ):
         self.name = name
         self._rows = rows
@@ -67,11 +70,21 @@ class ImageSet(Dataset):
         self._seed = seed
         self._epoch = 0
         self._seen = Seen(len(rows)) if seen is None else seen
+        self._numbers, self._classes = numbers, rows.classes if numbers is None else classes
 
     @property
     def has_labels(self) -> bool:
         """Whether the source has class labels for its images."""
-        return self._rows.has_labels
+        return self.classes is not None
+
+    @property
+    def classes(self) -> Classes | None:
+        """The label space; None if there are no labels."""
+        return self._classes
+
+    def relabelled(self, numbers: Sequence[int], classes: Classes | None) -> ImageSet:
+        """Return the same images with class n called `numbers[n]`; -1 drops a label, and no number drops all."""
+        return self._with(numbers=numbers, classes=classes)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -126,10 +139,10 @@ class ImageSet(Dataset):
         """Return sentences on the source, and on images read in this process: left out, or of an unusual mode."""
         return [*self._seen.notes, *remarks(self.kinds(), self._seen.problem)]
 
-    def tell(self) -> None:
-        """Log the remarks, where there is no result to note them in."""
-        for remark in self.remarks():
-            LOG.warning("%s: %s", self.name, remark)
+    def tell(self, *more: str) -> None:
+        """Log the remarks, where there is no result to note them in, and further ones."""
+        for remark in (*self.remarks(), *more):
+            LOG.warning("%s", remark)
 
     def loader(
         self, *, batch_size: int, indices: Sequence[int] | Sampler[int] | None = None, num_workers: int = 0
@@ -151,12 +164,15 @@ class ImageSet(Dataset):
         )
 
     def _with(self, **changed: Any) -> ImageSet:
-        same = {"transform": self._transform, "indices": self._indices, "seed": self._seed}
+        same: dict[str, Any] = {"transform": self._transform, "indices": self._indices, "seed": self._seed}
+        same |= {"numbers": self._numbers, "classes": self._classes}
         return ImageSet(self._rows, name=self.name, seen=self._seen, **{**same, **changed})
 
     def _load(self, index: int) -> tuple[Tensor, int]:
         image, label = self._rows.read(self._indices[index])
         self._seen.note(self._indices[index], kind_of(image))
+        if self._numbers is not None and label >= 0:
+            label = self._numbers[label] if self._numbers else -1
         return prepare(image, self._transform, name=self.name, seed=self._seed, epoch=self._epoch, index=index), label
 
 
@@ -231,7 +247,8 @@ def open_images(
         rows, name = open_rows(source, part=part, limit=limit)
         if not len(rows):
             raise DataError(f"{name}: no images found; {ALLOWED}.")
-        images = ImageSet(rows, name=name, transform=transform, seen=Seen(len(rows), part.notes))
+        notes = [*part.notes, *getattr(rows, "notes", ())]
+        images = ImageSet(rows, name=name, transform=transform, seen=Seen(len(rows), notes))
     return images if limit is None else images.spaced(limit)
 
 

@@ -6,7 +6,6 @@ decoded. Preprocessing, counting and batching are in `images.py`.
 
 from __future__ import annotations
 
-import operator
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
@@ -18,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from vitrim.data.decode import READ_ERRORS, decode
 from vitrim.data.folders import Found, is_image, read_folder, walk
+from vitrim.data.labels import Classes, names_in_schema, number_labels, plain_label
 from vitrim.data.parts import Part
 from vitrim.data.shards import TarIndex, can_seek, shard_urls
 from vitrim.errors import DataError
@@ -37,9 +37,9 @@ PARQUET_CACHE_BYTES = 512 * 2**20  # encoded row groups kept, in each process; C
 
 
 class Rows(Protocol):
-    """Images and labels by row number."""
+    """Images and labels by row number; `classes` is None for a source without labels."""
 
-    has_labels: bool
+    classes: Classes | None
 
     def __len__(self) -> int: ...
 
@@ -121,14 +121,14 @@ class _Files:
     """Image files of a folder."""
 
     def __init__(self, found: Found):
-        self.has_labels = bool(found.labels)
+        self.classes = Classes(count=len(found.classes), names=tuple(found.classes)) if found.labels else None
         self._found = found
 
     def __len__(self) -> int:
         return len(self._found.files)
 
     def read(self, row: int) -> tuple[Image.Image, int]:
-        return decode(self._found.files[row]), self._found.labels[row] if self.has_labels else -1
+        return decode(self._found.files[row]), self._found.labels[row] if self.classes else -1
 
 
 class _Shards:
@@ -136,7 +136,7 @@ class _Shards:
 
     def __init__(self, files: Sequence[Path]):
         self._index = TarIndex(files)
-        self.has_labels = any(label >= 0 for label in self._index.labels)
+        _, self.classes = number_labels(self._index.labels, str(files[0]))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -158,18 +158,23 @@ class _Parquet:
         self._groups: list[tuple[Path, int]] = []
         self._starts = [0]
         self._columns: list[str] = []
+        labels: list[Any] = []
+        names: tuple[str, ...] = ()
         self._cache: OrderedDict[int, Any] = OrderedDict()
         for path in files:
             try:
                 with parquet.ParquetFile(path) as file:
                     self._columns = self._columns or find_columns(file.schema_arrow, str(path))
+                    if len(self._columns) > 1:
+                        labels += file.read(columns=self._columns[1:]).column(0).to_pylist()
+                        names = names or names_in_schema(file.schema_arrow, self._columns[1])
                     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable parquet file ({error}); write or download it again.") from None
             for group, size in enumerate(sizes):
                 self._groups.append((path, group))
                 self._starts.append(self._starts[-1] + size)
-        self.has_labels = len(self._columns) > 1
+        self._labels, self.classes = number_labels(labels or [None] * self._starts[-1], str(files[0]), names)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -180,7 +185,7 @@ class _Parquet:
     def read(self, row: int) -> tuple[Image.Image, int]:
         group = bisect_right(self._starts, row) - 1
         table = self._table(group).slice(row - self._starts[group], 1)
-        return _read_cells(table, self._columns, self._groups[group][0].parent)
+        return _read_cell(table.column(self._columns[0])[0], self._groups[group][0].parent), self._labels[row]
 
     def _table(self, group: int) -> Any:
         from pyarrow import parquet
@@ -188,7 +193,7 @@ class _Parquet:
         if group not in self._cache:
             path, number = self._groups[group]
             with parquet.ParquetFile(path) as file:
-                table = file.read_row_group(number, columns=self._columns, use_threads=False)
+                table = file.read_row_group(number, columns=self._columns[:1], use_threads=False)
             while self._cache and table.nbytes + sum(t.nbytes for t in self._cache.values()) > PARQUET_CACHE_BYTES:
                 self._cache.popitem(last=False)
             self._cache[group] = table
@@ -201,37 +206,65 @@ class _HuggingFace:
 
     def __init__(self, dataset: Any, name: str):
         self._rows = dataset.with_format("arrow")
-        self._columns = find_columns(dataset.features.arrow_schema, name)
-        self.has_labels = len(self._columns) > 1
+        self._column, *label = find_columns(dataset.features.arrow_schema, name)
+        labels = self._rows.select_columns(label)[:].column(0).to_pylist() if label else [None] * len(dataset)
+        names = getattr(dataset.features[label[0]], "names", ()) if label else ()
+        self._labels, self.classes = number_labels(labels, name, names)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, row: int) -> tuple[Image.Image, int]:
-        return _read_cells(self._rows[row : row + 1], self._columns, Path())
+        return _read_cell(self._rows[row : row + 1].column(self._column)[0], Path()), self._labels[row]
 
 
 class _Items:
-    """Items of a torch Dataset or of a list: images (tensors or PIL), pairs with a label, or dicts."""
+    """Items of a torch Dataset or of a list: images (tensors or PIL), pairs with a label, or dicts.
 
-    def __init__(self, items: Any, name: str):
+    The labels of a list are numbered at once. Those of a Dataset are known only as its images are read, so the first
+    few say what they are, and text is a label only if the Dataset names its `classes`, as torchvision's do.
+    """
+
+    def __init__(self, items: Any, name: str, names: tuple[str, ...] = ()):
         if not hasattr(items, "__len__"):
             raise DataError(f"{name}: has no length; give it a __len__ or pass an iterable.")
-        self._items = items
-        self.has_labels = any(self._label_of_first(row) >= 0 for row in range(min(8, len(items))))
+        self._items, self._name, self.notes = items, name, ()
+        self._labels: Sequence[int] | None = None
+        if isinstance(items, list) or (isinstance(items, TensorDataset) and len(items.tensors) > 1):
+            labels = [unpack(item)[1] for item in items] if isinstance(items, list) else list(items.tensors[1])
+            self._labels, self.classes = number_labels(labels, name, names)
+            return
+        names = _classes_of(items)
+        self._numbers = {name: number for number, name in enumerate(names)}
+        first = [label for row in range(min(8, len(items))) if (label := self._label_of(row)) is not None]
+        texts = [label for label in first if isinstance(label, str) and label not in self._numbers]
+        if texts:
+            self.notes = (f"{name}: labels are text such as {texts[0]!r}, and it has no classes; none are used.",)
+        self.classes = Classes(count=len(names) or None, names=names) if first and not texts else None
 
     def __len__(self) -> int:
         return len(self._items)
 
     def read(self, row: int) -> tuple[Any, int]:
         image, label = unpack(self._items[row])
-        return image, as_label(label)
+        if self._labels is not None:
+            return image, self._labels[row]
+        label = plain_label(label, self._name) if self.classes else None
+        return image, -1 if label is None else self._numbers.get(label, -1) if isinstance(label, str) else label
 
-    def _label_of_first(self, row: int) -> int:
+    def _label_of(self, row: int) -> int | str | None:
         try:
-            return self.read(row)[1]
+            return plain_label(unpack(self._items[row])[1], self._name)
         except READ_ERRORS:
-            return -1  # a corrupt image among the first tells nothing about labels; the next one does
+            return None  # a corrupt image among the first tells nothing about labels; the next one does
+
+
+def _classes_of(dataset: Any) -> tuple[str, ...]:
+    """Return the names of classes that a torch Dataset, or the one that it is a part of, says."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", ())
+    return tuple(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else ()
 
 
 def _digits(split: str) -> _Items:
@@ -244,7 +277,7 @@ def _digits(split: str) -> _Items:
     digits: Any = load_digits()
     pixels = np.round(digits.images[parts[split]] * (255 / 16)).astype(np.uint8)
     images = [Image.fromarray(np.stack([image] * 3, axis=-1)) for image in pixels]
-    return _Items(list(zip(images, digits.target[parts[split]].tolist(), strict=True)), "digits")
+    return _Items(list(zip(images, digits.target[parts[split]].tolist(), strict=True)), "digits", tuple("0123456789"))
 
 
 def _collect(source: Iterable[Any], limit: int | None) -> list[tuple[Any, Any]]:
@@ -265,8 +298,8 @@ def _unbatch(item: Any) -> Iterable[tuple[Any, Any]]:
     image, label = unpack(item)
     if not (isinstance(image, Tensor | np.ndarray) and image.ndim == 4):
         return [(image, label)]
-    has_labels = isinstance(label, Tensor | np.ndarray | Sequence) and len(label) == len(image)
-    return zip(image, label if has_labels else [-1] * len(image), strict=True)
+    one_each = isinstance(label, Tensor | np.ndarray | Sequence) and len(label) == len(image)
+    return zip(image, label if one_each else [-1] * len(image), strict=True)
 
 
 def unpack(item: Any) -> tuple[Any, Any]:
@@ -277,14 +310,6 @@ def unpack(item: Any) -> tuple[Any, Any]:
     if isinstance(item, tuple | list):
         return item[0], item[1] if len(item) > 1 else -1
     return item, -1
-
-
-def as_label(value: Any) -> int:
-    """Return a class number, or -1 for anything else (captions, one-hot rows, None)."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return -1
 
 
 def find_columns(schema: Any, where: str) -> list[str]:
@@ -303,17 +328,19 @@ def find_columns(schema: Any, where: str) -> list[str]:
             f"{where}: columns {schema.names} have {len(images)} candidates for the image; "
             "have one column of encoded images (bytes, or a struct with bytes) named 'image'."
         )
-    numbers = [field.name for field in schema if types.is_integer(field.type)]
-    labels = [name for name in LABEL_COLUMNS if name in numbers]
-    labels += [name for name in numbers if name.lower().endswith("label")]
+    is_label = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)
+    is_refused = (types.is_floating, types.is_boolean)  # unless all are whole numbers; not overlooked
+    known = {field.name: field.type for field in schema if any(like(field.type) for like in (*is_label, *is_refused))}
+    labels = [name for name in LABEL_COLUMNS if name in known]
+    labels += [name for name in known if name.lower().endswith("label")]
     return [*(named or images)[:1], *labels[:1]]
 
 
-def _read_cells(table: Any, columns: Sequence[str], root: Path) -> tuple[Image.Image, int]:
-    """Return image and label of a table of one row."""
-    cell, label = [table.column(name)[0].as_py() for name in columns] + [None] * (2 - len(columns))
+def _read_cell(scalar: Any, root: Path) -> Image.Image:
+    """Decode the image in a cell of an arrow table."""
+    cell = scalar.as_py()
     if isinstance(cell, Mapping):
         cell = root / (cell.get("path") or "") if cell["bytes"] is None else cell["bytes"]
     if cell is None:
         raise OSError("the cell is empty")
-    return decode(cell), as_label(label)
+    return decode(cell)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrim.config.recipe import Recipe
 from vitrim.data.decode import UNREADABLE
 from vitrim.data.images import Batch, ImageSet, first_images, split_indices
+from vitrim.data.inputs import match_labels
 from vitrim.data.streams import ImageStream, Place
 from vitrim.errors import DataError
 
@@ -43,26 +44,43 @@ class Split:
         return self.held_out[0].images_BCHW
 
 
-def split_images(source: ImageSet | ImageStream, recipe: Recipe, *, work: Path | None = None) -> Split:
+def split_images(
+    source: ImageSet | ImageStream, recipe: Recipe, *, work: Path | None = None, model: nn.Module | None = None
+) -> Split:
     """Hold some images out, and draw the calibration images from the rest.
 
     Args:
         source: all images.
         recipe: holds the number of calibration images, the batch size and the seed.
         work: folder of a run that can be resumed, for the sizes of a stream's shards.
+        model: labels are numbered as its head does, and dropped if they can't be; None leaves them as they are.
 
     Raises:
         DataError: there are no images, or no held-out image could be read.
     """
     if isinstance(source, ImageSet):
-        return _split(source, source, recipe)
+        return _split(*_labelled(source, model), source, recipe)
     if work is not None:  # each process reads shards of its own
         source = source.remembering(work / f"shards-{os.environ.get('RANK', '0')}.jsonl")
     images, places = source.take(recipe.calibrate.num_images + MAX_HELD_OUT, seed=recipe.seed)
-    return _split(images, source, recipe, places)
+    return _split(*_labelled(images, model), source, recipe, places)
 
 
-def _split(images: ImageSet, source: ImageSet | ImageStream, recipe: Recipe, places: Sequence[Place] = ()) -> Split:
+def _labelled(images: ImageSet, model: nn.Module | None) -> tuple[ImageSet, list[str]]:
+    """Number the labels as a model's head does, or drop them; return notes on why."""
+    if model is None:
+        return images, []
+    matched, fits, note = match_labels(images, model)
+    return matched if fits else images.relabelled((), None), [] if note is None else [note]
+
+
+def _split(
+    images: ImageSet,
+    notes: Sequence[str],
+    source: ImageSet | ImageStream,
+    recipe: Recipe,
+    places: Sequence[Place] = (),
+) -> Split:
     num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
     rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
     train, options = images.subset(rest), recipe.calibrate
@@ -81,4 +99,6 @@ def _split(images: ImageSet, source: ImageSet | ImageStream, recipe: Recipe, pla
     if modes:
         counts["modes"] = modes
     remaining = train if isinstance(source, ImageSet) else source.without([places[i] for i in held])
-    return Split(train=remaining, calibration=batches, held_out=held_out, counts=counts, notes=tuple(images.remarks()))
+    return Split(
+        train=remaining, calibration=batches, held_out=held_out, counts=counts, notes=(*images.remarks(), *notes)
+    )

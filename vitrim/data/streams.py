@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrim.data.decode import READ_ERRORS, Seen, decode
 from vitrim.data.images import Batch, ImageSet, Transform, collate, prepare
+from vitrim.data.labels import number_labels, plain_label
 from vitrim.data.parts import Part
 from vitrim.data.shards import IMAGE_SUFFIXES, can_seek, label_of, shard_urls
-from vitrim.data.sources import as_label, find_columns, name_of, unpack
+from vitrim.data.sources import find_columns, name_of, unpack
 from vitrim.errors import DataError, VitrimError
 from vitrim.models.origin import require
 from vitrim.storage.tensor_writer import read_journal
@@ -43,10 +44,10 @@ Place = tuple[int, int]
 
 
 class Record(NamedTuple):
-    """An image as it was read (usually encoded), its label or -1, and its place: the shard and the number in it."""
+    """An image as it was read (usually encoded), its label, and its place: the shard and the number in it."""
 
     image: Any
-    label: int
+    label: int | str | None
     place: Place
 
 
@@ -61,7 +62,7 @@ class Shards(Protocol):
         """Names of the shards; a name stands for the same images in every run."""
         ...
 
-    def read(self, shard: int) -> Iterator[tuple[Any, int]]:
+    def read(self, shard: int) -> Iterator[tuple[Any, int | str | None]]:
         """Yield the images of a shard, not decoded, with their labels; the same ones each time."""
         ...
 
@@ -126,7 +127,8 @@ class ImageStream:
         if not records:
             raise DataError(f"{self.name}: no images found; check the shards.")
         seen = Seen(len(records), self.notes)
-        images = ImageSet(_Taken(records), name=self.name, transform=self.transform, seen=seen)
+        taken = _Taken(records, self.name, getattr(self.shards, "class_names", ()))
+        images = ImageSet(taken, name=self.name, transform=self.transform, seen=seen)
         return images, [record.place for record in records]
 
     def lane(self, lane: int, *, num_lanes: int, window: int, seed: int, first: int = 0) -> Iterator[Record]:
@@ -289,36 +291,41 @@ class _HuggingFace:
         import datasets
 
         self._columns: list[str] = []
+        self._name, self.class_names = name, ()
         if dataset.features is not None:
             self._columns = find_columns(dataset.features.arrow_schema, name)
+            if len(self._columns) > 1:
+                self.class_names = tuple(getattr(dataset.features[self._columns[1]], "names", ()))
             dataset = dataset.with_format(None).select_columns(self._columns)
             if isinstance(dataset.features[self._columns[0]], datasets.Image):
                 dataset = dataset.cast_column(self._columns[0], datasets.Image(decode=False))
         self._dataset = dataset
         self.names = [f"{shard} of {dataset.num_shards}" for shard in range(dataset.num_shards)]
 
-    def read(self, shard: int) -> Iterator[tuple[Any, int]]:
+    def read(self, shard: int) -> Iterator[tuple[Any, int | str | None]]:
         for row in self._dataset.shard(num_shards=len(self.names), index=shard):
             image, label = [*(row[name] for name in self._columns), None][:2] if self._columns else unpack(row)
-            yield image, as_label(label)
+            yield image, plain_label(label, self._name)
 
 
 class _Taken:
     """Images of a stream that are held in memory, by number."""
 
-    def __init__(self, records: Sequence[Record]):
+    def __init__(self, records: Sequence[Record], where: str, names: Sequence[str]):
         self._records = records
-        self.has_labels = any(record.label >= 0 for record in records)
+        self._labels, classes = number_labels([record.label for record in records], where, names)
+        # Numbers without names: there may be more in what was not taken.
+        self.classes = replace(classes, count=None) if classes is not None and not classes.names else classes
 
     def __len__(self) -> int:
         return len(self._records)
 
     def read(self, row: int) -> tuple[Any, int]:
-        return _decoded(self._records[row].image), self._records[row].label
+        return _decoded(self._records[row].image), self._labels[row]
 
 
 class _Decoder(Dataset):
-    """Decodes images that are passed to it: its "index" is a position together with the image itself."""
+    """Decodes images that are passed to it, without labels: its "index" is a position together with the image."""
 
     def __init__(self, name: str, transform: Transform | None, seed: int | None):
         self._name, self._transform, self._seed = name, transform, seed
@@ -327,7 +334,7 @@ class _Decoder(Dataset):
         position, record = draw
         try:
             image = _decoded(record.image)
-            return prepare(image, self._transform, name=self._name, seed=self._seed, index=position), record.label
+            return prepare(image, self._transform, name=self._name, seed=self._seed, index=position), -1
         except READ_ERRORS:
             return None
 

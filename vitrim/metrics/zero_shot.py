@@ -115,7 +115,7 @@ def prompts_for(names: str | Path | Sequence[str], templates: str | Path | Seque
         RecipeError: there is no name or no template, a file can't be read, or a template has no place for the name.
         MissingExtraError: open_clip, which has the standard ones, is not installed.
     """
-    names = imagenet()[0] if names == "imagenet" else _lines(names, "names")
+    names = names_of(names)
     if isinstance(templates, str) and templates in ("openai", "simple"):
         templates = imagenet()[1][templates]
     found = _lines(templates, "templates")
@@ -123,6 +123,15 @@ def prompts_for(names: str | Path | Sequence[str], templates: str | Path | Seque
         if isinstance(template, str) and "{}" not in template:
             raise RecipeError(f"templates: {template!r} has no {{}} for the name; write 'a photo of a {{}}.'.")
     return [[t.replace("{}", name) if isinstance(t, str) else t(name) for t in found] for name in names]
+
+
+def names_of(names: str | Path | Sequence[str]) -> Sequence[str]:
+    """Return the names of classes: ImageNet's, the lines of a text file, or those that are given.
+
+    Raises:
+        RecipeError: there is no name, or the file can't be read.
+    """
+    return imagenet()[0] if isinstance(names, str) and names == "imagenet" else _lines(names, "names")
 
 
 def embed_all(pair: Pair, ids_TN: Tensor, *, quiet: bool = True) -> Tensor:

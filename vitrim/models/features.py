@@ -7,7 +7,7 @@ encoder the first token is the pooled vector and the others are the patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -95,6 +95,20 @@ def num_classes(model: nn.Module) -> int:
         head = _class_head(model)
         classes = 0 if head is None else head.out_features
     return int(classes or 0)  # type: ignore[arg-type]
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classes of a model's head, as timm and transformers keep them; () if not known."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    said = cfg.get("label_names") if isinstance(cfg, Mapping) else None
+    if said is None:
+        said = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(said, Mapping):
+        said = [said.get(number, said.get(str(number))) for number in range(len(said))]
+    if not isinstance(said, list | tuple) or len(said) != num_classes(model):
+        return ()
+    unnamed = [f"LABEL_{number}" for number in range(len(said))]  # transformers' own, where nobody gave names
+    return tuple(said) if all(isinstance(name, str) for name in said) and list(said) != unnamed else ()
 
 
 def _class_head(model: nn.Module) -> nn.Linear | None:
