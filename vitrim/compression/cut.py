@@ -5,14 +5,11 @@ These four meet only here. This module decides nothing itself, and changes modul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView, SiteVisit, walk
@@ -20,16 +17,14 @@ from vitrim.compression.budget import solve_widths
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.steps import Step
-from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
+from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
 from vitrim.methods import Method, ModelMethod, SiteMethod, find_method
 from vitrim.models.sites import find_mlps
 from vitrim.ops.least_squares import fit_output, squared_error
 from vitrim.output.provenance import versions
-from vitrim.output.stage import CUT_STATE
 from vitrim.progress import progress
 from vitrim.repair.refit import refit_, site_tensors
-from vitrim.storage.documents import write_json
-from vitrim.surgery import Edit, KeepUnits, Plan, apply_, read_weights, reshape_
+from vitrim.surgery import Edit, KeepUnits, Plan, apply_, read_weights
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 
@@ -259,63 +254,6 @@ def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
         seed=recipe.seed,
         versions=versions(),
     )
-
-
-def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> None:
-    """Save a finished cut, so that a run stopped during recovery can be resumed."""
-    tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
-    for number, edit in enumerate(cut.plan.edits):  # the student no longer holds what a later edit has cut again
-        changed = {name: t for name, t in edit.tensors.items() if not _holds(tensors, name, t)}
-        tensors |= {_own_name(number, name): tensor.contiguous() for name, tensor in changed.items()}
-    save_file(tensors, work / "cut.safetensors")
-    (work / "recipe.yaml").write_text(recipe.dump())
-    about = {"plan": cut.plan.to_json(), "errors": cut.errors, "notes": list(cut.notes)}
-    write_json(work / CUT_STATE, about)
-
-
-def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | None:
-    """Restore in place the cut that `save_cut` saved; return None if there is none.
-
-    Raises:
-        RecipeError: the cut was made by another recipe.
-        CheckpointError: the saved files are damaged.
-    """
-    if not (work / CUT_STATE).exists():
-        return None
-    if (work / "recipe.yaml").read_text() != recipe.dump():
-        raise RecipeError(f"resume: {work / 'recipe.yaml'} differs from this run's recipe; run without resume.")
-    try:
-        about = json.loads((work / CUT_STATE).read_text())
-        tensors = load_file(work / "cut.safetensors")
-        plan = Plan.from_json(about["plan"])
-        reshape_(student, plan.edits)
-        names = student.state_dict().keys()
-        student.load_state_dict({name: tensors[name] for name in names}, assign=True)
-        edits = [
-            replace(edit, tensors={name: _tensor_of(tensors, number, name) for name in said["tensors"]})
-            for number, (edit, said) in enumerate(zip(plan.edits, about["plan"]["edits"], strict=True))
-        ]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{work}: the stopped run can't be read ({error!r:.200}); run without resume.") from None
-    return CutReport(plan=replace(plan, edits=tuple(edits)), errors=about["errors"], notes=tuple(about["notes"]))
-
-
-def _holds(tensors: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
-    """Return whether a mapping holds exactly this tensor under a name."""
-    return (
-        name in tensors and tensors[name].shape == tensor.shape and torch.equal(tensors[name], tensor.to(tensors[name]))
-    )
-
-
-def _own_name(number: int, name: str) -> str:
-    """Return the name under which an edit's own tensor is saved."""
-    return f"edit {number}: {name}"
-
-
-def _tensor_of(tensors: Mapping[str, Tensor], number: int, name: str) -> Tensor:
-    """Return an edit's tensor: its own if saved, else a copy of the student's, since that one will be trained."""
-    own = _own_name(number, name)
-    return tensors[own] if own in tensors else tensors[name].clone()
 
 
 def select(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vitrim.compression.allocate import allocate, compare_with_uniform
 from vitrim.compression.budget import near_stock, solve_widths
-from vitrim.compression.cut import CutReport, cut_, resume_cut_, save_cut
+from vitrim.compression.cut import CutReport, cut_
 from vitrim.compression.job import Job
+from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.compression.share import find_share
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
