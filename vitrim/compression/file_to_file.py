@@ -280,7 +280,7 @@ def _metrics(
         cut_errors={path: errors for path, errors in journal.errors.items() if errors},
         stock=written.stock,
         loads_with=loads_with(origin, place.out, stock=written.stock),
-        notes=(*notes, *([] if written.stock else [why_not_stock(origin, plan.edits)])),
+        notes=(*notes, *written.notes, *([] if written.stock else [why_not_stock(origin, plan.edits)])),
         environment=environment(),
         **plan.describe(),
     )
@@ -293,9 +293,9 @@ def _decide(task: _Task, journal: Journal, work: Path, *, quiet: bool) -> list[s
         check_space(work, output_bytes(job, widths))
     if batches is None:
         log.info("%s: %s", job.origin.name, estimate_run(job, recipe, widths).line(images=False))
-        select_on_weights(job, recipe, widths, journal, quiet=quiet)
+        notes = select_on_weights(job, recipe, widths, journal, quiet=quiet)
         missed = "no images given: units were picked on weights alone, and nothing was repaired; pass data for that."
-        return [missed] if looks_at_images(recipe) else []
+        return notes or ([missed] if looks_at_images(recipe) else [])
     check_inputs(copy.deepcopy(job.encoder).to("meta"), job.origin, batches)
     needs = estimate_calibration(job, recipe, widths, batches)
     placement = placement_within(needs, task.memory_budget, work)

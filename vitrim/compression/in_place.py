@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
-from vitrim.compression.write import typed_as
+from vitrim.compression.dtypes import check_result, too_large, typed_as
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.methods import Method
@@ -18,6 +19,8 @@ from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.surgery import Plan
 from vitrim.torch_state import own_torch_state
+
+log = logging.getLogger("vitrim")
 
 
 @own_torch_state()
@@ -57,10 +60,12 @@ def prune_(
         quiet: show no progress.
 
     Returns:
-        The plan: what was cut, by paths from the model's root.
+        The plan: what was cut, by paths from the model's root. Where float16 can't hold a value, all of the model is
+        float32 afterwards, and a warning says so.
 
     Raises:
-        VitrimError: the model has no MLP, the budget can't be met, or the method needs images.
+        VitrimError: the model has no MLP, the budget can't be met, the method needs images, or what came out is not
+            finite.
 
     Example:
         >>> import timm
@@ -90,8 +95,14 @@ def prune_(
         teacher = copy.deepcopy(encoder).requires_grad_(False)
         sites = find_mlps(teacher, scope=part.removeprefix(path).removeprefix("."))
         cut = cut_(encoder, teacher, sites, recipe, batches, quiet=quiet)
+        check_result(original, encoder)
     finally:  # also where an error is raised: the model is the caller's
-        typed_as(original, encoder)
+        why_wide = too_large(original, encoder)
+        if why_wide is None:
+            typed_as(original, encoder)
+        else:
+            log.warning(why_wide)
+            model.float()
         for name, module in model.named_modules():
             module.training = modes.get(name, model.training)
     return cut.plan.below(path)

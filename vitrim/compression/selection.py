@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrim.compression.cut import cut_, select
+from vitrim.compression.cut import WHOLE, cut_, keeps_all, select
 from vitrim.compression.estimate import check_space
 from vitrim.compression.source import CheckpointJob
 from vitrim.config.recipe import Recipe
@@ -112,11 +112,14 @@ class Journal:
 
 def select_on_weights(
     job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], journal: Journal, *, quiet: bool
-) -> None:
-    """Ask the method about each MLP in turn, with only that MLP in memory; `widths` are by path."""
+) -> list[str]:
+    """Ask the method about each MLP in turn, with only that MLP in memory; return notes for the user.
+
+    Where `widths`, which are by path, keep everything, nothing is put in another order.
+    """
     method, tensors = recipe.steps[0].make_method(), job.by_model_name
     assert isinstance(method, SiteMethod)
-    behind = {edit.site.path for edit in journal.edits}
+    behind, whole = {edit.site.path for edit in journal.edits}, keeps_all(job.sites, widths)
     with progress("select", len(job.sites), quiet=quiet) as bar:
         bar.done = len(behind)
         for site in [site for site in job.sites if site.path not in behind]:
@@ -124,9 +127,14 @@ def select_on_weights(
             own = {name: tensors[name] for name in names if name in tensors}
             for name, tensor in own.items():
                 check_finite(name, tensor)
-            seed = recipe.seed + len(journal.edits)
-            journal.add(select(site_weights(own, site), site, None, widths[site.path], method, seed), {})
+            if whole:
+                cut = KeepUnits.first(site, site.d_hidden)
+            else:
+                seed = recipe.seed + len(journal.edits)
+                cut = select(site_weights(own, site), site, None, widths[site.path], method, seed)
+            journal.add(cut, {})
             bar.advance(1, site.path)
+    return [WHOLE] if whole else []
 
 
 def looks_at_images(recipe: Recipe) -> bool:

@@ -1,0 +1,49 @@
+"""Repairs one cut MLP: least squares on the sums of calibration, then the short refit of `refit.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from vitrim.calibrate import SiteVisit
+from vitrim.config.options import RepairOptions
+from vitrim.ops.least_squares import fit_output, squared_error
+from vitrim.repair.refit import refit_, site_tensors
+from vitrim.surgery import KeepUnits, apply_, read_weights
+
+
+def repair_(
+    student: nn.Module, edit: KeepUnits, visit: SiteVisit, repair: RepairOptions, seed: int
+) -> tuple[KeepUnits, dict[str, float]]:
+    """Fit by least squares, cut, then refit; return the edit with the resulting tensors, and errors per token."""
+    original, site, keep = edit, edit.site, torch.tensor(edit.keep)
+    if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then measure them
+        apply_(student, [edit])
+        site, keep = replace(site, d_hidden=edit.width), torch.arange(edit.width)
+        edit, visit = KeepUnits.first(site, edit.width), visit.again()
+    weights = read_weights(student, site)
+    start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
+    fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=repair.ridge)
+    errors = {
+        "unrepaired": squared_error(visit.stats, keep, start_DK, bias_D),
+        "repaired": squared_error(visit.stats, keep, fitted_DK, fitted_D),
+    }
+    apply_(student, [edit.with_output(fitted_DK, fitted_D)])
+    if repair.refit and visit.stands_alone:
+        before, after = refit_(student, visit, num_steps=repair.refit_steps, lr=repair.refit_lr, seed=seed)
+        errors |= {"held_out_repaired": before, "held_out_refitted": after}
+    return replace(original, tensors=site_tensors(student, site)), errors
+
+
+def visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
+    """Return notes on what could not be done at a site because of how its block is built."""
+    notes = []
+    if visit.scale_D is None and repair.feedback > 0:
+        notes.append(f"{visit.site.path}: no fixed layer scale behind the MLP, so its target has no feedback.")
+    if visit.site.norm is not None:
+        notes.append(f"{visit.site.path}: a norm over the hidden units sees other statistics after the cut.")
+    if not visit.stands_alone and repair.refit:
+        notes.append(f"{visit.site.path}: the MLP can't be run outside its block, so it was not refitted.")
+    return notes
