@@ -43,7 +43,7 @@ from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.metrics.record import Closeness
 from vitrim.models.features import device_of, evaluating
 from vitrim.ops.allocation import Values, best_choices, dropped_energy, explained_energy
-from vitrim.ops.least_squares import fit_output, moments
+from vitrim.ops.least_squares import fit_output, moments, ridge_for
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.storage.sealed import read_sealed, write_sealed
@@ -333,7 +333,9 @@ class _Picks:
             return edit
         index = torch.tensor(keep)
         start_DK = weights.output_DH[:, index.to(weights.output_DH.device)]
-        weight_DK, bias_D = fit_output(self.visit.stats, index, start_DK, weights.output_bias_D, ridge=repair.ridge)
+        stats, where = self.visit.stats, self.visit.site.path
+        ridge = ridge_for(stats.num_tokens, len(keep), repair.ridge)
+        weight_DK, bias_D = fit_output(stats, index, start_DK, weights.output_bias_D, ridge=ridge, where=where)
         return edit.with_output(weight_DK, bias_D)
 
 

@@ -6,7 +6,7 @@ These four meet only here. This module decides nothing itself, and changes modul
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -188,7 +188,7 @@ class _StepRun:
                 edit = chosen.get(site.path) or self._select(site, visit)
                 if self.repair is not None and visit is not None:
                     edit, self.errors[site.path] = repair_(self.student, edit, visit, self.repair, self.seed)
-                    notes += visit_notes(visit, self.repair)
+                    notes += [n for n in visit_notes(visit, self.repair, edit.width) if n not in notes]
                 else:
                     apply_(self.student, [edit])
                 kept = edit if self.keep_edit is None else self.keep_edit(edit, self.errors.get(site.path, {}))

@@ -12,6 +12,7 @@ from vitrim.compression.cut import cut_
 from vitrim.compression.dtypes import check_result, too_large, typed_as
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.data.pixels import usable
 from vitrim.methods import Method
 from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import origin_of
@@ -48,7 +49,8 @@ def prune_(
         model: any vision transformer; it is changed. If an error is raised, it may be partly cut.
         method: name of a method, or an instance of a class in `vitrim.methods`.
         batches: preprocessed images (B, C, H, W), for selection and repair; without them only methods that need weights
-            alone can run, and nothing is repaired.
+            alone can run, and nothing is repaired. Images with a value that is not finite, or absurdly large, are left
+            out with a warning.
         params_ratio: share of the encoder's parameters that stays.
         macs_ratio: share of the encoder's multiply-accumulates that stays.
         mlp_ratio: hidden width as a multiple of the model width.
@@ -83,6 +85,7 @@ def prune_(
         "hidden_dim": hidden_dim,
     }
     given = {name: value for name, value in budget.items() if value is not None}
+    batches = None if batches is None else usable(batches, "prune_")
     recipe = Recipe.parse({"method": method, **given, "repair": repair, "exact": True, "seed": seed})
     model = with_values(unwrapped(model, in_place=True), in_place=True)
     origin: Origin = origin_of(model)

@@ -25,6 +25,7 @@ from vitrim.data import Split, augment_for, split_images
 from vitrim.data.inputs import check_inputs, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
+from vitrim.errors import DataError
 from vitrim.evaluation import compare, measure, own_top1
 from vitrim.methods import SiteMethod
 from vitrim.metrics.fidelity import block_fidelity
@@ -100,6 +101,8 @@ def prepare(job: Job, context: RunContext) -> Models:
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None if job.images is None else split_images(job.images, job.recipe, work=seen, model=teacher)
+    if split is not None and not split.held_out and (job.recipe.recover or job.recipe.blockwise):
+        raise DataError(f"recover, blockwise: {split.notes[-1]}")
     noise = random_inputs(job.origin) if split is None else None  # costs are measured on it
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
@@ -202,7 +205,7 @@ def judge(models: Models, job: Job) -> tuple[Closeness | None, str | None]:
 
 
 def _closeness(models: Models, student: nn.Module) -> Closeness | None:
-    if models.split is None:
+    if models.split is None or not models.split.held_out:
         return None
     found, outputs, _ = compare(student, models.teacher, models.split.held_out)
     blocks = list(dict.fromkeys(site.block for site in models.sites))

@@ -57,7 +57,7 @@ class Finished:
 def look_at_both(models: Models, job: Job) -> Seen:
     """Gather what the report shows of both models, on the main process; others get nothing, since it is large."""
     found: list[Seen] = []
-    held_out = None if models.split is None else models.split.held_out
+    held_out = None if models.split is None else models.split.held_out or None
     on_main(lambda: found.append(look(models.teacher, models.student, job.origin, held_out)))
     return found[0] if found else NOTHING
 

@@ -99,7 +99,7 @@ def _cut_mlp(view: ModelView, site: MlpSite, options: Corp) -> KeepUnits:
     if options.compensate:
         gram_KK, _ = moments(of_units(stats, keep), centred=bias_D is not None)
         ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_KK / stats.num_tokens, stats.num_tokens))
-        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge)
+        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge, where=site.path)
     return KeepUnits(site=site, keep=tuple(keep.tolist())).with_output(weight_DK, bias_D)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from vitrim.calibrate import SiteVisit
 from vitrim.config.options import RepairOptions
-from vitrim.ops.least_squares import fit_output, squared_error
+from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
 from vitrim.repair.refit import refit_, site_tensors
 from vitrim.surgery import KeepUnits, apply_, read_weights
 
@@ -25,7 +25,8 @@ def repair_(
         edit, visit = KeepUnits.first(site, edit.width), visit.again()
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
-    fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=repair.ridge)
+    ridge = ridge_for(visit.stats.num_tokens, len(keep), repair.ridge)
+    fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=ridge, where=site.path)
     errors = {
         "unrepaired": squared_error(visit.stats, keep, start_DK, bias_D),
         "repaired": squared_error(visit.stats, keep, fitted_DK, fitted_D),
@@ -37,9 +38,15 @@ def repair_(
     return replace(original, tensors=site_tensors(student, site)), errors
 
 
-def visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
-    """Return notes on what could not be done at a site because of how its block is built."""
-    notes = []
+def visit_notes(visit: SiteVisit, repair: RepairOptions, num_keep: int) -> list[str]:
+    """Return notes on what could not be done at a site because of how its block is built, or for want of images."""
+    notes, num_tokens = [], visit.stats.num_tokens
+    if num_tokens <= num_keep:
+        ridge, more = ridge_for(num_tokens, num_keep, repair.ridge), -(-10 * num_keep // num_tokens)
+        notes.append(
+            f"{num_tokens:,} calibration tokens can't determine a fit of {num_keep:,} units: its ridge is {ridge:g} "
+            f"and its error on the calibration images tells nothing; pass at least {more} times as many images."
+        )
     if visit.scale_D is None and repair.feedback > 0:
         notes.append(f"{visit.site.path}: no fixed layer scale behind the MLP, so its target has no feedback.")
     if visit.site.norm is not None:
