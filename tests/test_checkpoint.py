@@ -9,14 +9,16 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import vitrim
 from vitrim.errors import CheckpointError, ModelError, OutputError
 from vitrim.models.load import origin_of
+from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.output.save import save
 from vitrim.output.stage import staged_output
-from vitrim.output.verify import verify
+from vitrim.output.verify import checking_with, verify
 from vitrim.recover.state import load_state, save_state
 from vitrim.surgery import KeepUnits, Plan, apply_
 
@@ -134,6 +136,26 @@ def test_a_module_that_only_its_owner_can_build(tmp_path):
     with pytest.raises(CheckpointError, match="build it"):
         vitrim.load(tmp_path)
     assert torch.equal(vitrim.load(tmp_path, model=build())(tokens), student(tokens))
+
+
+def test_a_module_under_two_names_is_written_under_both(tmp_path):
+    """As in timm's CoaT, whose parallel blocks share their position encodings: the library asks for every name."""
+    model = timm.create_model("test_vit", img_size=32, num_classes=3).eval()
+    model.again = model.blocks[0].attn
+    save(tmp_path, model, origin=origin_of(model), plan=Plan(method="none", edits=()))
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
+class Heads(torch.nn.Linear):
+    def forward(self, tokens):
+        return {"heads": (super().forward(tokens),)}
+
+
+def test_a_first_output_deep_in_others_is_compared(tmp_path):
+    model, seen = Heads(4, 2), []
+    with checking_with(lambda check: seen.append(check.probe["output"]) or 0.0):
+        verify(tmp_path, model, torch.ones(1, 4), origin=Origin(name="heads", library="torchvision"), stock=False)
+    assert torch.equal(seen[0], model(torch.ones(1, 4))["heads"][0])
 
 
 def test_files_may_be_read_by_others(tmp_path):

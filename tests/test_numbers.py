@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
         ("faults", "docs/reliability.md", "table"),
         ("elastic", "docs/recovery.md", "markdown"),
         ("export", "docs/sharing.md", "markdown"),
+        ("registry", "docs/models.md", "summary"),
+        ("registry", "docs/models.md", "families"),
+        ("registry", "docs/models.md", "refusals"),
     ],
 )
 def test_the_table_is_the_one_that_the_benchmark_wrote(name, page, made_by, monkeypatch):

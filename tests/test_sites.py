@@ -1,8 +1,11 @@
 """Every kind of MLP is found under its right names, and nothing that only looks like one."""
 
+from collections import OrderedDict
+
 import pytest
 import timm
 import torch
+import transformers
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
@@ -78,6 +81,54 @@ def test_the_model_itself_may_be_the_mlp():
 def test_a_square_gated_mlp_is_told_apart_by_running_it(names, output):
     (site,) = find_mlps(Gated(names, 12, 12))
     assert site.output == output and site.gate == "w1"
+
+
+class Dotted(nn.Module):
+    """A linear layer within a module of its own, as in Gemma 4's towers."""
+
+    def __init__(self, *widths, bias):
+        super().__init__()
+        self.linear = nn.Linear(*widths, bias=bias)
+
+    def forward(self, tokens):
+        return self.linear(tokens)
+
+
+@pytest.mark.parametrize("names", [("w0", "w1", "w2"), ("wi_0", "wi_1", "wo")])  # ViTamin; T5's kin
+def test_more_names_of_gated_mlps(names):
+    (site,) = find_mlps(Tower(Residual(Gated(names, 16, 24), 16)))
+    assert (site.kind, site.gate, site.value, site.output) == (
+        "split_gated",
+        *(f"layers.0.mlp.{name}" for name in names),
+    )
+
+
+def test_a_gated_mlp_of_wrapped_layers_is_found():
+    mlp = Gated(("gate_proj", "up_proj", "down_proj"), 16, 24)
+    mlp.gate_proj, mlp.up_proj = Dotted(16, 24, bias=False), Dotted(16, 24, bias=False)
+    mlp.down_proj = Dotted(24, 16, bias=False)
+    (site,) = find_mlps(Tower(Residual(mlp, 16)))
+    assert (site.path, site.output) == ("layers.0.mlp", "layers.0.mlp.down_proj.linear")
+
+
+# PVT, Qwen3-VL, SAM 2, T5, GPT-NeoX
+PLAIN = ("dense1 dense2", "linear_fc1 linear_fc2", "proj_in proj_out", "wi wo", "dense_h_to_4h dense_4h_to_h")
+
+
+@pytest.mark.parametrize("names", PLAIN)
+def test_more_names_of_plain_mlps(names):
+    mlp = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+    first, last = names.split()
+    mlp = nn.Sequential(OrderedDict({first: mlp[0], "act": mlp[1], last: mlp[2]}))
+    (site,) = find_mlps(Tower(Residual(mlp, 16)))
+    assert (site.kind, site.value, site.output) == ("plain", f"layers.0.mlp.{first}", f"layers.0.mlp.{last}")
+
+
+def test_a_second_part_that_leaves_the_residual_to_its_block_is_run_on_hidden_units_alone():
+    swin = transformers.MaskFormerSwinModel(
+        transformers.MaskFormerSwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    )
+    assert len(find_mlps(swin)) == 2
 
 
 def test_hidden_width_below_the_model_width_is_found():

@@ -6,8 +6,6 @@ folder is watched by faults.py, in children.
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import re
 import tempfile
@@ -15,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import yaml
@@ -33,21 +30,6 @@ def _read_tensors(folder: Path) -> None:
         tensor.sum()
 
 
-def _read_training_file(folder: Path) -> None:
-    for tensor in open_tensors(folder / "last.pth").values():
-        tensor.sum()
-
-
-def _training_files() -> list[bytes]:
-    found, state = [], {"module.a.weight": torch.ones(2, 3), "n": 1}
-    args = argparse.Namespace(lr=0.1, out=Path("runs"), best=np.float64(1))
-    for nest in (state, {"model": state, "ema": {"state_dict": state}, "args": args}):
-        file = io.BytesIO()
-        torch.save(nest, file)
-        found.append(file.getvalue())
-    return found
-
-
 def _read_image(folder: Path) -> None:
     open_images(folder, transform=transform_for(INPUTS))[0]
 
@@ -58,7 +40,6 @@ DOORS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "plan": ("vitrim.json", vitrim.load),
     "config": ("config.json", lambda folder: vitrim.inspect(str(folder))),
     "safetensors": ("model.safetensors", _read_tensors),
-    "training file": ("last.pth", _read_training_file),
     "image": ("0.png", _read_image),
 }
 
@@ -81,8 +62,6 @@ def valid(name: str, scene: Scene) -> list[bytes]:
     if name == "safetensors":
         tensors = {"a": torch.ones(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16), "none": torch.zeros(0, 2)}
         return [safetensors.torch.save(tensors, metadata={"format": "pt"})]
-    if name == "training file":
-        return _training_files()
     folder = scene.root / "images" if name == "image" else scene.source
     return [(folder / DOORS[name][0]).read_bytes()]
 

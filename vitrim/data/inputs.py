@@ -16,7 +16,7 @@ from vitrim.data.streams import ImageStream, open_stream
 from vitrim.data.texts import is_text, open_texts
 from vitrim.data.transforms import transform_for
 from vitrim.errors import DataError
-from vitrim.models.features import class_names, evaluating, num_classes, takes_token_ids
+from vitrim.models.features import class_names, evaluating, needs_beside_images, num_classes, takes_token_ids
 from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
 
@@ -130,6 +130,9 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
             needs = "images (C, H, W) of the size that it takes"
             if takes_token_ids(model):
                 needs = "text (a .txt file or strings) or rows of token ids (N,), since it is a text encoder"
+            if needs_beside_images(model):
+                more = ", ".join(needs_beside_images(model))
+                needs = f"no data, to cut it by its weights alone (magnitude, dgmr-paper): it also wants {more}"
             reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
             got = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
             where = f"{origin.name} {origin.encoder}".strip()

@@ -7,6 +7,7 @@ encoder the first token is the pooled vector and the others are the patches.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -285,5 +286,16 @@ def num_prefix_tokens(model: nn.Module) -> int:
 
 
 def takes_token_ids(model: nn.Module) -> bool:
-    """Whether a model is a text encoder: transformers says it takes token ids, and it holds no image tower."""
-    return getattr(model, "main_input_name", None) == "input_ids" and not encoder_path(model)
+    """Whether a model is a text encoder: transformers says it takes token ids, and it holds words and no image tower.
+
+    Image towers that don't say what they take inherit "input_ids" from the base of all models.
+    """
+    said = getattr(model, "main_input_name", None) == "input_ids"
+    return said and hasattr(getattr(model, "config", None), "vocab_size") and not encoder_path(model)
+
+
+def needs_beside_images(model: nn.Module) -> list[str]:
+    """Return what a model's `forward` must be given after its first argument: a grid, token ids, boxes."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [each.name for each in parameters if each.kind in kinds and each.default is each.empty]

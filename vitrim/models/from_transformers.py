@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, ModelError
-from vitrim.models.features import encoder_path
+from vitrim.models.features import encoder_path, needs_beside_images, takes_token_ids
 from vitrim.models.fit import read_for
 from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.surgery import KeepUnits
@@ -267,13 +267,13 @@ def _origin(model: nn.Module, name: str, folder: str | None) -> Origin:
 
 def _preprocessing(tower: nn.Module, folder: str | None) -> dict[str, Any]:
     """Return image size, crop and statistics as timm's data config, or tokenizer and length for a text encoder."""
-    config: Any = tower.config
-    if getattr(tower, "main_input_name", "pixel_values") == "input_ids":
+    config: Any = getattr(tower, "config", None)  # some wrap a backbone in a module of their own
+    if takes_token_ids(tower):
         length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
         return {"tokenizer": folder, "num_tokens": length, "vocab_size": config.vocab_size}
     size = getattr(config, "image_size", None)
     known: dict[str, Any] = {}
-    if size is not None:
+    if size is not None and not needs_beside_images(tower):
         known["input_size"] = [
             getattr(config, "num_channels", 3),
             *(size if isinstance(size, list | tuple) else [size] * 2),

@@ -7,7 +7,6 @@ pickled. Reloading needs only the plan's widths; each tensor is stored once, in 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
         Whether the stock library can load the folder by itself.
     """
     path = folder / write_configs(folder, student, origin=origin, plan=plan)
-    save_file(_distinct(student.state_dict()), path, metadata={"format": "pt"})
+    save_file(_apart(student), path, metadata={"format": "pt"})
     path.chmod(0o666 & ~_umask())  # safetensors writes 0600
     return bool(read_about(folder)["stock"])
 
@@ -68,14 +67,20 @@ def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Pla
     return WEIGHTS if stock is None or backend is None else backend.WEIGHTS
 
 
-def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by name, each storage once: tensors that a model ties are tied again when it is loaded."""
+def _apart(student: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors by name, none sharing storage with another, as safetensors wants them.
+
+    What a model of transformers ties stands there once, and is tied again when it is loaded. Other libraries, whose
+    models may hold one module under two names (timm's CoaT), ask for every name.
+    """
     seen: set[tuple[int, torch.Size]] = set()
     kept = {}
-    for name, tensor in tensors.items():
+    for name, tensor in student.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
         if key not in seen or tensor.numel() == 0:
             kept[name] = tensor.contiguous()
+        elif not hasattr(student, "tie_weights"):
+            kept[name] = tensor.clone()
         seen.add(key)
     return kept
 

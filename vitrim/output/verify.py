@@ -90,7 +90,8 @@ module = model.to(probe["like"].dtype).float().eval().get_submodule(encoder)
 def difference_of(inputs, expected):
     with torch.inference_mode():
         output = module(inputs)
-    output = output if isinstance(output, torch.Tensor) else output[0]
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     error, scale = float((output - expected).abs().max()), float(expected.abs().max())
     assert error <= 1e-4 * max(scale, 1e-6), f"outputs differ by {error:.3g} at scale {scale:.3g}"
     return error / max(scale, 1e-30)
@@ -263,7 +264,8 @@ def _output(model: nn.Module, inputs: Tensor, folder: Path) -> Tensor:
     """
     with evaluating(model):
         output = model(inputs)
-    output = output if isinstance(output, Tensor) else output[0]
+    while not isinstance(output, Tensor):  # the first of several heads may stand in a tuple in an output (MGP-STR)
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     if not bool(output.isfinite().all()):
         raise OutputError(f"{folder}: the model is not finite: {_first_not_finite(model, inputs)}.")
     return output.clone().contiguous()

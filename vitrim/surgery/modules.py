@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -96,11 +97,13 @@ def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
 
 
 def run_mlp(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
-    """Run an MLP on tokens; the parts of one that is spread over two modules (`intermediate`, `output`) in turn."""
-    first, _, inner = site.value.partition(".")
-    if inner:
-        second = site.output.partition(".")[0]
-        return container.get_submodule(second)(container.get_submodule(first)(tokens), tokens)
+    """Run an MLP on tokens; the parts of one that is spread over two modules (`intermediate`, `output`) in turn.
+
+    The second part of these adds the residual itself (BERT), or leaves it to the block (Swin).
+    """
+    if site.value.startswith("intermediate."):
+        hidden, output = container.get_submodule("intermediate")(tokens), container.get_submodule("output")
+        return output(hidden, tokens) if len(inspect.signature(output.forward).parameters) > 1 else output(hidden)
     output = container(tokens)
     return output[0] if isinstance(output, tuple) else output
 
