@@ -64,6 +64,34 @@ def test_list_and_labels_are_torchvisions(tree):
         assert list(images._rows._found.classes) == reference.classes and images.has_labels
 
 
+ANY = ["cat", "dog", "train", "val", "test2017", ".hidden", "__MACOSX", "images", "é\u202e", "images train", "a b"]
+PLACES = st.lists(st.sampled_from(ANY), max_size=3).map("/".join)
+ENTRIES = st.tuples(PLACES, st.sampled_from(["0.png", "x.txt", "up.png", "gone.png", "empty", "x.parquet"]))
+SPLITS = st.sampled_from([None, "train", "val", "nonsense"])
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(entries=st.lists(ENTRIES, max_size=6), split=SPLITS, default=st.sampled_from(["train", "test"]))
+def test_any_tree_opens_or_says_why_not_in_one_line(entries, split, default):
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for folder, file in entries:
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            if file in ("up.png", "gone.png") and not (root / folder / file).is_symlink():
+                (root / folder / file).symlink_to(root if file == "up.png" else root / "nowhere")
+            elif file != "empty" and not (root / folder / file).is_symlink():
+                (root / folder / file).write_bytes(b"")
+        try:
+            images = open_images(root, split=split, default=default)
+        except DataError as error:
+            assert str(error).isprintable() and str(root) in str(error)
+            return
+        files = images._rows._found.files
+        assert 0 < len(files) == len(set(files)) and not any(".hidden" in file.parts for file in files)
+        assert split != "nonsense"
+        assert [images[row] for row in range(len(files))] == [None] * len(files)
+
+
 def test_an_empty_class_is_an_error_as_in_torchvision(tmp_path):
     touch(tmp_path, "cat/0.png", "dog/0.png", "annotations/instances.json")
     with pytest.raises(FileNotFoundError, match="annotations"):

@@ -6,16 +6,18 @@ folder is watched by faults.py, in children.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 
 import vitrim
 from tests.support.faults import FULL, INPUTS, PLANNED, ROOT, Scene, use_recipe
@@ -62,8 +64,23 @@ def valid(name: str, scene: Scene) -> list[bytes]:
     if name == "safetensors":
         tensors = {"a": torch.ones(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16), "none": torch.zeros(0, 2)}
         return [safetensors.torch.save(tensors, metadata={"format": "pt"})]
-    folder = scene.root / "images" if name == "image" else scene.source
+    if name == "image":
+        return [*_images()]
+    folder = scene.source
     return [(folder / DOORS[name][0]).read_bytes()]
+
+
+def _images() -> Iterator[bytes]:
+    """Images whose modes and orientations are read in different ways."""
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = Image.frombytes("RGB", (6, 4), bytes(range(72)))
+    made = {"RGB": "PNG", "I;16": "PNG", "P": "PNG", "LA": "PNG", "CMYK": "JPEG", "F": "TIFF", "I;16B": "TIFF"}
+    for mode, kind in made.items():
+        image = Image.frombytes(mode, (6, 4), bytes(48)) if mode.startswith("I;16") else pixels.convert(mode)
+        written = io.BytesIO()
+        image.save(written, kind, exif=exif)
+        yield written.getvalue()
 
 
 def knock(name: str, folder: Path, data: bytes) -> str | None:

@@ -316,10 +316,13 @@ def _weights(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int
 
 def _image(scene: Scene, rng: random.Random, folder: Path) -> Callable[[], int]:
     name = rng.choice(("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF"))
-    image = Image.frombytes("RGB", (24, 20), rng.randbytes(1440)).convert(rng.choice(("RGB", "L", "P", "CMYK", "1")))
+    mode = rng.choice(("RGB", "L", "P", "CMYK", "1", "LA", "PA", "I", "F", "I;16", "I;16B"))
+    colours = Image.frombytes("RGB", (24, 20), rng.randbytes(1440))
+    image = Image.frombytes(mode, (24, 20), rng.randbytes(960)) if mode[:4] == "I;16" else colours.convert(mode)
     written = io.BytesIO()
+    exif = b"Exif\0\0" + scrambled(rng, b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
     try:
-        image.save(written, name)
+        image.save(written, name, **({"exif": exif} if name in ("PNG", "JPEG", "WEBP") else {}))
     except (OSError, ValueError):  # not every format has every mode
         image.convert("RGB").save(written, name)
     (folder / "a.png").write_bytes(scrambled(rng, written.getvalue()))
