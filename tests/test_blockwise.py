@@ -16,7 +16,7 @@ from vitrim.calibrate import activations
 from vitrim.config.options import BlockwiseOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data import open_images
-from vitrim.errors import CheckpointError, Interrupted, OutputError, RecipeError
+from vitrim.errors import Interrupted, OutputError, RecipeError
 from vitrim.metrics.fidelity import fidelity
 from vitrim.repair import block_data, blockwise
 from vitrim.repair.block_data import disk_bytes, read_ahead
@@ -246,17 +246,18 @@ def test_ctrl_c_in_the_middle_of_a_block_leaves_the_block_as_it_was(build, tmp_p
     assert not changed(start, weights(student)) and not list(tmp_path.glob("activations*"))
 
 
-def test_blocks_of_other_options_or_damaged_ones_are_refused(build, tmp_path):
+def test_blocks_of_other_options_are_refused_and_a_damaged_one_is_trained_again(build, tmp_path, caplog):
     case = build("timm-vit")
-    run(case, cut(case), folder=tmp_path)
+    whole, again = cut(case), cut(case)
+    report = run(case, whole, folder=tmp_path)
     with pytest.raises(RecipeError, match="other options"):
         run(case, cut(case), folder=tmp_path, resume=True, steps=13)
     with pytest.raises(RecipeError, match="other options"):
         run(case, cut(case), folder=tmp_path, resume=True, seed=1)
     kept = tmp_path / "blocks" / "0.safetensors"
-    kept.write_bytes(kept.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=r"0\.safetensors: can't be read"):
-        run(case, cut(case), folder=tmp_path, resume=True)
+    kept.write_bytes(kept.read_bytes()[:-1] + b"\x11")
+    assert run(case, again, folder=tmp_path, resume=True) == report and not changed(weights(whole), weights(again))
+    assert "0.safetensors: can't be used" in caplog.text and "The block is trained again" in caplog.text
     run(case, cut(case), folder=tmp_path)  # without resume it starts anew
 
 

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitrim
 from tests.support.models import Residual, Tower
 from vitrim.calibrate import LiveModelView
-from vitrim.compression.cut import cut_, resume_cut_, save_cut
+from vitrim.compression.cut import cut_
+from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import model_size
 from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError

@@ -16,6 +16,7 @@ from vitrim.errors import OutputError, RecipeError
 from vitrim.methods import METHODS, ModelMethod, SiteMethod, register
 from vitrim.methods.fips import Fips
 from vitrim.report.leaderboard import markdown, table, verdict
+from vitrim.storage.sealed import sealed
 from vitrim.surgery import KeepUnits
 
 RECIPE = Recipe.parse(
@@ -106,7 +107,7 @@ def test_a_new_method_is_in_the_leaderboard_and_a_failing_one_stops_no_other(bui
 
 def _check_files(found, folder):
     kept = json.loads((folder / "leaderboard.json").read_text())
-    assert kept == json.loads(json.dumps(found))
+    assert kept == sealed(found)
     assert kept["environment"]["machine"] and kept["asked"]["recipe"]["seed"] == 0
     text = (folder / "leaderboard.md").read_text()
     assert text == markdown(found)
@@ -124,8 +125,9 @@ def _check_resumed(model, asked, found, folder):
     assert seconds["last", "ours"] == rows["last", "ours"]["seconds"]
     with pytest.raises(OutputError, match=r"rows of another comparison \(params_ratio\); choose another folder"):
         leaderboard(model, methods=("last",), **{**asked, "params_ratio": 0.7})
-    (folder / "leaderboard.json").write_text("{")
-    with pytest.raises(OutputError, match="can't be read"):
+    text = (folder / "leaderboard.json").read_text()
+    (folder / "leaderboard.json").write_text(text.replace('"repair": "ours"', '"repair": "OURS"', 1))
+    with pytest.raises(OutputError, match=r"can't be used .* Choose another folder"):
         leaderboard(model, methods=("last",), **asked)
 
 

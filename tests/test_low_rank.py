@@ -13,7 +13,8 @@ from torch import nn
 
 import vitrim
 from vitrim.calibrate import LiveModelView, sums
-from vitrim.compression.cut import cut_, resume_cut_, save_cut
+from vitrim.compression.cut import cut_
+from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
 from vitrim.layers.low_rank import LowRankConv, LowRankLinear

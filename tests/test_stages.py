@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from vitrim.compression.cut import cut_, resume_cut_, save_cut
+from vitrim.compression.cut import cut_
+from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
 from vitrim.methods import METHODS, ModelMethod, register

@@ -232,11 +232,11 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
 def test_a_damaged_index_is_refused(tmp_path):
     opened(tmp_path, made())
     (tmp_path / "index.json").write_text('{"format": "vit')
-    with pytest.raises(CheckpointError, match=r"index\.json: damaged .*; remove the folder or name another one"):
+    with pytest.raises(CheckpointError, match=r"index\.json: can't be used .* Remove the folder or name another one"):
         opened(tmp_path, made())
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "another", "row outside"])
+@pytest.mark.parametrize("damage", ["cut short", "a bit", "empty", "another", "row outside"])
 def test_a_damaged_shard_is_noted_and_counts_as_not_there(tmp_path, damage):
     found = made()
     cache = opened(tmp_path, found)
@@ -246,6 +246,10 @@ def test_a_damaged_shard_is_noted_and_counts_as_not_there(tmp_path, damage):
     bad, _, other = shards(tmp_path)
     if damage in ("cut short", "empty"):
         bad.write_bytes(bad.read_bytes()[: -1 if damage == "cut short" else 0])
+    elif damage == "a bit":
+        data = bytearray(bad.read_bytes())
+        data[-1] ^= 1
+        bad.write_bytes(data)
     else:
         name = tmp_path / "elsewhere"
         few = opened(name, found, dtype="int8") if damage == "another" else opened(name, made(30))

@@ -53,9 +53,10 @@ def test_lazy_neuron_by_value_equals_by_magnitude_behind_a_relu():
 
 
 def test_lazy_neuron_with_all_units_is_the_dense_model_to_the_bit(kind, run):
-    student, plan = cut(kind, method="top-k", keep_ratio=1.0)
-    assert len(plan.edits) == len(kind.sites)
-    assert torch.equal(run(student, kind.batches[0]), run(kind.model, kind.batches[0]))
+    for asked in ({"keep_ratio": 1.0}, {"options": {"num_active": kind.sites[0].d_hidden}}):
+        student, plan = cut(kind, method="top-k", **asked)
+        assert len(plan.edits) == (len(kind.sites) if "options" in asked else 0)
+        assert torch.equal(run(student, kind.batches[0]), run(kind.model, kind.batches[0]))
 
 
 def test_lazy_neuron_edit_equals_masking_the_output_projections_input(kind, run):

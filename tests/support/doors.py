@@ -6,6 +6,7 @@ folder is watched by faults.py, in children.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import yaml
@@ -32,6 +34,21 @@ def _read_tensors(folder: Path) -> None:
         tensor.sum()
 
 
+def _read_training_file(folder: Path) -> None:
+    for tensor in open_tensors(folder / "last.pth").values():
+        tensor.sum()
+
+
+def _training_files() -> list[bytes]:
+    found, state = [], {"module.a.weight": torch.ones(2, 3), "n": 1}
+    args = argparse.Namespace(lr=0.1, out=Path("runs"), best=np.float64(1))
+    for nest in (state, {"model": state, "ema": {"state_dict": state}, "args": args}):
+        file = io.BytesIO()
+        torch.save(nest, file)
+        found.append(file.getvalue())
+    return found
+
+
 def _read_image(folder: Path) -> None:
     open_images(folder, transform=transform_for(INPUTS))[0]
 
@@ -42,6 +59,7 @@ DOORS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "plan": ("vitrim.json", vitrim.load),
     "config": ("config.json", lambda folder: vitrim.inspect(str(folder))),
     "safetensors": ("model.safetensors", _read_tensors),
+    "training file": ("last.pth", _read_training_file),
     "image": ("0.png", _read_image),
 }
 
@@ -64,6 +82,8 @@ def valid(name: str, scene: Scene) -> list[bytes]:
     if name == "safetensors":
         tensors = {"a": torch.ones(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16), "none": torch.zeros(0, 2)}
         return [safetensors.torch.save(tensors, metadata={"format": "pt"})]
+    if name == "training file":
+        return _training_files()
     if name == "image":
         return [*_images()]
     folder = scene.source

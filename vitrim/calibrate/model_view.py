@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from vitrim.calibrate.activations import first_tensor
-from vitrim.calibrate.sums import HiddenAdder, LayerAdder, passes
+from vitrim.calibrate.sums import HiddenAdder, LayerAdder, check_finite, passes
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, frozen
@@ -147,6 +147,7 @@ class LiveModelView:
                 for batch in self.track(batches, "calibration images"):
                     if num_images is None or sum(map(len, found)) < num_images:
                         found.append(features(self.model, batch.to(device_of(self.model))).pooled_BD)
+                        check_finite(type(self.model).__name__, "a pooled feature", found[-1])
         finally:
             for handle in handles:
                 handle.remove()
@@ -171,6 +172,7 @@ class LiveModelView:
                     inputs = [hidden for _, hidden in seen]
                     gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
                     for (path, hidden), gradient in zip(seen, gradients, strict=True):
+                        check_finite(path, "an input or its gradient", hidden, gradient)
                         see(path, hidden.detach(), gradient)
                     seen.clear()
         finally:
@@ -225,10 +227,13 @@ def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSi
 
 
 def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:
-    """Return a forward hook that passes on a module's first input and first output."""
+    """Return a forward hook that passes on a module's first input and first output, once known to be finite."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        see(path, args[0], first_tensor(output))
+        inputs, outputs = args[0], first_tensor(output)
+        check_finite(path, "an input", inputs)
+        check_finite(path, "an output", outputs)
+        see(path, inputs, outputs)
 
     return hook
 

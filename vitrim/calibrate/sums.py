@@ -11,11 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitrim.errors import ModelError
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.types import LayerSite, LayerSums, MlpWeights, Stats
 
 # Limit for the float64 sums of one pass over the images; larger models take several passes. A ViT-L needs 0.8 GiB.
 MAX_SUM_BYTES = 2**30
+
+
+def check_finite(path: str, what: str, *tensors: Tensor) -> None:
+    """Check activations, or sums of them, before anything is solved with them.
+
+    Raises:
+        ModelError: a value is NaN or infinite.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ModelError(
+            f"{path}: {what} is not finite on the calibration images, whose own values are; run the model on them and "
+            "look where that begins, or leave this part out with scope."
+        )
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate.activations import Activations, Call, first_tensor, forward_order
+from vitrim.calibrate.sums import check_finite
 from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.surgery import mlp_output, submodule, weight_of
@@ -163,8 +164,14 @@ class _Sums:
         for tile, columns in zip(gram_HH.split(TILE_ROWS), hidden_NH.split(TILE_ROWS, dim=1), strict=True):
             tile.copy_(torch.addmm(tile.to(hidden_NH.dtype), columns.T, hidden_NH))
 
-    def done(self) -> Stats:
-        """Return the sums as a frozen value."""
+    def done(self, path: str) -> Stats:
+        """Return the sums as a frozen value; `path` is the MLP's.
+
+        Raises:
+            ModelError: they are not finite.
+        """
+        for name, part in self.parts.items():
+            check_finite(path, f"the sum {name} over {self.num_tokens:,} tokens", part)
         parts = dict(self.parts)
         square = float(parts.pop("square"))
         return Stats(num_tokens=self.num_tokens, target_square=square, **parts)
@@ -194,10 +201,13 @@ def _visit(
         rows = torch.randperm(len(target_ND), generator=generator)[: limits[part]].to(target_ND.device)
         samples[part].append((ours["input"][rows].cpu(), target_ND[rows].cpu()))
         del theirs, ours, target_ND  # not beside those of the next batch
+    stats = sums.done(site.path)
     pools = {part: _join(pairs or samples["fit"]) for part, pairs in samples.items()}
+    for part, pool in pools.items():
+        check_finite(site.path, f"a sampled token ({part})", pool.inputs_ND, pool.targets_ND)
     return SiteVisit(
         site=site,
-        stats=sums.done(),
+        stats=stats,
         scale_D=scale_D,
         stands_alone=stands_alone(student.model, site, student.observe(site, 0)),
         fit=pools["fit"],

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vitrim.storage.documents import finite
+
 # Wider than anything that we print, so that nothing is wrapped or cut off.
 UNBROKEN = 100_000
 
@@ -72,7 +74,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, title: 
 
 def print_json(value: Any) -> None:
     """Print one JSON document."""
-    print(json.dumps(value, indent=1))
+    print(json.dumps(finite(value), indent=1, allow_nan=False))
 
 
 def number(value: float | None) -> str:

@@ -34,7 +34,7 @@ from vitrim.models.towers import Pair, scale_and_bias, unit
 from vitrim.output.stage import TEXT_STATE
 from vitrim.progress import progress
 from vitrim.recover.schedule import cosine_between, rate_shape, stop_on_interrupt
-from vitrim.recover.state import clear_state, has_state, load_state, save_state
+from vitrim.recover.state import clear_state, resumed_state, save_state
 
 
 class TextOptions(Checked):
@@ -124,8 +124,9 @@ def tune_text_(
     context = context or RunContext()
     run, state = _Run(pair, train, held_out, options, context), context.work and context.work / TEXT_STATE
     with run.trainable():
-        if context.resume and state is not None and has_state(state):
-            run.load(load_state(state))
+        kept = resumed_state(state) if context.resume and state is not None else None
+        if kept is not None:
+            run.load(kept)
         else:
             if state is not None:
                 clear_state(state)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,17 +36,17 @@ from vitrim.config.run_context import RunContext
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.cost.latency import import_timer
 from vitrim.data import Split
-from vitrim.errors import DAMAGED, CheckpointError, RecipeError
+from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.metrics.fidelity import fidelity
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.metrics.record import Closeness
 from vitrim.models.features import device_of, evaluating
 from vitrim.ops.allocation import Values, best_choices, dropped_energy, explained_energy
-from vitrim.ops.least_squares import fit_output, moments
+from vitrim.ops.least_squares import fit_output, moments, ridge_for
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
-from vitrim.storage.documents import write_json
+from vitrim.storage.sealed import read_sealed, write_sealed
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.surgery.modules import run_mlp
 from vitrim.types import MlpSite, MlpWeights, tensor_sha256
@@ -55,6 +56,8 @@ NUM_PROBE_IMAGES = 32
 TINY = 1e-9  # share of an MLP's energy below which an error is rounding error
 WORST = 1e6  # replaces a relative error that is infinite or not a number
 TIMED_IMAGES, TIMED_ROUNDS, MAX_TIMED = 8, 15, 24
+
+log = logging.getLogger("vitrim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +84,20 @@ class _Measured:
 
     @classmethod
     def kept_at(cls, path: Path | None) -> _Measured:
-        """Return the measurements of an earlier run, or an empty record if there are none.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """Return the measurements of an earlier run, or an empty record if there are none or the file is damaged."""
         if path is None or not path.exists():
             return cls(path=path)
         try:
-            return cls(path=path, **json.loads(path.read_text()))
-        except DAMAGED as error:
-            raise CheckpointError(f"{path}: can't be read ({error!r:.100}); remove it, it is only a cache.") from None
+            return cls(path=path, **read_sealed(path, {"errors": dict, "tokens": dict, "times": dict, "notes": list}))
+        except CheckpointError as error:
+            log.warning("%s The errors are measured again.", error)
+            return cls(path=path)
 
     def save(self) -> None:
         """Write the measurements to the file, for use with another budget."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {name: value for name, value in self.__dict__.items() if name != "path"})
+            write_sealed(self.path, {name: value for name, value in self.__dict__.items() if name != "path"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +333,9 @@ class _Picks:
             return edit
         index = torch.tensor(keep)
         start_DK = weights.output_DH[:, index.to(weights.output_DH.device)]
-        weight_DK, bias_D = fit_output(self.visit.stats, index, start_DK, weights.output_bias_D, ridge=repair.ridge)
+        stats, where = self.visit.stats, self.visit.site.path
+        ridge = ridge_for(stats.num_tokens, len(keep), repair.ridge)
+        weight_DK, bias_D = fit_output(stats, index, start_DK, weights.output_bias_D, ridge=ridge, where=where)
         return edit.with_output(weight_DK, bias_D)
 
 

@@ -131,6 +131,8 @@ def near_stock(
         sites: every MLP that is cut, by paths from the encoder.
     """
     first, ceiling = sites[0], width.is_of_the_model
+    if all(units[site.path] == site.d_hidden for site in sites):
+        return units, None
     if width.kind == "hidden_dim" and len({site.d_model for site in sites}) > 1:
         return units, None
     asked = units[first.path]

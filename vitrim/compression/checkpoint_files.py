@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vitrim.compression.dtypes import too_large_in, wider
 from vitrim.compression.estimate import check_space
 from vitrim.compression.source import CheckpointJob
 from vitrim.config.run_context import RunContext
@@ -29,11 +30,12 @@ Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """Sizes of source and output, and whether the model's own library can load the output."""
+    """Sizes of source and output, whether the model's own library can load the output, and notes for the user."""
 
     before: ModelCost
     after: ModelCost
     stock: bool
+    notes: tuple[str, ...] = ()
 
 
 def _shard_bytes(job: CheckpointJob, plan: Plan, shard_bytes: int) -> int | None:
@@ -56,14 +58,17 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: the tensors' shapes differ from those of the cut architecture.
+        ModelError: a repaired tensor is not finite.
         OutputError: the disk is too small, or the bytes read back differ from those written.
     """
     touched = edit_of(plan.edits)
     student = build_empty(job.origin)
     reshape_(student, plan.edits)
     dtype = job.files.infos[next(name for name in job.names if job.names[name] in touched)].dtype
-    expected = write_configs(folder, student.to(dtype), origin=job.origin, plan=plan)
-    weights, layout = work / "weights", _layout(job, plan)
+    why_wide = too_large_in(plan.edits, {job.names[name]: job.files.infos[name].dtype for name in job.names})
+    wide = why_wide is not None
+    expected = write_configs(folder, student.to(wider(dtype) if wide else dtype), origin=job.origin, plan=plan)
+    weights, layout = work / "weights", _layout(job, plan, wide=wide)
     _check_shapes(job, layout, student)
     weights.mkdir(exist_ok=True)
     writer = TensorWriter(
@@ -75,7 +80,7 @@ def write_checkpoint(
         resume=context.resume,
     )
     check_space(work, writer.total_bytes - sum(writer.places[name].num_bytes for name in writer.digests))
-    _pass_through(job, plan, writer, quiet=context.quiet)
+    _pass_through(job, plan, writer, wide=wide, quiet=context.quiet)
     _check_written(weights, layout, writer)
     for path in weights.iterdir():
         path.rename(folder / path.name)
@@ -86,14 +91,15 @@ def write_checkpoint(
         ModelCost(parameters=num_parameters(model), num_bytes=num_bytes)
         for model, num_bytes in ((job.model, sum(sizes)), (student, writer.total_bytes))
     )
-    return Written(before=before, after=after, stock=stock)
+    return Written(before=before, after=after, notes=() if why_wide is None else (why_wide,), stock=stock)
 
 
-def _layout(job: CheckpointJob, plan: Plan) -> Layout:
-    """Return names, types and shapes of the output, in the order of the source."""
+def _layout(job: CheckpointJob, plan: Plan, *, wide: bool) -> Layout:
+    """Return names, types and shapes of the output, in the order of the source; `wide` makes short floats float32."""
     fakes = {job.names.get(name, name): tensor for name, tensor in job.files.fakes().items()}
     shapes = [tuple(tensor.shape) for _, tensor in transform(fakes, _shapes_alone(plan))]
-    return [(name, info.dtype, shape) for (name, info), shape in zip(job.files.infos.items(), shapes, strict=True)]
+    dtypes = [wider(info.dtype) if wide else info.dtype for info in job.files.infos.values()]
+    return list(zip(job.files.infos, dtypes, shapes, strict=True))
 
 
 def _check_shapes(job: CheckpointJob, layout: Layout, student: nn.Module) -> None:
@@ -108,18 +114,20 @@ def _check_shapes(job: CheckpointJob, layout: Layout, student: nn.Module) -> Non
             raise CheckpointError(f"{name}: would be {shape}, the cut architecture has {wanted[job.names[name]]}.")
 
 
-def _pass_through(job: CheckpointJob, plan: Plan, writer: TensorWriter, *, quiet: bool) -> None:
-    """Copy every tensor that is not yet in the output; those that no edit touches are copied byte by byte."""
+def _pass_through(job: CheckpointJob, plan: Plan, writer: TensorWriter, *, wide: bool, quiet: bool) -> None:
+    """Copy every tensor that is not yet in the output; those that nothing changes are copied byte by byte."""
     touched = edit_of(plan.edits)
     try:
         with progress("write", len(writer.places), quiet=quiet) as bar:
             bar.done = len(writer.digests)
             for name in [name for name in job.files if name not in writer.digests]:
-                edit = touched.get(job.names.get(name, ""))
-                if edit is None:
+                edit, dtype = touched.get(job.names.get(name, "")), job.files.infos[name].dtype
+                to = wider(dtype) if wide else dtype
+                if edit is None and to == dtype:
                     writer.write(name, job.finite_chunks(name))
                 else:
-                    ((_, tensor),) = transform({job.names[name]: job.files[name]}, [edit])
+                    tensors = {job.names.get(name, name): job.files[name].to(to)}
+                    ((_, tensor),) = transform(tensors, [] if edit is None else [edit])
                     writer.write(name, [tensor_bytes(tensor)])
                 bar.advance(1, name)
         writer.close()

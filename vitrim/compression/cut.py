@@ -5,14 +5,11 @@ These four meet only here. This module decides nothing itself, and changes modul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView, SiteVisit, walk
@@ -20,17 +17,16 @@ from vitrim.compression.budget import solve_widths
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.steps import Step
-from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoundError
+from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
 from vitrim.methods import Method, ModelMethod, SiteMethod, find_method
 from vitrim.models.sites import find_mlps
-from vitrim.ops.least_squares import fit_output, squared_error
 from vitrim.output.provenance import versions
-from vitrim.output.stage import CUT_STATE
 from vitrim.progress import progress
-from vitrim.repair.refit import refit_, site_tensors
-from vitrim.storage.documents import write_json
-from vitrim.surgery import Edit, KeepUnits, Plan, apply_, read_weights, reshape_
+from vitrim.repair.closed_form import repair_, visit_notes
+from vitrim.surgery import Edit, KeepUnits, Plan, apply_, read_weights
 from vitrim.types import MlpSite, MlpWeights, SiteView
+
+WHOLE = "every hidden unit stays, so nothing was cut or repaired."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +96,10 @@ def cut_(
             keep_edit=keep_edit,
             offload=offload,
             moments=moments,
+            in_pick_order=recipe.recover is not None and recipe.recover.elastic is not None,
         )
-        notes += _notes(work.method, step, batches)
-        notes += work.run_(quiet)
+        said = work.run_(quiet)
+        notes += said if WHOLE in said else _notes(work.method, step, batches) + said
     return CutReport(plan=_plan(recipe, edits), errors=errors, notes=tuple(notes))
 
 
@@ -144,6 +141,7 @@ class _StepRun:
     keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None
     offload: Path | None
     moments: torch.dtype
+    in_pick_order: bool
 
     def __post_init__(self) -> None:
         self.method = self.step.make_method()
@@ -181,14 +179,16 @@ class _StepRun:
 
         Return notes for the user.
         """
+        if self._keeps_all(chosen):
+            return self._leave_whole_()
         notes: list[str] = []
         with progress("cut", len(chosen) or len(self.sites), quiet=quiet) as bar:
             bar.done = len(self.behind)
             for site, visit in self._visits(chosen):
                 edit = chosen.get(site.path) or self._select(site, visit)
                 if self.repair is not None and visit is not None:
-                    edit, self.errors[site.path] = _repair_(self.student, edit, visit, self.repair, self.seed)
-                    notes += _visit_notes(visit, self.repair)
+                    edit, self.errors[site.path] = repair_(self.student, edit, visit, self.repair, self.seed)
+                    notes += [n for n in visit_notes(visit, self.repair, edit.width) if n not in notes]
                 else:
                     apply_(self.student, [edit])
                 kept = edit if self.keep_edit is None else self.keep_edit(edit, self.errors.get(site.path, {}))
@@ -196,6 +196,19 @@ class _StepRun:
                 bar.advance(1, site.path)
                 del visit  # frees its sums before those of the next MLP are made
         return notes
+
+    def _keeps_all(self, chosen: Mapping[str, KeepUnits]) -> bool:
+        """Return whether all units of an unchanged student stay, and nobody asked for them in pick order."""
+        widths = {path: edit.width for path, edit in chosen.items()} or self.widths
+        unchanged = all(isinstance(edit, KeepUnits) and edit.is_whole for edit in self.edits)
+        return unchanged and not self.in_pick_order and keeps_all(self.sites, widths)
+
+    def _leave_whole_(self) -> list[str]:
+        """Record cuts that change nothing, so that the result is the original bit for bit; return a note."""
+        for site in [site for site in self.sites if site.path not in self.behind]:
+            edit = KeepUnits.first(site, site.d_hidden)
+            self.edits.append(edit if self.keep_edit is None else self.keep_edit(edit, {}))
+        return [WHOLE]
 
     def _select(self, site: MlpSite, visit: SiteVisit | None) -> KeepUnits:
         """Ask the method which units of an MLP to keep."""
@@ -261,61 +274,9 @@ def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
     )
 
 
-def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> None:
-    """Save a finished cut, so that a run stopped during recovery can be resumed."""
-    tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
-    for number, edit in enumerate(cut.plan.edits):  # the student no longer holds what a later edit has cut again
-        changed = {name: t for name, t in edit.tensors.items() if not _holds(tensors, name, t)}
-        tensors |= {_own_name(number, name): tensor.contiguous() for name, tensor in changed.items()}
-    save_file(tensors, work / "cut.safetensors")
-    (work / "recipe.yaml").write_text(recipe.dump())
-    about = {"plan": cut.plan.to_json(), "errors": cut.errors, "notes": list(cut.notes)}
-    write_json(work / CUT_STATE, about)
-
-
-def resume_cut_(student: nn.Module, recipe: Recipe, work: Path) -> CutReport | None:
-    """Restore in place the cut that `save_cut` saved; return None if there is none.
-
-    Raises:
-        RecipeError: the cut was made by another recipe.
-        CheckpointError: the saved files are damaged.
-    """
-    if not (work / CUT_STATE).exists():
-        return None
-    if (work / "recipe.yaml").read_text() != recipe.dump():
-        raise RecipeError(f"resume: {work / 'recipe.yaml'} differs from this run's recipe; run without resume.")
-    try:
-        about = json.loads((work / CUT_STATE).read_text())
-        tensors = load_file(work / "cut.safetensors")
-        plan = Plan.from_json(about["plan"])
-        reshape_(student, plan.edits)
-        names = student.state_dict().keys()
-        student.load_state_dict({name: tensors[name] for name in names}, assign=True)
-        edits = [
-            replace(edit, tensors={name: _tensor_of(tensors, number, name) for name in said["tensors"]})
-            for number, (edit, said) in enumerate(zip(plan.edits, about["plan"]["edits"], strict=True))
-        ]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{work}: the stopped run can't be read ({error!r:.200}); run without resume.") from None
-    return CutReport(plan=replace(plan, edits=tuple(edits)), errors=about["errors"], notes=tuple(about["notes"]))
-
-
-def _holds(tensors: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
-    """Return whether a mapping holds exactly this tensor under a name."""
-    return (
-        name in tensors and tensors[name].shape == tensor.shape and torch.equal(tensors[name], tensor.to(tensors[name]))
-    )
-
-
-def _own_name(number: int, name: str) -> str:
-    """Return the name under which an edit's own tensor is saved."""
-    return f"edit {number}: {name}"
-
-
-def _tensor_of(tensors: Mapping[str, Tensor], number: int, name: str) -> Tensor:
-    """Return an edit's tensor: its own if saved, else a copy of the student's, since that one will be trained."""
-    own = _own_name(number, name)
-    return tensors[own] if own in tensors else tensors[name].clone()
+def keeps_all(sites: Sequence[MlpSite], widths: Mapping[str, int]) -> bool:
+    """Return whether widths by path keep every unit of these MLPs; those without a width are left alone."""
+    return all(widths.get(site.path, site.d_hidden) == site.d_hidden for site in sites)
 
 
 def select(
@@ -331,41 +292,6 @@ def select(
         scale_D=None if visit is None else visit.scale_D,
     )
     return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view)))
-
-
-def _repair_(
-    student: nn.Module, edit: KeepUnits, visit: SiteVisit, repair: RepairOptions, seed: int
-) -> tuple[KeepUnits, dict[str, float]]:
-    """Fit by least squares, cut, then refit; return the edit with the resulting tensors, and errors per token."""
-    original, site, keep = edit, edit.site, torch.tensor(edit.keep)
-    if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then measure them
-        apply_(student, [edit])
-        site, keep = replace(site, d_hidden=edit.width), torch.arange(edit.width)
-        edit, visit = KeepUnits.first(site, edit.width), visit.again()
-    weights = read_weights(student, site)
-    start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
-    fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=repair.ridge)
-    errors = {
-        "unrepaired": squared_error(visit.stats, keep, start_DK, bias_D),
-        "repaired": squared_error(visit.stats, keep, fitted_DK, fitted_D),
-    }
-    apply_(student, [edit.with_output(fitted_DK, fitted_D)])
-    if repair.refit and visit.stands_alone:
-        before, after = refit_(student, visit, num_steps=repair.refit_steps, lr=repair.refit_lr, seed=seed)
-        errors |= {"held_out_repaired": before, "held_out_refitted": after}
-    return replace(original, tensors=site_tensors(student, site)), errors
-
-
-def _visit_notes(visit: SiteVisit, repair: RepairOptions) -> list[str]:
-    """Return notes on what could not be done at a site because of how its block is built."""
-    notes = []
-    if visit.scale_D is None and repair.feedback > 0:
-        notes.append(f"{visit.site.path}: no fixed layer scale behind the MLP, so its target has no feedback.")
-    if visit.site.norm is not None:
-        notes.append(f"{visit.site.path}: a norm over the hidden units sees other statistics after the cut.")
-    if not visit.stands_alone and repair.refit:
-        notes.append(f"{visit.site.path}: the MLP can't be run outside its block, so it was not refitted.")
-    return notes
 
 
 def _notes(method: Method, step: Step, batches: Sequence[Tensor] | None) -> list[str]:

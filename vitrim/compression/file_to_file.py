@@ -38,6 +38,8 @@ from vitrim.config.run_context import RunContext
 from vitrim.cost.memory import parse_bytes
 from vitrim.data import ImageStream, first_images
 from vitrim.data.inputs import check_inputs, open_inputs, random_inputs
+from vitrim.data.pixels import distinct
+from vitrim.data.split import on_copies
 from vitrim.errors import OutputError, RecipeError, VitrimError
 from vitrim.methods import Method, SiteMethod, find_method
 from vitrim.metrics.record import Metrics
@@ -201,12 +203,13 @@ def _open_task(
     calibrated = data is not None and looks_at_images(recipe)
     if calibrated:  # else each tensor is checked when it is read, to pick units or to be copied
         check_values(job)
+    batches, said = _batches(job, recipe, data) if calibrated else (None, [])
     return _Task(
         job=job,
         recipe=recipe,
         widths=widths,
-        notes=(*job.notes, *notes),
-        batches=_batches(job, recipe, data) if calibrated else None,
+        notes=(*job.notes, *notes, *said),
+        batches=batches,
         memory_budget=memory_budget,
         shard_bytes=parse_bytes(shard_size),
     )
@@ -232,15 +235,15 @@ def _meta_inputs(job: CheckpointJob) -> Tensor | None:
     return None if inputs is None else inputs.to("meta")
 
 
-def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> list[Tensor]:
-    """Draw calibration images in the same way as `compress`."""
+def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> tuple[list[Tensor], list[str]]:
+    """Draw calibration images in the same way as `compress`; return them in batches, and notes on them."""
     options = recipe.calibrate
     images = open_inputs(data, job.origin)
     if isinstance(images, ImageStream):
         images, _ = images.take(options.num_images, seed=recipe.seed)
-    batches, _ = first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
-    images.tell()
-    return batches
+    drawn, _ = first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
+    batches, num_repeated = distinct(drawn)
+    return batches, [*images.remarks(), *on_copies(num_repeated, 0)]
 
 
 def _run(task: _Task, context: RunContext, place: Place) -> Result:
@@ -280,7 +283,7 @@ def _metrics(
         cut_errors={path: errors for path, errors in journal.errors.items() if errors},
         stock=written.stock,
         loads_with=loads_with(origin, place.out, stock=written.stock),
-        notes=(*notes, *([] if written.stock else [why_not_stock(origin, plan.edits)])),
+        notes=(*notes, *written.notes, *([] if written.stock else [why_not_stock(origin, plan.edits)])),
         environment=environment(),
         **plan.describe(),
     )
@@ -293,9 +296,9 @@ def _decide(task: _Task, journal: Journal, work: Path, *, quiet: bool) -> list[s
         check_space(work, output_bytes(job, widths))
     if batches is None:
         log.info("%s: %s", job.origin.name, estimate_run(job, recipe, widths).line(images=False))
-        select_on_weights(job, recipe, widths, journal, quiet=quiet)
+        notes = select_on_weights(job, recipe, widths, journal, quiet=quiet)
         missed = "no images given: units were picked on weights alone, and nothing was repaired; pass data for that."
-        return [missed] if looks_at_images(recipe) else []
+        return notes or ([missed] if looks_at_images(recipe) else [])
     check_inputs(copy.deepcopy(job.encoder).to("meta"), job.origin, batches)
     needs = estimate_calibration(job, recipe, widths, batches)
     placement = placement_within(needs, task.memory_budget, work)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
-from vitrim.compression.write import typed_as
+from vitrim.compression.dtypes import check_result, too_large, typed_as
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.data.pixels import usable
 from vitrim.methods import Method
 from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import origin_of
@@ -18,6 +20,8 @@ from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.surgery import Plan
 from vitrim.torch_state import own_torch_state
+
+log = logging.getLogger("vitrim")
 
 
 @own_torch_state()
@@ -45,7 +49,8 @@ def prune_(
         model: any vision transformer; it is changed. If an error is raised, it may be partly cut.
         method: name of a method, or an instance of a class in `vitrim.methods`.
         batches: preprocessed images (B, C, H, W), for selection and repair; without them only methods that need weights
-            alone can run, and nothing is repaired.
+            alone can run, and nothing is repaired. Images with a value that is not finite, or absurdly large, are left
+            out with a warning.
         params_ratio: share of the encoder's parameters that stays.
         macs_ratio: share of the encoder's multiply-accumulates that stays.
         mlp_ratio: hidden width as a multiple of the model width.
@@ -57,10 +62,12 @@ def prune_(
         quiet: show no progress.
 
     Returns:
-        The plan: what was cut, by paths from the model's root.
+        The plan: what was cut, by paths from the model's root. Where float16 can't hold a value, all of the model is
+        float32 afterwards, and a warning says so.
 
     Raises:
-        VitrimError: the model has no MLP, the budget can't be met, or the method needs images.
+        VitrimError: the model has no MLP, the budget can't be met, the method needs images, or what came out is not
+            finite.
 
     Example:
         >>> import timm
@@ -78,6 +85,7 @@ def prune_(
         "hidden_dim": hidden_dim,
     }
     given = {name: value for name, value in budget.items() if value is not None}
+    batches = None if batches is None else usable(batches, "prune_")
     recipe = Recipe.parse({"method": method, **given, "repair": repair, "exact": True, "seed": seed})
     model = with_values(unwrapped(model, in_place=True), in_place=True)
     origin: Origin = origin_of(model)
@@ -90,8 +98,14 @@ def prune_(
         teacher = copy.deepcopy(encoder).requires_grad_(False)
         sites = find_mlps(teacher, scope=part.removeprefix(path).removeprefix("."))
         cut = cut_(encoder, teacher, sites, recipe, batches, quiet=quiet)
+        check_result(original, encoder)
     finally:  # also where an error is raised: the model is the caller's
-        typed_as(original, encoder)
+        why_wide = too_large(original, encoder)
+        if why_wide is None:
+            typed_as(original, encoder)
+        else:
+            log.warning(why_wide)
+            model.float()
         for name, module in model.named_modules():
             module.training = modes.get(name, model.training)
     return cut.plan.below(path)

@@ -8,7 +8,6 @@ so that selection and repair are judged apart. Rows are saved one by one, and a 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -23,7 +22,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.data import ImageStream, first_images
 from vitrim.data.inputs import open_inputs
 from vitrim.distributed.devices import resolve_device
-from vitrim.errors import DAMAGED, Interrupted, OutputError, RecipeError
+from vitrim.errors import DAMAGED, CheckpointError, Interrupted, OutputError, RecipeError
 from vitrim.methods import METHODS, find_method
 from vitrim.metrics.record import Closeness, ModelCost
 from vitrim.models.sites import find_mlps, resolve_scope
@@ -31,7 +30,7 @@ from vitrim.output.load import open_model
 from vitrim.output.provenance import environment
 from vitrim.progress import progress
 from vitrim.report.leaderboard import markdown, verdict
-from vitrim.storage.documents import write_json
+from vitrim.storage.sealed import read_sealed, write_sealed
 from vitrim.torch_state import own_torch_state
 
 # What has to stay within a budget of parameters or of MACs: masks are no parameters, but a file holds them.
@@ -73,7 +72,7 @@ def leaderboard(
         quiet: show no progress.
 
     Returns:
-        The contents of `leaderboard.json`.
+        The contents of `leaderboard.json`, without its digest.
 
     Raises:
         RecipeError: a method is unknown, or the budget is not between 0 and 1.
@@ -252,9 +251,11 @@ def _opened(out: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:
     if out is None or not (out / REPORT).exists():
         return empty
     try:
-        kept = json.loads((out / REPORT).read_text())
+        kept = read_sealed(out / REPORT, {"asked": dict, "rows": list})
         differ = [name for name in asked if kept["asked"].get(name) != asked[name]]
         report = {**empty, "rows": kept["rows"], "original": kept["original"]}
+    except CheckpointError as error:
+        raise OutputError(f"{error} Choose another folder.") from None
     except DAMAGED as error:
         raise OutputError(f"{out / REPORT}: can't be read ({error!r:.100}); choose another folder.") from None
     if differ:
@@ -267,6 +268,5 @@ def _write(out: Path | None, report: Mapping[str, Any]) -> None:
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{REPORT}.new", report)
-    (out / f"{REPORT}.new").replace(out / REPORT)
+    write_sealed(out / REPORT, report)
     (out / "leaderboard.md").write_text(markdown(report))

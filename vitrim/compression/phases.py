@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from vitrim.compression.allocate import allocate, compare_with_uniform
 from vitrim.compression.budget import near_stock, solve_widths
-from vitrim.compression.cut import CutReport, cut_, resume_cut_, save_cut
+from vitrim.compression.cut import CutReport, cut_
+from vitrim.compression.dtypes import check_result, is_float32, too_large, typed_copy
 from vitrim.compression.job import Job
+from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.compression.share import find_share
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
@@ -22,6 +25,7 @@ from vitrim.data import Split, augment_for, split_images
 from vitrim.data.inputs import check_inputs, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
+from vitrim.errors import DataError
 from vitrim.evaluation import compare, measure, own_top1
 from vitrim.methods import SiteMethod
 from vitrim.metrics.fidelity import block_fidelity
@@ -97,6 +101,8 @@ def prepare(job: Job, context: RunContext) -> Models:
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None if job.images is None else split_images(job.images, job.recipe, work=seen, model=teacher)
+    if split is not None and not split.held_out and (job.recipe.recover or job.recipe.blockwise):
+        raise DataError(f"recover, blockwise: {split.notes[-1]}")
     noise = random_inputs(job.origin) if split is None else None  # costs are measured on it
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
@@ -178,14 +184,33 @@ def _from_main(cut: CutReport | None, student: nn.Module) -> CutReport | None:
     return None if plan is None else CutReport(plan=plan, errors=errors, notes=notes)
 
 
-def judge(models: Models) -> Closeness | None:
-    """Measure how close the student is on held-out images, overall and for each block; None without images."""
-    if models.split is None:
+def judge(models: Models, job: Job) -> tuple[Closeness | None, str | None]:
+    """Measure how close the student, as it is returned, is on held-out images, overall and for each block.
+
+    Returns:
+        The closeness, None without images; and why the result has to be in float32, None where the original's types
+        can hold it.
+
+    Raises:
+        ModelError: a tensor of the student is not finite.
+    """
+    check_result(job.encoder, models.student)
+    why = too_large(job.encoder, models.student)
+    if why is None:
+        found = _closeness(models, typed_copy(job.encoder, models.student))
+        if found is None or math.isfinite(found.relative_error) or is_float32(job.encoder):
+            return found, None
+        why = "features overflow in the original's type, so the result is in float32; load it in that or in bfloat16."
+    return _closeness(models, models.student), why
+
+
+def _closeness(models: Models, student: nn.Module) -> Closeness | None:
+    if models.split is None or not models.split.held_out:
         return None
-    found, outputs, _ = compare(models.student, models.teacher, models.split.held_out)
+    found, outputs, _ = compare(student, models.teacher, models.split.held_out)
     blocks = list(dict.fromkeys(site.block for site in models.sites))
-    rows = block_fidelity(models.student, models.teacher, models.split.held_out, blocks)
-    return Closeness(fidelity=found, blocks=rows, top1=own_top1(models.student, outputs))
+    rows = block_fidelity(student, models.teacher, models.split.held_out, blocks)
+    return Closeness(fidelity=found, blocks=rows, top1=own_top1(student, outputs))
 
 
 def beside_equal_widths(
@@ -272,11 +297,15 @@ def _distil_(
     )
 
 
-def measure_costs(models: Models, job: Job) -> tuple[ModelCost, ModelCost]:
-    """Measure what original and student cost, and their top-1 on held-out images if they have a head and labels."""
+def measure_costs(models: Models, job: Job, judged: Closeness | None) -> tuple[ModelCost, ModelCost]:
+    """Measure what original and student cost, and their top-1 on held-out images if they have a head and labels.
+
+    The student's top-1 is that of the tensors that are returned, from `judged`.
+    """
     split = models.split
     sample, held_out = (None, None) if split is None else (split.sample, split.held_out)
-    return measure(models.teacher, models.student, job.origin, sample, held_out)
+    before, after = measure(models.teacher, models.student, job.origin, sample, held_out)
+    return before, after if judged is None else replace(after, top1=judged.top1)
 
 
 def with_bytes(cost: ModelCost, model: nn.Module) -> ModelCost:

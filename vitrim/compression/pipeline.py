@@ -163,16 +163,18 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     models = prepare(job, context)
     widths = choose_widths(job, models, context)
     cut = cut_models_(models, job, widths, context)
-    after_cut = on_main(judge, models)
+    after_cut, wide = on_main(judge, models, job)
     widths = on_main(beside_equal_widths, widths, after_cut, job, models, context)
     trained = train_(models, job, widths.elastic, context, on_validation)
-    after_recovery = on_main(judge, models) if trained.anything else None
-    before, after = on_main(measure_costs, models, job)
+    after_recovery = None
+    if trained.anything:
+        after_recovery, wide = on_main(judge, models, job)
+    before, after = on_main(measure_costs, models, job, after_recovery or after_cut)
     plan = cut.plan.below(job.origin.encoder)
     stock = stock_origin(job.origin, plan.edits)
     seen = look_at_both(models, job) if place is not None else NOTHING
-    whole = put_together(job, models, stock)
-    why = stock_notes(job.origin, plan.edits, stock)
+    whole = put_together(job, models, stock, widened=wide is not None)
+    why = [*([] if wide is None else [wide]), *stock_notes(job.origin, plan.edits, stock)]
     metrics = Metrics(
         model=job.origin.name,
         method=plan.method,

@@ -6,8 +6,7 @@ and each MLP is cut, repaired and refitted as `compress` does in memory.
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vitrim.compression.cut import cut_, select
+from vitrim.compression.cut import WHOLE, cut_, keeps_all, select
 from vitrim.compression.estimate import check_space
 from vitrim.compression.source import CheckpointJob
 from vitrim.config.recipe import Recipe
@@ -31,12 +29,13 @@ from vitrim.models.load import build_empty
 from vitrim.models.sites import find_mlps
 from vitrim.output.stage import PICKS
 from vitrim.progress import progress
-from vitrim.storage.tensor_files import TensorFiles, check_finite, open_tensors
-from vitrim.storage.tensor_writer import append, read_journal
+from vitrim.storage.sealed import append, keep_lines, line_of, read_journal, read_tensors, write_tensors
+from vitrim.storage.tensor_files import TensorFiles, check_finite
 from vitrim.surgery import KeepUnits, edit_of, reshape_, site_weights
 from vitrim.types import MlpSite
 
 Errors = dict[str, dict[str, float]]
+log = logging.getLogger("vitrim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Journal:
         self.path, self.tensors = work / PICKS, work / "repaired"
         self.edits: list[KeepUnits] = []
         self.errors: Errors = {}
-        lines, of_path = read_journal(self.path) if resume else [], {site.path: site for site in sites}
+        lines = read_journal(self.path) if resume else []
         if lines and lines[0] != run:
             raise RecipeError(
                 f"resume: the run in {work} was made from another source, recipe or data; give those again, or run "
@@ -73,25 +72,32 @@ class Journal:
             )
         self.resumed = bool(lines)
         if not lines:
-            append(self.path, json.dumps(run) + "\n")
-        try:
-            for line in lines[1:]:
-                self.edits.append(self._edit(of_path[line["site"]], line))
-                self.errors[line["site"]] = line["errors"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: is damaged ({error!r}); run without resume.") from None
+            self.path.unlink(missing_ok=True)
+            append(self.path, line_of(run))
+        self._take_up(lines[1:], {site.path: site for site in sites})
+
+    def _take_up(self, lines: Sequence[Mapping[str, Any]], of_path: Mapping[str, MlpSite]) -> None:
+        """Take up what was decided before, up to the first decision whose tensors were changed."""
+        for number, line in enumerate(lines):
+            try:
+                edit = self._edit(of_path[line["site"]], line)
+            except CheckpointError as error:
+                log.warning("%s It is made again, and so are the MLPs behind it.", error)
+                keep_lines(self.path, 1 + number)
+                return
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(f"{self.path}: is of another version ({error!r}); overwrite it.") from None
+            self.edits.append(edit)
+            self.errors[line["site"]] = line["errors"]
 
     def add(self, edit: KeepUnits, errors: Mapping[str, float]) -> KeepUnits:
         """Record an edit, with its tensors in a file; return an edit that reads them when they are needed."""
         path = edit.site.path
-        line = {"site": path, "keep": list(edit.keep), "errors": dict(errors), "repaired": bool(edit.tensors)}
+        line: dict[str, Any] = {"site": path, "keep": list(edit.keep), "errors": dict(errors), "repaired": None}
         if edit.tensors:
             self.tensors.mkdir(exist_ok=True)
-            file = self.tensors / f"{path}.safetensors"
-            save_file({name: tensor.cpu().contiguous() for name, tensor in edit.tensors.items()}, file)
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        append(self.path, json.dumps(line) + "\n")
+            line["repaired"] = write_tensors(self.tensors / f"{path}.safetensors", edit.tensors)
+        append(self.path, line_of(line))
         kept = self._edit(edit.site, line)
         self.edits.append(kept)
         self.errors[path] = dict(errors)
@@ -99,17 +105,21 @@ class Journal:
 
     def _edit(self, site: MlpSite, line: Mapping[str, Any]) -> KeepUnits:
         """Return the edit that a line of the journal describes."""
-        tensors = open_tensors(self.tensors / f"{site.path}.safetensors") if line["repaired"] else {}
+        file, digest = self.tensors / f"{site.path}.safetensors", line["repaired"]
+        tensors = read_tensors(file, digest=digest)[0] if digest else {}
         return KeepUnits(site=site, keep=tuple(line["keep"]), tensors=tensors)
 
 
 def select_on_weights(
     job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], journal: Journal, *, quiet: bool
-) -> None:
-    """Ask the method about each MLP in turn, with only that MLP in memory; `widths` are by path."""
+) -> list[str]:
+    """Ask the method about each MLP in turn, with only that MLP in memory; return notes for the user.
+
+    Where `widths`, which are by path, keep everything, nothing is put in another order.
+    """
     method, tensors = recipe.steps[0].make_method(), job.by_model_name
     assert isinstance(method, SiteMethod)
-    behind = {edit.site.path for edit in journal.edits}
+    behind, whole = {edit.site.path for edit in journal.edits}, keeps_all(job.sites, widths)
     with progress("select", len(job.sites), quiet=quiet) as bar:
         bar.done = len(behind)
         for site in [site for site in job.sites if site.path not in behind]:
@@ -117,9 +127,14 @@ def select_on_weights(
             own = {name: tensors[name] for name in names if name in tensors}
             for name, tensor in own.items():
                 check_finite(name, tensor)
-            seed = recipe.seed + len(journal.edits)
-            journal.add(select(site_weights(own, site), site, None, widths[site.path], method, seed), {})
+            if whole:
+                cut = KeepUnits.first(site, site.d_hidden)
+            else:
+                seed = recipe.seed + len(journal.edits)
+                cut = select(site_weights(own, site), site, None, widths[site.path], method, seed)
+            journal.add(cut, {})
             bar.advance(1, site.path)
+    return [WHOLE] if whole else []
 
 
 def looks_at_images(recipe: Recipe) -> bool:

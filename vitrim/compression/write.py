@@ -7,10 +7,10 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from vitrim.compression.cut import CutReport
+from vitrim.compression.dtypes import typed_as
 from vitrim.compression.job import Job
 from vitrim.compression.phases import Models, Trained
 from vitrim.config.run_context import RunContext
@@ -57,36 +57,30 @@ class Finished:
 def look_at_both(models: Models, job: Job) -> Seen:
     """Gather what the report shows of both models, on the main process; others get nothing, since it is large."""
     found: list[Seen] = []
-    held_out = None if models.split is None else models.split.held_out
+    held_out = None if models.split is None else models.split.held_out or None
     on_main(lambda: found.append(look(models.teacher, models.student, job.origin, held_out)))
     return found[0] if found else NOTHING
 
 
-def put_together(job: Job, models: Models, stock: Origin | None) -> nn.Module:
+def put_together(job: Job, models: Models, stock: Origin | None, *, widened: bool) -> nn.Module:
     """Return the whole model on the CPU, with the student as its encoder and the original's tensor types.
 
-    The original encoder is never copied. `stock` describes the new widths if the library can express them.
+    The original encoder is never copied.
+
+    Args:
+        job: holds the original.
+        models: hold the student.
+        stock: describes the new widths if the library can express them.
+        widened: all of it is in float32, since the original's types can't hold it.
     """
-    original = job.encoder
-    student = typed_as(original, models.student.cpu())
+    original, student = job.encoder, models.student.cpu()
+    student = student if widened else typed_as(original, student)
     whole = student if job.whole is original else copy.deepcopy(job.whole, {id(original): student})
+    whole = whole.float() if widened else whole
     backend = backend_of(job.origin.library)
     if stock is not None and backend is not None:
         backend.describe_(whole, stock)
     return whole
-
-
-def typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
-    """Give each tensor of a student the type that it has in the original: a bf16 model may keep float32 buffers.
-
-    Tensors that an edit added take the type of the original's parameters, if they are floating point.
-    """
-    types = {name: t.dtype for name, t in (*original.named_parameters(), *original.named_buffers())}
-    usual = next((p.dtype for p in original.parameters()), torch.float32)
-    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-        if tensor.is_floating_point():  # integers that an edit made stay integers
-            tensor.data = tensor.data.to(types.get(name, usual))
-    return student
 
 
 def write_output(done: Finished, place: Place, context: RunContext) -> Metrics:

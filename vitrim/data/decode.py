@@ -139,7 +139,7 @@ class Seen:
 
     def failed(self, row: int, error: BaseException) -> None:
         """Note that an image could not be read, and why if it is the first."""
-        self.problem = self.problem or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.problem = self.problem or " ".join(f"image {row}, {type(error).__name__}: {error}".split())[:200]
         self.note(row, UNREADABLE)
 
     def counts(self, rows: Iterable[int]) -> dict[str, int]:
@@ -158,7 +158,7 @@ def remarks(counts: dict[str, int], problem: str) -> list[str]:
     kinds = {kind: count for kind, count in counts.items() if kind != UNREADABLE}
     said = []
     if UNREADABLE in counts:
-        read = f"{counts[UNREADABLE]:,} of {sum(counts.values()):,}"
+        read = f"{counts[UNREADABLE]:,}" + (f" of {sum(counts.values()):,}" if kinds else "")
         said.append(f"{read} images could not be read and were left out; the first: {problem}.")
     if kinds.keys() - set(USUAL):
         listed = ", ".join(f"{count:,} of {kind}" for kind, count in kinds.items())

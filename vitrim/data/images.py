@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vitrim.data.decode import READ_ERRORS, Seen, as_picture, kind_of, remarks, to_rgb
+from vitrim.data.decode import READ_ERRORS, UNREADABLE, Seen, as_picture, kind_of, remarks, to_rgb
 from vitrim.data.labels import Classes
 from vitrim.data.parts import Part
+from vitrim.data.pixels import check_pixels, outlying
 from vitrim.data.sources import ALLOWED, Rows, open_rows
 from vitrim.errors import DataError
 
@@ -96,6 +97,14 @@ class ImageSet(Dataset):
         except READ_ERRORS as error:
             self._seen.failed(self._indices[index], error)
             return None
+
+    def leave_out(self, index: int, why: str) -> None:
+        """Count item `index` as one that can't be used; the remarks tell the user."""
+        self._seen.failed(self._indices[index], OSError(why))
+
+    def is_left_out(self, index: int) -> bool:
+        """Return whether item `index` was found to be of no use."""
+        return UNREADABLE in self._seen.counts([self._indices[index]])
 
     def problem(self, index: int) -> str | None:
         """Return in words why item `index` can't be read, or None if it can."""
@@ -183,7 +192,7 @@ def prepare(
 
     Raises:
         DataError: the image is neither a PIL image nor an array or tensor of the right kind.
-        OSError, SyntaxError: the image is None or can't be read.
+        OSError, SyntaxError: the image is None or can't be read, or a value is not finite or absurdly large.
     """
     image = as_picture(image, f"{name}: item {index}")
     if isinstance(image, Image.Image):
@@ -197,6 +206,7 @@ def prepare(
             f"{name}: item {index} is {got}; use PIL images, arrays of 8 or 16 bits, or float tensors (C, H, W) that "
             "are preprocessed already, or for a text encoder token ids (N,)."
         )
+    check_pixels(image)
     return image
 
 
@@ -268,15 +278,20 @@ def first_images(image_set: ImageSet, num_images: int, *, seed: int, batch_size:
         DataError: no image could be read.
     """
     order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed)).tolist()
-    images, num_skipped = [], 0
+    found: dict[int, Tensor] = {}
+    num_skipped = 0
     for index in order:
-        if len(images) >= num_images:
+        if len(found) >= num_images:
             break
         item = image_set[index]
         if item is None:
             num_skipped += 1
         else:
-            images.append(item[0])
+            found[index] = item[0]
+    for place, why in outlying(list(found.values())).items():
+        image_set.leave_out(list(found)[place], why)
+    images = [image for index, image in found.items() if not image_set.is_left_out(index)]
+    num_skipped += len(found) - len(images)
     if not images:
         reason = image_set.problem(order[0]) if order else "the set is empty"
         raise DataError(f"{image_set.name}: none of {num_skipped} images could be read ({reason}); check the files.")

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitrim.config.recipe import Recipe
 from vitrim.data.decode import UNREADABLE
 from vitrim.data.images import Batch, ImageSet, first_images, split_indices
 from vitrim.data.inputs import match_labels
+from vitrim.data.pixels import digest, distinct
 from vitrim.data.streams import ImageStream, Place
 from vitrim.errors import DataError
 
@@ -29,7 +31,9 @@ MAX_HELD_OUT = 512
 class Split:
     """Images by purpose; `counts` says how many of each, None for the training images of a stream.
 
-    In `counts`, `modes` are those of the calibration and held-out images; `notes` are on the same.
+    Images that are exact copies of others are left out of the calibration images, and copies of those out of the
+    held-out ones; with none left, nothing can be judged. In `counts`, `modes` are those of the calibration and held-out
+    images; `notes` are on the same.
     """
 
     train: ImageSet | ImageStream
@@ -40,8 +44,8 @@ class Split:
 
     @property
     def sample(self) -> Tensor:
-        """A batch of held-out images, to run, time and show."""
-        return self.held_out[0].images_BCHW
+        """A batch of images to run, time and show: held-out ones if there are any."""
+        return self.held_out[0].images_BCHW if self.held_out else self.calibration[0]
 
 
 def split_images(
@@ -84,21 +88,55 @@ def _split(
     num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
     rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
     train, options = images.subset(rest), recipe.calibrate
-    batches, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
-    judged = images.subset(held) if held else train
-    held_out = [batch for batch in judged.loader(batch_size=options.batch_size) if len(batch.images_BCHW)]
-    if not held_out:
-        raise DataError(f"{images.name}: none of the {len(judged)} held-out images could be read; check the files.")
+    drawn, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
+    batches, num_repeated = distinct(drawn)
+    judged = images.subset(held).loader(batch_size=options.batch_size) if held else []
+    read = [batch for batch in judged if len(batch.images_BCHW)]
+    if held and not read:
+        raise DataError(f"{images.name}: none of the {len(held)} held-out images could be read; check the files.")
+    held_out = _without_copies(read, batches)
     counts: dict[str, Any] = {
         "train": len(train) if isinstance(source, ImageSet) else None,
         "calibration": sum(map(len, batches)),
-        "held_out": sum(len(batch.images_BCHW) for batch in held_out),
-        "skipped": num_skipped + sum(batch.num_skipped for batch in held_out),
+        "held_out": _num_images(held_out),
+        "skipped": num_skipped + sum(batch.num_skipped for batch in read),
     }
     modes = {kind: count for kind, count in images.kinds().items() if kind != UNREADABLE}
     if modes:
         counts["modes"] = modes
     remaining = train if isinstance(source, ImageSet) else source.without([places[i] for i in held])
-    return Split(
-        train=remaining, calibration=batches, held_out=held_out, counts=counts, notes=(*images.remarks(), *notes)
-    )
+    said = [*images.remarks(), *notes, *on_copies(num_repeated, _num_images(read) - _num_images(held_out))]
+    if not held_out:
+        said.append(
+            "quality was not measured: no image differs from those used for calibration; pass more images, of which "
+            "a tenth is held out to judge on."
+        )
+    return Split(train=remaining, calibration=batches, held_out=held_out, counts=counts, notes=tuple(said))
+
+
+def _without_copies(held_out: Sequence[Batch], calibration: Sequence[Tensor]) -> list[Batch]:
+    """Return the batches without images that are exact copies of a calibration image, on which any fit looks good."""
+    known = {digest(image) for batch in calibration for image in batch}
+    kept = []
+    for batch in held_out:
+        new = torch.tensor([digest(image) not in known for image in batch.images_BCHW])
+        if bool(new.all()):
+            kept.append(batch)
+        elif bool(new.any()):
+            parts = {name: getattr(batch, name)[new] for name in ("images_BCHW", "labels_B", "places_B")}
+            kept.append(batch._replace(**parts))
+    return kept
+
+
+def _num_images(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.images_BCHW) for batch in batches)
+
+
+def on_copies(num_repeated: int, num_held_out: int) -> list[str]:
+    """Return notes on images that are exact copies of others."""
+    said = []
+    if num_repeated:
+        said.append(f"{num_repeated:,} calibration images are exact copies of others and were left out.")
+    if num_held_out:
+        said.append(f"{num_held_out:,} held-out images are exact copies of calibration images and were left out.")
+    return said

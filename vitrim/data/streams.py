@@ -13,7 +13,6 @@ read to its end is an error; an image that can't be decoded is left out.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from vitrim.data.shards import IMAGE_SUFFIXES, can_seek, label_of, shard_urls
 from vitrim.data.sources import find_columns, name_of, unpack
 from vitrim.errors import DataError, VitrimError
 from vitrim.models.origin import require
-from vitrim.storage.tensor_writer import read_journal
+from vitrim.storage.sealed import line_of, read_journal
 
 PREFIX = "hf-stream:"
 # Lanes from which images are taken that are only looked at; a window of them is as long as it has to be.
@@ -106,7 +105,7 @@ class ImageStream:
 
     def remembering(self, journal: Path) -> ImageStream:
         """Return the same stream with the sizes of shards read from a file, to which new sizes are added."""
-        known = {line["shard"]: line["images"] for line in read_journal(journal)}
+        known = {line["shard"]: line["images"] for line in read_journal(journal, {"shard": str, "images": int})}
         new = {name: size for name, size in self.sizes.items() if name not in known}
         stream = replace(self, journal=journal, sizes=dict(known))
         for name, size in new.items():
@@ -221,7 +220,7 @@ class ImageStream:
         self.sizes[name] = size
         if self.journal is not None:
             with self.journal.open("a") as file:
-                file.write(json.dumps({"shard": name, "images": size}) + "\n")
+                file.write(line_of({"shard": name, "images": size}))
 
     def _size(self, shards: Sequence[int]) -> int | None:
         """Return how many images shards have that are not held out; None if not known yet."""

@@ -69,10 +69,10 @@ class Corp(ModelMethod):
         sites = [] if self.parts == "attention" else list(view.sites)
         order = sorted([*attentions, *sites], key=lambda site: _depth(view, site))
         for site in order:
-            if isinstance(site, AttentionSite):
-                yield _cut_attention(view, site, self)
-            else:
+            if isinstance(site, MlpSite):
                 yield _cut_mlp(view, site, self)
+            elif (num_keep := _num_dims(view, site, self)) < site.head_dim:
+                yield _cut_attention(view, site, self, num_keep)
 
 
 def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
@@ -85,6 +85,8 @@ def _depth(view: ModelView, site: MlpSite | AttentionSite) -> tuple[int, int]:
 
 def _cut_mlp(view: ModelView, site: MlpSite, options: Corp) -> KeepUnits:
     """Keep units by active energy, and fold the others into the output weight and bias."""
+    if view.widths[site.path] == site.d_hidden:
+        return KeepUnits.first(site, site.d_hidden)
     weights = view.weights(site)
     stats = view.stats(site)
     energy_H = stats.hidden_HH.diagonal() / stats.num_tokens
@@ -97,7 +99,7 @@ def _cut_mlp(view: ModelView, site: MlpSite, options: Corp) -> KeepUnits:
     if options.compensate:
         gram_KK, _ = moments(of_units(stats, keep), centred=bias_D is not None)
         ridge = options.ridge or max(MIN_RIDGE, oas_shrinkage(gram_KK / stats.num_tokens, stats.num_tokens))
-        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge)
+        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge, where=site.path)
     return KeepUnits(site=site, keep=tuple(keep.tolist())).with_output(weight_DK, bias_D)
 
 
@@ -140,12 +142,16 @@ class _HeadSums:
             self.energy = self.energy + (self.last.pop("q") * self.last.pop("k")).square().sum(1)
 
 
-def _cut_attention(view: ModelView, site: AttentionSite, options: Corp) -> KeepHeadDims:
+def _num_dims(view: ModelView, site: AttentionSite, options: Corp) -> int:
+    """Return how many query and key dimensions each head keeps."""
+    share = view.keep_ratio if options.keep_dims is None else options.keep_dims
+    return max(1, round(share * site.head_dim))
+
+
+def _cut_attention(view: ModelView, site: AttentionSite, options: Corp, num_keep: int) -> KeepHeadDims:
     """Keep dimensions by the energy of q times k, and fold the dropped ones' logits and values into the rest."""
     sums = _HeadSums(site)
     view.observe(list(dict.fromkeys((site.query, site.key, site.value))), sums.see)
-    share = view.keep_ratio if options.keep_dims is None else options.keep_dims
-    num_keep = max(1, round(share * site.head_dim))
     every = tuple(range(site.head_dim))
     qk = [_best(sums.energy[head], num_keep) for head in range(site.num_heads)]
     spread = sums.grams["v"].diagonal(dim1=-2, dim2=-1)

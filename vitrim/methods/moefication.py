@@ -68,6 +68,9 @@ class Moefication(ModelMethod):
 
     def propose(self, view: ModelView) -> Iterator[ToMoefication]:
         """Yield one edit per MLP; each MLP is observed with the MLPs before it already split."""
+        if self.num_active is None and view.keep_ratio >= 1:
+            view.note("moefication: the full budget runs every expert, so nothing was split; give num_active to split.")
+            return
         for site in view.sites:
             num_experts = self.num_experts or _divisor(site.d_hidden, site.d_hidden / UNITS_PER_EXPERT)
             if site.d_hidden % num_experts:

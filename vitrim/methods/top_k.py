@@ -41,6 +41,9 @@ class TopK(ModelMethod):
 
     def propose(self, view: ModelView) -> Iterator[TopKActivation]:
         """Yield one edit per MLP."""
+        if self.num_active is None and view.keep_ratio >= 1:
+            view.note("top-k: the full budget leaves every unit active, so the model stays as it is.")
+            return
         for site in view.sites:
             num_active = view.widths[site.path] if self.num_active is None else self.num_active
             yield TopKActivation(site=site, num_active=num_active, by=self.by)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from vitrim.storage.documents import finite, not_finite
 
 Row = Mapping[str, Any]
 
@@ -57,6 +60,13 @@ class Closeness:
     fidelity: Mapping[str, float]
     blocks: Sequence[Row] = ()
     top1: float | None = None
+
+    @classmethod
+    def from_json(cls, data: Row) -> Closeness:
+        """Return the inverse of `Metrics.to_json` for what was judged; a number that was not finite is NaN."""
+        rows = [data["fidelity"], *data["blocks"]]
+        found, *blocks = ({key: math.nan if value is None else value for key, value in row.items()} for row in rows)
+        return cls(**{**data, "fidelity": found, "blocks": blocks})
 
     @property
     def relative_error(self) -> float:
@@ -124,8 +134,10 @@ class Metrics:
         return self.after_recovery or self.after_cut
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready description."""
-        return asdict(self)
+        """Return a JSON-ready description; a number that is not finite is None, and a note says so."""
+        plain = asdict(self)
+        missing = [f"{path}: is not a finite number, so it is left out." for path in not_finite(plain)]
+        return finite({**plain, "notes": [*plain["notes"], *missing]})
 
     @classmethod
     def from_json(cls, data: Row) -> Metrics:
@@ -137,7 +149,8 @@ class Metrics:
         known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
         costs = {when: ModelCost.from_json(data[when]) for when in ("before", "after")}
         judged = {
-            when: None if data[when] is None else Closeness(**data[when]) for when in ("after_cut", "after_recovery")
+            when: None if data[when] is None else Closeness.from_json(data[when])
+            for when in ("after_cut", "after_recovery")
         }
         notes = tuple(data.get("notes", ()))  # JSON knows no tuples
         return cls(**{**known, **costs, **judged, "notes": notes})

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, DataError, ModelError, RecipeError
@@ -23,6 +20,7 @@ from vitrim.models.features import evaluating
 from vitrim.models.from_open_clip import imagenet
 from vitrim.models.towers import Pair, embed_images, unit
 from vitrim.progress import progress
+from vitrim.storage.sealed import read_tensors, write_tensors
 from vitrim.types import tensor_sha256
 
 Template = str | Callable[[str], str]
@@ -185,14 +183,11 @@ def _hash(pair: Pair, ids_TN: Tensor, num_prompts: int) -> str:
 
 def _read(path: Path) -> Tensor:
     try:
-        return load_file(path)["classes_CE"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error}); delete it, and it is made again.") from None
+        return read_tensors(path)[0]["classes_CE"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Delete it, and it is made again.") from None
 
 
 def _write(path: Path, classes_CE: Tensor) -> None:
-    """Write under another name and rename, so that no other process sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file({"classes_CE": classes_CE.contiguous()}, beside)
-    beside.replace(path)
+    write_tensors(path, {"classes_CE": classes_CE})

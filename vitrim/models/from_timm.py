@@ -99,11 +99,14 @@ def _load_file(name: str, path: Path, weights: bool, reading: Reading) -> tuple[
         args, notes = find_args(shapes, model, files.said, reading.model_args, where)
     if args:
         model = _built_with(name, args, reading.model_args, where)
-    for key, value in saved_preprocessing(files.said).items():
-        model.pretrained_cfg[key] = value  # type: ignore[operator, index]
+    said = saved_preprocessing(files.said)
+    notes += (f"{where}: {in_words(said)}, read from the arguments saved in it.",) if said else ()
+    model.pretrained_cfg.update(said)  # type: ignore[operator, union-attr]
+    model.pretrained_cfg["input_size"] = tuple(preprocessing(model)["input_size"])  # type: ignore[operator, index]
     check_floats(files.fakes(), model, path)
     with in_one_line(where):
-        check_fit(in_timm_names(files.fakes(), model), model, path, ADVICE)
+        advice = "It is not the one of its config, or damaged; fetch it again." if path.is_dir() else ADVICE
+        check_fit(in_timm_names(files.fakes(), model), model, path, advice)
     if weights:
         _fill_(model, files, path)
     return model, (*files.notes, *notes)

@@ -29,7 +29,8 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
     backend, cuts = backend_of(origin.library), _cuts(edits)
     if backend is None or not backend.LOADS or cuts is None:
         return None
-    if not edits:
+    whole = all(isinstance(edit, KeepUnits) and edit.width == edit.site.d_hidden for edit in edits)
+    if not edits or (whole and not origin.earlier):
         return origin
     wanted = build_empty(origin)
     reshape_(wanted, edits)

@@ -13,7 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vitrim.errors import ModelError
 from vitrim.types import Stats
+
+# The least ridge of a fit with fewer tokens than units. Measured on the digits model at 40% of the units, error on
+# others, with random units and one image (17 tokens for 205 units): 0.36 without repair, 0.093 at 1e-4, 0.063 at 1e-2,
+# 0.10 at 1; with one blank image: 0.34, 0.28, 0.16.
+WIDE_RIDGE = 1e-2
 
 
 def centred_moments(stats: Stats) -> tuple[Tensor, Tensor]:
@@ -41,7 +47,7 @@ def moments(stats: Stats, *, centred: bool) -> tuple[Tensor, Tensor]:
 
 
 def fit_output(
-    stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, ridge: float
+    stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, ridge: float, where: str = "least squares"
 ) -> tuple[Tensor, Tensor | None]:
     """Fit the output projection of the kept units to the target.
 
@@ -51,9 +57,13 @@ def fit_output(
         weight_DK: the present columns of the kept units, (D, K); the ridge pulls towards them.
         bias_D: the present bias (D,), or None: then no bias is fitted either.
         ridge: penalty relative to the mean energy of a kept unit.
+        where: path of the MLP, for messages.
 
     Returns:
         Weight (D, K) and bias (D,) or None, in the dtype of the sums.
+
+    Raises:
+        ModelError: the sums are too ill-conditioned for the ridge.
 
     Example:
         The target is the sum of two units that are always equal, so the one that is kept counts double.
@@ -81,12 +91,22 @@ def fit_output(
     gram_KK, cross_KD = moments(stats, centred=bias_D is not None)
     start_KD = weight_DK.to(gram_KK).T
     penalty = ridge * gram_KK.diagonal().mean().clamp(min=torch.finfo(gram_KK.dtype).tiny)
-    factor = torch.linalg.cholesky(gram_KK + penalty * torch.eye(len(keep)).to(gram_KK))
+    factor, failed = torch.linalg.cholesky_ex(gram_KK + penalty * torch.eye(len(keep)).to(gram_KK))
+    if int(failed):
+        raise ModelError(
+            f"{where}: the sums of its {len(keep)} kept units are not positive definite at a ridge of {ridge:g}; "
+            "raise the ridge."
+        )
     weight_KD = start_KD + torch.cholesky_solve(cross_KD - gram_KK @ start_KD, factor)
     if bias_D is None:
         return weight_KD.T, None
     bias = (stats.target_D - stats.hidden_H @ weight_KD) / stats.num_tokens
     return weight_KD.T, bias
+
+
+def ridge_for(num_tokens: int, num_keep: int, ridge: float) -> float:
+    """Return the ridge of a fit: as given, or wider where the tokens are too few to determine it."""
+    return max(ridge, WIDE_RIDGE) if num_tokens <= num_keep else ridge
 
 
 def squared_error(stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> float:

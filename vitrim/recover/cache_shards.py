@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vitrim.errors import CheckpointError, OutputError
+from vitrim.errors import CheckpointError
 from vitrim.recover.cache_layout import Layout
 from vitrim.storage.tensor_files import TensorFiles, tensor_bytes
 
@@ -60,21 +57,3 @@ class Shard:
                             raise OSError(0, "ends too early")
         except OSError as error:
             raise CheckpointError(f"{path}: can't be read ({error.strerror}); remove it and go on.") from None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it, so that it is there as a whole or not at all.
-
-    Raises:
-        OutputError: it can't be written, as on a full disk.
-    """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"{path}: can't be written ({error.strerror}); make room and go on with resume.") from None

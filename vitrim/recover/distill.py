@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,9 +35,8 @@ from vitrim.recover.run import Run
 from vitrim.recover.sampler import StreamSampler
 from vitrim.recover.schedule import stop_on_interrupt
 from vitrim.recover.snapshot import place_tensor, restore_, roll_back_, take_snapshot
-from vitrim.recover.state import clear_state, has_state, load_state, save_state
+from vitrim.recover.state import clear_state, load_state, resumed_state, save_state
 from vitrim.recover.trackers import Trackers
-from vitrim.storage.tensor_writer import read_journal
 
 LOG = logging.getLogger("vitrim")
 
@@ -75,8 +76,7 @@ def recover_(
     Raises:
         Interrupted: stopped by Ctrl-C; with a work folder, the run can be resumed.
         OutputError: the state or the teacher cache could not be written; the state before it is whole.
-        CheckpointError: the teacher cache in its folder is of another teacher, other data or other options, or the
-            state to resume from is damaged.
+        CheckpointError: the teacher cache in its folder is of another teacher, other data or other options.
         RecipeError: `options.elastic` was given without widths, a tracker is unknown or has no folder, or an option
             does not work with a stream.
         MissingExtraError: a tracker is not installed.
@@ -107,8 +107,9 @@ def recover_(
 
 def _start(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None:
     """Take up the state of a stopped run, or judge the untrained student and keep it."""
-    if run.context.resume and keeper.state is not None and has_state(keeper.state):
-        restore_(run, keeper.last())
+    kept = keeper.resumed()
+    if kept is not None:
+        restore_(run, kept)
         return
     if keeper.state is not None:
         clear_state(keeper.state)
@@ -178,12 +179,18 @@ class _Keeper:
             return self.copy
         return load_state(self.state, lambda keys, tensor: place_tensor(self.run, keys, tensor))
 
+    def resumed(self) -> dict[str, Any] | None:
+        """Return the state of a stopped run, if the run is to continue and there is a whole one."""
+        if self.state is None or not self.run.context.resume:
+            return None
+        return resumed_state(self.state, lambda keys, tensor: place_tensor(self.run, keys, tensor))
+
     def open_log(self) -> None:
         """Start the log and the trackers, or cut off what a stopped run logged after its last state."""
         self.trackers.open(self.run.step)
         if self.log is None or not self.run.is_main:
             return
-        kept = [line for line in read_journal(self.log) if line["step"] <= self.run.step] if self.run.step else []
+        kept = [line for line in _logged(self.log) if line["step"] <= self.run.step] if self.run.step else []
         self.log.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def note(self, loss: float, judged: Validation | None, speed: float) -> None:
@@ -195,6 +202,15 @@ class _Keeper:
             return
         with self.log.open("a") as file:
             file.write(json.dumps({"step": self.run.step, **values}) + "\n")
+
+
+def _logged(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a log that are whole; a log is for people, and nothing depends on it."""
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                yield found
 
 
 def _copied(value: Any) -> Any:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from vitrim.errors import DAMAGED, CheckpointError
 from vitrim.recover.elastic import Slice
-from vitrim.storage.documents import write_json
+from vitrim.storage.sealed import read_sealed, read_tensors, write_sealed, write_tensors
 
 WIDTHS, WIDTH_TENSORS, FORMAT = "elastic.json", "elastic.safetensors", "vitrim-elastic/1"
 
@@ -31,12 +28,12 @@ def save_widths(folder: Path, model: nn.Module, slices: Mapping[float, Slice]) -
         for ratio, found in slices.items()
         for name, tensor in found.tensors.items()
     }
-    (folder / WIDTH_TENSORS).write_bytes(save(tensors))
+    digest = write_tensors(folder / WIDTH_TENSORS, tensors)
     widths = [
         {"mlp_ratio": ratio, "units": dict(found.units), "errors": dict(found.errors)}
         for ratio, found in slices.items()
     ]
-    write_json(folder / WIDTHS, {"format": FORMAT, "widths": widths})
+    write_sealed(folder / WIDTHS, {"format": FORMAT, "widths": widths, "tensors": digest})
 
 
 def read_widths(folder: Path) -> dict[float, Slice]:
@@ -51,15 +48,15 @@ def read_widths(folder: Path) -> dict[float, Slice]:
     if not (folder / WIDTHS).exists():
         return {}
     try:
-        about = json.loads((folder / WIDTHS).read_text())
+        about = read_sealed(folder / WIDTHS, {"format": str, "widths": list, "tensors": str})
         if about["format"] != FORMAT:
             raise CheckpointError(f"{folder / WIDTHS}: format is {about['format']!r}; this version reads {FORMAT!r}.")
-        tensors = load_file(folder / WIDTH_TENSORS)
+        tensors, _ = read_tensors(folder / WIDTH_TENSORS, digest=about["tensors"])
         found = {}
         for entry in about["widths"]:
             ratio = float(entry["mlp_ratio"])
             own = {name.removeprefix(f"{ratio}/"): t for name, t in tensors.items() if name.startswith(f"{ratio}/")}
             found[ratio] = Slice(units=dict(entry["units"]), tensors=own, errors=dict(entry["errors"]))
-    except (*DAMAGED, SafetensorError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{folder}: its widths are damaged ({error!r:.160}); write the output again.") from None
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitrim.calibrate import SiteVisit, walk
 from vitrim.config.options import RepairOptions
 from vitrim.metrics.judging import Judged, features_on_cpu, relative_error
-from vitrim.ops.least_squares import fit_output
+from vitrim.ops.least_squares import fit_output, ridge_for
 from vitrim.recover.elastic import Slice, Widths
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.types import FeaturesAt, MlpSite
@@ -151,7 +151,10 @@ def _fitted(model: nn.Module, visit: SiteVisit, ridge: float) -> dict[str, Tenso
     """Fit the output projection's tensors by least squares on the sums of a calibration visit, by full name."""
     weights, site = read_weights(model, visit.site), visit.site
     all_units = torch.arange(site.d_hidden)
-    weight_DK, bias_D = fit_output(visit.stats, all_units, weights.output_DH, weights.output_bias_D, ridge=ridge)
+    ridge = ridge_for(visit.stats.num_tokens, site.d_hidden, ridge)
+    weight_DK, bias_D = fit_output(
+        visit.stats, all_units, weights.output_DH, weights.output_bias_D, ridge=ridge, where=site.path
+    )
     fitted = {f"{site.output}.weight": weight_DK, f"{site.output}.bias": bias_D}
     return {name: tensor.to(weights.output_DH) for name, tensor in fitted.items() if tensor is not None}
 

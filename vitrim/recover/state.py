@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import deque
@@ -36,6 +37,7 @@ TENSOR, MAPPING, TUPLE = "tensor", "mapping", "tuple"
 # What reading a file raises that is missing, cut short, or something else.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
+log = logging.getLogger("vitrim")
 Place = Callable[[Sequence[Any], Tensor], Tensor]
 
 
@@ -105,6 +107,17 @@ def load_state(path: Path, place: Place = lambda keys, tensor: tensor) -> dict[s
         return place(keys, tensor)
 
     return _unpacked(nesting, tensor_at, ())
+
+
+def resumed_state(path: Path, place: Place = lambda keys, tensor: tensor) -> dict[str, Any] | None:
+    """Read the state to continue from, as `load_state`; None where there is none, or none that is whole (logged)."""
+    if not has_state(path):
+        return None
+    try:
+        return load_state(path, place)
+    except CheckpointError as error:
+        log.warning("%s Training starts again.", error)
+        return None
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -194,10 +207,15 @@ def _opened(path: Path) -> tuple[Any, TensorFiles]:
         new.replace(path)
     for candidate in _candidates(path):
         try:
-            return _read(candidate)
+            found = _read(candidate)
+            if any(reasons):
+                log.warning("%s: can't be used (%s); going on from %s.", path, next(filter(None, reasons)), candidate)
+            return found
+        except FileNotFoundError:
+            reasons.append("")
         except DAMAGE as error:
             reasons.append(str(error).strip().split("\n")[0][:160] or type(error).__name__)
-    raise CheckpointError(f"{path}: can't be read ({reasons[0]}); start again without resume.")
+    raise CheckpointError(f"{path}: can't be used ({next(filter(None, reasons), 'it is not there')}).")
 
 
 def _is_whole(path: Path) -> bool:

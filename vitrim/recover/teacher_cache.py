@@ -4,7 +4,7 @@ A cache is a folder: `index.json` says whose features it holds, and safetensors 
 under another name, synced and renamed, and lists its own images, so every shard counts, whichever process wrote it, and
 a kill costs only what was not yet written. Neither images nor positions of patches are stored: both follow from seeds.
 
-Nothing here runs a model. Sizes of shards are checked, their values are not.
+Nothing here runs a model. A shard is read once when it is taken up, to check its digest.
 
 Shapes: B images, N patch tokens, P of them kept, D width; V views, R rows of the training set.
 """
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from vitrim.errors import CheckpointError, OutputError
 from vitrim.recover.cache_layout import Layout, cache_bytes, decode, draw_positions, encode
-from vitrim.recover.cache_shards import Shard, write_whole
+from vitrim.recover.cache_shards import Shard
 from vitrim.recover.losses import patches_at
+from vitrim.storage.sealed import read_sealed, read_tensors, write_sealed, write_tensors
 from vitrim.storage.tensor_files import TensorFiles, open_tensors
 from vitrim.types import Features
 
@@ -151,7 +151,11 @@ class TeacherCache:
         if self._open is None:
             return
         path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"  # a name that no other process takes
-        write_whole(path, save(self._open.stacked()))
+        try:
+            write_tensors(path, self._open.stacked())
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(f"{path}: can't be written ({reason}); make room and go on with resume.") from None
         self._seen.add(path.name)
         self._open.written(open_tensors(path))
         self._open = None
@@ -163,7 +167,7 @@ class TeacherCache:
                 continue
             self._seen.add(path.name)
             try:
-                files = open_tensors(path)
+                files, _ = read_tensors(path)
                 self._check(path, files)
             except CheckpointError as error:
                 self.notes.append(f"teacher cache: its targets are made again, remove the file: {error}")
@@ -212,10 +216,10 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
         if others and not index.exists():
             raise OutputError(f"{folder}: holds files and is no teacher cache; name another folder.")
         if not index.exists():
-            write_whole(index, (json.dumps(about, indent=1) + "\n").encode())
-        stored = json.loads(index.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{index}: damaged ({error}); remove the folder or name another one.") from None
+            write_sealed(index, about)
+        stored = read_sealed(index, {"format": str})
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Remove the folder or name another one.") from None
     except OSError as error:
         raise OutputError(f"{folder}: can't be used ({error.strerror}); name another folder.") from None
     for key, value in about.items():

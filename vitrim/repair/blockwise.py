@@ -194,6 +194,7 @@ def _train_(
             judge=task.judge,
             num_steps=options.steps,
             lr=options.lr or RATES[options.train],
+            where=next(iter(parameters), "").rpartition(".")[0],
             average_=_average_ if task.share.num > 1 else None,
         )
     bar.done = end  # also where there was nothing to do

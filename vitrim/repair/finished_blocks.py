@@ -7,20 +7,20 @@ all of them.
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim.distributed.processes import from_process, num_processes, rank
 from vitrim.errors import CheckpointError, OutputError, RecipeError
+from vitrim.storage.sealed import read_tensors, write_tensors
 
+log = logging.getLogger("vitrim")
 # By block and full name, the parameters that are trained.
 Parts = Mapping[str, Mapping[str, nn.Parameter]]
 # By block, its held-out error `before` and `after`.
@@ -51,31 +51,30 @@ class FinishedBlocks:
         """
         if self.folder is None or owner(index, spread) != rank():
             return
-        path, beside = self._path(index), self._path(index).with_suffix(".new")
+        path = self._path(index)
         about = {"made": json.dumps(self.made, sort_keys=True), "errors": json.dumps(errors)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, beside, metadata=about)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except (OSError, SafetensorError) as error:
+            write_tensors(path, dict(parameters), about)
+        except OSError as error:
             raise OutputError(f"{path}: can't be written ({error}); make room and go on with resume.") from None
 
     def take_up_(self, parts: Parts, spread: bool) -> Errors:
         """Put the blocks that were kept into the model, on every process where blocks are not spread.
 
         Returns:
-            Their errors; blocks that were not kept are missing.
+            Their errors; blocks that were not kept, or whose file is damaged, are missing; the latter is logged.
 
         Raises:
             RecipeError: a block was trained with other options.
-            CheckpointError: a file is damaged.
         """
         errors: Errors = {}
         for index, (block, parameters) in enumerate(parts.items()):
             if self.folder is not None and self._path(index).exists() and owner(index, spread) == rank():
-                errors[block] = self._read_(index, parameters)
+                try:
+                    errors[block] = self._read_(index, parameters)
+                except CheckpointError as error:
+                    log.warning("%s The block is trained again.", error)
         if not spread:
             exchange_(parts, errors, spread)
         return errors
@@ -83,13 +82,9 @@ class FinishedBlocks:
     def _read_(self, index: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
         """Give parameters the values of a kept block; returns its errors."""
         path = self._path(index)
-        try:
-            with safe_open(path, framework="pt") as file:
-                about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: can't be read ({error}); run without resume, or remove it.") from None
+        tensors, about = read_tensors(path)
         if about.get("made") != json.dumps(self.made, sort_keys=True) or tensors.keys() != parameters.keys():
-            raise RecipeError(f"{path}: was trained with other options than this run's; run without resume.")
+            raise RecipeError(f"{path}: was trained with other options than this run's; give those, or overwrite.")
         _fill_(parameters, tensors)
         return json.loads(about["errors"])
 

@@ -6,6 +6,7 @@ bounded run of Adam on cached tokens. The result is taken only if it is better o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit
+from vitrim.errors import ModelError
 from vitrim.surgery import mlp_output, submodule, weight_of
 from vitrim.types import MlpSite
 
+log = logging.getLogger("vitrim")
 # A held-out error below this share of the target's energy is rounding: nothing is left to refit.
 EXACT = 1e-9
 
@@ -62,6 +65,7 @@ def refit_(
         num_steps=num_steps,
         lr=lr,
         exact=EXACT * float(targets.square().sum(1).mean()),
+        where=site.path,
     )
 
 
@@ -73,6 +77,7 @@ def improve_(
     judge: Callable[[], float],
     num_steps: int,
     lr: float,
+    where: str,
     exact: float = 0.0,
     average_: Callable[[Sequence[nn.Parameter]], None] | None = None,
 ) -> tuple[float, float]:
@@ -85,16 +90,24 @@ def improve_(
         judge: returns the error on held-out data.
         num_steps: Adam steps.
         lr: peak learning rate, with a cosine to zero.
+        where: path of what is trained, for messages.
         exact: an error up to this counts as none, and nothing is trained.
         average_: replaces gradients by their means over the processes, before each step.
 
     Returns:
         The error before and after. A run that is interrupted is undone, too.
+
+    Raises:
+        ModelError: the error before is not finite, so that nothing could be compared with it.
     """
     with _training(module, parameters):
         with torch.no_grad():
             before, after = judge(), math.inf
             start = [p.clone() for p in parameters]
+        if not math.isfinite(before):
+            raise ModelError(
+                f"{where}: the held-out error is {before:g} before anything was trained; look at the model."
+            )
         if before <= exact:
             return before, before
         try:
@@ -106,6 +119,9 @@ def improve_(
                 with torch.no_grad():
                     for p, kept in zip(parameters, start, strict=True):
                         p.copy_(kept)
+    if not math.isfinite(after):
+        log.warning("%s: training diverged (error %g) and was undone; lower its learning rate, %g.", where, after, lr)
+        after = before
     return before, min(before, after)
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
 from vitrim.errors import CheckpointError
-from vitrim.storage.tensor_files import CODES, TensorFiles
+from vitrim.storage.sealed import append, header_of, line_of, read_journal
+from vitrim.storage.tensor_files import CHUNK_BYTES, TensorFiles
 
+log = logging.getLogger("vitrim")
 SYNC_BYTES = 256 * 2**20  # values written between two syncs to disk: what a power cut may cost
 
 
@@ -64,7 +67,7 @@ class TensorWriter:
         names = [f"{stem}.safetensors"]
         if len(shards) > 1:
             names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        headers = {name: _header(shard) for name, shard in zip(names, shards, strict=True)}
+        headers = {name: header_of(shard, {"format": "pt"}) for name, shard in zip(names, shards, strict=True)}
         for name, shard in zip(names, shards, strict=True):
             start = len(headers[name])
             for tensor, dtype, shape in shard:
@@ -105,7 +108,7 @@ class TensorWriter:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        lines = [json.dumps({"tensor": name, "digest": self.digests[name]}) + "\n" for name in self._pending]
+        lines = [line_of({"tensor": name, "values": self.digests[name]}) for name in self._pending]
         append(self.journal, "".join(lines))
         self._pending, self._unsynced = [], 0
 
@@ -138,7 +141,10 @@ class TensorWriter:
                 yield name
 
     def _complete(self, headers: Mapping[str, bytes]) -> dict[str, str]:
-        """Return the digests of tensors that an earlier run completed; none if its files have another layout."""
+        """Return the digests of tensors that an earlier run completed; none if its files have another layout.
+
+        Their values are read back: those that changed since they were written are written again.
+        """
         for name, header in headers.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != self._size(name, header):
@@ -146,8 +152,24 @@ class TensorWriter:
             with path.open("rb") as file:
                 if file.read(len(header)) != header:
                     return {}
-        lines = read_journal(self.journal)
-        return {line["tensor"]: line["digest"] for line in lines if line.get("tensor") in self.places}
+        found = {}
+        for line in read_journal(self.journal, {"tensor": str, "values": str}):
+            name, place = line["tensor"], self.places.get(line["tensor"])
+            if place is not None and self._digest_at(place) == line["values"]:
+                found[name] = line["values"]
+            else:
+                log.warning("%s: %s is not what was written there; it is written again.", self.folder, name)
+        return found
+
+    def _digest_at(self, place: Place) -> str:
+        """Return the digest of a tensor's values as they are on disk."""
+        digest, left = hashlib.blake2b(digest_size=16), place.num_bytes
+        with (self.folder / place.file).open("rb") as file:
+            file.seek(place.start)
+            while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+                digest.update(chunk)
+                left -= len(chunk)
+        return digest.hexdigest()
 
     def _start(self, headers: Mapping[str, bytes]) -> None:
         """Delete old files, and create new ones of their final size with headers and no values."""
@@ -169,33 +191,6 @@ class TensorWriter:
         return self._files[name]
 
 
-def append(journal: Path, text: str) -> None:
-    """Add text to a journal, and return once it is on disk."""
-    with journal.open("a") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_journal(journal: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a journal, and cut off an incomplete last one that a crash left."""
-    if not journal.is_file():
-        return []
-    text, lines, size = journal.read_bytes(), [], 0
-    for line in text.splitlines(keepends=True):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(found, dict):
-            break
-        lines.append(found)
-        size += len(line)
-    if size < len(text):
-        os.truncate(journal, size)
-    return lines
-
-
 def _shards(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: int | None) -> list[list]:
     """Split tensors, in order, into parts no larger than the limit; a larger tensor gets a part of its own.
 
@@ -211,19 +206,6 @@ def _shards(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], limit: in
         shards[-1].append((name, dtype, shape))
         size += num_bytes
     return [sorted(shard, key=lambda tensor: -tensor[1].itemsize) for shard in shards]
-
-
-def _header(shard: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """Return the start of a safetensors file, padded so that values are aligned to eight bytes."""
-    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, dtype, shape in shard:
-        stop = start + _num_bytes(dtype, shape)
-        said[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(said, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:

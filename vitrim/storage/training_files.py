@@ -137,13 +137,18 @@ def _unwrap(loaded: Any, path: Path, weights: Which) -> TrainingFile:
     return TrainingFile(tensors=tensors, said=said, notes=tuple(notes))
 
 
-def _holds_weights(value: Any, depth: int = MAX_DEPTH) -> bool:
-    """Return whether a value is a state dict, or a nest that holds one."""
-    if not isinstance(value, Mapping) or not depth:
-        return False
-    if any(isinstance(each, Tensor) for each in value.values()):
-        return True
-    return any(_holds_weights(value.get(key), depth - 1) for key in (*RAW, *AVERAGED))
+def _holds_weights(value: Any) -> bool:
+    """Return whether a value is a state dict, or a nest that holds one; a nest may hold itself."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping) and id(part) not in seen:
+            if any(isinstance(each, Tensor) for each in part.values()):
+                return True
+            seen.add(id(part))
+            waiting += [part.get(key) for key in (*RAW, *AVERAGED)]
+    return False
 
 
 def _arguments(state: Mapping[Any, Any]) -> dict[str, Any]:

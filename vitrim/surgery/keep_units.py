@@ -38,6 +38,11 @@ class KeepUnits(Edit):
         """How many hidden units stay."""
         return len(self.keep)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every unit stays where it is and no tensor changes: the cut does nothing."""
+        return self.keep == tuple(range(self.site.d_hidden)) and not self.tensors
+
     def with_output(self, weight_DK: Tensor, bias_D: Tensor | None) -> KeepUnits:
         """Return the same cut with these values for the output projection instead of the sliced ones."""
         tensors = {f"{self.site.output}.weight": weight_DK}

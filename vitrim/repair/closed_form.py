@@ -1,0 +1,56 @@
+"""Repairs one cut MLP: least squares on the sums of calibration, then the short refit of `refit.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from vitrim.calibrate import SiteVisit
+from vitrim.config.options import RepairOptions
+from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
+from vitrim.repair.refit import refit_, site_tensors
+from vitrim.surgery import KeepUnits, apply_, read_weights
+
+
+def repair_(
+    student: nn.Module, edit: KeepUnits, visit: SiteVisit, repair: RepairOptions, seed: int
+) -> tuple[KeepUnits, dict[str, float]]:
+    """Fit by least squares, cut, then refit; return the edit with the resulting tensors, and errors per token."""
+    original, site, keep = edit, edit.site, torch.tensor(edit.keep)
+    if site.norm is not None:  # a norm over fewer units has other statistics: cut first, then measure them
+        apply_(student, [edit])
+        site, keep = replace(site, d_hidden=edit.width), torch.arange(edit.width)
+        edit, visit = KeepUnits.first(site, edit.width), visit.again()
+    weights = read_weights(student, site)
+    start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
+    ridge = ridge_for(visit.stats.num_tokens, len(keep), repair.ridge)
+    fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=ridge, where=site.path)
+    errors = {
+        "unrepaired": squared_error(visit.stats, keep, start_DK, bias_D),
+        "repaired": squared_error(visit.stats, keep, fitted_DK, fitted_D),
+    }
+    apply_(student, [edit.with_output(fitted_DK, fitted_D)])
+    if repair.refit and visit.stands_alone:
+        before, after = refit_(student, visit, num_steps=repair.refit_steps, lr=repair.refit_lr, seed=seed)
+        errors |= {"held_out_repaired": before, "held_out_refitted": after}
+    return replace(original, tensors=site_tensors(student, site)), errors
+
+
+def visit_notes(visit: SiteVisit, repair: RepairOptions, num_keep: int) -> list[str]:
+    """Return notes on what could not be done at a site because of how its block is built, or for want of images."""
+    notes, num_tokens = [], visit.stats.num_tokens
+    if num_tokens <= num_keep:
+        ridge, more = ridge_for(num_tokens, num_keep, repair.ridge), -(-10 * num_keep // num_tokens)
+        notes.append(
+            f"{num_tokens:,} calibration tokens can't determine a fit of {num_keep:,} units: its ridge is {ridge:g} "
+            f"and its error on the calibration images tells nothing; pass at least {more} times as many images."
+        )
+    if visit.scale_D is None and repair.feedback > 0:
+        notes.append(f"{visit.site.path}: no fixed layer scale behind the MLP, so its target has no feedback.")
+    if visit.site.norm is not None:
+        notes.append(f"{visit.site.path}: a norm over the hidden units sees other statistics after the cut.")
+    if not visit.stands_alone and repair.refit:
+        notes.append(f"{visit.site.path}: the MLP can't be run outside its block, so it was not refitted.")
+    return notes
