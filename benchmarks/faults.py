@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ sys.path.insert(0, str(ROOT))
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "reliability.md"
 FILES = ("recipe", "vitrim.json", "edits of a plan", "config.json", "index of shards", "header of safetensors")
 FILES += ("image", "tar shard", "elastic.json", "leaderboard.json")
+FILES += ("image of any mode", "folder of images", "training checkpoint")
+RESUMED = ("resumed compress", "resumed prune-checkpoint")
 SEARCHES = tuple(f"coverage-guided {door}" for door in ("recipe", "plan", "config", "safetensors", "image"))
 JOBS = ("compress", "resume", "prune-checkpoint", "slice", "export")
 EVERY = {"disk full": 1, "killed": 1, "no permission": 5, "read-only": 5}  # of the changes that a run makes
@@ -59,6 +62,25 @@ def failing(job: str, fault: str, scene: Any) -> tuple[int, list[str]]:
     ]
 
 
+def flipped(job: str, count: int, scene: Any) -> tuple[int, list[str]]:
+    """How often a bit of a stopped run's files was flipped before it was gone on with, and what went wrong."""
+    from tests.support.faults import in_child
+    from tests.support.resumed import Job
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        stopped, wrong = Job(job, scene, Path(folder)), []
+        for seed in range(count):
+
+            def work(seed: int = seed) -> int:
+                said = stopped.flipped(random.Random(seed))
+                print(said or "", file=sys.stderr)
+                return int(said is not None)
+
+            found = in_child(work)
+            wrong += [] if found.code == 0 else [f"{job} {seed}: {found.said[-2000:]}"]
+    return count, wrong
+
+
 def measure(names: list[str], count: int, runs: int, keep: Callable[[dict[str, Any]], None]) -> None:
     """Row after row, each kept as soon as it is there."""
     from tests.support.doors import search
@@ -74,6 +96,9 @@ def measure(names: list[str], count: int, runs: int, keep: Callable[[dict[str, A
                 print(f"{name}: left out, atheris is not installed; pip install 'vitrim[fuzz]'", flush=True)
                 continue
             keep(_row(name, lambda name=name: search(name.split()[1], scene, runs=runs)))
+        for name in [name for name in RESUMED if name in names]:
+            title = f"{name}: a bit flipped"
+            keep(_row(title, lambda name=name: flipped(name.removeprefix("resumed "), count, scene)))
         for job in [job for job in JOBS if job in names]:
             for fault in EVERY:
                 how = "every change" if EVERY[fault] == 1 else f"one of {EVERY[fault]} changes"
@@ -94,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--files", type=int, default=60, help="hostile files of each kind")
     parser.add_argument("--runs", type=int, default=2000, help="inputs of each coverage-guided search")
-    rows_of = [*FILES, *SEARCHES, *JOBS]
+    rows_of = [*FILES, *SEARCHES, *RESUMED, *JOBS]
     parser.add_argument("--only", nargs="*", default=rows_of, choices=rows_of)
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()

@@ -24,6 +24,7 @@ from PIL import Image
 
 import vitrim
 from tests.support.disk_faults import sweep
+from tests.support.fault_kinds import MORE
 from tests.support.faults import KINDS, PLANNED, SITE, Scene, door, in_child, mutated
 from vitrim.cli.app import run
 from vitrim.config.options import RepairOptions
@@ -50,7 +51,7 @@ def scene(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-@pytest.mark.parametrize("file", KINDS)
+@pytest.mark.parametrize("file", [*KINDS, *MORE])
 def test_a_mutated_file_works_or_is_refused_in_one_line(scene, file, seed):
     outcome = scene.try_(file, seed)
     assert outcome.survived, outcome.said

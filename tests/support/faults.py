@@ -225,12 +225,14 @@ class Scene:
 
     def try_(self, kind: str, seed: int) -> Outcome:
         """One hostile file of a kind, opened in a child; what changed outside its folder is a loss, too."""
+        from tests.support.fault_kinds import MORE  # which is made of what is here
+
         rng = random.Random(f"{kind} {seed}")
         with tempfile.TemporaryDirectory(dir=self.root) as scratch:
             folder = Path(scratch) / "inner" / "folder"
             folder.mkdir(parents=True)
             (Path(scratch) / "canary").write_text("as it was")
-            work = KINDS[kind](self, rng, folder)
+            work = (KINDS | MORE)[kind](self, rng, folder)
             before = self._around(Path(scratch))
             outcome = in_child(work, memory=MEMORY)
             after = self._around(Path(scratch))
