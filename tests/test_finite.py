@@ -11,14 +11,19 @@ import torch
 
 import vitrim
 from tests.support.checkpoints import VIT, timm_folder
+from tests.support.digits import DIGITS
 from tests.support.models import build_case
 from vitrim.calibrate import walk
 from vitrim.data import first_images, open_images
+from vitrim.data.inputs import open_inputs
 from vitrim.data.pixels import distinct, usable
 from vitrim.errors import DataError, ModelError
 from vitrim.methods import METHODS
+from vitrim.metrics.fidelity import fidelity
 from vitrim.metrics.record import Closeness, Metrics, ModelCost
+from vitrim.ops import least_squares
 from vitrim.ops.least_squares import WIDE_RIDGE, fit_output, ridge_for
+from vitrim.output.load import open_encoder
 from vitrim.repair.refit import improve_
 from vitrim.storage.documents import write_json
 
@@ -141,9 +146,25 @@ def test_a_held_out_image_is_no_copy_of_a_calibration_image():
     assert torch.equal(torch.cat(batches), IMAGES) and num_repeated == 12
 
 
-def test_a_ridge_is_widened_for_too_few_tokens_only_and_the_fit_is_then_better_on_others():
+def test_a_ridge_is_widened_for_too_few_tokens_only():
     assert [ridge_for(tokens, 48, 1e-4) for tokens in (17, 48, 49)] == [WIDE_RIDGE, WIDE_RIDGE, 1e-4]
     assert ridge_for(17, 48, 0.5) == 0.5
+
+
+def test_a_fit_on_one_blank_image_is_better_on_others_than_none_and_than_with_a_narrow_ridge(monkeypatch):
+    model, origin = open_encoder(DIGITS)
+    others = [image for image, _ in (open_inputs("digits", origin, split="test")[at] for at in range(24))]
+    errors = []
+    for repair, wide in (
+        (False, 1e-2),
+        (vitrim.RepairOptions(refit=False), 1e-4),
+        (vitrim.RepairOptions(refit=False), 1e-2),
+    ):
+        monkeypatch.setattr(least_squares, "WIDE_RIDGE", wide)
+        student = copy.deepcopy(model)
+        vitrim.prune_(student, "random", [-torch.ones_like(others[0])[None]], keep_ratio=0.4, repair=repair)
+        errors.append(fidelity(student, model, [torch.stack(others)])["relative_error"])
+    assert errors[2] < 0.7 * min(errors[:2])
 
 
 def test_metrics_are_json_without_nan_or_infinity(tmp_path):
