@@ -118,6 +118,13 @@ def test_experts_cost_the_router_and_those_that_run(router_kind, tmp_path):
     check(layer, macs=T * (router + experts), num_bytes=stored, tmp_path=tmp_path)
 
 
+@pytest.mark.parametrize("score", ["sum", "norm"])
+def test_an_oracle_costs_the_dense_products(score, tmp_path):
+    sizes = {"d_model": D, "d_hidden": H, "num_experts": 8, "num_active": 3, "score": score}
+    layer = ExpertMlp(Mlp(), value="fc1", gate=None, output="fc2", packed=False, kind="oracle", **sizes)
+    check(layer, macs=T * 2 * D * H, num_bytes=F32 * (2 * D * H + H + D), tmp_path=tmp_path)
+
+
 def test_slim_attention_costs_its_own_widths(tmp_path):
     heads, qk, v = 3, 2, 5
     layer = SlimAttention(

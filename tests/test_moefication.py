@@ -127,7 +127,7 @@ def test_moefication_oracle_captures_at_least_what_any_router_does():
 def test_moefication_oracle_of_a_relu_layer_runs_the_experts_with_the_most_activation():
     """The slow way, and no router captures more; by norms of outputs, some would."""
     model, tokens = Tiny(), torch.randn(60, 8, generator=torch.Generator().manual_seed(1))
-    edit = tiny_edit(model, num_active=2)
+    edit = tiny_edit(model, num_active=2, score="sum")
     hidden = model.mlp.act(model.mlp.fc1(tokens)).detach()[:, list(edit.order)]
     mass = torch.stack([hidden[:, 4 * expert : 4 * expert + 4].sum(1) for expert in range(6)], dim=1)
     weight = model.mlp.fc2.weight.detach()[:, list(edit.order)]
@@ -141,6 +141,23 @@ def test_moefication_oracle_of_a_relu_layer_runs_the_experts_with_the_most_activ
     torch.testing.assert_close(scores, mass, atol=1e-5, rtol=1e-5)
     others = [outputs.norm(dim=-1), Router(8, 6, kind="mlp")(tokens), Router(8, 6, kind="similarity")(tokens)]
     assert all(captured_share(other, mass, 2) < captured_share(scores, mass, 2) for other in others)
+
+
+def test_moefication_oracle_of_a_token_goes_by_no_other_token(kind):
+    """The kind of score is chosen when the experts are split, not by what happens to be in a batch."""
+    if not can_be_split(kind):
+        pytest.skip("refused, see above")
+    student, plan = split(kind, num_active=1, router="oracle")
+    layer, d_model = student.get_submodule(plan.edits[0].site.path), plan.edits[0].site.d_model
+    tokens = torch.randn(64, d_model, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = torch.cat([layer(token[None]) for token in tokens])
+        torch.testing.assert_close(layer(tokens), alone, atol=1e-5, rtol=1e-5)
+    assert {edit.score for edit in plan.edits} == {"norm"}  # neither GELU nor a gate is a ReLU
+    relu = Tiny()
+    recipe = Recipe.parse({"method": "moefication", "options": {"num_experts": 6, "num_active": 1, "epochs": 1}})
+    (edit,) = cut_(relu, Tiny(), find_mlps(relu), recipe, [torch.randn(40, 8)], quiet=True).plan.edits
+    assert edit.score == "sum" and relu.mlp.score == "sum"
 
 
 def test_moefication_keeps_the_best_epoch_of_the_router_not_the_second_best(monkeypatch):
@@ -164,12 +181,12 @@ def test_moefication_scores_are_activation_mass_for_a_relu_and_output_norms_else
     hidden, output = torch.randn(5, 6, generator=generator), torch.randn(3, 6, generator=generator)
     weights = MlpWeights(value_HD=torch.zeros(6, 3), output_DH=output)
     order = torch.tensor([5, 0, 3, 1, 2, 4])
-    found = expert_scores(weights, hidden, order, 2)
+    found = expert_scores(weights, hidden, order, 2, "norm")
     for token in range(5):
         for expert, units in enumerate(([5, 0, 3], [1, 2, 4])):
             put_out = sum(hidden[token, unit] * output[:, unit] for unit in units)
             assert float(found[token, expert]) == pytest.approx(float(put_out.norm()), rel=1e-5)
-    positive = expert_scores(weights, hidden.abs(), order, 2)
+    positive = expert_scores(weights, hidden.abs(), order, 2, "sum")
     assert float(positive[0, 0]) == pytest.approx(float(hidden[0, [5, 0, 3]].abs().sum()))
 
 
@@ -195,7 +212,9 @@ def test_moefication_router_is_trained_on_raw_tokens_and_never_worse_than_its_ce
         hook.remove()
     shares = []
     for model, edits in ((student, plan.edits), (plain, plain_plan.edits)):
-        scores = expert_scores(read_weights(case.model, site), torch.cat(hidden), torch.tensor(edits[0].order), 4)
+        scores = expert_scores(
+            read_weights(case.model, site), torch.cat(hidden), torch.tensor(edits[0].order), 4, edits[0].score
+        )
         with torch.no_grad():
             shares.append(captured_share(model.get_submodule(site.path).router(torch.cat(inputs)), scores, 1))
     assert shares[0] > shares[1]

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 RouterKind = Literal["mlp", "similarity", "oracle"]
+ScoreKind = Literal["sum", "norm"]
 
 
 class Router(nn.Module):
@@ -40,7 +41,8 @@ class ExpertMlp(nn.Module):
     """An MLP whose hidden units form `num_experts` equal slices; a token runs the `num_active` that score highest.
 
     `value`, `gate` and `output` are the paths of its layers inside `mlp`; `packed` says that the value layer holds the
-    gate rows first. An oracle has no router: it runs every expert and keeps those that contribute the most.
+    gate rows first. An oracle has no router: it runs every expert and keeps those that contribute the most, by `score`:
+    the sum of an expert's activations (of a ReLU, whose none is negative) or the norm of its output.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class ExpertMlp(nn.Module):
         num_experts: int,
         num_active: int,
         kind: RouterKind,
+        score: ScoreKind = "norm",
     ) -> None:
         super().__init__()
+        self.score: ScoreKind = score
         self.mlp, self.value, self.gate, self.output, self.packed = mlp, value, gate, output, packed
         self.d_hidden, self.num_experts, self.num_active = d_hidden, num_experts, num_active
         self.router = None if kind == "oracle" else Router(d_model, num_experts, kind=kind)
@@ -111,24 +115,22 @@ class ExpertMlp(nn.Module):
         return output_TD
 
     def _run_all(self, tokens_TD: Tensor) -> Tensor:
-        """Run all experts, and sum those that contribute the most to each token."""
+        """Run all experts, and sum those that contribute the most to each token: the products of the dense MLP."""
         outputs_TED, scores_TE = self.contributions(tokens_TD)
         chosen_TE = torch.zeros_like(scores_TE).scatter(-1, scores_TE.topk(self.num_active, dim=-1).indices, 1.0)
-        return torch.einsum("ted,te->td", outputs_TED, chosen_TE)
+        return (outputs_TED * chosen_TE[:, :, None]).sum(1)
 
     def contributions(self, tokens_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return every expert's output (T, E, D) and score (T, E).
-
-        The score is the sum of an expert's activations if none is negative (ReLU), else the norm of its output.
-        """
+        """Return every expert's output (T, E, D) and score (T, E); a token's depend on no other token."""
         caught: list[Tensor] = []
         output = self.mlp.get_submodule(self.output)
+        weight_DH = cast(Tensor, output.weight)
+        rowless = {f"{self.output}.{name}": tensor[:0] for name, tensor in output.named_parameters()}
         handle = output.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-        try:
-            self.mlp(tokens_TD[None])
+        try:  # the output layer without rows: each expert's product with it follows here
+            functional_call(self.mlp, rowless, (tokens_TD[None],))
         finally:
             handle.remove()
         hidden_TES = caught[0][0].unflatten(-1, (self.num_experts, -1))
-        weight_DES = cast(Tensor, output.weight).unflatten(-1, (self.num_experts, -1))
-        outputs_TED = torch.einsum("tes,des->ted", hidden_TES, weight_DES)
-        return outputs_TED, hidden_TES.sum(-1) if bool((hidden_TES >= 0).all()) else outputs_TED.norm(dim=-1)
+        outputs_TED = torch.einsum("tes,des->ted", hidden_TES, weight_DH.unflatten(-1, (self.num_experts, -1)))
+        return outputs_TED, hidden_TES.sum(-1) if self.score == "sum" else outputs_TED.norm(dim=-1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vitrim.errors import BudgetError
-from vitrim.layers.moefication import Router, RouterKind
+from vitrim.layers.moefication import Router, RouterKind, ScoreKind
 from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.ops.balanced_kmeans import balanced_kmeans, means_of
 from vitrim.surgery import ToMoefication
@@ -81,7 +81,9 @@ class Moefication(ModelMethod):
             seen, weights = _observe(view, site, self.num_tokens), view.weights(site)
             labels = _split(weights, seen, num_experts, self, seed=int(view.generator.initial_seed()))
             order = labels.argsort(stable=True)
-            router = _router(weights, seen, order, num_experts, min(active, num_experts), self, view.generator)
+            score: ScoreKind = "sum" if bool((seen.hidden_NH >= 0).all()) else "norm"
+            scores_NE = expert_scores(weights, seen.hidden_NH, order, num_experts, score)
+            router = _router(weights, seen, order, scores_NE, min(active, num_experts), self, view.generator)
             tensors = {} if router is None else router.state_dict()
             yield ToMoefication(
                 site=site,
@@ -89,6 +91,7 @@ class Moefication(ModelMethod):
                 num_experts=num_experts,
                 num_active=min(active, num_experts),
                 router=self.router,
+                score=score,
                 tensors={f"{site.path}.router.{name}": tensor.detach().clone() for name, tensor in tensors.items()},
             )
 
@@ -131,10 +134,10 @@ def _split(weights: MlpWeights, seen: _Seen, num_experts: int, options: Moeficat
     return balanced_kmeans(functional.normalize(together_HH, dim=1), num_experts, seed=seed)
 
 
-def expert_scores(weights: MlpWeights, hidden_NH: Tensor, order: Tensor, num_experts: int) -> Tensor:
-    """Return what each expert contributes to each token (N, E): a ReLU's activation sum, else the output's norm."""
+def expert_scores(weights: MlpWeights, hidden_NH: Tensor, order: Tensor, num_experts: int, score: ScoreKind) -> Tensor:
+    """Return what each expert contributes to each token (N, E): the sum of its activations, or its output's norm."""
     slices = order.split(len(order) // num_experts)
-    if bool((hidden_NH >= 0).all()):
+    if score == "sum":
         return torch.stack([hidden_NH[:, units].sum(1) for units in slices], dim=1)
     output_DH = weights.output_DH.float().cpu()
     return torch.stack([(hidden_NH[:, units] @ output_DH[:, units].T).norm(dim=1) for units in slices], dim=1)
@@ -144,7 +147,7 @@ def _router(
     weights: MlpWeights,
     seen: _Seen,
     order: Tensor,
-    num_experts: int,
+    scores_NE: Tensor,
     num_active: int,
     options: Moefication,
     generator: torch.Generator,
@@ -152,7 +155,10 @@ def _router(
     """Return the trained router, or one made of centroids; None for an oracle."""
     if options.router == "oracle":
         return None
-    rows_HD = (weights.value_HD if weights.gate_HD is None else weights.gate_HD).float().cpu()
+    rows_HD, num_experts = (
+        (weights.value_HD if weights.gate_HD is None else weights.gate_HD).float().cpu(),
+        scores_NE.shape[1],
+    )
     labels = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) // (len(order) // num_experts))
     router = Router(rows_HD.shape[1], num_experts, kind=options.router)
     with torch.no_grad():
@@ -160,7 +166,6 @@ def _router(
         if router.second is not None:
             router.second.weight.copy_(torch.eye(num_experts))
     if router.second is not None:
-        scores_NE = expert_scores(weights, seen.hidden_NH, order, num_experts)
         _train_(router, seen.inputs_ND, scores_NE, num_active, options, generator)
     return router
 

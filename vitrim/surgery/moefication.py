@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import BudgetError, CheckpointError, SiteNotFoundError
-from vitrim.layers.moefication import ExpertMlp, RouterKind
+from vitrim.layers.moefication import ExpertMlp, RouterKind, ScoreKind
 from vitrim.surgery.edits import Edit, replace_
 from vitrim.surgery.modules import submodule
 from vitrim.types import MlpSite
@@ -20,7 +20,8 @@ from vitrim.types import MlpSite
 class ToMoefication(Edit):
     """Hidden units are put in `order` and split into `num_experts` equal slices, of which a token runs `num_active`.
 
-    `tensors` are the router's; an oracle has none.
+    `tensors` are the router's; an oracle has none. `score` says what an oracle goes by: the sum of an expert's
+    activations, or the norm of its output.
     """
 
     KIND: ClassVar[str] = "moefication"
@@ -31,6 +32,7 @@ class ToMoefication(Edit):
     num_experts: int
     num_active: int
     router: RouterKind = "mlp"
+    score: ScoreKind = "norm"
 
     def shape_only(self) -> ToMoefication:
         """Return an edit with the same experts, without an order of its own or tensors."""
@@ -80,6 +82,7 @@ class ToMoefication(Edit):
             num_experts=self.num_experts,
             num_active=self.num_active,
             kind=self.router,
+            score=self.score,
         )
         if new.router is not None:
             new.router.to(device=weight.device, dtype=weight.dtype).requires_grad_(weight.requires_grad)
