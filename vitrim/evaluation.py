@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitrim.cost.count import count_macs, num_parameters, peak_memory_mib
 from vitrim.cost.latency import measure_latency
 from vitrim.data import Batch, ImageSet, split_indices
-from vitrim.data.inputs import check_inputs, match_labels, open_set, random_inputs
+from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs
 from vitrim.data.labels import Classes
 from vitrim.distributed.devices import resolve_device
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
@@ -146,8 +146,8 @@ def evaluate(
     """
     student_model, its_origin = open_encoder(student, Reading(weights=weights))
     teacher_model, origin = open_encoder(teacher, Reading(model_args=model_args or {}, weights=weights))
-    for model in (student_model, teacher_model):
-        model.to(resolve_device(device))
+    for model, built in ((student_model, its_origin), (teacher_model, origin)):
+        check_repeatable(model.to(resolve_device(device)), built, random_inputs(built, 2))
     images = open_set(data, origin, split=split, limit=limit, default="test")
     images, fits, note = match_labels(images, teacher_model)
     batches = list(images.loader(batch_size=batch_size))

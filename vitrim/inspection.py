@@ -5,6 +5,7 @@ For a checkpoint on this machine it also estimates what pruning it file to file 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from vitrim.cost.count import num_parameters, site_parameters
 from vitrim.data import first_images
 from vitrim.data.inputs import check_inputs, open_set, random_inputs
 from vitrim.errors import BudgetError, CheckpointError
-from vitrim.models.features import device_of
+from vitrim.models.features import device_of, evaluating, features, inputs_for
 from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
@@ -72,6 +73,7 @@ class Inspection:
         checkpoint: what `prune_checkpoint` will need at the requested budget; None if no weights are on this machine.
         notes: notes for the user, such as why the files can't be pruned.
         activity: one row per MLP, if images were given.
+        features: where in the model the pooled vector and the patch tokens are read, in words.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Inspection:
     checkpoint: RunEstimate | None = None
     notes: tuple[str, ...] = ()
     activity: tuple[Activity, ...] = ()
+    features: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -88,6 +91,7 @@ class Inspection:
         return {
             "model": self.model,
             "parameters": self.parameters,
+            "features": self.features,
             "predicted": [
                 {row.budget: row.value, "parameters": row.parameters, "hidden_dims": dict(row.hidden_dims)}
                 for row in self.predicted
@@ -114,7 +118,7 @@ class Inspection:
 
     def summary(self) -> str:
         """Return the headline and the table as text."""
-        return f"{self.headline}\n{aligned(HEADER, self.rows())}"
+        return f"{self.headline}\n{self.features}\n{aligned(HEADER, self.rows())}"
 
     def __repr__(self) -> str:
         return f"Inspection({self.headline}, {len(self.sites)} MLPs)"
@@ -144,7 +148,7 @@ def inspect(
     activity: Any = None,
     limit: int = 256,
 ) -> Inspection:
-    """Find a model's MLPs and predict how small it would get; it is run only if activity is asked for.
+    """Find a model's MLPs and predict how small it would get; it is run once on noise, without weights where it can be.
 
     Args:
         model: a module, or a name or folder as for `compress`; a name loads only the architecture, no weights.
@@ -211,7 +215,23 @@ def inspect(
         checkpoint=checkpoint,
         notes=(*origin.notes, *notes),
         activity=() if activity is None else _activity(model, sites, origin, activity, limit),
+        features=_read_at(model.get_submodule(origin.encoder), origin),
     )
+
+
+def _read_at(encoder: nn.Module, origin: Origin) -> str:
+    """Return in words where a model's features are read, by reading them once on noise."""
+    noise = random_inputs(origin, 1)
+    if noise is None:
+        return "features: the size of the model's inputs is not known"
+    if any(tensor.is_meta for tensor in encoder.parameters()):
+        encoder = copy.deepcopy(encoder).to("meta")
+    try:
+        with evaluating(encoder):
+            return f"features: {features(encoder, inputs_for(encoder, noise)).taken}"
+    except Exception as error:  # foreign code says in its own ways what it does not take
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        return f"features: can't be read on noise ({reason})"
 
 
 def _usual(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], asked: Recipe) -> tuple[Prediction, ...]:

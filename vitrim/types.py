@@ -311,11 +311,12 @@ class Features:
     """Output of a vision encoder: B images, N patch tokens, D width.
 
     `pooled_BD` is the CLS token, or the mean of the patch tokens if a model has none. `patches_BND` is None for a model
-    that returns one vector per image.
+    that returns one vector per image. `taken` says in words where in the model both were read.
     """
 
     pooled_BD: Tensor
     patches_BND: Tensor | None = None
+    taken: str = ""
 
 
 def tensor_sha256(tensor: Tensor) -> str:

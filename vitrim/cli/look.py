@@ -41,6 +41,7 @@ def inspect(
     if as_json:
         return print_json(found.to_json())
     say(found.headline)
+    say(found.features)
     rows = _grouped([(site.label, site.d_model, site.d_hidden) for site in found.sites])
     print_table(("MLPs", "kind", "model width", "hidden units"), [(count, *key) for key, count in rows.items()])
     print_table(HEADER, found.rows())

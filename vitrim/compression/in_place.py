@@ -12,6 +12,7 @@ from vitrim.compression.cut import cut_
 from vitrim.compression.dtypes import check_result, too_large, typed_as
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
+from vitrim.data.inputs import check_repeatable
 from vitrim.data.pixels import usable
 from vitrim.methods import Method
 from vitrim.models.given import check_weights, unwrapped, with_values
@@ -97,6 +98,8 @@ def prune_(
         encoder.float().eval()  # sums and small steps need more than bf16
         teacher = copy.deepcopy(encoder).requires_grad_(False)
         sites = find_mlps(teacher, scope=part.removeprefix(path).removeprefix("."))
+        if batches:
+            check_repeatable(teacher, origin, batches[0])
         cut = cut_(encoder, teacher, sites, recipe, batches, quiet=quiet)
         check_result(original, encoder)
     finally:  # also where an error is raised: the model is the caller's

@@ -12,7 +12,7 @@ from vitrim.clip.embedding_space import embedding_space_of
 from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream
-from vitrim.data.inputs import open_inputs
+from vitrim.data.inputs import check_repeatable, open_inputs, random_inputs
 from vitrim.errors import RecipeError
 from vitrim.models.origin import Origin
 from vitrim.models.sites import resolve_scope
@@ -73,6 +73,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
         origin = replace(origin, encoder=encoder, preprocessing={})
     recipe, note = _with_published(recipe, origin)
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
+    check_repeatable(whole.get_submodule(encoder), origin, random_inputs(origin, 2))  # before the first image is read
     images = None if data is None else open_inputs(data, origin)
     if images is None and (recipe.recover or recipe.blockwise):
         raise RecipeError("recover, blockwise: distillation needs images; pass data.")

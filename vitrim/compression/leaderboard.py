@@ -20,7 +20,7 @@ from vitrim.compression.pipeline import compress
 from vitrim.compression.share import NUM_IMAGES, Counted, Trials
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageStream, first_images
-from vitrim.data.inputs import open_inputs
+from vitrim.data.inputs import check_repeatable, open_inputs, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DAMAGED, CheckpointError, Interrupted, OutputError, RecipeError
 from vitrim.methods import METHODS, find_method
@@ -160,6 +160,7 @@ class _Runner:
         whole, origin = open_model(model, base.reading())
         encoder, scope = resolve_scope(whole, base.scope, origin.encoder)
         teacher = copy.deepcopy(whole.get_submodule(encoder)).to(resolve_device(base.device)).float().eval()
+        check_repeatable(teacher, origin, random_inputs(origin, 2))
         source = open_inputs(data, replace(origin, encoder=encoder))
         if isinstance(source, ImageStream):
             source = source.take(NUM_IMAGES, seed=base.seed)[0]

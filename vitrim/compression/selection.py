@@ -21,6 +21,7 @@ from vitrim.compression.estimate import check_space
 from vitrim.compression.source import CheckpointJob
 from vitrim.config.recipe import Recipe
 from vitrim.cost.memory import MemoryEstimate, estimate_memory, parse_bytes, show_bytes
+from vitrim.data.inputs import check_repeatable
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import SiteMethod
@@ -208,6 +209,7 @@ def select_and_repair(
         return kept
 
     try:
+        check_repeatable(teacher, job.origin, batches[0])
         cut = cut_(
             student,
             teacher,

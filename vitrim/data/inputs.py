@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,19 @@ from vitrim.data.parts import Part
 from vitrim.data.streams import ImageStream, open_stream
 from vitrim.data.texts import is_text, open_texts
 from vitrim.data.transforms import transform_for
-from vitrim.errors import DataError
-from vitrim.models.features import class_names, evaluating, needs_beside_images, num_classes, takes_token_ids
+from vitrim.errors import DataError, ModelError
+from vitrim.models.features import (
+    class_names,
+    evaluating,
+    features,
+    inputs_for,
+    needs_beside_images,
+    num_classes,
+    takes_token_ids,
+)
 from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
+from vitrim.types import Features
 
 
 def open_inputs(
@@ -119,6 +129,7 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
 
     Raises:
         DataError: the model can't run on inputs of this kind or size.
+        ModelError: it is random, or mixes the inputs of a batch.
     """
     for batch in batches[:1]:
         first = (batch if isinstance(batch, Tensor) else batch.images_BCHW)[:1]
@@ -137,6 +148,66 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
             got = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
             where = f"{origin.name} {origin.encoder}".strip()
             raise DataError(f"{where}: can't run on {got} ({reason}); pass {needs}.") from error
+        if random_inputs(origin, 1) is None:  # else it was asked on noise, before the first image
+            check_repeatable(model, origin, batch if isinstance(batch, Tensor) else batch.images_BCHW)
+
+
+def check_repeatable(model: nn.Module, origin: Origin, inputs: Tensor | None) -> None:
+    """Run a model on two inputs together and on one of them alone, and check that its features there are the same.
+
+    Whether the model can run at all is the matter of `check_inputs`; nothing is checked where it can't, and on the meta
+    device. In float32 the two may differ by a hundredth, in short types by the rounding of a sum.
+
+    Args:
+        model: an encoder on its device.
+        origin: how it was built; for the error.
+        inputs: images or token ids, of which two are used; None checks nothing.
+
+    Raises:
+        ModelError: the model is random, or what it gives for an input depends on the others in the batch.
+    """
+    if inputs is None or all(parameter.is_meta for parameter in model.parameters()):
+        return
+    few = inputs_for(model, inputs[:2])
+    try:
+        with evaluating(model):
+            alone, together = features(model, few[:1]), features(model, few)
+            mates = _distance(alone, together)
+            if mates <= _tolerance(alone.pooled_BD.dtype):
+                return
+            again = _distance(alone, features(model, few[:1]))
+    except Exception:  # foreign code, on inputs that may not suit it
+        return
+    where = f"{origin.name} {origin.encoder}".strip()
+    if again > _tolerance(alone.pooled_BD.dtype):
+        hint = ""
+        if hasattr(getattr(model, "config", None), "mask_ratio"):
+            hint = " (a masked autoencoder of transformers masks and shuffles whenever it runs: load it as ViTModel)"
+        raise ModelError(
+            f"{where}: is random: two runs on one input differ by {again:.0%} of its features{hint}; pass a model "
+            "whose forward is the same each time."
+        )
+    raise ModelError(
+        f"{where}: the features of an input depend on the others in its batch (they differ by {mates:.0%}); pass a "
+        "model that treats each input by itself."
+    )
+
+
+def _distance(first: Features, second: Features) -> float:
+    """Return how far the features of the first input differ, relative to their size; 0 where they are not finite."""
+    one, other = (
+        torch.cat([part[0].flatten().double() for part in (each.pooled_BD, each.patches_BND) if part is not None])
+        for each in (first, second)
+    )
+    if one.shape != other.shape:
+        return 1.0
+    distance = float((one - other).norm() / one.norm().clamp(min=1e-30))
+    return distance if math.isfinite(distance) else 0.0
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Return the relative distance that rounding explains, between batches of different sizes."""
+    return max(1e-2, torch.finfo(dtype).eps ** 0.5)
 
 
 def random_inputs(origin: Origin, count: int = 8) -> Tensor | None:

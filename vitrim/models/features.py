@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -65,8 +66,9 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
     if not caught:  # the norm is for the pooled token alone, behind the features: timm's `fc_norm`
         return found
     if caught[-1].ndim == 2 and found.patches_BND is not None:  # CLIP's norm is for the pooled token alone
-        return Features(pooled_BD=caught[-1], patches_BND=found.patches_BND)
-    return _split(model, caught[-1])
+        _, _, patches = found.taken.partition("; ")
+        return replace(found, pooled_BD=caught[-1], taken=f"pooled: input of the final norm; {patches}")
+    return _split(model, caught[-1], "the final norm's input")
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
@@ -114,7 +116,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 def _class_head(model: nn.Module) -> nn.Linear | None:
     """Return the linear layer at the end of a transformers or torchvision classifier, or None."""
-    for name in ("classifier", "heads.head", "head"):
+    for name in ("classifier", "cls_classifier", "heads.head", "head"):  # the second is of DeiT's two
         module = model
         for part in name.split("."):
             module = getattr(module, part, None)
@@ -187,76 +189,99 @@ def _features(model: nn.Module, inputs: Tensor) -> Features:
         trunk: Any = model.trunk
         output = trunk.forward_features(inputs)
         pooled_BD = cast(nn.Module, model.head)(trunk.forward_head(output))
-        return Features(pooled_BD=pooled_BD, patches_BND=_split(trunk, _tokens(trunk, output)).patches_BND)
+        found = _split(trunk, _tokens(trunk, output), "trunk.forward_features")
+        return _with_pooled(found, pooled_BD, "trunk.forward_head, then head")
     if hasattr(model, "output_tokens"):  # open_clip's own tower: the projected pooled vector, and tokens without CLS
         with _held(model, "output_tokens", True):
             pooled_BD, patches_BND = model(inputs)
-        return Features(pooled_BD=pooled_BD, patches_BND=patches_BND)
-    if hasattr(model, "forward_features"):  # timm, and DINOv2's own code
-        output = cast(Callable[[Tensor], Any], model.forward_features)(inputs)
-    elif isinstance(getattr(model, "base_model", None), nn.Module) and num_classes(model):  # a transformers classifier
-        output = cast(nn.Module, model.base_model)(inputs)
-    elif _class_head(model) is not None and final_norm(model) is not None:  # torchvision
-        output = _norm_output(model, inputs)
-    else:
-        output = model(inputs)
+        taken = "pooled: the tower's output, projected; patches: its tokens before the projection"
+        return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, taken=taken)
+    output, where = _output(model, inputs)
     tokens = _tokens(model, output)
-    found = _split(model, tokens)
-    pooled_BD = _own_pooled(model, output, tokens)
-    return found if pooled_BD is None else Features(pooled_BD=pooled_BD, patches_BND=found.patches_BND)
+    found = _split(model, tokens, where)
+    pooled_BD, name = _own_pooled(model, output, tokens)
+    return found if pooled_BD is None else _with_pooled(found, pooled_BD, name)
+
+
+def _with_pooled(found: Features, pooled_BD: Tensor, name: str) -> Features:
+    """Return features with another pooled vector, read at a place of this name."""
+    _, separator, patches = found.taken.partition("; ")
+    return replace(found, pooled_BD=pooled_BD, taken=f"pooled: {name}{separator}{patches}")
+
+
+def _output(model: nn.Module, inputs: Tensor) -> tuple[Any, str]:
+    """Return what a model without its head puts out, and the name of that place."""
+    if hasattr(model, "forward_features"):  # timm, and DINOv2's own code
+        return cast(Callable[[Tensor], Any], model.forward_features)(inputs), "forward_features"
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:  # transformers: an encoder below a head, or in an encoder
+        with _caught(base) as seen:
+            output = model(inputs)
+        if getattr(output, "last_hidden_state", None) is None and seen:
+            return seen[-1], f"last_hidden_state of {getattr(model, 'base_model_prefix', 'base_model')}"
+        return output, "last_hidden_state"
+    if _class_head(model) is not None and (norm := final_norm(model)) is not None:  # torchvision
+        with _caught(norm) as seen:
+            model(inputs)
+        return seen[-1], "the final norm's output"
+    output = model(inputs)
+    named = (name for name in ("last_hidden_state", "logits") if isinstance(getattr(output, name, None), Tensor))
+    return output, next(named, "the model's output")
 
 
 def _tokens(model: nn.Module, output: Any) -> Tensor:
     """Return the tokens (B, N, D) in a model's output, or its single vector (B, D)."""
     if isinstance(output, dict) and "x_norm_clstoken" in output:  # DINOv2's own code
         return torch.cat([output["x_norm_clstoken"][:, None], output["x_norm_patchtokens"]], dim=1)
+    pooled = getattr(output, "pooler_output", None)
     for name in ("last_hidden_state", "logits"):
         if isinstance(getattr(output, name, None), Tensor):
             output = getattr(output, name)
+            break
     if isinstance(output, tuple | list):
         output = output[0]
     if not isinstance(output, Tensor):
         raise ModelError(f"{type(model).__name__}: returned {type(output).__name__}; need a tensor of features.")
     if output.ndim == 4:  # Swin: channels last; convolutional stages: channels first
-        width = getattr(model, "num_features", output.shape[-1])
+        width = pooled.shape[-1] if isinstance(pooled, Tensor) else getattr(model, "num_features", output.shape[-1])
         output = output.flatten(1, 2) if output.shape[-1] == width else output.flatten(2).transpose(1, 2)
     return output
 
 
-def _split(model: nn.Module, tokens: Tensor) -> Features:
-    """Split tokens into pooled vector and patches, by the model's number of prefix tokens."""
+def _split(model: nn.Module, tokens: Tensor, where: str) -> Features:
+    """Split tokens, read at a place of this name, into pooled vector and patches, by the number of prefix tokens."""
     if tokens.ndim == 2:
-        return Features(pooled_BD=tokens)
+        return Features(pooled_BD=tokens, taken=f"pooled: {where}")
     if tokens.ndim == 4:
         tokens = tokens.flatten(1, 2)
     num_prefix = num_prefix_tokens(model)
     patches = tokens[:, num_prefix:]
-    return Features(pooled_BD=tokens[:, 0] if num_prefix else patches.mean(1), patches_BND=patches)
+    pooled = f"token 0 of {where}" if num_prefix else f"mean over {where}"
+    taken = f"pooled: {pooled}; patches: {f'tokens {num_prefix} and on of ' if num_prefix else ''}{where}"
+    return Features(pooled_BD=tokens[:, 0] if num_prefix else patches.mean(1), patches_BND=patches, taken=taken)
 
 
-def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> Tensor | None:
-    """Return the model's own pooled vector if it is more than the CLS token or a mean of tokens, else None.
+def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> tuple[Tensor | None, str]:
+    """Return the model's own pooled vector, and its name; None if it is no more than the CLS token or a mean of tokens.
 
     A `pooler` with a dense layer and tanh (BERT's, kept by ViT and DeiT) does not count: it is often untrained.
     """
     if getattr(model, "attn_pool", None) is not None:  # SigLIP in timm
-        return model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        return model.forward_head(tokens, pre_logits=True), "forward_head, attention pool"  # type: ignore[operator]
     pooled = getattr(output, "pooler_output", None)
     pooled = pooled[-1] if isinstance(pooled, tuple) else pooled
-    return None if hasattr(getattr(model, "pooler", None), "dense") else pooled
+    return (None, "") if hasattr(getattr(model, "pooler", None), "dense") else (pooled, "pooler_output")
 
 
-def _norm_output(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Run the model and return the output of its final norm."""
-    caught: list[Tensor] = []
-    norm = final_norm(model)
-    assert norm is not None
-    handle = norm.register_forward_hook(lambda _, args, output: caught.append(cast(Tensor, output)))
+@contextmanager
+def _caught(module: nn.Module) -> Iterator[list[Any]]:
+    """Yield a list that gets every output of a module inside a `with` block."""
+    seen: list[Any] = []
+    handle = module.register_forward_hook(lambda _, args, output: seen.append(output))
     try:
-        model(inputs)
+        yield seen
     finally:
         handle.remove()
-    return caught[-1]
 
 
 @contextmanager
