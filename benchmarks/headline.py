@@ -185,7 +185,7 @@ def before_after(result: dict[str, Any]) -> str:
         f"| parameters | {full['parameters']:,} | {one['parameters']:,} |",
         f"| MACs of one image | {full['macs'] / 1e6:.0f} M | {one['macs'] / 1e6:.0f} M |",
         f"| top-1 on 10,000 test images (%) | {full['top1']:.2f} | {spread([row['top1'] for row in rows], 2)} |",
-        f"| relative error of the features | 0 | {spread([row['relative_error'] for row in rows], 4)} |",
+        f"| relative error of their features | 0 | {spread([row['relative_error'] for row in rows], 4)} |",
     ]
     for size, found in result["latency"].items() if has_spread(result["latency"]) else ():
         lines.append(f"| latency relative to the original, batch {size} | 1 | {relative_latency(found)} |")

@@ -11,7 +11,7 @@ from torch import nn
 
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
-from vitrim.metrics.fidelity import TokenComparison, block_fidelity, fidelity, retrieval_recall
+from vitrim.metrics.fidelity import TokenComparison, block_fidelity, compare, fidelity, retrieval_recall, too_few
 from vitrim.models.features import features
 
 
@@ -306,3 +306,14 @@ def test_extract_returns_pooled_features_and_labels(teacher, batches):
     assert torch.equal(extract(teacher, batches)[1], torch.full((10,), -1))
     with pytest.raises(DataError, match="no images"):
         extract(teacher, [])
+
+
+@pytest.mark.parametrize("num_images", [49, 50])
+def test_recall_and_agreement_are_not_told_of_few_images(build, num_images):
+    case = build("timm-vit")
+    images = torch.randn(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found, mine, _ = compare(case.model, case.model, images.split(20))
+    told = {name for name in found if name.startswith("recall") or name.endswith("agreement")}
+    assert found["num_images"] == len(mine) == num_images
+    assert told == (set() if num_images < 50 else {"recall@1", "recall@5", "recall@10", "top1_agreement"})
+    assert bool(too_few(num_images)) == (num_images < 50)

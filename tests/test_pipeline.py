@@ -1,6 +1,7 @@
 """The main job end to end, on small models and scikit-learn's digits."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -106,6 +107,43 @@ def test_evaluate_runs_each_model_once_for_features_and_once_for_its_head(result
     assert found.teacher.scores["top1"] > 90 and "linear_probe" in found.student.scores
     for handle in handles:
         handle.remove()
+
+
+def test_what_was_judged_on_few_images_or_none_says_so(tmp_path):
+    """30 images hold 3 out: an error with its number, and neither recall nor agreement; without images nothing."""
+    images = torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with_few = vitrim.compress(tiny(), data=images, method="magnitude", repair=False, out=tmp_path / "few", quiet=True)
+    metrics = with_few.metrics
+    assert metrics.after_cut.num_images == metrics.images["held_out"] == 3
+    assert not [name for name in metrics.after_cut.fidelity if "recall" in name or "agreement" in name]
+    assert any(note.startswith("judged on 3 images: too few for recall") for note in metrics.notes)
+    (error,) = [row for row in with_few.table()[1] if row[0] == "relative error"]
+    assert error[-1] == "3" and with_few.table()[0] == ("", "original", "small", "images")
+    assert "on 3 images, out=" in repr(with_few) and "after recovery" not in with_few.summary()
+    page = (tmp_path / "few" / "report.html").read_text()
+    card = (tmp_path / "few" / "README.md").read_text()
+    for text in (with_few.summary(), with_few._repr_html_(), page, card):
+        assert "Quality is on 3 images held out from the given data." in text
+    assert "recovery" not in page.partition("<body>")[2].partition("Every option")[0].lower()
+    assert re.search(r"against the original on 3 images", page)
+    without = vitrim.compress(tiny(), method="magnitude", quiet=True)
+    assert "Quality was not measured: no images were given." in without.summary()
+    assert without.table()[0] == ("", "original", "small") and not without.metrics.images
+
+
+def test_one_image_is_not_held_out_from_itself():
+    only = vitrim.compress(tiny(), data=torch.randn(1, 3, 32, 32), method="magnitude", repair=False, quiet=True)
+    assert only.metrics.images["held_out"] == 0 and only.metrics.after_cut is None
+    assert "Quality was not measured: no image was held out." in only.summary()
+
+
+def test_each_score_of_an_evaluation_has_its_number_of_images():
+    found = vitrim.evaluate(DIGITS, DIGITS, "digits", limit=40, latency=False)
+    counts = {row[0]: row[3] for row in found.rows()}
+    assert (counts["relative_error"], counts["top1"], counts["knn"], counts["parameters"]) == ("40", "40", "8", "")
+    assert "recall@1" not in counts and "top1_agreement" not in counts
+    assert "40 images, as they were given; none was held out." in found.summary()
+    assert "judged on 40 images: too few" in found._repr_html_()
 
 
 def test_the_given_module_is_left_as_it_was():

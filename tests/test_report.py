@@ -45,7 +45,10 @@ def empty():
         answers={},
         recipe_yaml="",
         environment={},
+        recovered=False,
         notes=[],
+        num_images=0,
+        judged_on="",
     )
 
 
@@ -143,7 +146,7 @@ def test_headline_and_table_say_the_numbers(text):
     headline = re.sub(r"<[^>]+>", "", re.findall(r"<h1>(.*?)</h1>", text)[0])
     assert headline == (
         "vit_tiny: 48% fewer parameters and 48% fewer MACs, 1.60 times as fast here at batch 8, with CLS cosine 0.973"
-        " and relative error 0.12 against the original."
+        " and relative error 0.12 against the original on 512 images."
     )
     minus = "\N{MINUS SIGN}"
     assert f"{minus}48.3%" in text and f"{minus}1.9 points" in text

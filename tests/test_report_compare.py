@@ -17,6 +17,7 @@ from vitrim.models.origin import Origin
 from vitrim.report.collect import look, nearest
 from vitrim.report.compare import compare_runs, read_runs, table
 from vitrim.report.pareto import Point, draw_pareto, front_of
+from vitrim.report.tiles import draw_neighbours
 
 KNOWN = Origin(name="tiny", preprocessing={"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]})
 
@@ -34,8 +35,8 @@ def pair():
         for parameter in student.parameters():
             parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(12, 3, 32, 32, generator=generator)
-    return case.model, student, images, torch.randint(5, (12,), generator=generator)
+    images = torch.randn(60, 3, 32, 32, generator=generator)
+    return case.model, student, images, torch.randint(5, (60,), generator=generator)
 
 
 def test_nearest_agrees_with_comparing_all_pairs():
@@ -57,14 +58,22 @@ def test_look_says_what_the_models_say_by_themselves(pair):
     assert torch.allclose(seen["images"], (images[:5] * 0.2 + 0.5).clamp(0, 1))
     found = seen["neighbours"]
     near = [nearest(side.pooled_BD, 5).tolist() for side in (theirs, mine)]
-    shared = [len(set(near[0][i]) & set(near[1][i])) for i in range(12)]
-    assert found["num_images"] == 12 and found["overlap"] == pytest.approx(sum(shared) / 60)
+    shared = [len(set(near[0][i]) & set(near[1][i])) for i in range(60)]
+    assert found["num_images"] == 60 and found["overlap"] == pytest.approx(sum(shared) / 300)
     assert 0 < found["overlap"] < 1
     for row in found["queries"]:
         assert [row["original"], row["smaller"]] == [near[side][row["image"]] for side in (0, 1)]
     agreement = [shared[row["image"]] for row in found["queries"]]
     assert agreement == sorted(agreement) and (agreement[0], agreement[-1]) == (min(shared), max(shared))
     assert {i: found["labels"][i] for i in found["labels"]} == {i: int(labels[i]) for i in found["thumbnails"]}
+
+
+def test_of_few_images_no_share_of_agreement_is_told(pair):
+    teacher, student, images, labels = pair
+    seen = look(teacher, student, KNOWN, batches_of(images[:49], labels[:49]))
+    assert seen["neighbours"]["overlap"] is None
+    caption = draw_neighbours(seen["neighbours"]).caption
+    assert "49 held-out images" in caption and "On average" not in caption and "nearest first. The queries" in caption
 
 
 def test_look_leaves_out_what_is_not_there(pair):
@@ -93,6 +102,7 @@ def test_the_table_holds_each_run_beside_the_original(folders):
     assert latency[:3] == [("1", False), ("0.50 (0.49 to 0.51)", False), ("0.60 (0.59 to 0.61)", False)]
     assert cells["relative error"] == [("0", False), ("0.1", True), ("0.3", False), ("0.2", False)]
     assert cells["cosine CLS"][1:] == [("0.95", False)] * 3  # no best where all are equal
+    assert [text for text, _ in cells["images, held out"]] == ["\N{EN DASH}", "10", "10", "10"]
     assert cells["weights (MB)"][:2] == [("0.004", False), ("0.0024 (60%)", False)]
 
 

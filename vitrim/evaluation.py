@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, ope
 from vitrim.data.labels import Classes
 from vitrim.distributed.devices import resolve_device
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
-from vitrim.metrics.fidelity import fidelity, retrieval_recall
+from vitrim.metrics.fidelity import compare, too_few
 from vitrim.metrics.outputs import Outputs
 from vitrim.metrics.record import ModelCost, relative_latency
 from vitrim.models.features import num_classes
@@ -26,18 +27,24 @@ from vitrim.report.summary import latency_name
 from vitrim.storage.training_files import Which
 from vitrim.torch_state import own_torch_state
 
+HEADER = ("measure", "original", "small", "images")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Scores of one model: its cost, and with labels `knn`, `linear_probe` and `top1` in percent."""
+    """Scores of one model: its cost, and with labels `knn`, `linear_probe` and `top1` in percent.
+
+    `num_images` says of each score how many labelled images it is on.
+    """
 
     cost: ModelCost
     scores: Mapping[str, float] = field(default_factory=dict)
+    num_images: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return costs and scores in one mapping, without those that were not measured."""
         costs = {name: value for name, value in asdict(self.cost).items() if value not in (None, {})}
-        return {**costs, **self.scores}
+        return {**costs, **self.scores, **({"num_images": dict(self.num_images)} if self.scores else {})}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -50,6 +57,7 @@ class Evaluation:
         teacher: the model that it was compared with.
         num_images: number of images used.
         num_skipped: number of images that could not be read.
+        learned_from: the images from which kNN and the linear probe learned, in words.
     """
 
     fidelity: Mapping[str, float]
@@ -57,6 +65,7 @@ class Evaluation:
     teacher: Scored
     num_images: int
     num_skipped: int
+    learned_from: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -68,20 +77,30 @@ class Evaluation:
             "num_skipped": self.num_skipped,
         }
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Return rows of measure, original and small as text; fidelity is in the column of the small model."""
-        rows = [(name, "", f"{value:.4g}") for name, value in self.fidelity.items()]
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return rows of measure, original, small and number of images as text; fidelity is that of the small model."""
+        close = {name: value for name, value in self.fidelity.items() if name != "num_images"}
+        rows = [(name, "", f"{value:.4g}", f"{self.num_images:,}") for name, value in close.items()]
         theirs, mine = self.teacher.to_json(), self.student.to_json()
+        counts = theirs.pop("num_images", {})
         for name in theirs:
             if name == "latency":
-                rows += [(latency_name(size), "1", relative_latency(row)) for size, row in mine[name].items()]
+                rows += [(latency_name(size), "1", relative_latency(row), "") for size, row in mine[name].items()]
             else:
-                rows.append((name, _number(theirs[name]), _number(mine.get(name))))
+                images = f"{counts[name]:,}" if name in counts else ""
+                rows.append((name, _number(theirs[name]), _number(mine.get(name)), images))
         return rows
+
+    @property
+    def judged_on(self) -> str:
+        """What the images were, in a sentence."""
+        learned = f" kNN and the probe learned from {self.learned_from}." if self.teacher.scores else ""
+        warned = "".join(f" Note: {note}" for note in too_few(self.num_images))
+        return f"{self.num_images:,} images, as they were given; none was held out.{learned}{warned}"
 
     def summary(self) -> str:
         """Return the table as text."""
-        return aligned(("measure", "original", "small"), self.rows()) + f"\n{self.num_images} images"
+        return aligned(HEADER, self.rows()) + f"\n{self.judged_on}"
 
     def __repr__(self) -> str:
         before, after = self.teacher.cost.parameters, self.student.cost.parameters
@@ -90,7 +109,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         """Return the table for notebooks."""
-        return html_table(("measure", "original", "small"), self.rows())
+        return html_table(HEADER, self.rows()) + f"<p>{escape(self.judged_on)}</p>"
 
 
 def _number(value: float | None) -> str:
@@ -159,7 +178,7 @@ def evaluate(
     found, *outputs = compare(student_model, teacher_model, batches)
     costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency)
     mine, theirs = (
-        Scored(cost=cost, scores=quality_of(model, own, learn, top1=fits))
+        quality_of(cost, model, own, learn, top1=fits)
         for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
     )
     return Evaluation(
@@ -168,6 +187,9 @@ def evaluate(
         teacher=theirs,
         num_images=len(outputs[0]),
         num_skipped=sum(batch.num_skipped for batch in batches),
+        learned_from="four fifths of them"
+        if learn is None
+        else f"{sum(len(b.labels_B) for b in learn):,} images of index",
     )
 
 
@@ -178,16 +200,6 @@ def _like(images: ImageSet, index: ImageSet) -> ImageSet:
         return index
     names = tuple(dict.fromkeys((*mine.names, *theirs.names)))
     return index.relabelled([names.index(name) for name in theirs.names], Classes(count=len(names), names=names))
-
-
-def compare(
-    student: nn.Module, teacher: nn.Module, batches: Sequence[Batch]
-) -> tuple[dict[str, float], Outputs, Outputs]:
-    """Return fidelity and retrieval (the student's queries in the teacher's index), and both models' outputs."""
-    mine, theirs = Outputs(), Outputs()
-    found = fidelity(student, teacher, batches, outputs=(mine, theirs))
-    recall = retrieval_recall(mine.pooled_ND, theirs.pooled_ND, tuple(k for k in (1, 5, 10) if k <= len(mine)))
-    return {**found, **recall}, mine, theirs
 
 
 def costs_of(
@@ -209,12 +221,12 @@ def costs_of(
 
 
 def quality_of(
-    model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None, *, top1: bool = True
-) -> dict[str, float]:
+    cost: ModelCost, model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None, *, top1: bool = True
+) -> Scored:
     """Measure kNN, linear probe and, if the labels are those of the model's head, top-1, in percent."""
     pooled, labels = outputs.pooled_ND, outputs.labels_N
-    if int((labels >= 0).sum()) < 2:
-        return {}
+    if outputs.num_labelled < 2:
+        return Scored(cost=cost)
     if learn is None:
         rest, held = split_indices(len(pooled), num_held_out=max(1, len(pooled) // 5), seed=0)
         train, test = (pooled[rest], labels[rest]), (pooled[held], labels[held])
@@ -223,8 +235,11 @@ def quality_of(
     scores = {"knn": 100 * knn_top1(*train, *test, k=min(20, len(train[0])))}
     if len(train[1][train[1] >= 0].unique()) > 1:
         scores["linear_probe"] = 100 * linear_probe_top1(*train, *test)
+    num_images = dict.fromkeys(scores, int((test[1] >= 0).sum()))
     own = own_top1(model, outputs) if top1 else None
-    return scores if own is None else {**scores, "top1": own}
+    if own is not None:
+        scores["top1"], num_images["top1"] = own, outputs.num_labelled
+    return Scored(cost=cost, scores=scores, num_images=num_images)
 
 
 def measure(

@@ -51,7 +51,7 @@ def leaderboard(
         quiet: show no progress.
     """
     from vitrim.compression.leaderboard import leaderboard as run
-    from vitrim.report.leaderboard import table
+    from vitrim.report.leaderboard import judged_on, table
 
     found = run(
         model,
@@ -72,7 +72,7 @@ def leaderboard(
     header, rows = table(found)
     shown = [number for number, title in enumerate(header) if title not in IN_FILE_ONLY]
     print_table([header[number] for number in shown], [[_styled(row[number]) for number in shown] for row in rows])
-    for line in found["verdict"]:
+    for line in [*judged_on(found), *found["verdict"]]:
         say(line)
     say(f"All columns: {out / 'leaderboard.md'}, all values: {out / 'leaderboard.json'}")
 

@@ -81,13 +81,14 @@ def evaluate(
         split: the part to use of a data source that has several, by default test, or val if there is none.
         device: auto, cpu, cuda or mps.
     """
+    from vitrim.evaluation import HEADER
     from vitrim.evaluation import evaluate as measure
 
     found = measure(student, against, data, index=index, limit=limit, split=split, device=device, **reading.given())
     if as_json:
         return print_json(found.to_json())
-    print_table(("measure", "original", "small"), found.rows())
-    say(f"{found.num_images} images")
+    print_table(HEADER, found.rows())
+    say(found.judged_on)
 
 
 @app.command

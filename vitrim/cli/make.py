@@ -115,6 +115,7 @@ def prune_checkpoint(
         ("bytes", number(before.num_bytes), number(after.num_bytes)),
     ]
     print_table(("", "before", "after"), rows)
+    say(result.metrics.judged_on)
     print_notes(result.metrics.notes)
     say(f"Written and read back: {result.metrics.loads_with}")
 
@@ -199,6 +200,7 @@ def tune_text(
     assert tuned is not None
     names = ("step", "held_out_loss")
     print_table(names, [tuple(f"{point[name]:.4g}" for name in names) for point in tuned["curve"]])
+    say(result.metrics.judged_on)
     say(f"Written to {out}")
 
 
@@ -236,5 +238,6 @@ def _said_as_json(result: Result, as_json: bool) -> bool:
 def _say_written(result: Result, how: str) -> None:
     """Print a run's final table, its notes and the line that loads the result."""
     print_table(*result.table())
+    say(result.metrics.judged_on)
     print_notes(result.metrics.notes)
     say(f"{how}: {result.metrics.loads_with}")

@@ -170,9 +170,10 @@ def compare_with_uniform(
     student = copy.deepcopy(teacher)
     cut_(student, teacher, sites, recipe, split.calibration, widths=uniform, quiet=True)
     equal = fidelity(student, teacher, split.held_out)["relative_error"]
-    error = judged.relative_error
+    error, count = judged.relative_error, judged.num_images
     advice = "; equal widths do better here, so drop allocate" if error > equal else ""
-    return equal, f"allocate: relative error after the cut {error:.4g}, with equal widths {equal:.4g}{advice}."
+    errors = f"{error:.4g}, with equal widths {equal:.4g}, on {count:,} images"
+    return equal, f"allocate: relative error after the cut {errors}{advice}."
 
 
 def _solved(

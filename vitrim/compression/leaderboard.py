@@ -82,7 +82,8 @@ def leaderboard(
         >>> import vitrim
         >>> from PIL import Image
         >>> images = [(Image.new("L", (28, 28), 25 * label), label) for label in range(10)]
-        >>> found = vitrim.leaderboard(data=images, methods=["magnitude"], quiet=True)
+        >>> quick = {"repair": {"refit": False}}
+        >>> found = vitrim.leaderboard(data=images, methods=["magnitude"], recipe=quick, quiet=True)
         >>> for row in found["rows"]:
         ...     print(row["method"], row["repair"])
         magnitude none
@@ -226,7 +227,8 @@ def _quality(judged: Closeness | None) -> dict[str, Any] | None:
     if judged is None:
         return None
     found = judged.fidelity
-    return {"relative_error": found["relative_error"], "cosine": found["cosine"], "top1": judged.top1}
+    scores = {"relative_error": found["relative_error"], "cosine": found["cosine"], "top1": judged.top1}
+    return {**scores, "num_images": judged.num_images, "num_labelled": judged.num_labelled}
 
 
 def _failed(name: str, repair: str, error: Exception, fitted: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from vitrim.data.inputs import check_inputs, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
 from vitrim.errors import DataError
-from vitrim.evaluation import compare, measure, own_top1
+from vitrim.evaluation import measure, own_top1
 from vitrim.methods import SiteMethod
-from vitrim.metrics.fidelity import block_fidelity
+from vitrim.metrics.fidelity import block_fidelity, compare, too_few
 from vitrim.metrics.record import Closeness, ModelCost
 from vitrim.models.features import device_of
 from vitrim.models.origin import Origin
@@ -210,7 +210,13 @@ def _closeness(models: Models, student: nn.Module) -> Closeness | None:
     found, outputs, _ = compare(student, models.teacher, models.split.held_out)
     blocks = list(dict.fromkeys(site.block for site in models.sites))
     rows = block_fidelity(student, models.teacher, models.split.held_out, blocks)
-    return Closeness(fidelity=found, blocks=rows, top1=own_top1(student, outputs))
+    own = own_top1(student, outputs)
+    return Closeness(fidelity=found, blocks=rows, top1=own, num_labelled=outputs.num_labelled)
+
+
+def judging_notes(judged: Closeness | None) -> tuple[str, ...]:
+    """Return a warning where too few images judged the student."""
+    return () if judged is None else too_few(judged.num_images)
 
 
 def beside_equal_widths(

@@ -19,6 +19,9 @@ from vitrim.metrics.outputs import Outputs, images_and_labels
 from vitrim.models.features import evaluating, features, inputs_for, logits, num_classes, num_prefix_tokens
 from vitrim.types import Features, FeaturesAt
 
+# Of fewer images, shares such as recall and agreement say nothing, so they are not given.
+MIN_IMAGES = 50
+
 
 class TokenComparison:
     """Running relative error and mean cosine of a student's tokens S against a teacher's tokens T.
@@ -112,6 +115,28 @@ def fidelity(
     result |= {f"{kind}cosine": tokens.cosine for kind, tokens in compared.items()}
     result |= {"top1_agreement": num_agreed / num_images} if has_heads else {}
     return {**result, "num_images": num_images}
+
+
+def compare(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[Any]
+) -> tuple[dict[str, float], Outputs, Outputs]:
+    """Return fidelity and retrieval (the student's queries in the teacher's index), and both models' outputs.
+
+    Of fewer than MIN_IMAGES images there is no recall and no agreement.
+    """
+    mine, theirs = Outputs(), Outputs()
+    found = fidelity(student, teacher, batches, outputs=(mine, theirs))
+    if len(mine) >= MIN_IMAGES:
+        return {**found, **retrieval_recall(mine.pooled_ND, theirs.pooled_ND)}, mine, theirs
+    return {name: value for name, value in found.items() if name != "top1_agreement"}, mine, theirs
+
+
+def too_few(num_images: int) -> tuple[str, ...]:
+    """Return a warning where so few images judged a model that there is no recall and no agreement."""
+    if num_images >= MIN_IMAGES:
+        return ()
+    said = f"judged on {num_images} images: too few for recall and agreement, which are left out, and for more than a "
+    return (said + f"hint of the error; {MIN_IMAGES} are needed, and compress holds out a tenth of the images.",)
 
 
 def block_fidelity(

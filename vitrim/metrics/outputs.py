@@ -35,6 +35,11 @@ class Outputs:
         """Class numbers (int64)."""
         return torch.cat(self._labels)
 
+    @property
+    def num_labelled(self) -> int:
+        """How many images have a label."""
+        return int((self.labels_N >= 0).sum()) if len(self) else 0
+
     def __len__(self) -> int:
         return sum(map(len, self._labels))
 

@@ -53,13 +53,19 @@ class ModelCost:
 class Closeness:
     """How close a student's features are to its teacher's on held-out images.
 
-    `fidelity` holds `relative_error`, cosines and recall; `blocks` one row a block, with `block` and `relative_error`;
-    `top1` is the student's, in percent.
+    `fidelity` holds `relative_error`, cosines and recall, and `num_images`, on which all of them are; `blocks` one row
+    a block, with `block` and `relative_error`; `top1` is the student's, in percent, on the `num_labelled` with a label.
     """
 
     fidelity: Mapping[str, float]
     blocks: Sequence[Row] = ()
     top1: float | None = None
+    num_labelled: int = 0
+
+    @property
+    def num_images(self) -> int:
+        """How many images the student was judged on."""
+        return int(self.fidelity["num_images"])
 
     @classmethod
     def from_json(cls, data: Row) -> Closeness:
@@ -132,6 +138,17 @@ class Metrics:
     def closeness(self) -> Closeness | None:
         """How close the result is: after recovery where there was one, else after the cut."""
         return self.after_recovery or self.after_cut
+
+    @property
+    def judged_on(self) -> str:
+        """What stands behind the quality: how many images, and where they come from, in a sentence."""
+        if self.text_tuning is not None:
+            return f"Losses are on {self.images['held_out']:,} held-out pairs."
+        if self.closeness is None:
+            why = "no image was held out" if self.images else "no images were given"
+            return f"Quality was not measured: {why}."
+        number = self.closeness.num_images
+        return f"Quality is on {number:,} image{'' if number == 1 else 's'} held out from the given data."
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready description; a number that is not finite is None, and a note says so."""

@@ -141,16 +141,17 @@ def _measured_on(metrics: Metrics) -> str:
     images, machine = metrics.images, metrics.environment
     where = f"Latency on {plain(machine['machine'])}, {plain(machine['device'])}, torch {machine['torch']}."
     if not images:
-        return f"No images were given, so how close the features are was not measured. {where}"
+        return f"{metrics.judged_on} {where}"
     counts = ", ".join(f"{name} {count:,}" for name, count in images.items() if isinstance(count, int))
-    return f"Fidelity is that of features on held-out images against the original. Images: {counts}. {where}"
+    return f"{metrics.judged_on} It is that of the features against the original's. Images: {counts}. {where}"
 
 
 def _limits(recipe: Recipe, metrics: Metrics, licence: str | None) -> list[str]:
     """Return what a user of this model should know, one sentence per line."""
     data = recipe.data or "no images"
+    fitted = "fitted to, and judged on" if metrics.closeness is not None else "fitted to"
     lines = [
-        f"The cut was fitted to, and judged on, {code(data)}. On other images it may be further from the original.",
+        f"The cut was {fitted}, {code(data)}. On other images it may be further from the original.",
         "What the original is not good at or not meant for, this is not either; its own card says so.",
         f"Licence: {code(licence)}, carried over from the original."
         if licence

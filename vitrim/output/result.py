@@ -37,7 +37,7 @@ class Result:
 
     def summary(self) -> str:
         """Return the before/after table, notes and the line that loads the result, as text."""
-        lines = [aligned(*self.table()), *(f"note: {note}" for note in self.metrics.notes)]
+        lines = [aligned(*self.table()), self.metrics.judged_on, *(f"note: {note}" for note in self.metrics.notes)]
         if self.metrics.loads_with:
             lines.append(f"Loads with: {self.metrics.loads_with}")
         return "\n".join(lines)
@@ -45,17 +45,20 @@ class Result:
     def __repr__(self) -> str:
         before, after = self.metrics.before.parameters, self.metrics.after.parameters
         close = self.metrics.closeness
-        error = "" if close is None else f", relative error {close.relative_error:.4g}"
+        error = "" if close is None else f", relative error {close.relative_error:.4g} on {close.num_images:,} images"
         place = "" if self.out is None else f", out={str(self.out)!r}"
         return f"Result({self.metrics.method}: {before:,} -> {after:,} parameters{error}{place})"
 
     def _repr_html_(self) -> str:
         """Return the table for notebooks."""
-        return html_table(*self.table())
+        return html_table(*self.table()) + f"<p>{escape(self.metrics.judged_on)}</p>"
 
 
 def table_rows(metrics: Metrics) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return header and rows of the before/after table as text, without empty columns."""
+    """Return header and rows of the before/after table as text, without empty columns.
+
+    The last column is the number of images behind a row, where anything was judged on images.
+    """
     found = summarise(metrics)
     keys = [key for key in ("before", "after_cut", "after") if any(row[key] is not None for row in found.values())]
     if metrics.after_recovery is None and "after" in keys and "after_cut" in keys:
@@ -63,15 +66,16 @@ def table_rows(metrics: Metrics) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     titles = {"before": "original", "after_cut": "after the cut", "after": "after recovery"}
     if metrics.after_recovery is None:
         titles["after"] = "small"
-    header = ("", *(titles[key] for key in keys))
-    rows = []
+    rows, judged = [], metrics.closeness is not None
+    header = ("", *(titles[key] for key in keys), *(("images",) if judged else ()))
     for name, row in found.items():
         cells = {**row, "after": row["after"] if row["after"] is not None else _result_of(row, metrics)}
         shown = ("-" if cells[key] is None else format_number(cells[key], name=name) for key in keys)
-        rows.append((name, *shown))
+        count = row.get("images")
+        rows.append((name, *shown, *(("" if count is None else f"{count:,.0f}",) if judged else ())))
     for name, text in latency_rows(metrics.after).items():
-        cells = {"before": "1", "after_cut": "", "after": text}
-        rows.append((name, *(cells[key] for key in keys)))
+        texts = {"before": "1", "after_cut": "", "after": text}
+        rows.append((name, *(texts[key] for key in keys), *(("",) if judged else ())))
     return header, rows
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitrim.config.recipe import Recipe
+from vitrim.metrics.fidelity import MIN_IMAGES
 from vitrim.metrics.record import Metrics, is_steady
 from vitrim.models.features import device_of, evaluating, features, logits, num_classes
 from vitrim.models.origin import Origin
@@ -63,19 +64,23 @@ def collect(teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metr
         relative_latency=latency_rows(metrics.after),
         recipe_yaml=recipe.dump(),
         environment=dict(metrics.environment),
+        recovered=metrics.after_recovery is not None,
         notes=list(metrics.notes),
+        num_images=0 if metrics.closeness is None else metrics.closeness.num_images,
+        judged_on=metrics.judged_on,
         **seen,
     )
 
 
 def _block_errors(metrics: Metrics) -> list[dict[str, Any]]:
-    """Return each block's error after the cut and at the end."""
-    cut, end = metrics.after_cut, metrics.closeness
-    if cut is None or end is None:
+    """Return each block's error after the cut, and after recovery where there was one."""
+    cut, end = metrics.after_cut, metrics.after_recovery
+    if cut is None:
         return []
+    after = {} if end is None else {row["block"]: row["relative_error"] for row in end.blocks}
     return [
-        {"block": first["block"], "after_cut": first["relative_error"], "after": last["relative_error"]}
-        for first, last in zip(cut.blocks, end.blocks, strict=True)
+        {"block": row["block"], "after_cut": row["relative_error"], "after": after.get(row["block"])}
+        for row in cut.blocks
     ]
 
 
@@ -157,7 +162,7 @@ def _neighbours(
     shown = {i for row in queries for i in (row["image"], *row["original"], *row["smaller"])}
     return {
         "num_images": num_images,
-        "overlap": float(shared_N.double().mean()) / k,
+        "overlap": float(shared_N.double().mean()) / k if num_images >= MIN_IMAGES else None,
         "queries": queries,
         "thumbnails": {i: _viewable(images[i], origin) for i in shown},
         "labels": {i: labels[i] for i in shown},

@@ -38,7 +38,8 @@ class Run:
         summary: as in its own report.
         latency: of the small model, beside the original in the same run.
         machine: on which it was measured.
-        held_out: the images for judging, in words.
+        num_images: how many images its quality is on; 0 where it was not measured.
+        held_out: the same with where they are from, in words.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Run:
     summary: Mapping[str, Mapping[str, float | None]]
     latency: Mapping[int, Mapping[str, Any]]
     machine: str
+    num_images: int
     held_out: str
 
 
@@ -118,7 +120,9 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[tuple[st
             for row, value in zip(found, values, strict=True)
         ]
         rows.append((name, [(_range(name, befores), False), *cells]))
-    return header, [*rows, *_latency_rows(runs)]
+    dash = format_number(None)
+    counts = [(f"{run.num_images:,}" if run.num_images else dash, False) for run in runs]
+    return header, [*rows, *_latency_rows(runs), ("images, held out", [(dash, False), *counts])]
 
 
 def _read(folder: Path, number: int, label: str) -> Run:
@@ -128,7 +132,7 @@ def _read(folder: Path, number: int, label: str) -> Run:
         summary = summarise(metrics)
         original = f"{metrics.model} ({metrics.before.parameters:,} parameters)"
         machine = f"{metrics.environment['device']}, {metrics.environment['machine']}"
-        method, images = metrics.method, metrics.images.get("held_out", 0)
+        method, judged = metrics.method, metrics.closeness
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise CheckpointError(f"{path}: {reason}; name a folder that vitrim compress wrote.") from None
@@ -144,7 +148,8 @@ def _read(folder: Path, number: int, label: str) -> Run:
         summary=summary,
         latency=metrics.after.latency,
         machine=machine,
-        held_out=f"{images} of {recipe.data}, seed {recipe.seed}",
+        num_images=0 if judged is None else judged.num_images,
+        held_out=f"{judged.num_images:,} of {recipe.data}, seed {recipe.seed}" if judged else "none: not measured",
     )
 
 

@@ -31,13 +31,17 @@ class ReportData:
         student_patches: patch tokens of the smaller model, (B, N, D).
         grid: rows and columns of patches.
         neighbours: empty, or "num_images" that were searched, "overlap" (0..1, the share of nearest images that both
-            models have in common, over all of them), "queries" (one {"image", "original", "smaller"}: an image's
-            number, and the numbers of those nearest to it), and by number "thumbnails" (3, H, W) and "labels".
+            models have in common, over all of them; None of too few images), "queries" (one {"image", "original",
+            "smaller"}: an image's number, and the numbers of those nearest to it), and by number "thumbnails" (3, H, W)
+            and "labels".
         answers: empty, or class numbers of held-out images: their "labels", and each model's answers "before" and
             "after".
         recipe_yaml: the recipe as text.
         environment: library and machine names to versions.
+        recovered: whether there was training after the cut.
         notes: sentences for the reader.
+        num_images: how many images the quality is on; 0 where it was not measured.
+        judged_on: the same with what the images were, in a sentence.
     """
 
     model: str
@@ -59,4 +63,7 @@ class ReportData:
     answers: dict[str, list[int]]
     recipe_yaml: str
     environment: dict[str, str]
+    recovered: bool
     notes: list[str]
+    num_images: int
+    judged_on: str

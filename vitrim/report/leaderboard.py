@@ -53,7 +53,22 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Return the table and the verdict as Markdown."""
     header, rows = table(report)
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join([*lines, "", *report["verdict"]]) + "\n"
+    return "\n".join([*lines, "", *judged_on(report), *report["verdict"]]) + "\n"
+
+
+def judged_on(report: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on the images behind errors and top-1, if any run was finished."""
+    done = [final(row) for row in report["rows"] if not row["error"] and "num_images" in final(row)]
+    counts = [_span([found[key] for found in done]) for key in ("num_images", "num_labelled") if done]
+    data = report["asked"]["data"]
+    return (
+        [f"Errors on {counts[0]} images held out from {data}, top-1 on the {counts[1]} with a label."] if done else []
+    )
+
+
+def _span(counts: Sequence[int]) -> str:
+    """Return a number, or the least and the most."""
+    return " to ".join(dict.fromkeys(f"{count:,}" for count in (min(counts), max(counts))))
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> list[str]:

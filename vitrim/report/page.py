@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from markupsafe import Markup
 from vitrim.errors import OutputError
 from vitrim.report import figures, tiles
 from vitrim.report.data import ReportData
-from vitrim.report.picture import final_value, format_change, format_number
+from vitrim.report.picture import Picture, final_value, format_change, format_number
 
 HEADLINE_BATCH = 8  # or the nearest that was timed
 
@@ -69,9 +70,16 @@ def _render(data: ReportData) -> str:
         "page.html.j2",
         data=data,
         headline=_headline(data),
-        pictures=[picture for picture in candidates if picture is not None],
+        pictures=[_counted(picture, data) for picture in candidates if picture is not None],
         rows=[*(_summary_row(name, row) for name, row in data.summary.items()), *_latency_rows(data)],
     )
+
+
+def _counted(picture: Picture, data: ReportData) -> Picture:
+    """Add to a drawing of errors how many images they are on."""
+    if picture.key not in ("blocks", "recovery") or not data.num_images:
+        return picture
+    return replace(picture, caption=f"{picture.caption} {data.num_images:,} images that were held out.")
 
 
 def render(template: str, **values: Any) -> str:
@@ -112,13 +120,14 @@ def _headline(data: ReportData) -> Markup:
     clauses = [Markup(", ").join(parts)] if parts else []
     if close:
         clauses.append(Markup(" and ").join(close) + Markup(" against the original"))
+        clauses[-1] += Markup(" on {:,} images").format(data.num_images)
     name = Markup("{}: ").format(data.model) if clauses else Markup("{}").format(data.model)
     return name + Markup(", with ").join(clauses) + Markup(".")
 
 
 def _latency_rows(data: ReportData) -> list[dict[str, str]]:
     """Return rows of the table on latency; the change is the value itself."""
-    empty = {"before": "1", "after_cut": "", "change": ""}
+    empty = {"before": "1", "after_cut": "", "change": "", "images": ""}
     return [{**empty, "name": name, "after": text} for name, text in data.relative_latency.items()]
 
 
@@ -136,5 +145,7 @@ def _summary_row(name: str, row: Mapping[str, float | None]) -> dict[str, str]:
             change = format_change(after - before, " points")
         elif before > 0 and "error" not in name and "cosine" not in name:
             change = format_change(100 * (after / before - 1), "%")
-    cells = {key: format_number(row.get(key), name=name) for key in ("before", "after_cut", "after")}
-    return {"name": name, "change": change, **cells}
+    values = {"before": before, "after_cut": row.get("after_cut"), "after": after}
+    cells = {key: format_number(value, name=name) for key, value in values.items()}
+    count = row.get("images")
+    return {"name": name, "change": change, **cells, "images": "" if count is None else f"{count:,.0f}"}

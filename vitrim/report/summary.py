@@ -18,7 +18,10 @@ FIDELITY_ROWS = {
 
 
 def summarise(metrics: Metrics) -> dict[str, Cells]:
-    """Return the before/after table of a run: row name to its values before, after the cut and after recovery."""
+    """Return the before/after table of a run: row name to its values before, after the cut and after recovery.
+
+    Rows that were judged on images have their number as well, under "images".
+    """
     before, after = metrics.before, metrics.after
     costs = {
         "parameters": (before.parameters, after.parameters),
@@ -56,10 +59,12 @@ def _closeness_rows(metrics: Metrics) -> dict[str, Cells]:
         if key in cut.fidelity:
             value = None if end is None else end.fidelity[key]
             rows[name] = {"before": exact.get(key, 1.0), "after_cut": cut.fidelity[key], "after": value}
+            rows[name]["images"] = cut.num_images
     if cut.top1 is not None:
         rows["top-1 (%)"] = {
             "before": metrics.before.top1,
             "after_cut": cut.top1,
             "after": None if end is None else end.top1,
+            "images": cut.num_labelled,
         }
     return rows

@@ -113,13 +113,14 @@ def draw_neighbours(found: Mapping[str, Any]) -> Picture | None:
         ]
         agreed = f"{len(both)} of {len(row['original'])}"
         searches.append(Search(query=tile(row["image"]), original=sides[0], smaller=sides[1], agreed=agreed))
-    k, overlap = len(found["queries"][0]["original"]), f"{found['overlap']:.0%}"
+    k, share = len(found["queries"][0]["original"]), found["overlap"]
+    overlap = "" if share is None else f"On average {share:.0%} are the same in both models; t"
     return Picture(
         key="neighbours",
         title="Nearest neighbours",
         alt=f"{len(searches)} queries and their {k} nearest images in both models.",
-        caption=f"The {k} nearest of {found['num_images']} held-out images by pooled vector, nearest first. On average "
-        f"{overlap} are the same in both models; the queries go from the least agreement to the most. "
+        caption=f"The {k} nearest of {found['num_images']} held-out images by pooled vector, nearest first. "
+        f"{overlap or 'T'}he queries go from the least agreement to the most. "
         "Solid frame: found by both; dashed frame: by one model only.",
         searches=tuple(searches),
     )
