@@ -37,6 +37,10 @@ class OutputError(VitrimError):
     """An output can't be written to its place, or failed the check after writing."""
 
 
+class NotFiniteError(OutputError):
+    """A model that was to be written puts out NaN or infinity; the message names the tensor."""
+
+
 class CheckpointError(VitrimError):
     """A checkpoint or a plan on disk is damaged or does not fit the model."""
 

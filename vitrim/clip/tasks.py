@@ -61,6 +61,7 @@ from vitrim.metrics.zero_shot import (
     prompts_for,
     zero_shot_top,
 )
+from vitrim.models.live import as_it_is
 from vitrim.models.load import load_model
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
@@ -68,9 +69,8 @@ from vitrim.models.towers import Pair, Tokenize, open_pair
 from vitrim.output.load import Model, is_output, load, open_model, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
-from vitrim.output.save import save
+from vitrim.output.save import save_checked
 from vitrim.output.stage import check_place, staged_output
-from vitrim.output.verify import verify
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
 from vitrim.torch_state import own_torch_state
@@ -308,8 +308,10 @@ def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:
         about = read_about(Path(path))
         return open_model(model)[0], Origin.from_json(about["origin"]).placed_at(path), Plan.from_json(about["plan"])
     whole, origin = open_model(model)
+    origin = as_it_is(whole, origin) if isinstance(model, nn.Module) else origin
     if out is not None and origin.library is None:
-        raise RecipeError(f"{origin.name}: no library can build this module; pass its name or folder, or drop out.")
+        why = origin.notes[-1] if origin.notes else "no library can build this module"
+        raise RecipeError(f"{origin.name}: {why.rstrip('.')}; pass its name or folder, or drop out.")
     return copy.deepcopy(whole) if whole is model else whole, origin, Plan(edits=(), method="text_tower")
 
 
@@ -341,16 +343,21 @@ def _write(folder: Path, pair: Pair, plan: Plan, metrics: Metrics, out: Path) ->
         OutputError: what is loaded differs from what was written.
     """
     origin, whole = pair.origin, pair.model
-    stock, probe = save(folder, whole, origin=origin, plan=plan), random_inputs(origin, 4)
-    same = None if probe is None else verify(folder, whole, probe, origin=origin, stock=stock)
-    again = replace(pair, model=load_model(str(folder))[0] if stock else load(folder))
-    ids = pair.tokenize(PROBES)
-    difference = float((embed_all(again, ids) - embed_all(pair, ids)).abs().max())
-    if not difference <= 1e-5:
-        raise OutputError(
-            f"{folder}: written, but its text tower does not load back (outputs differ by {difference:.3g})."
-        )
-    loads = loads_with(origin, out, stock=stock)
-    metrics = replace(metrics, stock=stock, loads_with=loads, reload_difference=same)
+    saved = save_checked(folder, whole, origin=origin, plan=plan, inputs=random_inputs(origin, 4))
+    if saved.origin.library is not None:
+        again = replace(pair, model=load_model(str(folder))[0] if saved.stock else load(folder))
+        ids = pair.tokenize(PROBES)
+        difference = float((embed_all(again, ids) - embed_all(pair, ids)).abs().max())
+        if not difference <= 1e-5:
+            raise OutputError(
+                f"{folder}: written, but its text tower does not load back (outputs differ by {difference:.3g})."
+            )
+    metrics = replace(
+        metrics,
+        stock=saved.stock,
+        loads_with=loads_with(saved.origin, out, stock=saved.stock),
+        reload_difference=saved.difference,
+        notes=(*metrics.notes, *saved.notes),
+    )
     write_json(folder / "metrics.json", metrics.to_json())
     return metrics

@@ -14,6 +14,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream
 from vitrim.data.inputs import check_repeatable, open_inputs, random_inputs
 from vitrim.errors import RecipeError
+from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
 from vitrim.models.sites import resolve_scope
 from vitrim.output.load import open_model
@@ -68,6 +69,8 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
         VitrimError: the model or the images can't be opened, or something does not fit.
     """
     whole, origin = open_model(model, recipe.reading())
+    if isinstance(model, nn.Module):  # its owner may have changed it since its library built it
+        origin = as_it_is(whole, origin)
     encoder, scope = resolve_scope(whole, recipe.scope, origin.encoder)
     if encoder != origin.encoder:  # the known preprocessing belongs to another part
         origin = replace(origin, encoder=encoder, preprocessing={})

@@ -25,9 +25,8 @@ from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.output.load import load, local_folder, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
-from vitrim.output.save import save
+from vitrim.output.save import save_checked
 from vitrim.output.stage import check_place, staged_output
-from vitrim.output.verify import verify
 from vitrim.recover.elastic import Slice
 from vitrim.recover.elastic_files import read_widths
 from vitrim.storage.documents import write_json
@@ -176,16 +175,13 @@ def _write(
         notes = (*notes, why_not_stock(origin, plan.edits))
     elif backend is not None:
         backend.describe_(whole, stock)
-    save(folder, whole, origin=origin, plan=plan)
-    probe = None if origin.library is None else random_inputs(origin, 4)
-    is_stock = stock is not None
-    difference = None if probe is None else verify(folder, whole, probe, origin=origin, stock=is_stock)
+    saved = save_checked(folder, whole, origin=origin, plan=plan, inputs=random_inputs(origin, 4))
     metrics = replace(
         metrics,
-        stock=is_stock,
-        notes=notes,
-        loads_with=loads_with(origin, out, stock=is_stock),
-        reload_difference=difference,
+        stock=saved.stock,
+        notes=(*notes, *saved.notes),
+        loads_with=loads_with(saved.origin, out, stock=saved.stock),
+        reload_difference=saved.difference,
         seconds=round(time.monotonic() - started, 1),
     )
     write_json(folder / "metrics.json", metrics.to_json())

@@ -20,8 +20,7 @@ from vitrim.metrics.record import Metrics
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
-from vitrim.output.save import save
-from vitrim.output.verify import verify
+from vitrim.output.save import save_checked
 from vitrim.recover.elastic_files import save_widths
 from vitrim.recover.files import RECOVERY_LOG, TRACKER_LOGS
 from vitrim.report.collect import NOTHING, Seen, collect, look
@@ -94,33 +93,26 @@ def write_output(done: Finished, place: Place, context: RunContext) -> Metrics:
 
 def _write(done: Finished, place: Place, context: RunContext) -> Metrics:
     """Write weights and plan, verify them, then write everything that describes them."""
-    origin, folder, models = done.job.origin, place.folder, done.models
-    stock = save(folder, done.whole, origin=origin, plan=done.plan)
+    folder, models = place.folder, done.models
+    probe = models.split.sample if models.split is not None else random_inputs(done.job.origin)
+    inputs = None if probe is None else probe[:4]
+    saved = save_checked(folder, done.whole, origin=done.job.origin, plan=done.plan, inputs=inputs)
+    origin = saved.origin
     metrics = replace(
         done.metrics,
-        stock=stock,
-        loads_with=loads_with(origin, place.out, stock=stock),
-        reload_difference=_reload_difference(done, folder, stock=stock),
+        stock=saved.stock,
+        loads_with=loads_with(origin, place.out, stock=saved.stock),
+        reload_difference=saved.difference,
+        notes=(*done.metrics.notes, *saved.notes),
     )
     if done.trained.slices:
         slices = {ratio: found.below(origin.encoder) for ratio, found in done.trained.slices.items()}
         save_widths(folder, done.whole, slices)
     if done.trained.recovery is not None and context.work is not None:
         _move_logs(context.work, folder)
-    _write_documents(replace(done, metrics=metrics), folder, models.teacher.cpu())
+    done = replace(done, job=replace(done.job, origin=origin), metrics=metrics)
+    _write_documents(done, folder, models.teacher.cpu())
     return metrics
-
-
-def _reload_difference(done: Finished, folder: Path, *, stock: bool) -> float | None:
-    """Load a folder in a fresh process and return the difference, or None if that can't be done.
-
-    It can't if no library can build the model, or if its inputs are not known.
-    """
-    origin, split = done.job.origin, done.models.split
-    probe = split.sample if split is not None else random_inputs(origin)
-    if origin.library is None or probe is None:
-        return None
-    return verify(folder, done.whole, probe[:4], origin=origin, stock=stock)
 
 
 def _move_logs(work: Path, folder: Path) -> None:

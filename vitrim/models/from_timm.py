@@ -169,6 +169,43 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
         yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
 
 
+def adjusted(origin: Origin, model: nn.Module, rebuilt: nn.Module) -> tuple[Origin, list[str]]:
+    """Return an origin with the classes of a live model's head and its numbers of blocks, and what differs in words."""
+    args, config, said = dict(origin.model_args), dict(origin.config), []
+    (mine, theirs) = (_num_classes(each) for each in (model, rebuilt))
+    if mine is not None and mine != theirs:
+        args["num_classes"] = mine
+        known = {key: value for key, value in config.get("pretrained_cfg", {}).items() if key not in LABELS}
+        config["pretrained_cfg"] = {**known, "num_classes": mine}
+        said.append(f"its head has {mine} classes in place of {theirs}")
+    for key, count in (("depth", _depth), ("depths", _depths)):
+        mine, theirs = count(model), count(rebuilt)
+        if mine and mine != theirs:
+            args[key] = mine
+            said.append(f"it has {mine} blocks in place of {theirs}")
+    return replace(origin, model_args=args, config=config), said
+
+
+def _num_classes(model: nn.Module) -> int | None:
+    """Return how many classes a model's head has, 0 for none; None if the head is no linear layer."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    head = head[0] if isinstance(head, tuple) else head
+    return 0 if isinstance(head, nn.Identity) else getattr(head, "out_features", None)
+
+
+def _depth(model: nn.Module) -> int:
+    """Return the number of blocks of a model without stages, 0 for others."""
+    blocks = getattr(model, "blocks", None)
+    return len(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else 0
+
+
+def _depths(model: nn.Module) -> list[int]:
+    """Return the number of blocks of each stage, [] for a model without stages."""
+    stages = getattr(model, "layers", getattr(model, "stages", ()))
+    stages = stages if isinstance(stages, nn.Sequential | nn.ModuleList) else ()
+    return [_depth(stage) for stage in stages] if all(_depth(stage) for stage in stages) else []
+
+
 def describe_(student: nn.Module, origin: Origin) -> None:
     """Write the new arguments to where timm's own functions for saving look for them."""
     if hasattr(student, "_model_args"):

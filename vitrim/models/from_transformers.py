@@ -57,6 +57,7 @@ COMPANIONS = (
 PLAIN = (WEIGHTS, f"{WEIGHTS}.index.json")
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 TEXT_LENGTH = 128
+HEADS = ("classifier", "score")  # where its models for classification have their last layer
 
 
 def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origin]:
@@ -140,6 +141,24 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
             yield replace(origin, model_args=args)
 
 
+def adjusted(origin: Origin, model: nn.Module, rebuilt: nn.Module) -> tuple[Origin, list[str]]:
+    """Return an origin with the classes of a live model's head and its number of blocks, and what differs in words."""
+    args, said = copy.deepcopy(dict(origin.model_args)), []
+    part, built = _config_of_encoder(args, origin.encoder), dict(rebuilt.named_modules())
+    for name, module in model.named_modules():
+        mine, theirs = getattr(module, "out_features", None), getattr(built.get(name), "out_features", None)
+        if name in HEADS and mine and theirs and mine != theirs:
+            args["id2label"] = {str(label): f"LABEL_{label}" for label in range(mine)}
+            args["label2id"] = {f"LABEL_{label}": label for label in range(mine)}
+            said.append(f"its head has {mine} classes in place of {theirs}")
+        blocks = built.get(name)
+        if isinstance(module, nn.ModuleList) and isinstance(blocks, nn.ModuleList) and len(module) != len(blocks):
+            if part.get("num_hidden_layers") == len(blocks):
+                part["num_hidden_layers"] = len(module)
+                said.append(f"it has {len(module)} blocks in place of {len(blocks)}")
+    return replace(origin, model_args=args), said
+
+
 def describe_(student: nn.Module, origin: Origin) -> None:
     """Set the new widths in the configs of the model and of its tower, which may be two objects."""
     wanted = _config_of_encoder(origin.model_args, origin.encoder)
@@ -150,9 +169,13 @@ def describe_(student: nn.Module, origin: Origin) -> None:
         getattr(student.get_submodule(origin.encoder), "config", None),
     ]
     for part in parts:
-        for key in ("intermediate_size", "mlp_ratio"):
+        for key in ("intermediate_size", "mlp_ratio", "num_hidden_layers"):
             if key in wanted and hasattr(part, key):
                 setattr(part, key, wanted[key])
+    labels = origin.model_args.get("id2label")
+    if labels is not None and len(labels) != len(whole.id2label):
+        whole.id2label = {int(label): name for label, name in labels.items()}
+        whole.label2id = dict(origin.model_args["label2id"])
 
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:

@@ -143,6 +143,13 @@ class ModelBackend(Protocol):
         """Yield origins that may build the model with the edited widths; the caller checks which one does."""
         ...
 
+    def adjusted(self, origin: Origin, model: nn.Module, rebuilt: nn.Module) -> tuple[Origin, list[str]]:
+        """Return an origin with the classes and the depth of a live model, and in words what differs from `origin`.
+
+        `rebuilt` is what `origin` builds, on meta.
+        """
+        ...
+
     def describe_(self, student: nn.Module, origin: Origin) -> None:
         """Write the model's present widths into its own config."""
         ...

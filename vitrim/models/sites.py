@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from vitrim.errors import ModelError, SiteNotFoundError
 from vitrim.layers.moefication import ExpertMlp
@@ -162,6 +163,8 @@ def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
         kind = _kind([height for height, _ in firsts], d_hidden)
         if kind is None or (value_name == "0" and not _is_sequential_mlp(container, output_name)):
             continue
+        for name, layer in zip(names, layers, strict=True):
+            _refuse_computed(layer, f"{path}.{name}".strip("."))
         full = {name: f"{path}.{name}" if path else name for name in names}
         norm = _inner_norm(container, d_hidden)
         yield MlpSite(
@@ -199,7 +202,29 @@ def _linear(container: nn.Module, name: str) -> nn.Module | None:
         getattr(layer, "weight", None),
         (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)),
     )
-    return layer if isinstance(weight, nn.Parameter) and tuple(weight.shape) == features else None
+    plain = isinstance(weight, nn.Parameter) or _is_computed(layer)
+    return layer if plain and weight is not None and tuple(weight.shape) == features else None
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether a parametrization of torch, such as weight norm, makes a layer's weight out of other tensors."""
+    return is_parametrized(layer, "weight") or isinstance(getattr(layer, "weight_g", None), nn.Parameter)
+
+
+def _refuse_computed(layer: nn.Module | None, path: str) -> None:
+    """Refuse a layer of an MLP whose weight can't be cut.
+
+    Raises:
+        ModelError: a parametrization computes its weight.
+    """
+    if layer is not None and _is_computed(layer):
+        new = is_parametrized(layer, "weight")
+        line = "parametrize.remove_parametrizations" if new else "remove_weight_norm"
+        given = f'model.get_submodule("{path}")' + (', "weight"' if new else "")
+        raise ModelError(
+            f"{path}: its weight is computed from others (weight norm or another parametrization), so no units can be "
+            f"cut out of it; make it plain first: torch.nn.utils.{line}({given})."
+        )
 
 
 def _is_sequential_mlp(container: nn.Module, output_name: str) -> bool:

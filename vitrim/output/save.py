@@ -6,22 +6,86 @@ pickled. Reloading needs only the plan's widths; each tensor is stored once, in 
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vitrim.errors import NotFiniteError
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, copy_companions
 from vitrim.models.stock import stock_origin
 from vitrim.output.load import ABOUT, WEIGHTS, read_about
+from vitrim.output.verify import verify
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
 
+log = logging.getLogger("vitrim")
 
-def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> bool:
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What was written: whether the library loads it, how far its outputs are, what builds it, notes for the user.
+
+    `difference` is None where no library can build the model, or what it takes is not known.
+    """
+
+    stock: bool
+    difference: float | None
+    origin: Origin
+    notes: tuple[str, ...] = ()
+
+
+def save_checked(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, inputs: Tensor | None) -> Saved:
+    """Write weights, config and plan, and check them in a fresh process; what fails is left out, and said.
+
+    Where the library's own format can't be written, or does not load back as the same model, the output is in vitrim's
+    format; where that does not either, it is weights and plan, for whoever can build the model. So a run is never lost.
+
+    Args:
+        folder: an empty folder, normally from `staged_output`.
+        student: the whole cut model.
+        origin: how the uncut model is built.
+        plan: what was cut, by paths from the root of the whole model.
+        inputs: a few inputs of the encoder to compare on; None if what it takes is not known.
+
+    Raises:
+        NotFiniteError: the model is not finite.
+        OSError, SafetensorError: the disk can't take it.
+    """
+    notes: list[str] = []
+    forms = ((origin, True), (origin, False), (replace(origin, library=None), False))
+    for form, try_stock in forms if origin.library is not None else forms[2:]:
+        try:
+            stock = save(folder, student, origin=form, plan=plan, try_stock=try_stock)
+            difference = None
+            if inputs is not None and form.library is not None:
+                difference = verify(folder, student, inputs, origin=form, stock=stock)
+            return Saved(stock=stock, difference=difference, origin=form, notes=tuple(notes))
+        except (NotFiniteError, OSError, SafetensorError):
+            raise
+        except Exception as error:  # libraries' own code writes and loads
+            if form.library is None:
+                raise
+            reason = (str(error).removeprefix(f"{folder}: ").split("\n")[0][:200] or type(error).__name__).rstrip(".")
+            left = "vitrim's own format" if try_stock else "weights and plan alone: vitrim.load(path, model=...)"
+            notes.append(
+                f"{'the format of ' + str(origin.library) if try_stock else 'it'} failed ({reason}); "
+                f"the output is in {left}."
+            )
+            log.warning("%s: %s", origin.name, notes[-1])
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    raise AssertionError("the last form is returned or raises")
+
+
+def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, try_stock: bool = True) -> bool:
     """Write weights, config and plan into a folder.
 
     Args:
@@ -29,17 +93,18 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> boo
         student: the whole cut model.
         origin: how the uncut model is built.
         plan: what was cut, by paths from the root of the whole model.
+        try_stock: use the library's own format, if it has one for these widths.
 
     Returns:
         Whether the stock library can load the folder by itself.
     """
-    path = folder / write_configs(folder, student, origin=origin, plan=plan)
+    path = folder / write_configs(folder, student, origin=origin, plan=plan, try_stock=try_stock)
     save_file(_apart(student), path, metadata={"format": "pt"})
     path.chmod(0o666 & ~_umask())  # safetensors writes 0600
     return bool(read_about(folder)["stock"])
 
 
-def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan) -> str:
+def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, try_stock: bool = True) -> str:
     """Write everything in an output except the weights.
 
     Args:
@@ -47,11 +112,12 @@ def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Pla
         student: the whole cut model; it may be on the meta device.
         origin: how the uncut model is built.
         plan: what was cut, by paths from the root of the whole model.
+        try_stock: use the library's own format, if it has one for these widths.
 
     Returns:
         The file name that the library expects for the weights.
     """
-    stock, backend = stock_origin(origin, plan.edits), backend_of(origin.library)
+    stock, backend = stock_origin(origin, plan.edits) if try_stock else None, backend_of(origin.library)
     if stock is not None and backend is not None:
         backend.write_config(student, folder, stock)
     if backend is not None:

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrim.errors import OutputError
+from vitrim.errors import NotFiniteError, OutputError
 from vitrim.models.features import evaluating
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
@@ -185,8 +185,8 @@ def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, 
         The largest difference relative to the largest output.
 
     Raises:
-        OutputError: the folder does not load, its outputs differ, it says something else than the original, or the
-            model in memory is not finite.
+        OutputError: the folder does not load, its outputs differ, or it says something else than the original.
+        NotFiniteError: the model in memory is not finite.
     """
     reference = copy.deepcopy(student.get_submodule(origin.encoder)).cpu()
     like = next(reference.parameters()).new_empty(0)
@@ -260,14 +260,14 @@ def _output(model: nn.Module, inputs: Tensor, folder: Path) -> Tensor:
     """Run a model in memory.
 
     Raises:
-        OutputError: its output is not finite.
+        NotFiniteError: its output is not finite.
     """
     with evaluating(model):
         output = model(inputs)
     while not isinstance(output, Tensor):  # the first of several heads may stand in a tuple in an output (MGP-STR)
         output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     if not bool(output.isfinite().all()):
-        raise OutputError(f"{folder}: the model is not finite: {_first_not_finite(model, inputs)}.")
+        raise NotFiniteError(f"{folder}: the model is not finite: {_first_not_finite(model, inputs)}.")
     return output.clone().contiguous()
 
 
