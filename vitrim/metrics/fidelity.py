@@ -135,7 +135,7 @@ def too_few(num_images: int) -> tuple[str, ...]:
     """Return a warning where so few images judged a model that there is no recall and no agreement."""
     if num_images >= MIN_IMAGES:
         return ()
-    said = f"judged on {num_images} images: too few for recall and agreement, which are left out, and for more than a "
+    said = f"judged on {num_images} images: too few for recall and agreement, which are not given, and for more than a "
     return (said + f"hint of the error; {MIN_IMAGES} are needed, and compress holds out a tenth of the images.",)
 
 
