@@ -54,7 +54,13 @@ class Recovery:
             return []
         what = "did not improve on the cut, which was kept" if not self.improved else "got worse again"
         kept = f" The state of step {self.best_step} was kept ({self.best_error:.4g})." if self.improved else ""
-        errors = f"error {start:.4g} at the start and {end:.4g} at step {self.curve[-1]['step']}"
+        of_width = ""
+        if widths := [
+            key for key in self.curve[0] if key.startswith("mlp_ratio=")
+        ]:  # judged by the one that fares worst
+            worst = max(widths, key=lambda key: self.curve[-1][key] / max(self.curve[0][key], 1e-12))
+            start, end, of_width = self.curve[0][worst], self.curve[-1][worst], f" of {worst}"
+        errors = f"error{of_width} {start:.4g} at the start and {end:.4g} at step {self.curve[-1]['step']}"
         return [f"recovery {what}: {errors}, on {num_held_out:,} held-out images.{kept} It took {self.cost()}."]
 
     def cost(self) -> str:
