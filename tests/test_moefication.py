@@ -42,16 +42,6 @@ def can_be_split(case):
     )
 
 
-def test_a_similarity_router_scores_by_the_euclidean_distance_to_the_centroids():
-    torch.manual_seed(0)
-    router, tokens = Router(8, 5, kind="similarity"), torch.randn(7, 8)
-    units = [token / token.norm() for token in tokens]
-    slow = torch.tensor(
-        [[1 - float((unit - row).square().sum()) for row in router.first.weight.detach()] for unit in units]
-    )
-    torch.testing.assert_close(router(tokens), slow)
-
-
 @pytest.mark.parametrize("router", ["mlp", "similarity", "oracle"])
 def test_moefication_with_all_experts_active_is_the_dense_model(kind, router, run):
     if not can_be_split(kind):

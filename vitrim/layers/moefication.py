@@ -23,8 +23,7 @@ ScoreKind = Literal["sum", "norm"]
 class Router(nn.Module):
     """Scores experts for a token from the token's direction: two linear layers without bias, tanh between them.
 
-    A similarity router has only the first layer, whose rows are the experts' centroids, and scores by how near they are
-    to the token's direction: 1 minus the squared Euclidean distance.
+    A similarity router has only the first layer, whose rows are the experts' centroids.
     """
 
     def __init__(self, d_model: int, num_experts: int, *, kind: RouterKind) -> None:
@@ -35,9 +34,7 @@ class Router(nn.Module):
     def forward(self, tokens_TD: Tensor) -> Tensor:
         """Return scores (T, E) for tokens (T, D)."""
         scores_TE = self.first(functional.normalize(tokens_TD, dim=-1))
-        if self.second is not None:
-            return self.second(scores_TE.tanh())
-        return 2 * scores_TE - self.first.weight.square().sum(1)
+        return scores_TE if self.second is None else self.second(scores_TE.tanh())
 
 
 class ExpertMlp(nn.Module):
