@@ -155,6 +155,41 @@ def test_every_writer_says_what_the_original_says(source, tmp_path):
         assert READ[kind](out) == expected, out.name
 
 
+def told_by(kind, folder):
+    """What must stand beside an exported file, in the words of the original's own."""
+    if kind == "timm":
+        shown = {key: SHOWN[key] for key in ("label_names", "label_descriptions", "tag", "license", "notes")}
+        keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+        return {**shown, "preprocessing": {key: SHOWN[key] for key in keys}}
+    if kind == "open_clip":
+        return {"preprocessing": OF_OPEN_CLIP, "license": "cc-by-nc-4.0"}
+    labels = {"id2label": {str(place): label for place, label in enumerate(LABELS)}} if kind == "labels" else {}
+    said = json.loads((folder / "preprocessor_config.json").read_text())
+    return {**labels, "preprocessing": said, "license": "cc-by-nc-4.0"}
+
+
+@pytest.mark.parametrize("source", list(WRITTEN), indirect=True)
+def test_an_exported_file_is_told_what_the_original_says(source, tmp_path):
+    kind, folder = source
+    vitrim.compress(str(folder), method="magnitude", mlp_ratio=2, out=tmp_path / "small", quiet=True)
+    for name, model in (("source", str(folder)), ("small", str(tmp_path / "small"))):
+        vitrim.export(model, tmp_path / f"{name}.pt2", to="torch", latency=False)
+        said = json.loads((tmp_path / f"{name}.pt2.json").read_text())
+        assert (said.pop("model"), said.pop("outputs")) != ("", []) and said == told_by(kind, folder)
+
+
+def test_a_new_head_is_not_exported_with_the_old_heads_labels(tmp_path):
+    write_timm(tmp_path)
+    model = load_model(str(tmp_path))[0]
+    vitrim.export(model, tmp_path / "old.pt2", to="torch", latency=False)
+    model.reset_classifier(3)
+    model.num_classes = 5  # as where the head was set by hand
+    vitrim.export(model, tmp_path / "new.pt2", to="torch", latency=False)
+    old, new = (json.loads((tmp_path / f"{name}.pt2.json").read_text()) for name in ("old", "new"))
+    assert old["label_names"] == LABELS and "label_names" not in new
+    assert old["preprocessing"] == new["preprocessing"] and new["license"] == SHOWN["license"]
+
+
 @pytest.mark.parametrize("source", ["timm", "labels"], indirect=True)
 def test_a_live_model_keeps_what_its_library_told_it(source, tmp_path):
     kind, folder = source

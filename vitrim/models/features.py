@@ -8,7 +8,7 @@ encoder the first token is the pooled vector and the others are the patches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -110,8 +110,12 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
         said = [said.get(number, said.get(str(number))) for number in range(len(said))]
     if not isinstance(said, list | tuple) or len(said) != num_classes(model):
         return ()
-    unnamed = [f"LABEL_{number}" for number in range(len(said))]  # transformers' own, where nobody gave names
-    return tuple(said) if all(isinstance(name, str) for name in said) and list(said) != unnamed else ()
+    return tuple(said) if all(isinstance(name, str) for name in said) and are_names(said) else ()
+
+
+def are_names(labels: Iterable[Any]) -> bool:
+    """Return whether labels are more than what transformers fills in where nobody gave names."""
+    return any(label != f"LABEL_{number}" for number, label in enumerate(labels))
 
 
 def _class_head(model: nn.Module) -> nn.Linear | None:

@@ -54,6 +54,22 @@ def as_it_is(model: nn.Module, origin: Origin) -> Origin:
     return _noted(replace(origin, library=None), note)
 
 
+def with_its_classes(model: nn.Module, origin: Origin) -> Origin:
+    """Return the origin of a live model with the classes of the head that it has now, whatever else differs.
+
+    Args:
+        model: the live model; it is not changed.
+        origin: how its library built it once.
+
+    Returns:
+        The origin, without a library if that can't build the model at all.
+    """
+    backend, rebuilt = backend_of(origin.library), _built(origin)
+    if backend is None or rebuilt is None:
+        return replace(origin, library=None)
+    return backend.adjusted(origin, model, rebuilt)[0]
+
+
 def _noted(origin: Origin, note: str) -> Origin:
     log.warning("%s: %s", origin.name, note)
     return replace(origin, notes=(*origin.notes, note))

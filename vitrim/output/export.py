@@ -2,7 +2,8 @@
 
 The file is loaded by its runtime and compared with PyTorch, also on batch sizes that were not traced; a file that
 differs is removed. Weights in the file are always float32. Of a pair (CLIP) or a VLM the part that takes the images is
-exported. Matrices that share a basis are multiplied out.
+exported. Matrices that share a basis are multiplied out. A JSON file beside it says what the model's own library would
+know: preprocessing, labels, tag and licence.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +26,14 @@ from vitrim.data.inputs import open_set, random_inputs
 from vitrim.errors import ModelError, OutputError, RecipeError
 from vitrim.layers.fips import SharedBasisLinear
 from vitrim.layers.moefication import ExpertMlp
-from vitrim.models.features import evaluating, features
-from vitrim.models.origin import require
-from vitrim.output.load import Model, open_encoder
+from vitrim.models.features import are_names, evaluating, features
+from vitrim.models.live import with_its_classes
+from vitrim.models.load import backend_of
+from vitrim.models.origin import Origin, require
+from vitrim.output.card import licence_of
+from vitrim.output.load import Model, open_model
 from vitrim.output.stage import refuse_existing
+from vitrim.storage.documents import write_json
 from vitrim.surgery.edits import replace_
 from vitrim.torch_state import own_torch_state
 
@@ -80,7 +85,8 @@ def export(
 
     Args:
         model: a module, a name, or a folder that vitrim wrote.
-        out: the file to write; it must not exist. OpenVINO writes the weights to a `.bin` beside it.
+        out: the file to write; it must not exist. Beside it stand its description, `.json` added to the name, and
+            OpenVINO's weights in a `.bin`.
         to: `onnx`, `openvino` or `torch` (an archive of `torch.export`).
         data: images to compare on, in addition to noise.
         tokens: export the pooled vector and the patch tokens instead of the model's own output.
@@ -107,14 +113,10 @@ def export(
         >>> exported.path.name, exported.outputs
         ('digits.pt2', ('output',))
     """
-    if to not in get_args(Form):
-        raise RecipeError(f"to: {to!r} is no form to export to; use one of {', '.join(get_args(Form))}.")
-    for package in NEEDS[to]:
-        require(package, "export")
     out = Path(out)
-    if out.suffix != SUFFIXES[to]:
-        raise OutputError(f"{out}: a file of {to} ends in {SUFFIXES[to]}; name it {out.with_suffix(SUFFIXES[to])}.")
-    encoder, origin = open_encoder(model)
+    _check_request(out, to)
+    whole, origin = open_model(model)
+    encoder, live = whole.get_submodule(origin.encoder), isinstance(model, nn.Module)
     noise = random_inputs(origin, max(COMPARED))
     if noise is None:
         raise ModelError(f"{origin.name}: the size of its inputs is not known, so it can't be traced.")
@@ -132,6 +134,7 @@ def export(
         models = {"pytorch": wrapped, to: session} if latency else {}
         times = measure_latency(list(models.values()), noise[:1], batch_sizes=TIMED)
         num_bytes = sum(file.stat().st_size for file in path.parent.iterdir())
+        _describe(_about(path), with_its_classes(whole, origin) if live else origin, wrapped.names)
     return Exported(
         path=out,
         form=to,
@@ -141,6 +144,33 @@ def export(
         differences=differences,
         latency=dict(zip(models, times, strict=True)),
     )
+
+
+def _check_request(out: Path, to: Form) -> None:
+    """Refuse a form that is unknown or can't be written here, and a file that is not named as its form is."""
+    if to not in get_args(Form):
+        raise RecipeError(f"to: {to!r} is no form to export to; use one of {', '.join(get_args(Form))}.")
+    for package in NEEDS[to]:
+        require(package, "export")
+    if out.suffix != SUFFIXES[to]:
+        raise OutputError(f"{out}: a file of {to} ends in {SUFFIXES[to]}; name it {out.with_suffix(SUFFIXES[to])}.")
+
+
+def _about(out: Path) -> Path:
+    """Return the place of the file that describes an exported one; `a.onnx` and `a.xml` have one each."""
+    return out.with_name(f"{out.name}.json")
+
+
+def _describe(path: Path, origin: Origin, outputs: Sequence[str]) -> None:
+    """Write what no runtime's file says, in the words of the original's library; what is not known is left out."""
+    backend = backend_of(origin.library)
+    said = {} if backend is None else backend.says(origin)
+    if not are_names((said.get("id2label") or {}).values()):
+        said.pop("id2label", None)
+    about = {"preprocessing": origin.without_place().preprocessing, "license": licence_of(origin)}
+    about |= {key: value for key, value in said.items() if value is not None}
+    known = {key: value for key, value in about.items() if value is not None}
+    write_json(path, {**known, "model": origin.name, "outputs": list(outputs)})
 
 
 def _multiplied_out(model: nn.Module) -> nn.Module:
@@ -186,7 +216,8 @@ class _Session(nn.Module):
 @contextmanager
 def _placed(out: Path) -> Iterator[Path]:
     """Yield a path in a temporary folder beside `out`; at the end all files there are moved into place, or none."""
-    refuse_existing(out, kind="file")
+    for path in (out, _about(out)):
+        refuse_existing(path, kind="file")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
             yield Path(folder) / out.name
