@@ -85,12 +85,13 @@ def check_place(out: Path, *, resume: bool = False, overwrite: bool = False) -> 
 def _check_names(out: Path, *, overwrite: bool) -> None:
     """Refuse to write over what may not be replaced, or into a folder that is not from a run."""
     try:
-        work, is_ours = _work(out), not out.is_symlink() and (out / ABOUT).is_file()
+        is_ours = not out.is_symlink() and (out / ABOUT).is_file()
+        if not (overwrite and is_ours):
+            refuse_existing(out, advice=", or replace it with overwrite (--overwrite)" if is_ours else "")
+        work = _work(out)
         is_foreign = work.is_dir() and not work.is_symlink() and not (work / LOCK).is_file() and any(work.iterdir())
     except (OSError, ValueError) as error:
         raise _not_writable(out, error) from None
-    if not (overwrite and is_ours):
-        refuse_existing(out, advice=", or replace it with overwrite (--overwrite)" if is_ours else "")
     if is_foreign:
         raise OutputError(f"{work}: is not from vitrim, and the run needs its name; move it, or choose another output.")
 
