@@ -229,7 +229,7 @@ def test_a_state_with_code_in_it_is_refused(tmp_path):
             return (os.system, (f"touch {tmp_path / 'executed'}",))
 
     torch.save({"step": Payload()}, tmp_path / "recover.state")
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match="can't be used"):
         load_state(tmp_path / "recover.state")
     assert not (tmp_path / "executed").exists()
 

@@ -289,8 +289,9 @@ def test_a_run_that_diverges_again_and_again_ends_with_its_best_state(monkeypatc
     start = weights(student)
     poison(monkeypatch, at=set(range(1, 1000)))
     result = run(student, teacher)
-    assert len(result.notes) == 9
-    assert "give a lower lr" in result.notes[-1]
+    *went_back, ended, verdict = result.notes
+    assert len(went_back) == 8 and all("went back to step 0" in note for note in went_back)
+    assert "give a lower lr" in ended and "did not improve" in verdict
     assert_equal(start, student.state_dict())
 
 

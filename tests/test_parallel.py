@@ -124,7 +124,9 @@ def test_compress_gives_every_process_the_same_and_writes_once(together):
     assert alone["sha256"] == found["sha256"]
     assert furthest(alone, found) < 2e-5
     notes = [json.loads(result["metrics"])["notes"] for result in (alone, found)]
-    assert "there is one process" in notes[0][0] and notes[1] == notes[0][1:]
+    assert [note for note in notes[0] if "there is one process" not in note] == notes[1] and len(notes[0]) > len(
+        notes[1]
+    )
 
 
 def test_a_process_without_a_cut_takes_the_main_ones(together):
