@@ -115,6 +115,13 @@ def test_two_heads_of_deit_give_tokens_as_features_and_their_mean_as_scores():
     assert scores is not None and torch.allclose(scores, wanted)
 
 
+def test_an_encoder_that_gives_no_patches_has_a_pooled_vector_alone():
+    pit = timm.create_model("pit_ti_224", img_size=32, patch_size=8, depth=(1, 1, 1), heads=(2, 2, 2)).eval()
+    found = features(pit, IMAGES)
+    assert found.patches_BND is None and found.taken == "pooled: token 0 of forward_features"
+    assert torch.equal(found.pooled_BD, pit.forward_features(IMAGES)[:, 0])
+
+
 def test_inspect_says_where_features_are_read():
     found = vitrim.inspect(built("DeiTForImageClassificationWithTeacher"))
     assert found.features == (

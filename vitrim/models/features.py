@@ -259,6 +259,8 @@ def _split(model: nn.Module, tokens: Tensor, where: str) -> Features:
     if tokens.ndim == 4:
         tokens = tokens.flatten(1, 2)
     num_prefix = num_prefix_tokens(model)
+    if 0 < tokens.shape[1] <= num_prefix:  # PiT gives its prefix alone
+        return Features(pooled_BD=tokens[:, 0], taken=f"pooled: token 0 of {where}")
     patches = tokens[:, num_prefix:]
     pooled = f"token 0 of {where}" if num_prefix else f"mean over {where}"
     taken = f"pooled: {pooled}; patches: {f'tokens {num_prefix} and on of ' if num_prefix else ''}{where}"
