@@ -19,7 +19,8 @@ def card(folder, *, model="digits", licence="mit", data="photos", note="a note",
     environment = {"machine": "cpu", "device": "cpu", "torch": "2", "command": command}
     size = {"before": ModelCost(parameters=2), "after": ModelCost(parameters=1)}
     metrics = Metrics(model=model, method="dgmr", encoder=encoder, notes=(note,), environment=environment, **size)
-    write_card(folder, Origin(name=model), Recipe(data=data), metrics, licence=licence)
+    origin = Origin(name=model, config={"pretrained_cfg": {"license": licence}})
+    write_card(folder, origin, Recipe(data=data), metrics)
     _, head, body = re.split(r"^---\n", (folder / "README.md").read_text(), maxsplit=2, flags=re.MULTILINE)
     return read_yaml(head, where="head"), MarkdownIt("gfm-like", {"linkify": False}).render(body)
 

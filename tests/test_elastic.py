@@ -388,6 +388,7 @@ def test_a_stored_width_is_sliced_with_its_own_output_weights_and_loads_with_sto
         "config.json",
         "vitrim.json",
         "metrics.json",
+        "README.md",
     }
     stock = timm.create_model(f"local-dir:{sliced.out}", pretrained=True).eval()
     assert stock.blocks[0].mlp.fc1.out_features == 48

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import vitrim
 from tests.support.checkpoints import OPEN_CLIP, VIT, shaken
 from tests.support.pairs import TEXT, VISION, tokenizer
+from vitrim.config.yaml_files import read_yaml
 from vitrim.errors import OutputError
 from vitrim.models.load import backend_of, load_model
 from vitrim.output.save import save
@@ -146,6 +147,19 @@ def written(folder, source, kind):
             vitrim.tune_text(model, pairs(), options={"steps": 1, "batch_size": 4}, out=folder / name, quiet=True)
 
 
+def assert_card(out):
+    """Its licence is the original's, which of some stands in the source's README alone, and it says what was done."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    _, head, body = (out / "README.md").read_text().split("---\n", 2)
+    assert read_yaml(head, where="head")["license"] == "cc-by-nc-4.0" and "`cc-by-nc-4.0`, carried over" in body
+    tuned = metrics["text_tuning"]
+    assert ("The text tower was tuned" in body) == (tuned is not None)
+    assert tuned is None or (f"and is {tuned['best_loss']:.4g}." in body and "was touched" not in body)
+    assert ("This is a slice of" in body) == (metrics["sliced_from"] is not None)
+    assert ("`magnitude`" in body) == (", made smaller with" in body) == (metrics["method"] == "magnitude")
+    assert ("`recipe.yaml`" in body) == (out / "recipe.yaml").is_file()
+
+
 @pytest.mark.parametrize("source", list(WRITTEN), indirect=True)
 def test_every_writer_says_what_the_original_says(source, tmp_path):
     kind, folder = source
@@ -153,6 +167,7 @@ def test_every_writer_says_what_the_original_says(source, tmp_path):
     expected = READ[kind](folder)
     for out in tmp_path.iterdir():
         assert READ[kind](out) == expected, out.name
+        assert_card(out)
 
 
 def told_by(kind, folder):

@@ -66,6 +66,7 @@ from vitrim.models.load import load_model
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
 from vitrim.models.towers import Pair, Tokenize, open_pair
+from vitrim.output.card import write_card
 from vitrim.output.load import Model, is_output, load, open_model, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
@@ -360,4 +361,5 @@ def _write(folder: Path, pair: Pair, plan: Plan, metrics: Metrics, out: Path) ->
         notes=(*metrics.notes, *saved.notes),
     )
     write_json(folder / "metrics.json", metrics.to_json())
+    write_card(folder, saved.origin, None, metrics)
     return metrics

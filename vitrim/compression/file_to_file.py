@@ -44,6 +44,7 @@ from vitrim.errors import OutputError, RecipeError, VitrimError
 from vitrim.methods import Method, SiteMethod, find_method
 from vitrim.metrics.record import Metrics
 from vitrim.models.stock import loads_with, why_not_stock
+from vitrim.output.card import write_card
 from vitrim.output.provenance import environment, versions
 from vitrim.output.result import Result
 from vitrim.output.stage import PICKS, check_place, staged_output
@@ -259,6 +260,7 @@ def _run(task: _Task, context: RunContext, place: Place) -> Result:
         metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
         (place.folder / "recipe.yaml").write_text(task.recipe.dump())
         write_json(place.folder / "metrics.json", metrics.to_json())
+        write_card(place.folder, task.job.origin, task.recipe, metrics)
     except (VitrimError, OSError, SafetensorError) as error:
         # After an error of the input the next run starts from another one; a full disk costs no picks.
         of_input = isinstance(error, VitrimError) and not isinstance(error, OutputError)

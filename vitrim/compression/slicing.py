@@ -22,6 +22,7 @@ from vitrim.metrics.record import Metrics, ModelCost
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, in_one_line
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
+from vitrim.output.card import write_card
 from vitrim.output.load import load, local_folder, read_about
 from vitrim.output.provenance import environment
 from vitrim.output.result import Result
@@ -185,4 +186,5 @@ def _write(
         seconds=round(time.monotonic() - started, 1),
     )
     write_json(folder / "metrics.json", metrics.to_json())
+    write_card(folder, saved.origin, None, metrics)
     return metrics

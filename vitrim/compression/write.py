@@ -20,6 +20,7 @@ from vitrim.metrics.record import Metrics
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
+from vitrim.output.card import write_card
 from vitrim.output.save import save_checked
 from vitrim.recover.elastic_files import save_widths
 from vitrim.recover.files import RECOVERY_LOG, TRACKER_LOGS
@@ -124,7 +125,6 @@ def _move_logs(work: Path, folder: Path) -> None:
 
 def _write_documents(done: Finished, folder: Path, teacher: nn.Module) -> None:
     """Write the recipe, the metrics, the report page, and the model card for a hub."""
-    from vitrim.output.card import licence_of, write_card  # imports matplotlib, which is slow, for number formats
     from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
 
     job, metrics, recipe = done.job, done.metrics, done.job.recipe
@@ -132,4 +132,4 @@ def _write_documents(done: Finished, folder: Path, teacher: nn.Module) -> None:
     write_json(folder / "metrics.json", metrics.to_json())
     page = collect(teacher, job.origin, done.cut.plan, recipe, metrics, done.seen)
     write_report(folder / "report.html", page)
-    write_card(folder, job.origin, recipe, metrics, licence=licence_of(job.origin))
+    write_card(folder, job.origin, recipe, metrics)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vitrim.config.recipe import Recipe
 from vitrim.config.yaml_files import MAX_BYTES, read_yaml, write_yaml
 from vitrim.errors import RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import METHODS
 from vitrim.metrics.record import Metrics
 from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
@@ -29,31 +30,32 @@ MAX_LICENCE = 80
 log = logging.getLogger("vitrim")
 
 
-def write_card(folder: Path, origin: Origin, recipe: Recipe, metrics: Metrics, *, licence: str | None) -> None:
+def write_card(folder: Path, origin: Origin, recipe: Recipe | None, metrics: Metrics) -> None:
     """Write the card of a run into its output folder.
 
     Args:
         folder: the output folder.
         origin: how the original was built.
-        recipe: the user's recipe.
+        recipe: the user's recipe; None for what has none (a slice, a tuned text tower).
         metrics: what was measured, as in metrics.json.
-        licence: the original's, as found by `licence_of`.
     """
+    licence, methods = licence_of(origin), [name for name in metrics.method.split("+") if name in METHODS]
     about: dict[str, Any] = {
         "license": licence or "other",
         "library_name": origin.library if metrics.stock else "vitrim",
-        "tags": ["vitrim", "pruning", "vision-transformer", *(step.method for step in recipe.steps)],
+        "tags": ["vitrim", *(["pruning"] if methods else []), "vision-transformer", *methods],
     }
     named = HUB_NAME.match(origin.name)
     if named:
         about["base_model"] = named.group(1)
     parts = [
         f"---\n{write_yaml(about)}---",
-        f"# {plain(origin.name)}, made smaller with vitrim",
-        _what(recipe, metrics),
+        f"# {plain(origin.name)}, {'made smaller' if methods else 'tuned'} with vitrim",
+        _what(methods, metrics),
         f"## Loading\n\n{block(_loading(metrics.stock, origin), 'python')}",
         f"## Measured\n\n{_table(metrics)}\n\n{_measured_on(metrics)}",
-        f"## Made with\n\n{block(metrics.environment['command'])}\n\nThe whole recipe is `recipe.yaml`.",
+        f"## Made with\n\n{block(metrics.environment['command'])}",
+        *([] if recipe is None else ["The whole recipe is `recipe.yaml`."]),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(recipe, metrics, licence)),
     ]
     (folder / CARD).write_text("\n\n".join(parts) + "\n")
@@ -102,12 +104,21 @@ def block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _what(recipe: Recipe, metrics: Metrics) -> str:
+def _what(methods: Sequence[str], metrics: Metrics) -> str:
     """Describe what was done to the original, in a few sentences."""
     before, after = metrics.before.parameters, metrics.after.parameters
-    methods = [find_method(step.method) for step in recipe.steps]
-    papers = " and ".join(f"`{m.name}` ([{m.paper}](https://arxiv.org/abs/{m.arxiv}))" for m in methods)
-    said = f"{before:,} parameters became {after:,} ({after / before - 1:+.0%}) by {papers}."
+    found = [METHODS[name] for name in methods]
+    papers = " and ".join(f"`{m.name}` ([{m.paper}](https://arxiv.org/abs/{m.arxiv}))" for m in found)
+    if metrics.text_tuning is None:
+        said = f"{before:,} parameters became {after:,} ({after / before - 1:+.0%}) by {papers}."
+    else:
+        start, best = metrics.text_tuning["curve"][0]["held_out_loss"], metrics.text_tuning["best_loss"]
+        said = (
+            f"The text tower was tuned to the image tower. Loss on held-out pairs was {start:.4g}, and is {best:.4g}."
+        )
+        said += f" The pair had been cut by {papers}." if papers else ""
+    if metrics.sliced_from is not None:
+        said += f" This is a slice of {code(metrics.sliced_from)}, which has the {before:,}."
     pairs = sorted({tuple(pair) for pair in metrics.widths.values()})
     if pairs:
         old, new = (sorted({pair[place] for pair in pairs}) for place in (0, 1))
@@ -116,7 +127,8 @@ def _what(recipe: Recipe, metrics: Metrics) -> str:
         recovery = Recovery(**metrics.recovery)
         said += f" Then label-free distillation from the original ({recovery.cost()})"
         said += "." if recovery.improved else ", which did not improve on the cut: this is the model before it."
-    return said + (f" Only the part {code(metrics.encoder)} was touched." if metrics.encoder else "")
+    only_cut = metrics.encoder and metrics.text_tuning is None
+    return said + (f" Only the part {code(metrics.encoder)} was touched." if only_cut else "")
 
 
 def _span(values: list[int]) -> str:
@@ -139,19 +151,33 @@ def _table(metrics: Metrics) -> str:
 
 def _measured_on(metrics: Metrics) -> str:
     images, machine = metrics.images, metrics.environment
-    where = f"Latency on {plain(machine['machine'])}, {plain(machine['device'])}, torch {machine['torch']}."
+    what = "Latency" if metrics.after.latency else "The run was"
+    where = f"{what} on {plain(machine['machine'])}, {plain(machine['device'])}, torch {machine['torch']}."
     if not images:
         return f"{metrics.judged_on} {where}"
     counts = ", ".join(f"{name} {count:,}" for name, count in images.items() if isinstance(count, int))
-    return f"{metrics.judged_on} It is that of the features against the original's. Images: {counts}. {where}"
+    against = " It is that of the features against the original's." if metrics.closeness is not None else ""
+    return f"{metrics.judged_on}{against} Images: {counts}. {where}"
 
 
-def _limits(recipe: Recipe, metrics: Metrics, licence: str | None) -> list[str]:
+def _fitted(recipe: Recipe | None, metrics: Metrics) -> str:
+    """Return what the model was fitted to, and judged on."""
+    if metrics.sliced_from is not None:
+        return "Nothing was fitted or judged when this was sliced; how the wider output was, its own card says."
+    if metrics.text_tuning is not None:
+        return "The text tower was tuned to, and judged on, captions of the kind that it was given."
+    data = None if recipe is None else recipe.data
+    given = code(data) if data else "the images that were given" if metrics.images else None
+    if given is None:
+        return "The cut was made on weights alone."
+    judged = ", and judged on," if metrics.closeness is not None else ""
+    return f"The cut was fitted to{judged} {given}. On other images it may be further from the original."
+
+
+def _limits(recipe: Recipe | None, metrics: Metrics, licence: str | None) -> list[str]:
     """Return what a user of this model should know, one sentence per line."""
-    data = recipe.data or "no images"
-    fitted = "fitted to, and judged on" if metrics.closeness is not None else "fitted to"
     lines = [
-        f"The cut was {fitted}, {code(data)}. On other images it may be further from the original.",
+        _fitted(recipe, metrics),
         "What the original is not good at or not meant for, this is not either; its own card says so.",
         f"Licence: {code(licence)}, carried over from the original."
         if licence
