@@ -39,6 +39,11 @@ def broken(place, value):
     return images
 
 
+def assert_same(one, two):
+    mine, theirs = one.state_dict(), two.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
 def method(name):
     return METHODS[name](**QUICK.get(name, {}))
 
@@ -60,10 +65,23 @@ def test_every_method_gives_what_it_gives_without_the_broken_image(name, told):
         vitrim.prune_(found, method(name), list(broken(place, value).split(6)), **budget)
         batches = [torch.stack(rest[: 5 if place < 6 else 6]), torch.stack(rest[5 if place < 6 else 6 :])]
         vitrim.prune_(expected, method(name), batches, **budget)
-        mine, theirs = found.state_dict(), expected.state_dict()
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+        assert_same(found, expected)
     assert "prune_: 1 of 12 images were left out; the first: image 5 of batch 1 holds nan at (1, 2, 3)" in told.text
     assert "holds 1e+30 at (1, 2, 3), and 1 such values" in told.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_of_any_float_type_give_what_the_same_values_in_float32_give(dtype, tmp_path):
+    images, case, given = IMAGES.half(), build_case("timm-vit"), {"keep_ratio": 0.5, "quiet": True}
+    first, second = (
+        vitrim.compress(case.copy(), data=images.to(kind), out=tmp_path / str(kind), **given)
+        for kind in (dtype, torch.float32)
+    )
+    assert_same(first.model, second.model)
+    one, two = case.copy(), case.copy()
+    for model, kind in ((one, dtype), (two, torch.float32)):
+        vitrim.prune_(model, batches=[images.to(kind)], keep_ratio=0.5)
+    assert_same(one, two)
 
 
 @pytest.mark.parametrize("place, value", BROKEN)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import timm
 import torch
 
 import vitrim
-from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.errors import DataError, RecipeError, SiteNotFoundError
 from vitrim.surgery import apply_
 
 SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -77,6 +78,14 @@ def test_a_plan_of_it_replays_on_a_fresh_model(model):
         ({"method": "corp"}, RecipeError, "needs calibration images"),
         ({"method": "dgrm"}, RecipeError, "did you mean 'dgmr'"),
         ({"mlp_ratio": 1, "keep_ratio": 0.5}, RecipeError, "exactly one"),
+        ({"batches": []}, DataError, "prune_: there are no images; pass some, or None to go by the weights alone"),
+        (
+            {"batches": [BATCHES[0].byte()]},
+            DataError,
+            r"prune_: batch 0 is uint8 \(8, 3, 16, 16\); pass a list of preproc",
+        ),
+        ({"batches": BATCHES[0]}, DataError, r"prune_: batch 0 is float32 \(3, 16, 16\); pass a list of preprocessed"),
+        ({"batches": [(BATCHES[0], None)]}, DataError, "prune_: batch 0 is tuple; pass a list of preprocessed"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_cut(model, given, error, words):
@@ -89,3 +98,9 @@ def test_what_is_wrong_is_said_before_anything_is_cut(model, given, error, words
 def test_a_model_without_an_mlp_is_refused():
     with pytest.raises(SiteNotFoundError):
         vitrim.prune_(torch.nn.Sequential(torch.nn.Linear(4, 4)), "magnitude")
+
+
+def test_notes_on_the_cut_are_logged(model, caplog):
+    caplog.set_level(logging.WARNING, "vitrim")
+    vitrim.prune_(model, batches=[BATCHES[0][:1]], keep_ratio=0.5)
+    assert "calibration tokens can't determine a fit" in caplog.text

@@ -102,6 +102,8 @@ def prune_(
             check_repeatable(teacher, origin, batches[0])
         cut = cut_(encoder, teacher, sites, recipe, batches, quiet=quiet)
         check_result(original, encoder)
+        for note in cut.notes:
+            log.warning("%s", note)
     finally:  # also where an error is raised: the model is the caller's
         why_wide = too_large(original, encoder)
         if why_wide is None:

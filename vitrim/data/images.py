@@ -188,7 +188,7 @@ class ImageSet(Dataset):
 def prepare(
     image: Any, transform: Transform | None, *, name: str, seed: int | None = None, epoch: int = 0, index: int = 0
 ) -> Tensor:
-    """Apply a transform to an image, drawn under (seed, epoch, index); float tensors are returned as they are.
+    """Apply a transform to an image, drawn under (seed, epoch, index); float tensors are only cast to float32.
 
     Raises:
         DataError: the image is neither a PIL image nor an array or tensor of the right kind.
@@ -207,7 +207,7 @@ def prepare(
             "are preprocessed already, or for a text encoder token ids (N,)."
         )
     check_pixels(image)
-    return image
+    return image.float() if image.is_floating_point() else image  # all is computed in float32
 
 
 def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,15 +56,16 @@ def outlying(images: Sequence[Tensor]) -> dict[int, str]:
 
 
 def usable(batches: Sequence[Tensor], name: str) -> list[Tensor]:
-    """Return batches without the images that can't be computed with, and log which ones those are.
+    """Return batches in float32 without the images that can't be computed with, and log which ones those are.
 
     Args:
-        batches: preprocessed images (B, C, H, W), or token ids.
+        batches: preprocessed images (B, C, H, W), or token ids (B, N).
         name: who asks, for the messages.
 
     Raises:
-        DataError: no image is left.
+        DataError: there are no batches, one is of another kind, or no image is left.
     """
+    batches = [_in_float32(batch, f"{name}: batch {number}") for number, batch in enumerate(batches)]
     images = [(number, place, image) for number, batch in enumerate(batches) for place, image in enumerate(batch)]
     wrong: dict[int, str] = {}
     for at, (_, _, image) in enumerate(images):
@@ -73,6 +75,8 @@ def usable(batches: Sequence[Tensor], name: str) -> list[Tensor]:
             wrong[at] = str(error)
     good = [at for at in range(len(images)) if at not in wrong]
     wrong |= {good[place]: why for place, why in outlying([images[at][2] for at in good]).items()}
+    if not images:
+        raise DataError(f"{name}: there are no images; pass some, or None to go by the weights alone.")
     if not wrong:
         return _said_distinct(batches, name)
     first = min(wrong)
@@ -85,6 +89,17 @@ def usable(batches: Sequence[Tensor], name: str) -> list[Tensor]:
         for number in range(len(batches))
     ]
     return _said_distinct([torch.stack(part) for part in kept if part], name)
+
+
+def _in_float32(batch: Any, where: str) -> Tensor:
+    """Return images in float32, and token ids as they are; what float32 can't hold becomes infinite."""
+    if isinstance(batch, Tensor) and (batch.ndim == 4 if batch.is_floating_point() else batch.ndim == 2):
+        return batch.float() if batch.is_floating_point() else batch
+    got = f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}" if isinstance(batch, Tensor) else None
+    raise DataError(
+        f"{where} is {got or type(batch).__name__}; pass a list of preprocessed images as float tensors (B, C, H, W), "
+        "or of token ids (B, N)."
+    )
 
 
 def _said_distinct(batches: Sequence[Tensor], name: str) -> list[Tensor]:
