@@ -109,6 +109,12 @@ def test_wrong_arguments_are_one_line_and_nothing_is_resampled(tmp_path, argumen
     assert [path.name for path in tmp_path.iterdir()] == ["best.pth"]
 
 
+@pytest.mark.parametrize(("place", "words"), [("", "holds no weights"), ("/dev/zero", "is no regular file")])
+def test_inspect_does_not_pass_over_a_place_without_weights(tmp_path, place, words):
+    with pytest.raises(VitrimError, match=words):
+        vitrim.inspect(f"timm/test_vit@{place or tmp_path}")
+
+
 def test_arguments_for_a_model_that_says_them_itself_are_refused():
     for source in (made(), "timm/test_vit", "torchvision/vit_b_16"):
         with pytest.raises(ModelError, match="takes no model_args"):

@@ -91,7 +91,7 @@ def _load_file(name: str, path: Path, weights: bool, reading: Reading) -> tuple[
         raise ModelError(f"{path}: no such file; use NAME@FILE with a .safetensors, .pth or .bin file.")
     with in_one_line(where):
         model = on_meta(lambda: timm.create_model(name))
-        if not weights and not find_weights(path):
+        if not weights and name.startswith("local-dir:") and not find_weights(path):  # its config says all
             return model, ()
         files = in_model_names(open_tensors(path, prefer="model", weights=reading.weights), model, reading.weights)
         shapes = {key: info.shape for key, info in files.infos.items()}

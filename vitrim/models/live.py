@@ -48,8 +48,8 @@ def as_it_is(model: nn.Module, origin: Origin) -> Origin:
                 found, f"the model is not as {origin.library} built it: {', '.join(said)}; so it is recorded."
             )
     note = (
-        f"the model is another than what {origin.library} builds from its arguments ({reason}), so only its owner can "
-        "build it: the result loads with vitrim.load(path, model=...)."
+        f"the model is another than what {origin.library} builds from its arguments ({reason}), so the result will be "
+        "in vitrim's own format."
     )
     return _noted(replace(origin, library=None), note)
 

@@ -101,7 +101,9 @@ def _held_to(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """Return the size to which a row's model was brought, in words."""
     fitted = row["fitted"]
     if fitted["counted"] is None:
-        return f"keep_ratio {fitted['keep_ratio']:g}; it saves neither parameters nor MACs"
+        counted, share = _asked(report)
+        missed = "params, nor of MACs" if counted == "params" else "MACs"
+        return f"keep_ratio {fitted['keep_ratio']:g}; it can't reach {share:.0%} of {missed}"
     words = {"params": "params and bytes" if _in_bytes(report, row) else "params, not bytes", "macs": "MACs"}
     return f"{_asked(report)[1]:.0%} {words[fitted['counted']]}"
 
