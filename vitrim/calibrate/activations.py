@@ -18,16 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from vitrim.models.features import device_of, evaluating
+from vitrim.models.features import device_of, evaluating, first_tensor
 from vitrim.surgery import submodule
 from vitrim.types import MlpSite
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return a block's output tensor, also if it is the first item of a tuple."""
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 class Activations:

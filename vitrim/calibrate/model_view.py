@@ -14,11 +14,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from vitrim.calibrate.activations import first_tensor
 from vitrim.calibrate.sums import HiddenAdder, LayerAdder, check_finite, passes
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
-from vitrim.models.features import device_of, evaluating, features, frozen
+from vitrim.models.features import device_of, evaluating, features, first_tensor, frozen
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
 from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule

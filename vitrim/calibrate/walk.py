@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.activations import Activations, Call, first_tensor, forward_order
+from vitrim.calibrate.activations import Activations, Call, forward_order
 from vitrim.calibrate.sums import check_finite
-from vitrim.models.features import evaluating
+from vitrim.models.features import evaluating, first_tensor
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.surgery import mlp_output, submodule, weight_of
 from vitrim.types import MlpSite, Stats

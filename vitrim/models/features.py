@@ -83,6 +83,13 @@ def final_norm(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def first_tensor(output: Any) -> Tensor:
+    """Return what a module put out, or the first tensor of it: in a tuple, an output class, or one in the other."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
 def logits(model: nn.Module, inputs: Tensor) -> Tensor | None:
     """Return a classifier's class scores (B, classes), or None for a model without a classifier head."""
     if not num_classes(model):

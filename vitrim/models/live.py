@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
-from vitrim.models.features import evaluating
+from vitrim.models.features import evaluating, first_tensor
 from vitrim.models.load import backend_of, build_empty
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
@@ -155,5 +155,4 @@ def _output(model: nn.Module, inputs: Tensor) -> Tensor | None:
             output = model(inputs)
         except Exception:  # foreign code says in its own ways what it does not take
             return None
-    output = output if isinstance(output, Tensor) else output[0]
-    return output.float()
+    return first_tensor(output).float()

@@ -26,7 +26,7 @@ from vitrim.data.inputs import open_set, random_inputs
 from vitrim.errors import ModelError, OutputError, RecipeError
 from vitrim.layers.fips import SharedBasisLinear
 from vitrim.layers.moefication import ExpertMlp
-from vitrim.models.features import are_names, evaluating, features
+from vitrim.models.features import are_names, evaluating, features, first_tensor
 from vitrim.models.live import with_its_classes
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, require
@@ -198,8 +198,7 @@ class _Tensors(nn.Module):
             patches = () if found.patches_BND is None else (found.patches_BND,)
             self.names = ("pooled", "patches")[: 1 + len(patches)]
             return (found.pooled_BD, *patches)
-        output = self.encoder(inputs)
-        return (output if isinstance(output, Tensor) else output[0],)  # a tuple, or an output class of transformers
+        return (first_tensor(self.encoder(inputs)),)
 
 
 class _Session(nn.Module):

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim.errors import NotFiniteError, OutputError
-from vitrim.models.features import evaluating
+from vitrim.models.features import evaluating, first_tensor
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 
@@ -264,8 +264,7 @@ def _output(model: nn.Module, inputs: Tensor, folder: Path) -> Tensor:
     """
     with evaluating(model):
         output = model(inputs)
-    while not isinstance(output, Tensor):  # the first of several heads may stand in a tuple in an output (MGP-STR)
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    output = first_tensor(output)
     if not bool(output.isfinite().all()):
         raise NotFiniteError(f"{folder}: the model is not finite: {_first_not_finite(model, inputs)}.")
     return output.clone().contiguous()
