@@ -29,7 +29,7 @@ $(VENV)/.test: pyproject.toml $(wildcard $(LOCK)) | $(BIN)/python
 
 demo: $(VENV)/.demo  ## install, then cut a ViT that comes with vitrim to half its size
 	rm -rf vitrim-demo
-	$(BIN)/vitrim demo --out vitrim-demo
+	$(BIN)/vitrim demo --out vitrim-demo --overwrite  # a demo that was stopped begins anew
 
 # One process a core, one thread a process: tiny models gain nothing from more threads.
 test: check  ## install, lint, type-check, build the docs, run every test

@@ -17,7 +17,7 @@ HEADER = ("360 test digits", "original", "small")
 
 
 def run_demo(
-    out: Path, *, recover_steps: int, say: Callable[[str], None], overwrite: bool = False
+    out: Path, *, recover_steps: int, say: Callable[[str], None], resume: bool = False, overwrite: bool = False
 ) -> tuple[tuple[str, ...], list[tuple[str, str, str]]]:
     """Inspect, compress to half the parameters, repair, distil without labels, save, reload with plain timm, evaluate.
 
@@ -25,7 +25,8 @@ def run_demo(
         out: folder to write.
         recover_steps: steps of distillation.
         say: called with a sentence at each stage.
-        overwrite: replace an output of vitrim at `out`.
+        resume: go on with a stopped demo that was writing `out`.
+        overwrite: replace an output of vitrim at `out`, and delete the state of a stopped demo.
 
     Returns:
         Header and rows of a before/after table, on the 360 test digits.
@@ -35,8 +36,10 @@ def run_demo(
     from vitrim.compression.pipeline import compress
     from vitrim.evaluation import evaluate
     from vitrim.inspection import inspect
+    from vitrim.output.stage import check_place
     from vitrim.report.summary import latency_rows
 
+    check_place(out, resume=resume, overwrite=overwrite)
     with as_file(files("vitrim") / "assets" / "digits-vit") as folder:
         model = f"local-dir:{folder}"
         found = inspect(model, params_ratio=0.5)
@@ -45,7 +48,8 @@ def run_demo(
         width = f"from {found.sites[0].d_hidden} to {row.widths} hidden units"
         say(f"Cutting every MLP {width}, with 1,437 unlabelled training images ...")
         recover = {"steps": recover_steps, "batch_size": 64, "augment": "none"}
-        compress(model, data="digits", params_ratio=0.5, recover=recover, out=out, overwrite=overwrite)
+        place = {"out": out, "resume": resume, "overwrite": overwrite}
+        compress(model, data="digits", params_ratio=0.5, recover=recover, **place)
         small = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
         say(f"Reloaded with plain timm: timm.create_model('local-dir:{out}', pretrained=True)")
         measured = evaluate(small, model, "digits", index="digits", split="test")

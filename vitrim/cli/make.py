@@ -205,7 +205,13 @@ def tune_text(
 
 
 @app.command
-def demo(*, out: Path = Path("vitrim-demo"), recover_steps: int = 200, overwrite: Overwrite = False) -> None:
+def demo(
+    *,
+    out: Path = Path("vitrim-demo"),
+    recover_steps: int = 200,
+    resume: bool = False,
+    overwrite: Overwrite = False,
+) -> None:
     """Cut a small ViT that comes with vitrim to half its size, on scikit-learn's digits; offline, takes a few minutes.
 
     Example: vitrim demo --out my-first
@@ -213,10 +219,11 @@ def demo(*, out: Path = Path("vitrim-demo"), recover_steps: int = 200, overwrite
     Args:
         out: folder to write; it must not exist, unless with --overwrite.
         recover_steps: steps of distillation.
+        resume: continue a stopped demo that was writing this folder.
     """
     from vitrim.demo import run_demo
 
-    header, rows = run_demo(out, recover_steps=recover_steps, say=say, overwrite=overwrite)
+    header, rows = run_demo(out, recover_steps=recover_steps, say=say, resume=resume, overwrite=overwrite)
     print_table(header, rows, title="Before and after")
     say(f"Open {out / 'report.html'} for the pictures.")
 

@@ -45,7 +45,8 @@ class Part:
                 name for name in names if meaning_of(name) is not None and meaning_of(name) == meaning_of(word)
             }
             if chosen:
-                self.notes.append(f"{where}: split {' and '.join(sorted(chosen))} of {', '.join(names)} is read.")
+                read = "this one" if len(names) == 1 else " and ".join(sorted(chosen))
+                self.notes.append(f"{where}: has splits {', '.join(names)}; {read} is read.")
                 return chosen
         word = self.asked or self.default
         raise DataError(f"{where}: no split {word!r}; use one of {names}, or pass one part alone.")

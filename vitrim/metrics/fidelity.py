@@ -136,7 +136,9 @@ def too_few(num_images: int) -> tuple[str, ...]:
     if num_images >= MIN_IMAGES:
         return ()
     said = f"judged on {num_images} images: too few for recall and agreement, which are not given, and for more than a "
-    return (said + f"hint of the error; {MIN_IMAGES} are needed, and compress holds out a tenth of the images.",)
+    return (
+        said + f"hint of the error. {MIN_IMAGES} are needed; compress holds out a tenth, so give it {10 * MIN_IMAGES}.",
+    )
 
 
 def block_fidelity(

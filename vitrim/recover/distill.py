@@ -110,6 +110,7 @@ def _start(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> Non
     kept = keeper.resumed()
     if kept is not None:
         restore_(run, kept)
+        LOG.info("distil: goes on from step %d of %d", run.step, run.num_steps)
         return
     if keeper.state is not None:
         clear_state(keeper.state)

@@ -149,7 +149,7 @@ def _neighbours(
 ) -> dict[str, Any]:
     """Return queries, from those where the models agree least to most, each with its nearest images in both."""
     num_images = len(images)
-    k = min(NUM_NEIGHBOURS, num_images - 1)
+    k = min(NUM_NEIGHBOURS, (num_images - 1) // 2)  # of few images nearly all are near, in any model
     if k < 1:
         return {}
     original_NK, smaller_NK = nearest(theirs_ND, k), nearest(mine_ND, k)
