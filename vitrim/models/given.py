@@ -75,7 +75,7 @@ def with_values(model: nn.Module, *, in_place: bool = False) -> nn.Module:
 
 
 def check_weights(model: nn.Module, where: str) -> None:
-    """Check that every parameter and buffer is finite; a buffer may hold minus infinity, as masks do.
+    """Check that every parameter and buffer is finite; a buffer may hold infinity, as masks do.
 
     Args:
         model: any module; tensors on the meta device are left out.

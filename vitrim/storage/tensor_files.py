@@ -207,7 +207,7 @@ def not_finite(tensor: Tensor, *, masks: bool = False) -> str | None:
 
     Args:
         tensor: of any type; whole numbers are always finite.
-        masks: allow minus infinity, which buffers hold as the mask of an attention.
+        masks: allow infinity, which buffers hold as the mask of an attention or the open end of a range (Gemma 4).
     """
     if not tensor.is_floating_point() or tensor.is_meta:
         return None
@@ -215,14 +215,14 @@ def not_finite(tensor: Tensor, *, masks: bool = False) -> str | None:
     values = values.float() if values.dtype.itemsize == 1 else values  # of 8 bits torch can't ask this
     finite = torch.isfinite(values)
     if masks:
-        finite |= values == -torch.inf
+        finite |= values.isinf()
     if bool(finite.all()):
         return None
     return f"holds NaN or infinite values ({int((~finite).sum()):,} of {tensor.numel():,})"
 
 
 def check_finite(name: str, tensor: Tensor, *, masks: bool = False) -> None:
-    """Check that a weight holds finite values only; with `masks` it may hold minus infinity.
+    """Check that a weight holds finite values only; with `masks` it may hold infinity.
 
     Raises:
         CheckpointError: a value is NaN or infinite.
