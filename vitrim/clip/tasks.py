@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.clip.embedded_pairs import EmbeddedPairs, embed_pairs
 from vitrim.clip.text_tower import TextOptions, TextTuning, tune_text_
@@ -61,6 +61,7 @@ from vitrim.metrics.zero_shot import (
     prompts_for,
     zero_shot_top,
 )
+from vitrim.models.given import named_tensors
 from vitrim.models.live import as_it_is
 from vitrim.models.load import load_model
 from vitrim.models.origin import Origin
@@ -233,7 +234,7 @@ def tune_text(
     if place is not None:
         on_main(check_place, place, resume=resume, overwrite=overwrite)
     whole, origin, plan = _open_to_write(model, out)
-    types = {name: tensor.dtype for name, tensor in _tensors(whole)}
+    types = {name: tensor.dtype for name, tensor in named_tensors(whole)}
     whole.to(resolve_device(device)).float()  # bf16 is too coarse to tune
     pair = open_pair(whole, origin, tokenizer=tokenizer)
     open_source = partial(_open_pairs, origin=origin, split=split, image_folder=image_folder, default="train")
@@ -249,7 +250,7 @@ def tune_text(
             judged = embed(open_source(held_out, limit=None))
         tuned = tune_text_(pair, train, held_out=judged, options=chosen, context=replace(context, work=work))
         whole.cpu()
-        for name, tensor in _tensors(whole):
+        for name, tensor in named_tensors(whole):
             tensor.data = tensor.data.to(types[name])
         metrics = _metrics(pair, plan, tuned, chosen, {"train": train, "held_out": judged})
         metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
@@ -314,12 +315,6 @@ def _open_to_write(model: Model, out: Any) -> tuple[nn.Module, Origin, Plan]:
         why = origin.notes[-1] if origin.notes else "no library can build this module"
         raise RecipeError(f"{origin.name}: {why.rstrip('.')}; pass its name or folder, or drop out.")
     return copy.deepcopy(whole) if whole is model else whole, origin, Plan(edits=(), method="text_tower")
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers by name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _options(given: TextOptions | Mapping[str, Any] | None) -> TextOptions:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
+from vitrim.models.given import named_tensors
 from vitrim.surgery import Edit
 
 
@@ -18,7 +19,7 @@ def typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
     Tensors that an edit added take the type of the original's parameters, if they are floating point. Those that
     nothing changed are the original's bit for bit, also where it holds more digits than float32.
     """
-    known = _tensors(original)
+    known = dict(named_tensors(original))
     for name, tensor, dtype in _types(original, student):
         old, tensor.data = known.get(name), tensor.data.to(dtype)
         if old is not None and old.dtype == torch.float64 and old.shape == tensor.shape:
@@ -29,7 +30,7 @@ def typed_as(original: nn.Module, student: nn.Module) -> nn.Module:
 
 def is_float32(original: nn.Module) -> bool:
     """Return whether all floating-point tensors of a model are float32, so that no cast changes a result."""
-    return all(tensor.dtype == torch.float32 for tensor in _tensors(original).values() if tensor.is_floating_point())
+    return all(tensor.dtype == torch.float32 for _, tensor in named_tensors(original) if tensor.is_floating_point())
 
 
 def typed_copy(original: nn.Module, student: nn.Module) -> nn.Module:
@@ -72,8 +73,8 @@ def check_result(original: nn.Module, student: nn.Module) -> None:
     Raises:
         ModelError: a tensor holds NaN or infinite values that the original does not have.
     """
-    known = _tensors(original)
-    for name, tensor in _tensors(student).items():
+    known = dict(named_tensors(original))
+    for name, tensor in named_tensors(student):
         bad = ~torch.isfinite(tensor.detach())
         if not bool(bad.any()):
             continue
@@ -85,15 +86,10 @@ def check_result(original: nn.Module, student: nn.Module) -> None:
             )
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name."""
-    return dict((*model.named_parameters(), *model.named_buffers()))
-
-
 def _types(original: nn.Module, student: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """Yield the student's floating-point tensors with the types that they get; integers that an edit made stay so."""
-    known, usual = _tensors(original), next((p.dtype for p in original.parameters()), torch.float32)
-    for name, tensor in _tensors(student).items():
+    known, usual = dict(named_tensors(original)), next((p.dtype for p in original.parameters()), torch.float32)
+    for name, tensor in named_tensors(student):
         if tensor.is_floating_point():
             yield name, tensor, known[name].dtype if name in known else usual
 

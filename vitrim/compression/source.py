@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -59,8 +60,12 @@ class CheckpointJob:
         Raises:
             CheckpointError: a value is NaN or infinite.
         """
-        parameters = {name for name, _ in self.model.named_parameters()}
-        return self.files.finite_chunks(name, masks=self.names.get(name) not in parameters)
+        return self.files.finite_chunks(name, masks=self.names.get(name) not in self._parameters)
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        """Names of the architecture's parameters; what else it holds are buffers."""
+        return frozenset(name for name, _ in self.model.named_parameters())
 
 
 def open_checkpoint(source: str, recipe: Recipe) -> CheckpointJob:

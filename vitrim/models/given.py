@@ -43,7 +43,7 @@ def unwrapped(model: nn.Module, *, in_place: bool = False) -> nn.Module:
         return model
     if in_place:
         raise ModelError(f"{wrapped[0]}: is wrapped ({_kind(model, wrapped[0])}); prune_ first, and wrap it then.")
-    model = copy.deepcopy(model, {id(tensor): tensor for _, tensor in _tensors(model)})
+    model = copy.deepcopy(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
     outermost = [name for name in wrapped if not any(name.startswith(f"{other}.") for other in wrapped)]
     for name in outermost:
         holder, _, last = name.rpartition(".")
@@ -57,13 +57,13 @@ def with_values(model: nn.Module, *, in_place: bool = False) -> nn.Module:
     Raises:
         ModelError: a tensor is on the meta device; or, with `in_place`, the model was built in inference mode.
     """
-    empty = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    empty = [name for name, tensor in named_tensors(model) if tensor.is_meta]
     if empty:
         raise ModelError(
             f"model: {empty[0]} (and {len(empty) - 1} more) is on the meta device and has no values; load the weights "
             "first, all of them into memory."
         )
-    frozen = next((name for name, tensor in _tensors(model) if tensor.is_inference()), None)
+    frozen = next((name for name, tensor in named_tensors(model) if tensor.is_inference()), None)
     if frozen is None:
         return model
     if in_place:
@@ -85,7 +85,7 @@ def check_weights(model: nn.Module, where: str) -> None:
         ModelError: a value is NaN or infinite; the tensor is named.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model):
         if (what := not_finite(tensor, masks=name not in parameters)) is not None:
             raise ModelError(f"{where}: {name} {what}; take weights that are whole.")
 
@@ -145,7 +145,7 @@ def _kind(model: nn.Module, path: str) -> str:
     return type(model.get_submodule(path)).__name__
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and buffers by name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
