@@ -92,7 +92,8 @@ def test_one_seed_gives_one_plan_byte_for_byte(kind, method):
 @BUDGETED
 def test_another_width_gives_another_hash(build, method):
     case = build("timm-vit")
-    first, second = (cut_or_skip(case, method=method, hidden_dim=width)[1].plan for width in (32, 64))
+    widths = (32, 96) if method == "replace-me" else (32, 64)  # of two blocks both thirds leave one
+    first, second = (cut_or_skip(case, method=method, hidden_dim=width)[1].plan for width in widths)
     assert first.sha256 != second.sha256
 
 
@@ -193,6 +194,8 @@ def test_dgmr_on_weights_picks_what_lapack_picks(kind, name):
 
 @CUTS
 def test_published_methods_leave_kept_values_bit_equal(build, method):
+    if find_method(method).folds:
+        pytest.skip("it folds the dropped units into the others: see test_folding.py")
     case = build("timm-packed")
     student, report = cut(case, method=method, hidden_dim=8, repair=False)
     for edit in report.plan.edits:

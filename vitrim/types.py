@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # `vitrim --help` imports names from here, and torch takes se
 T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
+RunInputs = Literal["output", "hidden"]  # what stands for a run of blocks is made of: a layer's output, or its input
 FeaturesAt = Literal["final", "pre_norm"]  # where features are read: after the final norm, or before it
 
 
@@ -98,6 +99,37 @@ class AttentionSite(Site):
     head_dim: int
     scale: float
     as_tuple: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRun(Site):
+    """A run of `length` consecutive blocks, from number `start` on, in a list of `total` blocks at `path`.
+
+    `before` is the block in front of the run and `last` the last one of it. `output` is the layer of the block in front
+    whose output is the last that is added to the residual stream. Where blocks end in a norm (BERT), `norm` is that of
+    the block in front and `last_norm` that of the last. `names` are the names of a block's tensors, within the block.
+    """
+
+    PATHS: ClassVar[tuple[str, ...]] = ("path", "before", "last", "output", "norm", "last_norm")
+
+    start: int
+    length: int
+    total: int
+    before: str
+    last: str
+    output: str
+    norm: str | None = None
+    last_norm: str | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def stop(self) -> int:
+        """Number of the first block behind the run; `total` if there is none."""
+        return self.start + self.length
+
+    def block(self, index: int) -> str:
+        """Return the path of a block."""
+        return f"{self.path}.{index}".removeprefix(".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +279,11 @@ class ModelView(Protocol):
         """Whether there are calibration images; without them `observe` raises."""
         ...
 
+    @property
+    def repaired(self) -> bool:
+        """Whether cuts of hidden units without tensors will be repaired, so that a method need not fold by itself."""
+        ...
+
     def tensor(self, name: str) -> Tensor:
         """Return a parameter by its full name; never write to it."""
         ...
@@ -280,6 +317,26 @@ class ModelView(Protocol):
 
         A layer that no image reaches has no sums. Later groups see the edits made after earlier ones.
         """
+        ...
+
+    def runs(self, length: int) -> Sequence[BlockRun]:
+        """Return every run of this many blocks that can be taken out, each tried on images; note why others can't.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        ...
+
+    def run_sums(self, runs: Sequence[BlockRun], *, of: RunInputs) -> Iterator[tuple[BlockRun, Stats]]:
+        """Yield each run with sums at its `output` layer, whose target is what would stand for the run.
+
+        `hidden` in these sums is the layer's own output or its input, as `of` says. Images held out for `tried`
+        are not in them.
+        """
+        ...
+
+    def tried(self, edits: Iterable[T]) -> Iterator[tuple[T, float]]:
+        """Yield each edit with the relative error of features that it would cause on held-out images."""
         ...
 
     def observe(self, paths: Sequence[str], see: Callable[[str, Tensor, Tensor], None]) -> None:

@@ -63,7 +63,7 @@ class Activations:
             block = self.blocks[index]
             for i in range(len(self.batches)):
                 batch = self.batches[i].to(self.device)
-                self.calls.put(i, _to(_catch_call(self.model, block, batch), "cpu"))
+                self.calls.put(i, _to(catch_call(self.model, block, batch), "cpu"))
         self.outputs.clear()
 
     def _go_on(self, start: int, end: int) -> None:
@@ -173,7 +173,7 @@ class _StopForward(Exception):
     """Raised to end a forward pass once a block's arguments have been seen."""
 
 
-def _catch_call(model: nn.Module, block: str, images: Tensor) -> Call:
+def catch_call(model: nn.Module, block: str, images: Tensor) -> Call:
     """Return the arguments with which a model calls one of its blocks."""
     caught: list[Call] = []
 

@@ -6,22 +6,34 @@ It only returns plain tensors; the caller that carries out the method's edits ch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from vitrim.calibrate.runs import find_runs, num_held_out, relative_error, run_sums, tokens_of, with_edits
 from vitrim.calibrate.sums import HiddenAdder, LayerAdder, check_finite, passes
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, first_tensor, frozen
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
-from vitrim.surgery import KeepHeadDims, apply_, mlp_output, read_weights, submodule
-from vitrim.types import AttentionSite, Features, LayerSite, LayerSums, MlpSite, MlpWeights, Stats, T
+from vitrim.surgery import Edit, KeepHeadDims, apply_, mlp_output, read_weights, submodule
+from vitrim.types import (
+    AttentionSite,
+    BlockRun,
+    Features,
+    LayerSite,
+    LayerSums,
+    MlpSite,
+    MlpWeights,
+    RunInputs,
+    Stats,
+    T,
+)
 
 
 class LiveModelView:
@@ -35,9 +47,11 @@ class LiveModelView:
         batches: Sequence[Tensor] | None,
         *,
         seed: int,
+        repaired: bool = False,
         bar: Progress | None = None,
     ) -> None:
         self.model, self.sites, self.widths, self.batches = model, sites, widths, batches
+        self.repaired = repaired
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.notes: list[str] = []
         self.bar = bar or Progress("", 0)
@@ -128,6 +142,26 @@ class LiveModelView:
             self.observe(list(adders), lambda path, inputs, outputs, adders=adders: adders[path].add(inputs, outputs))
             found = {path: adder.finished() for path, adder in adders.items()}
             yield group, {path: sums for path, sums in found.items() if sums is not None}
+
+    def runs(self, length: int) -> Sequence[BlockRun]:
+        """Return every run of this many blocks that can be taken out.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        return find_runs(self.model, self.sites, length, self._batches()[0][:2], self.note)
+
+    def run_sums(self, runs: Sequence[BlockRun], *, of: RunInputs) -> Iterator[tuple[BlockRun, Stats]]:
+        """Yield each run with the sums at the layer in front of it, over all images that are not held out."""
+        batches = self._batches()
+        yield from run_sums(self.model, runs, batches[: len(batches) - num_held_out(batches)], of)
+
+    def tried(self, edits: Iterable[T]) -> Iterator[tuple[T, float]]:
+        """Yield each edit with the error of the features it causes on held-out images; one batch judges itself."""
+        batches = self._batches()[-max(1, num_held_out(self._batches())) :]
+        wanted = tokens_of(self.model, batches)
+        for edit in edits:
+            yield edit, relative_error(tokens_of(with_edits(self.model, [cast(Edit, edit)]), batches), wanted)
 
     def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
         """Return the pooled features of each batch, with some inputs of some modules set to zero.

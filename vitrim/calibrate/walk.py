@@ -132,7 +132,7 @@ def layer_scale(model: nn.Module, site: MlpSite, call: Call) -> Tensor | None:
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Running float64 sums of hidden activations and targets."""
 
     moments: torch.dtype = torch.float64
@@ -187,7 +187,7 @@ def _visit(
     moments: torch.dtype,
 ) -> SiteVisit:
     """Sum up one MLP over all batches."""
-    sums, samples = _Sums(moments), {"fit": [], "held_out": []}
+    sums, samples = Sums(moments), {"fit": [], "held_out": []}
     scale_D = layer_scale(student.model, site, student.call(0))
     num_fit = max(1, len(student.batches) - num_held_out)
     limits = {"fit": max_tokens // num_fit, "held_out": max_tokens // 4 // max(1, num_held_out)}

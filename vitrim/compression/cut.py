@@ -5,6 +5,7 @@ These four meet only here. This module decides nothing itself, and changes modul
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate import LiveModelView, SiteVisit, walk
+from vitrim.calibrate import LiveModelView, SiteVisit, num_held_out, walk
 from vitrim.compression.budget import solve_widths
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
@@ -23,7 +24,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.repair.closed_form import repair_, visit_notes
-from vitrim.surgery import Edit, KeepUnits, Plan, apply_, read_weights
+from vitrim.surgery import DropBlocks, Edit, KeepUnits, Plan, apply_, read_weights
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 WHOLE = "every hidden unit stays, so nothing was cut or repaired."
@@ -77,6 +78,7 @@ def cut_(
     edits: list[Edit] = list(done)
     errors: dict[str, dict[str, float]] = {}
     notes: list[str] = []
+    reference = teacher
     for number, step in enumerate(recipe.steps):
         left = sites if number == 0 else _sites_left(student, sites, step)
         units = widths if number == 0 else None
@@ -84,7 +86,7 @@ def cut_(
             units = _widths(recipe, number, left, student, teacher, batches)
         work = _StepRun(
             student=student,
-            teacher=teacher,
+            teacher=reference,
             sites=left,
             step=step,
             seed=recipe.seed,
@@ -98,7 +100,10 @@ def cut_(
             moments=moments,
             in_pick_order=recipe.recover is not None and recipe.recover.elastic is not None,
         )
+        before = len(edits)
         said = work.run_(quiet)
+        if any(isinstance(edit, DropBlocks) for edit in edits[before:]) and number + 1 < len(recipe.steps):
+            reference = copy.deepcopy(student).requires_grad_(False)  # the teacher's blocks have other numbers
         notes += said if WHOLE in said else _notes(work.method, step, batches) + said
     return CutReport(plan=_plan(recipe, edits), errors=errors, notes=tuple(notes))
 
@@ -160,7 +165,15 @@ class _StepRun:
         chosen: dict[str, KeepUnits] = {}
         num_before = len(self.edits)
         with progress(method.name, 0, quiet=quiet) as bar:
-            view = LiveModelView(self.student, self.sites, self.widths, self.batches, seed=self.seed, bar=bar)
+            view = LiveModelView(
+                self.student,
+                self.sites,
+                self.widths,
+                self.batches,
+                seed=self.seed,
+                repaired=self.repair is not None,
+                bar=bar,
+            )
             for edit in method.propose(view):
                 if isinstance(edit, KeepUnits) and not edit.tensors:
                     chosen[edit.site.path] = edit
@@ -224,14 +237,13 @@ class _StepRun:
             yield from ((site, None) for site in sites if site.path not in self.behind)
             return
         repair = self.repair or RepairOptions(feedback=0.0)
-        num_held_out = max(1, len(self.batches) // 10) if len(self.batches) > 1 else 0
         for visit in walk(
             self.teacher,
             self.student,
             sites,
             self.batches,
             feedback=repair.feedback,
-            num_held_out=num_held_out,
+            num_held_out=num_held_out(self.batches),
             max_tokens=repair.max_tokens,
             skip=self.behind,
             offload=self.offload,

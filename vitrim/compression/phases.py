@@ -39,7 +39,7 @@ from vitrim.recover.elastic import Slice, Widths
 from vitrim.recover.elastic_fit import Fitting, serving
 from vitrim.recover.result import Recovery
 from vitrim.repair.blockwise import Blockwise, follow_cut_
-from vitrim.surgery import Edit
+from vitrim.surgery import Edit, Plan
 from vitrim.types import MlpSite
 
 
@@ -184,7 +184,7 @@ def _from_main(cut: CutReport | None, student: nn.Module) -> CutReport | None:
     return None if plan is None else CutReport(plan=plan, errors=errors, notes=notes)
 
 
-def judge(models: Models, job: Job) -> tuple[Closeness | None, str | None]:
+def judge(models: Models, job: Job, plan: Plan) -> tuple[Closeness | None, str | None]:
     """Measure how close the student, as it is returned, is on held-out images, overall and for each block.
 
     Returns:
@@ -197,19 +197,20 @@ def judge(models: Models, job: Job) -> tuple[Closeness | None, str | None]:
     check_result(job.encoder, models.student)
     why = too_large(job.encoder, models.student)
     if why is None:
-        found = _closeness(models, typed_copy(job.encoder, models.student))
+        found = _closeness(models, typed_copy(job.encoder, models.student), plan)
         if found is None or math.isfinite(found.relative_error) or is_float32(job.encoder):
             return found, None
         why = "features overflow in the original's type, so the result is in float32; load it in that or in bfloat16."
-    return _closeness(models, models.student), why
+    return _closeness(models, models.student, plan), why
 
 
-def _closeness(models: Models, student: nn.Module) -> Closeness | None:
+def _closeness(models: Models, student: nn.Module, plan: Plan) -> Closeness | None:
     if models.split is None or not models.split.held_out:
         return None
     found, outputs, _ = compare(student, models.teacher, models.split.held_out)
-    blocks = list(dict.fromkeys(site.block for site in models.sites))
-    rows = block_fidelity(student, models.teacher, models.split.held_out, blocks)
+    every = {site.block: plan.new_path(site.block) for site in models.sites}
+    left = {block: new for block, new in every.items() if new is not None}
+    rows = block_fidelity(student, models.teacher, models.split.held_out, list(left), new_names=left)
     own = own_top1(student, outputs)
     return Closeness(fidelity=found, blocks=rows, top1=own, num_labelled=outputs.num_labelled)
 

@@ -164,12 +164,12 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     models = prepare(job, context)
     widths = choose_widths(job, models, context)
     cut = cut_models_(models, job, widths, context)
-    after_cut, wide = on_main(judge, models, job)
+    after_cut, wide = on_main(judge, models, job, cut.plan)
     widths = on_main(beside_equal_widths, widths, after_cut, job, models, context)
     trained = train_(models, job, widths.elastic, context, on_validation)
     after_recovery = None
     if trained.anything:
-        after_recovery, wide = on_main(judge, models, job)
+        after_recovery, wide = on_main(judge, models, job, cut.plan)
     before, after = on_main(measure_costs, models, job, after_recovery or after_cut)
     plan = cut.plan.below(job.origin.encoder)
     stock = stock_origin(job.origin, plan.edits)

@@ -29,7 +29,7 @@ NUM_IMAGES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a cut left of a model, as shares; `repairable` if it cut hidden units without new tensors."""
+    """What a cut left of a model, as shares; `repairable` if our repair can follow."""
 
     shares: Mapping[Counted, float]
     repairable: bool
@@ -93,7 +93,8 @@ class Trials:
             "bytes": small["num_bytes"] / whole["num_bytes"],
             "macs": count_macs(student, one) / count_macs(self.teacher, one),
         }
-        return Trial(shares=shares, repairable=any(isinstance(edit, KeepUnits) and not edit.tensors for edit in edits))
+        bare = any(isinstance(edit, KeepUnits) and not edit.tensors for edit in edits)
+        return Trial(shares=shares, repairable=bare or find_method(name).folds)
 
 
 def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inputs: Tensor | None) -> float:

@@ -21,6 +21,7 @@ from vitrim.errors import RecipeError
 from vitrim.methods import Method, find_method
 from vitrim.models.origin import Reading
 from vitrim.storage.training_files import Which
+from vitrim.surgery import DropBlocks
 
 LENGTHS = {"steps", "epochs"}
 MAX_STEPS = 16  # each is a pass over the whole model
@@ -83,6 +84,12 @@ class Recipe(Checked):
                 )
         if self.recover is not None and self.recover.elastic is not None:
             self._check_elastic(self.recover.elastic)
+        shorter = [step.method for step in self.steps if DropBlocks in find_method(step.method).edits]
+        if shorter and self.blockwise is not None:
+            raise ValueError(
+                f"blockwise: {shorter[0]} takes blocks out, so those of the two models can't be compared one by one; "
+                "drop blockwise, recover trains the whole model"
+            )
         return self
 
     def _check_elastic(self, ratios: tuple[float, ...]) -> None:

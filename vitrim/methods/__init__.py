@@ -4,6 +4,7 @@ from vitrim.methods.amp import Amp
 from vitrim.methods.corp import Corp
 from vitrim.methods.dgmr import Dgmr, DgmrPaper
 from vitrim.methods.fips import Fips
+from vitrim.methods.grail import Grail
 from vitrim.methods.int8 import Int8
 from vitrim.methods.low_rank import Lortsar, LowRank
 from vitrim.methods.magnitude import Magnitude
@@ -11,10 +12,12 @@ from vitrim.methods.moefication import Moefication
 from vitrim.methods.random_units import Random
 from vitrim.methods.registry import METHODS, Method, ModelMethod, SiteMethod, find_method, make_method, register
 from vitrim.methods.relufy import Relufy
+from vitrim.methods.replace_me import ReplaceMe
 from vitrim.methods.subspace_node import SubspaceNode
 from vitrim.methods.taylor import Taylor
 from vitrim.methods.top_k import TopK
 from vitrim.methods.torch_pruning import TorchPruning
+from vitrim.methods.vbp import Vbp
 
 __all__ = [
     "METHODS",
@@ -23,6 +26,7 @@ __all__ = [
     "Dgmr",
     "DgmrPaper",
     "Fips",
+    "Grail",
     "Int8",
     "Lortsar",
     "LowRank",
@@ -32,11 +36,13 @@ __all__ = [
     "Moefication",
     "Random",
     "Relufy",
+    "ReplaceMe",
     "SiteMethod",
     "SubspaceNode",
     "Taylor",
     "TopK",
     "TorchPruning",
+    "Vbp",
     "find_method",
     "make_method",
     "register",

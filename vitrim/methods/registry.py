@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vitrim.checked import Checked
-from vitrim.errors import RecipeError
+from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.surgery import Edit, KeepUnits
 from vitrim.types import ModelView, SiteView
 
@@ -35,6 +35,8 @@ class Method(Checked):
         repairs: whether the closed-form repair follows by default; it does not where a paper's own procedure is
             reproduced. Cuts of hidden units that come without tensors can be repaired, whichever method made them.
         edits: kinds of edit that it makes.
+        folds: whether its cuts of hidden units fold the dropped ones into the others; where our repair is asked for,
+            it takes the place of that (`ModelView.repaired`).
         takes: which part of a budget it uses: hidden units of each MLP (`widths`), a `share` of something else, or
             `nothing`.
     """
@@ -45,6 +47,7 @@ class Method(Checked):
     summary: ClassVar[str]
     needs: ClassVar[Needs]
     repairs: ClassVar[bool] = False
+    folds: ClassVar[bool] = False
     edits: ClassVar[tuple[type[Edit], ...]] = (KeepUnits,)
     takes: ClassVar[BudgetUse]
 
@@ -134,3 +137,11 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         RecipeError: no method has that name, or an option is unknown or has a value that is not allowed.
     """
     return find_method(name)(**dict(options or {}))
+
+
+def optional_tensor(view: ModelView, name: str) -> Tensor | None:
+    """Return a tensor of the model, such as a bias, or None if there is none of that name."""
+    try:
+        return view.tensor(name)
+    except SiteNotFoundError:
+        return None

@@ -6,7 +6,7 @@ and a large common offset of the features costs no digits. Nothing here trains o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -142,7 +142,12 @@ def too_few(num_images: int) -> tuple[str, ...]:
 
 
 def block_fidelity(
-    student: nn.Module, teacher: nn.Module, batches: Iterable[Any], block_names: Sequence[str]
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    block_names: Sequence[str],
+    *,
+    new_names: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare each block's output, to see where along the depth the two models part.
 
@@ -150,10 +155,11 @@ def block_fidelity(
 
     Args:
         student: the model to judge.
-        teacher: the reference, with the same block names.
+        teacher: the reference.
         batches: tensors (B, C, H, W), or tuples that start with one (such as `Batch`).
         block_names: dotted paths of modules that return a tensor, or a tuple that starts with one; the
             feature width is the last dimension. Of a module that runs several times, the last run counts.
+        new_names: the student's names of blocks that it calls otherwise than the teacher does.
 
     Returns:
         One dict for each name, in the given order: `block`, `relative_error`, `cosine`.
@@ -162,12 +168,14 @@ def block_fidelity(
         DataError: there was no image.
         ModelError: a block is missing, did not run, or its outputs differ in shape.
     """
-    compared = {name: TokenComparison() for name in block_names}
+    compared, new_names = {name: TokenComparison() for name in block_names}, new_names or {}
+    own_names = {new_names.get(name, name): name for name in block_names}
     with evaluating(student, teacher), ExitStack() as hooks:
-        mine, theirs = (_catch_outputs(model, block_names, hooks) for model in (student, teacher))
+        caught, theirs = _catch_outputs(student, list(own_names), hooks), _catch_outputs(teacher, block_names, hooks)
         for images, _ in images_and_labels(batches):
             for model in (student, teacher):
                 features(model, inputs_for(model, images))
+            mine = {own_names[name]: caught.pop(name) for name in list(caught)}
             _check_shapes(*({name: [tensor] for name, tensor in side.items()} for side in (mine, theirs)))
             for name in block_names:
                 if name not in mine:

@@ -20,6 +20,7 @@ from vitrim.models import from_timm
 from vitrim.models.fit import check_fit, read_for
 from vitrim.models.origin import Origin, Reading, in_one_line, on_meta, plain_json, require
 from vitrim.surgery import KeepUnits
+from vitrim.types import BlockRun
 
 WEIGHTS = "open_clip_model.safetensors"
 SHARDED = False
@@ -115,6 +116,17 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
         vision = args["vision_cfg"]
         (vision if "timm_model_name" not in vision else vision.setdefault(TRUNK_ARGS, {}))["mlp_ratio"] = ratio
         yield replace(origin, model_args=args)
+
+
+def shortened(origin: Origin, run: BlockRun) -> Iterator[Origin]:
+    """Yield an origin with fewer `layers` or, for a timm tower, with less `depth`."""
+    args = copy.deepcopy(dict(origin.model_args))
+    vision = args["vision_cfg"]
+    if "timm_model_name" in vision:
+        vision.setdefault(TRUNK_ARGS, {})["depth"] = run.total - run.length
+    else:
+        vision["layers"] = run.total - run.length
+    yield replace(origin, model_args=args)
 
 
 def adjusted(origin: Origin, model: nn.Module, rebuilt: nn.Module) -> tuple[Origin, list[str]]:

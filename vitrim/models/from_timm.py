@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from vitrim.models.origin import Origin, Reading, in_one_line, match_buffers_, o
 from vitrim.models.timm_args import check_args, find_args, in_words, saved_preprocessing
 from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors
 from vitrim.surgery import KeepUnits
+from vitrim.types import BlockRun
 
 WEIGHTS = "model.safetensors"
 SHARDED = False
@@ -167,6 +169,18 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
     """Yield an origin for every `mlp_ratio` that may give these widths."""
     for ratio in mlp_ratios(edits):
         yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
+
+
+def shortened(origin: Origin, run: BlockRun) -> Iterator[Origin]:
+    """Yield an origin with another `depth`, or `depths` of a model with stages."""
+    left, stage = run.total - run.length, re.search(r"\d+", run.path)
+    if stage is None:
+        yield replace(origin, model_args={**origin.model_args, "depth": left})
+        return
+    depths = _depths(on_meta(lambda: build(origin)))
+    if int(stage[0]) < len(depths):
+        depths[int(stage[0])] = left
+        yield replace(origin, model_args={**origin.model_args, "depths": depths})
 
 
 def adjusted(origin: Origin, model: nn.Module, rebuilt: nn.Module) -> tuple[Origin, list[str]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitrim.errors import ModelError
 from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta
 from vitrim.surgery import KeepUnits
+from vitrim.types import BlockRun
 
 WEIGHTS = "model.safetensors"
 SHARDED = False
@@ -54,6 +55,11 @@ def build(origin: Origin) -> nn.Module:
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
+    """Yield nothing: torchvision reads no config."""
+    return iter(())
+
+
+def shortened(origin: Origin, run: BlockRun) -> Iterator[Origin]:
     """Yield nothing: torchvision reads no config."""
     return iter(())
 

@@ -6,6 +6,7 @@ Code from a repository (`trust_remote_code`) is never run.
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from vitrim.models.features import encoder_path, needs_beside_images, takes_toke
 from vitrim.models.fit import read_for
 from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.surgery import KeepUnits
+from vitrim.types import BlockRun
 
 WEIGHTS = "model.safetensors"
 SHARDED = True
@@ -57,6 +59,9 @@ COMPANIONS = (
 PLAIN = (WEIGHTS, f"{WEIGHTS}.index.json")
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 TEXT_LENGTH = 128
+BY_NUMBER = ("out_features", "out_indices", "stage_names")  # of its backbones; follow from the number of blocks
+# What its configs call the number of blocks; a list of them for a model with stages.
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "depths")
 HEADS = ("classifier", "score")  # where its models for classification have their last layer
 
 
@@ -141,6 +146,35 @@ def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
             yield replace(origin, model_args=args)
 
 
+def shortened(origin: Origin, run: BlockRun) -> Iterator[Origin]:
+    """Yield an origin for every key of the config that may count the blocks; lists with an entry a block lose some."""
+    stage = re.search(r"\d+", run.path)
+    for key in DEPTHS:
+        args = copy.deepcopy(dict(origin.model_args))
+        part = _config_of_encoder(args, origin.encoder)
+        counted = part.get(key)
+        if counted == run.total:
+            part[key] = run.total - run.length
+            part |= {name: _without(value, run) for name, value in part.items() if _one_each(value, run)}
+            for name in BY_NUMBER:
+                part.pop(name, None)
+        elif isinstance(counted, list) and stage and counted[int(stage[0]) :][:1] == [run.total]:
+            counted[int(stage[0])] = run.total - run.length
+        else:
+            continue
+        yield replace(origin, model_args=args)
+
+
+def _one_each(value: Any, run: BlockRun) -> bool:
+    """Whether a value of a config is a list with an entry for every block, such as `layer_types`."""
+    return isinstance(value, list) and len(value) == run.total
+
+
+def _without(value: list[Any], run: BlockRun) -> list[Any]:
+    """Return a list with an entry for every block without those of a run."""
+    return value[: run.start] + value[run.stop :]
+
+
 def adjusted(origin: Origin, model: nn.Module, rebuilt: nn.Module) -> tuple[Origin, list[str]]:
     """Return an origin with the classes of a live model's head and its number of blocks, and what differs in words."""
     args, said = copy.deepcopy(dict(origin.model_args)), []
@@ -169,7 +203,7 @@ def describe_(student: nn.Module, origin: Origin) -> None:
         getattr(student.get_submodule(origin.encoder), "config", None),
     ]
     for part in parts:
-        for key in ("intermediate_size", "mlp_ratio", "num_hidden_layers"):
+        for key in ("intermediate_size", "mlp_ratio", *DEPTHS, "layer_types"):
             if key in wanted and hasattr(part, key):
                 setattr(part, key, wanted[key])
     labels = origin.model_args.get("id2label")

@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
 from vitrim.storage.training_files import Which
 from vitrim.surgery import Edit, KeepUnits
+from vitrim.types import BlockRun
 
 MAX_MODULES = 100_000  # models have some thousands; a damaged config asks for any number, and would be built for ever
 
@@ -141,6 +142,10 @@ class ModelBackend(Protocol):
 
     def resized(self, origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
         """Yield origins that may build the model with the edited widths; the caller checks which one does."""
+        ...
+
+    def shortened(self, origin: Origin, run: BlockRun) -> Iterator[Origin]:
+        """Yield origins that may build the model without a run of blocks; the caller checks which one does."""
         ...
 
     def adjusted(self, origin: Origin, model: nn.Module, rebuilt: nn.Module) -> tuple[Origin, list[str]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from vitrim.models.load import backend_of, build_empty
-from vitrim.models.origin import Origin
+from vitrim.models.origin import ModelBackend, Origin
 from vitrim.models.sites import find_mlps
-from vitrim.surgery import Edit, KeepUnits, reshape_
+from vitrim.surgery import DropBlocks, Edit, KeepUnits, reshape_
 from vitrim.types import MlpSite
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -34,15 +35,30 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
         return origin
     wanted = build_empty(origin)
     reshape_(wanted, edits)
-    shapes = _shapes(wanted)
-    for candidate in backend.resized(origin, cuts):
+    drops = [edit for edit in edits if isinstance(edit, DropBlocks)]
+    shapes, settings = _shapes(wanted), _settings(wanted, drops)
+    for candidate in _candidates(backend, origin, cuts, drops):
         try:
-            built = _shapes(build_empty(replace(candidate, earlier=())))
+            built = build_empty(replace(candidate, earlier=()))
         except Exception:  # the architecture has no such argument, or refuses this value, each in its own way
             continue
-        if built == shapes:
+        if _shapes(built) == shapes and _settings(built, drops) == settings:
             return replace(candidate, earlier=())
     return None
+
+
+def _candidates(
+    backend: ModelBackend, origin: Origin, cuts: Sequence[KeepUnits], drops: Sequence[DropBlocks]
+) -> Iterator[Origin]:
+    """Yield origins that may build the edited model: with fewer blocks, and then with other widths."""
+    origins = [origin]
+    for drop in drops:
+        origins = [shorter for each in origins for shorter in backend.shortened(each, drop.run)]
+    for each in origins:
+        if drops and all(edit.width == edit.site.d_hidden for edit in cuts):
+            yield each
+        else:
+            yield from backend.resized(each, cuts)
 
 
 def nearest_stock_width(origin: Origin, sites: Sequence[MlpSite], width: int, *, at_most: bool = False) -> int | None:
@@ -82,10 +98,12 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
         return "no library can build this model, so the result loads with vitrim.load(path, model=...)."
     cuts = _cuts(plan_edits)
     if cuts is None:
-        others = {edit.KIND.replace("_", " ") for edit in plan_edits if not isinstance(edit, KeepUnits)}
+        others = {edit.KIND.replace("_", " ") for edit in plan_edits if not isinstance(edit, KeepUnits | DropBlocks)}
         return (
             f"{origin.library} has no config for {', '.join(sorted(others))}; the result loads with vitrim.load(path)."
         )
+    if drops := [edit for edit in plan_edits if isinstance(edit, DropBlocks)]:
+        return f"{origin.library} has no config for {drops[0].describe()}; the result loads with vitrim.load(path)."
     if not cuts:  # only a library that reads no folders has no place for an uncut model
         return f"{origin.library} reads no folders; the result loads with vitrim.load(path)."
     edit, cut = cuts[0], {edit.site.path for edit in cuts}
@@ -106,9 +124,33 @@ def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
 
 
 def _cuts(edits: Sequence[Edit]) -> list[KeepUnits] | None:
-    """Return the last cut of each MLP, or None if some edit is no cut of hidden units."""
-    cuts = {edit.site.path: edit for edit in edits if isinstance(edit, KeepUnits)}
-    return None if any(not isinstance(edit, KeepUnits) for edit in edits) else list(cuts.values())
+    """Return the last cut of each MLP that is left, or None if some edit cuts neither hidden units nor blocks."""
+    cuts: dict[str, KeepUnits] = {}
+    for edit in edits:
+        if isinstance(edit, DropBlocks):
+            moved = {edit.new_path(path): cut for path, cut in cuts.items()}
+            cuts = {path: cut for path, cut in moved.items() if path is not None}
+        elif isinstance(edit, KeepUnits):
+            cuts[edit.site.path] = edit
+        else:
+            return None
+    return list(cuts.values())
+
+
+def _settings(model: nn.Module, drops: Sequence[DropBlocks]) -> dict[str, Any]:
+    """Return the plain values that set up the modules of the lists that lost blocks, such as the shift of a window.
+
+    A block at another number is not always the same block: of Swin's every second one is shifted. Rates that only
+    training looks at are left out.
+    """
+    paths = tuple(f"{drop.run.path}." for drop in drops)
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if drops and name.startswith(paths)
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | tuple) and key != "training" and "drop" not in key
+    }
 
 
 def _shapes(model: nn.Module) -> Shapes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from vitrim.models.origin import Origin
 from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.report.data import ReportData
 from vitrim.report.summary import latency_rows, summarise
-from vitrim.surgery import KeepUnits, Plan, read_weights
+from vitrim.surgery import DropBlocks, KeepUnits, Plan, read_weights
 
 NUM_IMAGES = 8
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
@@ -58,7 +59,7 @@ def collect(teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metr
         sites=widths,
         block_errors=_block_errors(metrics),
         edits=[dict(edit) for edit in metrics.edits],
-        residual_curves={edit.site.path: _residual(teacher, edit) for edit in cuts},
+        residual_curves={edit.site.path: _residual(teacher, edit) for edit in _of_the_original(plan)},
         recovery=[] if metrics.recovery is None else metrics.recovery["curve"],
         latency={when: {n: cost.latency[n]["median_ms"] for n in steady} for when, cost in costs.items()},
         relative_latency=latency_rows(metrics.after),
@@ -70,6 +71,12 @@ def collect(teacher: nn.Module, origin: Origin, plan: Plan, recipe: Recipe, metr
         judged_on=metrics.judged_on,
         **seen,
     )
+
+
+def _of_the_original(plan: Plan) -> list[KeepUnits]:
+    """Return the cuts of MLPs that were made before any block was taken out: by the paths that the original has."""
+    before = itertools.takewhile(lambda edit: not isinstance(edit, DropBlocks), plan.edits)
+    return [edit for edit in before if isinstance(edit, KeepUnits)]
 
 
 def _block_errors(metrics: Metrics) -> list[dict[str, Any]]:

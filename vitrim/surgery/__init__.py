@@ -1,5 +1,6 @@
 """The only code that changes modules: one file for each kind of edit, and the functions that apply edits."""
 
+from vitrim.surgery.drop_blocks import DropBlocks
 from vitrim.surgery.edits import Edit, apply_, edit_of, reshape_, transform
 from vitrim.surgery.fips import ToFips
 from vitrim.surgery.int8 import ToInt8
@@ -14,6 +15,7 @@ from vitrim.surgery.top_k import TopKActivation
 from vitrim.surgery.verify_site import verify_site
 
 __all__ = [
+    "DropBlocks",
     "Edit",
     "KeepHeadDims",
     "KeepUnits",

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vitrim.errors import CheckpointError
+from vitrim.surgery.drop_blocks import DropBlocks
 from vitrim.surgery.edits import Edit
 from vitrim.surgery.keep_units import KeepUnits
 
@@ -55,6 +56,15 @@ class Plan:
             raise CheckpointError(f"plan: damaged ({where}: {first['msg']}); write it again with compress.") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"plan: damaged or incomplete ({error!r}); write it again with compress.") from None
+
+    def new_path(self, path: str) -> str | None:
+        """Return the path that one of the uncut model's modules has after the plan, None if its block was taken out."""
+        for edit in self.edits:
+            path_now = edit.new_path(path) if isinstance(edit, DropBlocks) else path
+            if path_now is None:
+                return None
+            path = path_now
+        return path
 
     @property
     def widths(self) -> dict[str, int]:
