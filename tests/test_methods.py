@@ -13,12 +13,14 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.config.widths import BUDGETS
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import METHODS, ModelMethod, Random, find_method, make_method
+from vitrim.methods import METHODS, Corp, ModelMethod, Random, find_method, make_method
 from vitrim.surgery import KeepUnits, Plan, apply_, read_weights, reshape_
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-CUTS = pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.edits == (KeepUnits,)])
+CUTS = pytest.mark.parametrize(
+    "method", [name for name, entry in METHODS.items() if entry.edits[0] is KeepUnits and entry is not Corp]
+)
 BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.takes != "nothing"])
 QUICK = {"refit_steps": 3}
 FEW = {"fips": {"steps": 3, "every": 1}, "amp": {"rounds": 2, "trials": 3}}  # options of those that search or train

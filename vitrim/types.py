@@ -84,10 +84,10 @@ class AttentionSite(Site):
     """One self-attention: paths of its projections and its sizes.
 
     With `fused` the paths of query, key and value are the same layer (rows of q, then k, then v). With `as_tuple` the
-    module returns a tuple whose first item is the output.
+    module returns a tuple whose first item is the output. `block` is the transformer block around it, "" if not known.
     """
 
-    PATHS: ClassVar[tuple[str, ...]] = ("path", "query", "key", "value", "output")
+    PATHS: ClassVar[tuple[str, ...]] = ("path", "query", "key", "value", "output", "block")
 
     query: str
     key: str
@@ -99,6 +99,7 @@ class AttentionSite(Site):
     head_dim: int
     scale: float
     as_tuple: bool
+    block: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +220,20 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitSums:
+    """Second moments of one attention's queries and keys, in float64: G heads, F dimensions of a head.
+
+    `query` and `key` are what the model that is cut has, `cross` is with what the original has for the same tokens.
+    Keys are centred in each image: what all keys of an image share changes no softmax.
+    """
+
+    query_GFF: Tensor
+    key_GFF: Tensor
+    query_cross_GFF: Tensor
+    key_cross_GFF: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSums:
     """Sums over calibration images at one layer: T vectors, each in G groups of K values, in float64.
 
@@ -245,6 +260,21 @@ class SiteView:
     num_keep: int
     generator: Generator
     stats: Stats | None = None
+    scale_D: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueView:
+    """What a method may see to decide about the values of one attention: D model width, A dimensions of all heads.
+
+    `stats` has the mixed values of all heads, side by side, as its hidden units. `scale_D` is the layer scale behind
+    the attention, or None.
+    """
+
+    stats: Stats
+    output_DA: Tensor
+    output_bias_D: Tensor | None
+    num_heads: int
     scale_D: Tensor | None = None
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrim.models.features import device_of, evaluating, first_tensor
 from vitrim.surgery import submodule
-from vitrim.types import MlpSite
+from vitrim.types import AttentionSite, MlpSite
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -91,20 +92,40 @@ class Activations:
         with evaluating(self.model):
             self.outputs.put(index, first_tensor(submodule(self.model, self.blocks[self.at])(*args, **kwargs)).cpu())
 
-    def observe(self, site: MlpSite, index: int) -> dict[str, Tensor]:
-        """Run the current block on a batch and return what `observe` sees; a frozen model's output is kept."""
-        output, seen = observe(self.model, site, self.call(index))
-        if self.frozen:
+    def observe(self, site: MlpSite | AttentionSite, index: int, *, silent: Collection[str] = ()) -> dict[str, Tensor]:
+        """Run the current block on a batch and return what `observe` sees; a frozen model's output is kept.
+
+        The layers `silent` put out zeros; then no output is kept.
+        """
+        with silenced(self.model, silent):
+            output, seen = observe(self.model, site, self.call(index))
+        if self.frozen and not silent:
             self.outputs.put(index, output.cpu())
         return seen
 
 
-def observe(model: nn.Module, site: MlpSite, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a block on arguments; return its output, and the activations of one MLP inside it.
+@contextmanager
+def silenced(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
+    """Let some layers put out zeros."""
+
+    def silence(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
+    handles = [submodule(model, path).register_forward_hook(silence) for path in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a block on arguments; return its output, and the activations of one MLP or attention inside it.
 
     Returns:
-        The block's output, and float32 tensors of shape (tokens, width): `input`, `hidden` and `mlp` (input, hidden
-        activations and output of the MLP) and `block` (output of the block).
+        The block's output, and float32 tensors of shape (tokens, width): `input`, `hidden` and `output` (input, hidden
+        activations and output of the MLP; of an attention, hidden are the mixed values) and `block` (output of the
+        block).
     """
     seen: dict[str, Tensor] = {}
     value, output = submodule(model, site.value), submodule(model, site.output)
@@ -113,7 +134,7 @@ def observe(model: nn.Module, site: MlpSite, call: Call) -> tuple[Tensor, dict[s
         seen["input"] = args[0]
 
     def see_output(_: nn.Module, args: Any, out: Any) -> None:
-        seen["hidden"], seen["mlp"] = args[0], out
+        seen["hidden"], seen["output"] = args[0], out
 
     handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
     try:
@@ -211,7 +232,7 @@ def _record(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str
     return seen
 
 
-def forward_order(model: nn.Module, sites: Sequence[MlpSite], images: Tensor) -> list[str]:
+def forward_order(model: nn.Module, sites: Sequence[MlpSite | AttentionSite], images: Tensor) -> list[str]:
     """Return the paths of the blocks that hold sites, in forward order."""
     device = next(model.parameters()).device
     return list(_record(model, list(dict.fromkeys(site.block for site in sites)), images.to(device)))

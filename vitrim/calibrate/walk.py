@@ -22,7 +22,7 @@ from vitrim.calibrate.sums import check_finite
 from vitrim.models.features import evaluating, first_tensor
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.surgery import mlp_output, submodule, weight_of
-from vitrim.types import MlpSite, Stats
+from vitrim.types import AttentionSite, MlpSite, Stats
 
 CHUNK_TOKENS = 4096  # tokens added to the sums at a time
 TILE_ROWS = 1024  # rows of second moments that are held in float64 where they are stored in float32
@@ -66,6 +66,7 @@ def walk(
     skip: Collection[str] = (),
     offload: Path | None = None,
     moments: torch.dtype = torch.float64,
+    entered: Callable[[str, Activations, Activations], None] | None = None,
 ) -> Iterator[SiteVisit]:
     """Visit each MLP in forward order; the caller cuts the student's MLP before asking for the next visit.
 
@@ -80,24 +81,28 @@ def walk(
         skip: paths of sites that are finished; their blocks run, but they are not visited.
         offload: folder for the activations, one file per batch; None keeps them in memory.
         moments: dtype of the hidden second moments, summed in float64 tile by tile; float32 halves their memory.
+        entered: called with each block and both models' activations at it before its MLPs are visited, to cut what is
+            in front of them.
 
     Yields:
         One visit per site.
     """
     blocks = forward_order(teacher, sites, batches[0][:2])
-    both = [
+    both = (
         Activations(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher"),
         Activations(student, blocks, batches, frozen=False, offload=offload and offload / "student"),
-    ]
+    )
     for index, block in enumerate(blocks):
         for activations in both:
             activations.enter(index)
+        if entered is not None:
+            entered(block, *both)
         for site in [site for site in sites if site.block == block and site.path not in skip]:
             yield _visit(site, both[0], both[1], feedback, num_held_out, max_tokens, moments)
 
 
-def layer_scale(model: nn.Module, site: MlpSite, call: Call) -> Tensor | None:
-    """Find the fixed diagonal (D,) between an MLP's output and its block's output, by probing.
+def layer_scale(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> Tensor | None:
+    """Find the fixed diagonal (D,) between the output of an MLP or attention and its block's output, by probing.
 
     A known offset is added to the output projection's output: behind a residual sum with a layer scale the block's
     output
@@ -219,29 +224,29 @@ def _visit(
 def corrected(
     theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], scale_D: Tensor | None, feedback: float
 ) -> Tensor:
-    """Return the outputs (N, D) that the student's MLP should have.
+    """Return the outputs (N, D) that the student's MLP or attention should have.
 
     They are the teacher's outputs plus a share of the student's accumulated error in the residual stream.
 
     Args:
         theirs: what `observe` saw in the teacher's block, tokens (N, D).
         ours: the same for the student's block.
-        scale_D: layer scale behind the MLP; None if there is no fixed one, and then nothing is corrected.
+        scale_D: layer scale behind it; None if there is no fixed one, and then nothing is corrected.
         feedback: the share of the error to correct, 0..1.
     """
     if scale_D is None or feedback == 0:
-        return theirs["mlp"]
+        return theirs["output"]
     # Where the scale is next to nothing, no output of the MLP could correct the residual stream.
     inverse_D = torch.where(scale_D.abs() > 1e-3 * scale_D.abs().max(), 1 / scale_D, 0.0)
-    behind = (theirs["block"] - scale_D * theirs["mlp"]) - (ours["block"] - scale_D * ours["mlp"])
-    return theirs["mlp"] + feedback * inverse_D * behind
+    behind = (theirs["block"] - scale_D * theirs["output"]) - (ours["block"] - scale_D * ours["output"])
+    return theirs["output"] + feedback * inverse_D * behind
 
 
 def stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:
     """Whether running the MLP on its own, with inputs seen inside its block, gives the outputs seen there."""
     with evaluating(model):
         again_ND = mlp_output(model, site, seen["input"][:64].to(weight_of(model, site.output).dtype))
-    expected_ND = seen["mlp"][:64]
+    expected_ND = seen["output"][:64]
     return bool((again_ND - expected_ND).abs().max() <= 1e-3 * expected_ND.abs().max())
 
 

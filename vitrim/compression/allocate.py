@@ -136,6 +136,8 @@ def allocate(
     assert options is not None
     if not isinstance(method, SiteMethod):
         raise RecipeError(f"allocate: {method.name} decides about the whole model by itself; use allocate=uniform.")
+    if method.cuts() != "mlp":
+        raise RecipeError("allocate: finds widths of MLPs alone; use allocate=uniform, or options.parts='mlp'.")
     if batches is None:
         raise RecipeError("allocate: error curves need calibration images; pass data, or use allocate=uniform.")
     request = _Request(method=method, repair=step.repair_options(), seed=recipe.seed)

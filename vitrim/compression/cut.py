@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView, SiteVisit, num_held_out, walk
 from vitrim.compression.budget import solve_widths
+from vitrim.compression.heads import HeadsCut, heads_in_blocks
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.steps import Step
@@ -24,7 +25,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.repair.closed_form import repair_, visit_notes
-from vitrim.surgery import DropBlocks, Edit, KeepUnits, Plan, apply_, read_weights
+from vitrim.surgery import DropBlocks, Edit, KeepHeadDims, KeepUnits, Plan, apply_, read_weights
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 WHOLE = "every hidden unit stays, so nothing was cut or repaired."
@@ -194,10 +195,10 @@ class _StepRun:
         """
         if self._keeps_all(chosen):
             return self._leave_whole_()
-        notes: list[str] = []
+        heads, notes = self._heads()
         with progress("cut", len(chosen) or len(self.sites), quiet=quiet) as bar:
             bar.done = len(self.behind)
-            for site, visit in self._visits(chosen):
+            for site, visit in self._visits(chosen, heads):
                 edit = chosen.get(site.path) or self._select(site, visit)
                 if self.repair is not None and visit is not None:
                     edit, self.errors[site.path] = repair_(self.student, edit, visit, self.repair, self.seed)
@@ -229,14 +230,40 @@ class _StepRun:
         weights, seed = read_weights(self.student, site), self.seed + len(self.edits)
         return select(weights, site, visit, self.widths[site.path], self.method, seed)
 
-    def _visits(self, chosen: Mapping[str, KeepUnits]) -> Iterator[tuple[MlpSite, SiteVisit | None]]:
+    def _heads(self) -> tuple[HeadsCut | None, list[str]]:
+        """Return how attention is cut on the way, None if it is not, and notes on attentions that are left alone."""
+        method = self.method
+        if not isinstance(method, SiteMethod) or method.cuts() == "mlp":
+            return None, []
+        sites, notes = heads_in_blocks(self.student, self.sites, self.batches)
+        share = sum(self.widths.values()) / sum(site.d_hidden for site in self.sites)
+
+        def keep(edit: KeepHeadDims, errors: Mapping[str, float]) -> None:
+            self.edits.append(edit)
+            self.errors[edit.site.path] = dict(errors)
+
+        heads = HeadsCut(
+            student=self.student,
+            method=method,
+            repair=self.repair,
+            share=share,
+            num_fit=len(self.batches or ()) - num_held_out(self.batches or ()),
+            sites=sites,
+            outputs={block: [s.output for s in self.sites if s.block == block] for block in {s.block for s in sites}},
+            keep=keep,
+        )
+        return heads, notes
+
+    def _visits(
+        self, chosen: Mapping[str, KeepUnits], heads: HeadsCut | None
+    ) -> Iterator[tuple[MlpSite, SiteVisit | None]]:
         """Yield sites in the order in which they are cut, with calibration data if selection or repair needs it."""
         sites = [site for site in self.sites if site.path in chosen or not chosen]
         looks = self.method.needs == "images" and not chosen
         if self.batches is None or (self.repair is None and not looks):
             yield from ((site, None) for site in sites if site.path not in self.behind)
             return
-        repair = self.repair or RepairOptions(feedback=0.0)
+        repair, mlps = self.repair or RepairOptions(feedback=0.0), heads is None or heads.method.cuts() == "both"
         for visit in walk(
             self.teacher,
             self.student,
@@ -245,9 +272,10 @@ class _StepRun:
             feedback=repair.feedback,
             num_held_out=num_held_out(self.batches),
             max_tokens=repair.max_tokens,
-            skip=self.behind,
+            skip=self.behind if mlps else [site.path for site in sites],
             offload=self.offload,
             moments=self.moments,
+            entered=None if heads is None else heads.enter_,
         ):
             yield visit.site, visit
             del visit

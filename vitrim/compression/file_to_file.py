@@ -161,6 +161,8 @@ def _check_possible(recipe: Recipe) -> None:
         raise RecipeError(
             "method: file to file only single methods that cut hidden units MLP by MLP run; use compress."
         )
+    if step.make_method().goes_by() != "widths":
+        raise RecipeError("options.parts: attention is cut in memory alone; use compress, or parts='mlp'.")
     if step.allocate is not None:
         raise RecipeError("allocate: error curves need the whole model in memory; use compress, or give its widths.")
 

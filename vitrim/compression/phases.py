@@ -146,7 +146,8 @@ def _may_round(recipe: Recipe) -> bool:
     step = recipe.steps[0]
     elastic = recipe.recover is not None and recipe.recover.elastic is not None
     chosen = step.exact or step.widths is not None or step.allocate is not None or elastic
-    return len(recipe.steps) == 1 and isinstance(step.make_method(), SiteMethod) and not chosen
+    method = step.make_method()
+    return len(recipe.steps) == 1 and isinstance(method, SiteMethod) and method.cuts() == "mlp" and not chosen
 
 
 def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunContext) -> CutReport:

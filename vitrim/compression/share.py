@@ -81,7 +81,8 @@ class Trials:
         student = copy.deepcopy(self.teacher)
         budget = {} if find_method(name).takes == "nothing" else {"keep_ratio": keep_ratio}
         recipe = self.base.updated({"method": name, "repair": False, **budget})
-        if issubclass(find_method(name), SiteMethod):
+        method = recipe.steps[0].make_method()
+        if isinstance(method, SiteMethod) and method.cuts() == "mlp":
             width = recipe.width()
             edits = [KeepUnits.first(site, width.of(site)) for site in self.sites]
             apply_(student, edits)

@@ -3,6 +3,9 @@
 As published, the units kept are those whose input weights span the most (greedy Gram-Schmidt); biases and output
 weights play no part. Ours looks at what the units do: forward selection by orthogonal least squares on the output that
 the block should have. The kept weights are not repaired here; repair is the same for every method.
+
+In attention nothing forces a choice between dimensions: any mixtures of a head's dimensions may stay. Ours are the best
+of their number for the logits and, with least squares into the output projection, for the attention's output.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ from typing import Literal
 from torch import Tensor
 
 from vitrim.errors import RecipeError
-from vitrim.methods.registry import SiteMethod, register
+from vitrim.methods.registry import Parts, SiteMethod, register
 from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import select_units
+from vitrim.ops.head_factors import factor_logits, factor_values
 from vitrim.ops.least_squares import moments
-from vitrim.types import MlpWeights, SiteView, Stats
+from vitrim.surgery import KeepHeadDims, KeepUnits
+from vitrim.types import LogitSums, MlpWeights, SiteView, Stats, ValueView
 
 SelectOn = Literal["weights", "activations", "outputs"]
+MIX_RIDGE = 1e-4  # relative to the mean energy of a head's dimensions
 
 
 @register
@@ -31,9 +37,16 @@ class Dgmr(SiteMethod):
     summary = "forward selection on the block's output, closed-form repair with feedback, local refit"
     needs = "images"
     repairs = True
+    edits = (KeepUnits, KeepHeadDims)
 
     select_on: SelectOn | None = None
     """What to compare units by. None uses the block's outputs if there are images, and weights otherwise."""
+    parts: Parts = "mlp"
+    """Which part of each block is cut."""
+
+    def cuts(self) -> Parts:
+        """Return what is cut of each block."""
+        return self.parts
 
     def select(self, view: SiteView) -> Tensor:
         """Return the indices of the units to keep, in pick order.
@@ -53,6 +66,22 @@ class Dgmr(SiteMethod):
             return _by_activations(view.stats, view.weights, view.num_keep)
         return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
 
+    def mix_logits(self, sums: LogitSums, num_keep: int) -> tuple[Tensor, Tensor]:
+        """Return the mixtures of queries and keys whose logits come closest to those wanted."""
+        return factor_logits(sums, num_keep, ridge=MIX_RIDGE)
+
+    def mix_values(self, view: ValueView, num_keep: int) -> Tensor:
+        """Return the mixtures of values from which the attention's output can be predicted best."""
+        return factor_values(
+            view.stats,
+            view.output_DA,
+            view.num_heads,
+            num_keep,
+            centred=view.output_bias_D is not None,
+            ridge=MIX_RIDGE,
+            scale_D=view.scale_D,
+        )
+
 
 @register
 class DgmrPaper(Dgmr):
@@ -62,9 +91,12 @@ class DgmrPaper(Dgmr):
     summary = "Gram-Schmidt on input weights, kept weights unchanged"
     needs = "weights"
     repairs = False
+    edits = (KeepUnits,)
 
     select_on: Literal["weights"] = "weights"
     """Compare units by input weights alone, as published."""
+    parts: Literal["mlp"] = "mlp"
+    """MLPs alone are cut, as published."""
 
 
 def _by_activations(stats: Stats, weights: MlpWeights, num_keep: int) -> Tensor:

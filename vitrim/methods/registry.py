@@ -17,10 +17,11 @@ from torch import Tensor
 from vitrim.checked import Checked
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.surgery import Edit, KeepUnits
-from vitrim.types import ModelView, SiteView
+from vitrim.types import LogitSums, ModelView, SiteView, ValueView
 
 Needs = Literal["weights", "images"]
 BudgetUse = Literal["widths", "share", "nothing"]
+Parts = Literal["mlp", "attention", "both"]
 
 
 class Method(Checked):
@@ -81,13 +82,29 @@ class Method(Checked):
 
 
 class SiteMethod(Method):
-    """Base class of methods that decide for each MLP which hidden units stay."""
+    """Base class of methods that decide for each MLP which hidden units stay, and some also what stays of each head."""
 
     takes: ClassVar[BudgetUse] = "widths"
+
+    def cuts(self) -> Parts:
+        """Return what is cut of each block; more than `mlp` needs `mix_logits`, `mix_values` and images."""
+        return "mlp"
+
+    def goes_by(self) -> BudgetUse:
+        """Return which part of a budget the method uses: with attention, widths alone don't say what stays."""
+        return self.takes if self.cuts() == "mlp" else "share"
 
     @abstractmethod
     def select(self, view: SiteView) -> Tensor:
         """Return the indices of the `view.num_keep` units of one MLP that stay, in pick order."""
+
+    def mix_logits(self, sums: LogitSums, num_keep: int) -> tuple[Tensor, Tensor]:
+        """Return which mixtures of each head's query and of its key dimensions stay, each (G, K, F)."""
+        raise NotImplementedError(f"{self.name} cuts no attention")
+
+    def mix_values(self, view: ValueView, num_keep: int) -> Tensor:
+        """Return which mixtures of each head's value dimensions stay, (G, K, F)."""
+        raise NotImplementedError(f"{self.name} cuts no attention")
 
 
 class ModelMethod(Method):

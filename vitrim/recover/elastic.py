@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
-from vitrim.methods import SiteMethod, find_method
+from vitrim.methods import SiteMethod
 from vitrim.surgery import KeepUnits, submodule
 from vitrim.types import MlpSite
 
@@ -54,7 +54,8 @@ class Widths:
         if ratios is None:
             return None
         step, *later = recipe.steps
-        if later or not issubclass(find_method(step.method), SiteMethod):
+        method = step.make_method()
+        if later or not isinstance(method, SiteMethod) or method.cuts() != "mlp":
             raise RecipeError("recover.elastic: needs one method that picks each MLP's units in order, such as dgmr.")
         units = {}
         for ratio in ratios:

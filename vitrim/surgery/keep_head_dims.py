@@ -22,7 +22,8 @@ Dims = tuple[tuple[int, ...], ...]
 class KeepHeadDims(Edit):
     """Keep some dimensions of each head's queries and keys, and of its values; equally many in every head.
 
-    `tensors` may hold new values of the projections, under their new names `q`, `k`, `v` and `proj`.
+    `tensors` may hold new values of the projections, under their new names `q`, `k`, `v` and `proj`: kept dimensions
+    with the others folded into them, or mixtures of all dimensions, of which only the number counts.
     """
 
     KIND: ClassVar[str] = "keep_head_dims"
@@ -30,6 +31,13 @@ class KeepHeadDims(Edit):
     site: AttentionSite
     keep_qk: Dims
     keep_v: Dims
+
+    @property
+    def after(self) -> AttentionSite:
+        """The attention as it is after the edit; its `head_dim` is that of the values."""
+        site = self.site
+        paths = {role: f"{site.path}.{name}" for role, name in (("query", "q"), ("key", "k"), ("value", "v"))}
+        return replace(site, **paths, output=f"{site.path}.proj", fused=False, head_dim=len(self.keep_v[0]))
 
     def shape_only(self) -> KeepHeadDims:
         """Return an edit with the same counts, without indices of its own or tensors."""

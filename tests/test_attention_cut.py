@@ -1,0 +1,131 @@
+"""Cutting attention heads with `dgmr`: in the walk, on each kind of projection, and what is refused."""
+
+import pytest
+import torch
+
+from vitrim.compression.cut import cut_
+from vitrim.config.recipe import Recipe
+from vitrim.errors import BudgetError, RecipeError
+from vitrim.layers.attention import SlimAttention
+from vitrim.models.sites import find_mlps
+from vitrim.recover.elastic import Widths
+from vitrim.surgery import KeepHeadDims, Plan, apply_
+
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def cut(case, *, images=True, method="dgmr", repair=None, **values):
+    options = {"parts": values.pop("parts", "both")} | values.pop("options", {})
+    student = case.copy()
+    if repair is None and method == "dgmr":
+        repair = {"refit": False}
+    recipe = Recipe.parse({"method": method, "options": options, "repair": repair, **values})
+    return student, cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
+
+
+def error(run, model, case):
+    pairs = [(run(model, batch), run(case.model, batch)) for batch in case.batches]
+    return sum(float((a - b).square().sum()) for a, b in pairs)
+
+
+@pytest.fixture(params=["timm-vit", "timm-vit-scaled", "timm-parallel", "no-bias", "hf-vit", "hf-clip"])
+def plain(request, build):
+    """Models with plain attention: fused and split, with biases and without, with a layer scale and in parallel."""
+    if request.param.startswith("timm"):
+        return build(request.param)
+    torch.manual_seed(0)
+    if request.param == "no-bias":
+        timm = pytest.importorskip("timm")
+        small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+        model = timm.create_model("vit_tiny_patch16_224", qkv_bias=False, proj_bias=False, **small)
+    else:
+        transformers = pytest.importorskip("transformers")
+        size = {**SIZE, "image_size": 32, "patch_size": 8}
+        if request.param == "hf-vit":
+            model = transformers.ViTModel(transformers.ViTConfig(**size), add_pooling_layer=False)
+        else:
+            model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**size))
+    model.eval()
+    shape = build("timm-vit")
+    return type(shape)(**{**shape.__dict__, "model": model, "sites": find_mlps(model)})
+
+
+def test_heads_are_cut_with_less_error_than_corp_has(plain, run):
+    student, report = cut(plain, parts="attention", keep_ratio=0.5)
+    edits = report.plan.edits
+    assert [edit.KIND for edit in edits] == ["keep_head_dims"] * len(edits) and edits
+    for edit in edits:
+        attention = student.get_submodule(edit.site.path)
+        assert isinstance(attention, SlimAttention) and attention.scale == edit.site.scale
+        assert attention.q.out_features == attention.v.out_features == edit.site.num_heads * edit.site.head_dim // 2
+        assert report.errors[edit.site.path]["repaired"] <= report.errors[edit.site.path]["unrepaired"]
+    ours = error(run, student, plain)
+    theirs = cut(plain, method="corp", options={"values": True}, parts="attention", keep_ratio=0.5)[0]
+    assert ours < error(run, theirs, plain)
+
+
+def test_both_parts_are_cut_block_by_block_attention_first_and_the_plan_replays(build, run):
+    case = build("timm-vit")
+    student, report = cut(case, keep_ratio=0.5)
+    assert [edit.KIND for edit in report.plan.edits] == ["keep_head_dims", "keep_units"] * 2
+    assert report.plan.widths and Plan.from_json(report.plan.to_json()) == report.plan.without_tensors()
+    replayed = case.copy()
+    apply_(replayed, report.plan.edits)
+    assert torch.equal(run(replayed, case.batches[0]), run(student, case.batches[0]))
+    again = cut(case, keep_ratio=0.5)[1]
+    assert again.plan.sha256 == report.plan.sha256
+
+
+def test_keeping_everything_changes_no_bit(plain, run):
+    for parts in ("attention", "both"):
+        student, report = cut(plain, parts=parts, keep_ratio=1.0)
+        assert not any(isinstance(edit, KeepHeadDims) for edit in report.plan.edits)
+        assert torch.equal(run(student, plain.batches[0]), run(plain.model, plain.batches[0]))
+
+
+def test_dependent_dimensions_cost_nothing(build, run):
+    """Every head's queries, keys and values have half the rank: nothing is lost at half the dimensions."""
+    case = build("timm-vit")
+    with torch.no_grad():
+        for name, module in case.model.named_modules():
+            if name.endswith("qkv"):
+                heads = module.weight.unflatten(0, (3, 2, 16))
+                heads[:, :, 8:] = torch.randn(3, 2, 8, 8) @ heads[:, :, :8]
+                module.bias.zero_()
+    student, _ = cut(case, parts="attention", keep_ratio=0.5, repair={"refit": False, "ridge": 1e-8})
+    torch.testing.assert_close(run(student, case.batches[0]), run(case.model, case.batches[0]), atol=1e-3, rtol=1e-3)
+
+
+def test_feedback_corrects_what_blocks_before_got_wrong(build, run):
+    case = build("timm-vit")
+    with_it, without = (
+        error(run, cut(case, keep_ratio=0.25, repair={"refit": False, "feedback": share})[0], case)
+        for share in (1.0, 0.0)
+    )
+    assert with_it < without
+
+
+def test_without_repair_the_output_projection_is_left_as_it_is_but_for_the_mixture(build, run):
+    case = build("timm-vit")
+    whole, report = cut(case, parts="attention", keep_ratio=0.5, repair=False)
+    assert all("repaired" not in errors for errors in report.errors.values())
+    assert error(run, cut(case, parts="attention", keep_ratio=0.5)[0], case) < error(run, whole, case)
+
+
+def test_what_cannot_be_done_is_refused_in_a_line(build):
+    case = build("timm-vit")
+    with pytest.raises(RecipeError, match="pass data, or use parts='mlp'"):
+        cut(case, images=False, keep_ratio=0.5)
+    with pytest.raises(RecipeError, match="no plain attention to cut"):
+        cut(build("timm-mixer"), keep_ratio=0.5)
+    with pytest.raises(RecipeError, match="parts"):
+        cut(case, method="dgmr-paper", keep_ratio=0.5)
+    with pytest.raises(BudgetError, match="give keep_ratio here"):
+        cut(case, params_ratio=0.5)
+    with pytest.raises(RecipeError, match="picks each MLP's units in order"):
+        Widths.of(
+            Recipe.parse(
+                {"method": "dgmr", "options": {"parts": "both"}, "recover": {"elastic": [0.5, 1], "epochs": 1}}
+            ),
+            case.sites,
+        )

@@ -1,0 +1,100 @@
+"""Sums over both models at one attention: of its logits, and of its mixed values with the outputs that it should have.
+
+As for MLPs, the student runs on its own activations, and a target also corrects a share of the error that its residual
+stream has gathered. The stream behind an attention is the output of its block with the MLPs silenced.
+
+Shapes: B images, N tokens, G heads, F dimensions of a head, A of all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitrim.calibrate.activations import Activations, Call, silenced
+from vitrim.calibrate.sums import check_finite
+from vitrim.calibrate.walk import Sums, corrected, layer_scale
+from vitrim.models.features import evaluating
+from vitrim.ops.gram_schmidt import working_dtype
+from vitrim.surgery import submodule
+from vitrim.types import AttentionSite, LogitSums, Stats
+
+
+@dataclass(kw_only=True)
+class HeadVisit:
+    """One attention, with both models at its block.
+
+    Attributes:
+        site: the attention as it is in the teacher.
+        teacher: the original's activations at the block.
+        student: those of the model that is cut, whose attention has the teacher's shape when it is visited.
+        silent: output projections of the block's MLPs.
+        feedback: share of the accumulated error of the residual stream that a target corrects, 0..1.
+        num_fit: number of batches in the sums.
+        scale_D: layer scale behind the attention, or None if there is no fixed one.
+    """
+
+    site: AttentionSite
+    teacher: Activations
+    student: Activations
+    silent: Sequence[str]
+    feedback: float
+    num_fit: int
+
+    scale_D: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        with silenced(self.student.model, self.silent):
+            self.scale_D = layer_scale(self.student.model, self.site, self.student.call(0))
+
+    def logits(self) -> LogitSums:
+        """Return the sums of queries and keys; the student's attention must still be whole."""
+        parts: dict[str, Tensor] = {}
+        for index in range(self.num_fit):
+            theirs, ours = (_projected(each, self.site, each.call(index)) for each in (self.teacher, self.student))
+            for role in ("query", "key"):
+                for name, other in ((f"{role}_GFF", ours), (f"{role}_cross_GFF", theirs)):
+                    product = ours[role].mT @ other[role]
+                    parts[name] = parts[name] + product if name in parts else product
+        check_finite(self.site.path, "a sum of queries and keys", *parts.values())
+        return LogitSums(**parts)
+
+    def values(self, site: AttentionSite) -> Stats:
+        """Return the sums of the mixed values, which the student now has at `site`, and of the wanted outputs."""
+        sums = Sums()
+        for index in range(self.num_fit):
+            theirs = self.teacher.observe(self.site, index, silent=self.silent)
+            ours = self.student.observe(site, index, silent=self.silent)
+            sums.add(ours["hidden"], corrected(theirs, ours, self.scale_D, self.feedback))
+        return sums.done(self.site.path)
+
+
+def _projected(activations: Activations, site: AttentionSite, call: Call) -> dict[str, Tensor]:
+    """Run a block on arguments; return queries and centred keys of one attention by head, (G, B N, F)."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for path in dict.fromkeys((site.query, site.key)):
+
+        def see(_: nn.Module, __: Any, output: Tensor, path: str = path) -> None:
+            seen[path] = output
+
+        handles.append(submodule(activations.model, path).register_forward_hook(see))
+    try:
+        with evaluating(activations.model):
+            submodule(activations.model, site.block)(*call[0], **call[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    query, key = (seen[path].to(working_dtype(seen[path].device)) for path in (site.query, site.key))
+    if site.fused:
+        query, key, _ = query.chunk(3, dim=-1)
+    key = key - key.mean(-2, keepdim=True)
+    return {"query": _by_head(query, site), "key": _by_head(key, site)}
+
+
+def _by_head(rows: Tensor, site: AttentionSite) -> Tensor:
+    """Reshape (B, N, A) to (G, B N, F)."""
+    return rows.flatten(0, -2).unflatten(-1, (site.num_heads, site.head_dim)).transpose(0, 1)

@@ -1,0 +1,78 @@
+"""Cuts attention heads on the way through a model, each attention before the MLP of its block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from vitrim.calibrate import HeadVisit, LiveModelView
+from vitrim.calibrate.activations import Activations
+from vitrim.config.options import RepairOptions
+from vitrim.errors import RecipeError
+from vitrim.methods import SiteMethod
+from vitrim.repair.heads import cut_heads_
+from vitrim.surgery import KeepHeadDims
+from vitrim.types import AttentionSite, MlpSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsCut:
+    """How the attentions of a student are cut: `share` of each head's dimensions stays, rounded, one at least.
+
+    `sites` are the attentions to cut; `outputs` are, by block, the output projections of its MLPs.
+    """
+
+    student: nn.Module
+    method: SiteMethod
+    repair: RepairOptions | None
+    share: float
+    num_fit: int
+    sites: Sequence[AttentionSite]
+    outputs: Mapping[str, Sequence[str]]
+    keep: Callable[[KeepHeadDims, Mapping[str, float]], None]
+
+    def enter_(self, block: str, teacher: Activations, student: Activations) -> None:
+        """Cut what is in a block that both models have come to."""
+        for site in [site for site in self.sites if site.block == block]:
+            if (num_keep := num_dims(site, self.share)) == site.head_dim:
+                continue
+            visit = HeadVisit(
+                site=site,
+                teacher=teacher,
+                student=student,
+                silent=self.outputs[block],
+                feedback=0.0 if self.repair is None else self.repair.feedback,
+                num_fit=self.num_fit,
+            )
+            ridge = None if self.repair is None else self.repair.ridge
+            self.keep(*cut_heads_(self.student, visit, self.method, num_keep, ridge))
+
+
+def num_dims(site: AttentionSite, share: float) -> int:
+    """Return how many dimensions each head keeps."""
+    return max(1, round(share * site.head_dim))
+
+
+def heads_in_blocks(
+    model: nn.Module, mlps: Sequence[MlpSite], batches: Sequence[Tensor] | None
+) -> tuple[list[AttentionSite], list[str]]:
+    """Return the attentions inside the blocks of these MLPs, and notes on those that can't be cut.
+
+    Raises:
+        RecipeError: there are no images, or there is no attention to cut.
+    """
+    if batches is None:
+        raise RecipeError("options.parts: attention is cut by what it does; pass data, or use parts='mlp'.")
+    view = LiveModelView(model, mlps, {}, batches, seed=0)
+    blocks = dict.fromkeys(site.block for site in mlps)
+    found = [
+        replace(site, block=block)
+        for site in view.attentions()
+        for block in blocks
+        if site.path.startswith(f"{block}.")
+    ]
+    if not found:
+        raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
+    return found, view.notes
