@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vitrim.ops.head_factors import factor_logits, factor_values, mixed
+from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values, mixed
 from vitrim.ops.least_squares import fit_output, squared_error
-from vitrim.types import LogitSums, Stats
+from vitrim.types import Stats
 
 HEADS, DIMS, WIDTH = 3, 5, 7
 
@@ -32,6 +32,10 @@ def stats_of(hidden, target):
         cross_HD=hidden.T @ target,
         target_square=float(target.square().sum()),
     )
+
+
+def value_sums(stats, weight, bias, num_heads=HEADS, scale=None):
+    return ValueSums(stats=stats, output_DA=weight, output_bias_D=bias, num_heads=num_heads, scale_D=scale)
 
 
 def test_logits_are_the_best_of_their_rank():
@@ -75,7 +79,7 @@ def fitted_error(stats, weight, mixture, bias):
 def test_values_beat_every_choice_of_dimensions_and_what_gradients_find_from_elsewhere(bias):
     hidden, target, weight = values()
     stats = stats_of(hidden, target)
-    found = factor_values(stats, weight, HEADS, 1, centred=bias is not None, ridge=1e-12, scale_D=None)
+    found = factor_values(value_sums(stats, weight, bias), 1, ridge=1e-12)
     assert found.shape == (HEADS, 1, DIMS)
     error = fitted_error(stats, weight, found, bias)
     for choice in torch.cartesian_prod(*[torch.arange(DIMS)] * HEADS):
@@ -100,7 +104,7 @@ def test_values_beat_every_choice_of_dimensions_and_what_gradients_find_from_els
 def test_values_of_one_head_are_reduced_rank_regression_and_channels_count_by_their_scale():
     hidden, target, weight = values()
     hidden, weight, scale = hidden[:, :DIMS], weight[:, :DIMS], torch.linspace(0.1, 3, WIDTH).double()
-    found = factor_values(stats_of(hidden, target), weight, 1, 2, centred=False, ridge=1e-12, scale_D=scale)
+    found = factor_values(value_sums(stats_of(hidden, target), weight, None, 1, scale), 2, ridge=1e-12)
     fit = hidden @ torch.linalg.lstsq(hidden, target).solution * scale
     best = torch.linalg.svd(fit, full_matrices=False)
     low_rank = (best.U[:, :2] * best.S[:2]) @ best.Vh[:2] / scale
@@ -125,7 +129,7 @@ def test_mixed_sums_are_those_of_mixed_values_and_the_start_changes_a_head_the_l
 def test_all_dimensions_of_all_heads_are_the_whole():
     hidden, target, weight = values()
     stats = stats_of(hidden, target)
-    found = factor_values(stats, weight, HEADS, DIMS, centred=True, ridge=1e-12, scale_D=None)
+    found = factor_values(value_sums(stats, weight, torch.zeros(WIDTH)), DIMS, ridge=1e-12)
     every = torch.eye(DIMS).double().expand(HEADS, -1, -1)
     bias = torch.zeros(WIDTH).double()
     assert fitted_error(stats, weight, found, bias) == pytest.approx(fitted_error(stats, weight, every, bias))

@@ -220,20 +220,6 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitSums:
-    """Second moments of one attention's queries and keys, in float64: G heads, F dimensions of a head.
-
-    `query` and `key` are what the model that is cut has, `cross` is with what the original has for the same tokens.
-    Keys are centred in each image: what all keys of an image share changes no softmax.
-    """
-
-    query_GFF: Tensor
-    key_GFF: Tensor
-    query_cross_GFF: Tensor
-    key_cross_GFF: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerSums:
     """Sums over calibration images at one layer: T vectors, each in G groups of K values, in float64.
 
@@ -260,21 +246,6 @@ class SiteView:
     num_keep: int
     generator: Generator
     stats: Stats | None = None
-    scale_D: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueView:
-    """What a method may see to decide about the values of one attention: D model width, A dimensions of all heads.
-
-    `stats` has the mixed values of all heads, side by side, as its hidden units. `scale_D` is the layer scale behind
-    the attention, or None.
-    """
-
-    stats: Stats
-    output_DA: Tensor
-    output_bias_D: Tensor | None
-    num_heads: int
     scale_D: Tensor | None = None
 
 

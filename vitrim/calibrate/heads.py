@@ -19,8 +19,9 @@ from vitrim.calibrate.sums import check_finite
 from vitrim.calibrate.walk import Sums, corrected, layer_scale
 from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
+from vitrim.ops.head_factors import LogitSums
 from vitrim.surgery import submodule
-from vitrim.types import AttentionSite, LogitSums, Stats
+from vitrim.types import AttentionSite, Stats
 
 
 @dataclass(kw_only=True)

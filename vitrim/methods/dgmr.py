@@ -18,10 +18,10 @@ from vitrim.errors import RecipeError
 from vitrim.methods.registry import Parts, SiteMethod, register
 from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import select_units
-from vitrim.ops.head_factors import factor_logits, factor_values
+from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values
 from vitrim.ops.least_squares import moments
 from vitrim.surgery import KeepHeadDims, KeepUnits
-from vitrim.types import LogitSums, MlpWeights, SiteView, Stats, ValueView
+from vitrim.types import MlpWeights, SiteView, Stats
 
 SelectOn = Literal["weights", "activations", "outputs"]
 MIX_RIDGE = 1e-4  # relative to the mean energy of a head's dimensions
@@ -70,17 +70,9 @@ class Dgmr(SiteMethod):
         """Return the mixtures of queries and keys whose logits come closest to those wanted."""
         return factor_logits(sums, num_keep, ridge=MIX_RIDGE)
 
-    def mix_values(self, view: ValueView, num_keep: int) -> Tensor:
+    def mix_values(self, sums: ValueSums, num_keep: int) -> Tensor:
         """Return the mixtures of values from which the attention's output can be predicted best."""
-        return factor_values(
-            view.stats,
-            view.output_DA,
-            view.num_heads,
-            num_keep,
-            centred=view.output_bias_D is not None,
-            ridge=MIX_RIDGE,
-            scale_D=view.scale_D,
-        )
+        return factor_values(sums, num_keep, ridge=MIX_RIDGE)
 
 
 @register

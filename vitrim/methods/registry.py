@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vitrim.checked import Checked
 from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.ops.head_factors import LogitSums, ValueSums
 from vitrim.surgery import Edit, KeepUnits
-from vitrim.types import LogitSums, ModelView, SiteView, ValueView
+from vitrim.types import ModelView, SiteView
 
 Needs = Literal["weights", "images"]
 BudgetUse = Literal["widths", "share", "nothing"]
@@ -102,7 +103,7 @@ class SiteMethod(Method):
         """Return which mixtures of each head's query and of its key dimensions stay, each (G, K, F)."""
         raise NotImplementedError(f"{self.name} cuts no attention")
 
-    def mix_values(self, view: ValueView, num_keep: int) -> Tensor:
+    def mix_values(self, sums: ValueSums, num_keep: int) -> Tensor:
         """Return which mixtures of each head's value dimensions stay, (G, K, F)."""
         raise NotImplementedError(f"{self.name} cuts no attention")
 

@@ -9,15 +9,44 @@ Shapes: G heads, F dimensions of a head, K kept, A = G F dimensions of all heads
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vitrim.ops.least_squares import moments
-from vitrim.types import LogitSums, Stats
+from vitrim.types import Stats
 
 MAX_SWEEPS, ENOUGH = 30, 1e-4  # rounds over all heads; a relative gain at which they end
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitSums:
+    """Second moments of one attention's queries and keys, in float64: G heads, F dimensions of a head.
+
+    `query` and `key` are what the model that is cut has, `cross` is with what the original has for the same tokens.
+    Keys are centred in each image: what all keys of an image share changes no softmax.
+    """
+
+    query_GFF: Tensor
+    key_GFF: Tensor
+    query_cross_GFF: Tensor
+    key_cross_GFF: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSums:
+    """Sums of one attention's mixed values, and its output projection: D model width, A dimensions of all heads.
+
+    `stats` has the mixed values of all heads, side by side, as its hidden units. `scale_D` is the layer scale behind
+    the attention, or None.
+    """
+
+    stats: Stats
+    output_DA: Tensor
+    output_bias_D: Tensor | None
+    num_heads: int
+    scale_D: Tensor | None = None
 
 
 def factor_logits(sums: LogitSums, num_keep: int, *, ridge: float) -> tuple[Tensor, Tensor]:
@@ -55,45 +84,32 @@ def _regressed(gram_GFF: Tensor, cross_GFF: Tensor, ridge: float) -> tuple[Tenso
     return torch.linalg.solve(gram_GFF + more_GFF, cross_GFF + more_GFF), root_GFF
 
 
-def factor_values(
-    stats: Stats,
-    weight_DA: Tensor,
-    num_heads: int,
-    num_keep: int,
-    *,
-    centred: bool,
-    ridge: float,
-    scale_D: Tensor | None = None,
-) -> Tensor:
+def factor_values(sums: ValueSums, num_keep: int, *, ridge: float) -> Tensor:
     """Return the mixtures of each head's value dimensions from which the target can be predicted best.
 
     The mixtures of one head are reduced-rank regression of what the other heads leave of the target, in closed form;
     that is repeated head by head until the error stops falling.
 
     Args:
-        stats: sums of the mixed values of all heads, side by side, and of the wanted outputs.
-        weight_DA: the present output projection; the ridge pulls towards it.
-        num_heads: G.
+        sums: of the mixed values of all heads and of the wanted outputs; a bias of the projection takes up the means.
         num_keep: K in 1..F.
-        centred: whether the output projection has a bias, which takes up the means.
-        ridge: penalty relative to the mean energy of a dimension.
-        scale_D: weight of each output channel, or None.
+        ridge: penalty towards the present output projection, relative to the mean energy of a dimension.
 
     Returns:
         Mixtures (G, K, F): v' = mixture v.
 
     O(G^2 F^2 D) a round.
     """
-    gram_AA, cross_AD = moments(stats, centred=centred)
+    gram_AA, cross_AD = moments(sums.stats, centred=sums.output_bias_D is not None)
     gram_AA = gram_AA.to(cross_AD.dtype, copy=True)
     penalty = ridge * gram_AA.diagonal().mean().clamp(min=torch.finfo(gram_AA.dtype).tiny)
-    cross_AD = cross_AD + penalty * weight_DA.T.to(cross_AD)
+    cross_AD = cross_AD + penalty * sums.output_DA.T.to(cross_AD)
     gram_AA.diagonal().add_(penalty)
-    if scale_D is not None:
-        cross_AD = cross_AD * scale_D.to(cross_AD)
+    if sums.scale_D is not None:
+        cross_AD = cross_AD * sums.scale_D.to(cross_AD)
     map_AD = torch.cholesky_solve(cross_AD, torch.linalg.cholesky(gram_AA))
-    heads = torch.arange(len(gram_AA), device=gram_AA.device).chunk(num_heads)
-    gained, mixtures = 0.0, [torch.empty(())] * num_heads
+    heads = torch.arange(len(gram_AA), device=gram_AA.device).chunk(sums.num_heads)
+    gained, mixtures = 0.0, [torch.empty(())] * sums.num_heads
     for _ in range(MAX_SWEEPS):
         for head, own in enumerate(heads):
             block_FF = gram_AA[own][:, own]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import HeadVisit
 from vitrim.methods import SiteMethod
-from vitrim.ops.head_factors import mixed
+from vitrim.ops.head_factors import ValueSums, mixed
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
 from vitrim.surgery import KeepHeadDims, apply_, submodule
 from vitrim.surgery.edits import replace_
-from vitrim.types import AttentionSite, ValueView
+from vitrim.types import AttentionSite
 
 
 def cut_heads_(
@@ -73,10 +73,10 @@ def _cut_values(
     stats = visit.values(site)
     output = cast(nn.Linear, submodule(student, site.output))
     weight_DA, bias_D = output.weight.detach(), None if output.bias is None else output.bias.detach()
-    view = ValueView(
+    sums = ValueSums(
         stats=stats, output_DA=weight_DA, output_bias_D=bias_D, num_heads=site.num_heads, scale_D=visit.scale_D
     )
-    mixture_GKF = method.mix_values(view, num_keep)
+    mixture_GKF = method.mix_values(sums, num_keep)
     small, weight_DP = mixed(stats, weight_DA, mixture_GKF)
     every = torch.arange(weight_DP.shape[1])
     errors = {"unrepaired": squared_error(small, every, weight_DP, bias_D)}
