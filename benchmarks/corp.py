@@ -1,10 +1,12 @@
 """What CORP's folding is worth, and what our repair makes of the same widths, before any training.
 
 Hidden units, then query and key dimensions, then value dimensions, too, of the CIFAR-10 ViT of ../shared are dropped
-with and without compensation. Top-1 and relative squared error of all output tokens, on test images that calibration
-has not seen. Prints tables and writes JSON with machine, versions, seed and command.
+with and without compensation; then half of attention, and half of both parts, by `corp` and by `dgmr`. Top-1 and
+relative squared error of all output tokens, on test images that calibration has not seen. Prints tables and writes JSON
+with machine, versions, seed and command.
 
-    python benchmarks/corp.py              # about 4 minutes on one core
+    python benchmarks/corp.py              # about 8 minutes on one core
+    python benchmarks/corp.py --only both  # the last table alone
     python benchmarks/corp.py --quick      # half a minute, to see that it runs
 """
 
@@ -14,6 +16,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,14 @@ HEADS: dict[str, dict[str, Any]] = {
     "q, k, v, dropped only": {"compensate": False, "values": True},
     "q, k, v": {"values": True},
 }
+# row -> recipe; each for attention alone and for both parts of every block, at half of all dimensions and units
+BOTH: dict[str, dict[str, Any]] = {
+    "corp, q and k": {"method": "corp", "options": {}},
+    "corp, q, k and v": {"method": "corp", "options": {"values": True}},
+    "dgmr, closed form": {"method": "dgmr", "options": {}, "repair": {"refit": False}},
+    "dgmr, default": {"method": "dgmr", "options": {}},
+}
+RIVAL = "corp, q, k and v"
 
 
 def main() -> None:
@@ -54,6 +65,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=400, help="for calibration")
     parser.add_argument("--num-test", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["mlps", "heads", "both"], help="one table alone")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/corp.json"))
     arguments = parser.parse_args()
@@ -64,18 +76,46 @@ def main() -> None:
         "environment": environment(),
         "arguments": {key: str(value) for key, value in vars(arguments).items()},
         "original": bench.scores(bench.teacher),
-        "mlps": {
-            name: {str(width): bench.row({**recipe, "hidden_dim": width}) for width in arguments.widths}
-            for name, recipe in MLPS.items()
-        },
-        "heads": {
-            name: {str(dims): bench.row(heads_recipe(options, dims)) for dims in arguments.dims}
-            for name, options in HEADS.items()
-        },
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"original: top-1 {result['original']['top1']:.2f}\n{mlp_table(result)}\n\n{head_table(result)}")
+    print(f"original: top-1 {result['original']['top1']:.2f}")
+    for name, (rows, show) in tables(bench, arguments).items():
+        if arguments.only in (None, name):
+            result[name] = rows()
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"\n{show(result)}", flush=True)
+
+
+def tables(bench: Bench, arguments: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], Callable[[Any], str]]]:
+    """For each table, what measures it and what writes it."""
+    return {
+        "mlps": (
+            lambda: {
+                name: {str(width): bench.row({**recipe, "hidden_dim": width}) for width in arguments.widths}
+                for name, recipe in MLPS.items()
+            },
+            mlp_table,
+        ),
+        "heads": (
+            lambda: {
+                name: {str(dims): bench.row(heads_recipe(options, dims)) for dims in arguments.dims}
+                for name, options in HEADS.items()
+            },
+            head_table,
+        ),
+        "both": (
+            lambda: {
+                name: {parts: bench.row(half_recipe(recipe, parts)) for parts in ("attention", "both")}
+                for name, recipe in BOTH.items()
+            },
+            both_table,
+        ),
+    }
+
+
+def half_recipe(recipe: dict[str, Any], parts: str) -> dict[str, Any]:
+    """Half of attention, or of both parts."""
+    return {**recipe, "options": {**recipe["options"], "parts": parts}, "keep_ratio": 0.5}
 
 
 def heads_recipe(options: dict[str, Any], dims: int) -> dict[str, Any]:
@@ -135,6 +175,21 @@ def mlp_table(result: dict[str, Any]) -> str:
 def head_table(result: dict[str, Any]) -> str:
     """The table of head dimensions as the documentation shows it."""
     return table(result["heads"], lambda dims: f"{dims} of {HEAD_DIM} dimensions")
+
+
+def both_table(result: dict[str, Any]) -> str:
+    """The table of both parts, with errors as a share of that of `corp` at the same size."""
+    rows, lines = (
+        result["both"],
+        ["| | attention | of corp | attention and MLP | of corp | seconds |", "|---|" + "---|" * 5],
+    )
+    for name, cells in rows.items():
+        shown = []
+        for parts, cell in cells.items():
+            ratio = cell["relative_error"] / rows[RIVAL][parts]["relative_error"]
+            shown += [f"{cell['top1']:.2f} ({cell['relative_error']:.5f})", f"{ratio:.3f}"]
+        lines.append(f"| {name} | " + " | ".join(shown) + f" | {cells['both']['seconds']:.0f} |")
+    return "\n".join(lines)
 
 
 def table(rows: dict[str, dict[str, dict[str, float]]], title: Any) -> str:

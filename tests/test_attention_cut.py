@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from vitrim.calibrate import LiveModelView
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
 from vitrim.layers.attention import SlimAttention
 from vitrim.models.sites import find_mlps
 from vitrim.recover.elastic import Widths
-from vitrim.surgery import KeepHeadDims, Plan, apply_
+from vitrim.surgery import KeepHeadDims, KeepHeads, Plan, apply_, reshape_
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -21,6 +22,10 @@ def cut(case, *, images=True, method="dgmr", repair=None, **values):
         repair = {"refit": False}
     recipe = Recipe.parse({"method": method, "options": options, "repair": repair, **values})
     return student, cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
+
+
+def attentions(case):
+    return LiveModelView(case.model, case.sites, {}, case.batches, seed=0).attentions()
 
 
 def error(run, model, case):
@@ -62,6 +67,36 @@ def test_heads_are_cut_with_less_error_than_corp_has(plain, run):
     ours = error(run, student, plain)
     theirs = cut(plain, method="corp", options={"values": True}, parts="attention", keep_ratio=0.5)[0]
     assert ours < error(run, theirs, plain)
+
+
+def test_whole_heads_are_picked_and_the_output_is_fitted_to_them(plain, run):
+    student, report = cut(plain, parts="attention", options={"heads": "whole"}, keep_ratio=0.5)
+    assert [edit.KIND for edit in report.plan.edits] == ["keep_heads"] * len(attentions(plain))
+    for edit in report.plan.edits:
+        attention = student.get_submodule(edit.site.path)
+        assert len(edit.keep) == attention.num_heads == 1 and attention.scale == edit.site.scale
+        assert report.errors[edit.site.path]["repaired"] <= report.errors[edit.site.path]["unrepaired"]
+    assert Plan.from_json(report.plan.to_json()) == report.plan.without_tensors()
+    replayed = plain.copy()
+    apply_(replayed, report.plan.edits)
+    assert torch.equal(run(replayed, plain.batches[0]), run(student, plain.batches[0]))
+    empty = plain.copy()
+    reshape_(empty, [edit.shape_only() for edit in report.plan.edits])
+    empty.load_state_dict(student.state_dict(), assign=True)
+    assert torch.equal(run(empty, plain.batches[0]), run(student, plain.batches[0]))
+
+
+def test_dropping_a_head_is_silencing_its_columns(plain, run):
+    for site in attentions(plain):
+        dropped, silenced = plain.copy(), plain.copy()
+        apply_(dropped, [KeepHeads(site=site, keep=(1,))])
+        with torch.no_grad():
+            silenced.get_submodule(site.output).weight[:, : site.head_dim] = 0
+        expected = run(silenced, plain.batches[0])
+        torch.testing.assert_close(run(dropped, plain.batches[0]), expected, atol=1e-5, rtol=1e-5)
+        for wrong in ((), (1, 0), (0, 0), (2,)):
+            with pytest.raises(BudgetError, match="in order and each once"):
+                apply_(plain.copy(), [KeepHeads(site=site, keep=wrong)])
 
 
 def test_both_parts_are_cut_block_by_block_attention_first_and_the_plan_replays(build, run):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values, mixed
+from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values, mixed, select_heads
 from vitrim.ops.least_squares import fit_output, squared_error
 from vitrim.types import Stats
 
@@ -133,3 +133,19 @@ def test_all_dimensions_of_all_heads_are_the_whole():
     every = torch.eye(DIMS).double().expand(HEADS, -1, -1)
     bias = torch.zeros(WIDTH).double()
     assert fitted_error(stats, weight, found, bias) == pytest.approx(fitted_error(stats, weight, every, bias))
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(WIDTH).double()])
+def test_heads_are_picked_one_by_one_by_what_they_add_to_the_prediction(bias):
+    """The slow way: least squares for every candidate."""
+    hidden, target, weight = values()
+    found = select_heads(value_sums(stats_of(hidden, target), weight, bias), HEADS, ridge=1e-12)
+    columns, wanted = (hidden, target) if bias is None else (hidden - hidden.mean(0), target - target.mean(0))
+    picks = []
+    while len(picks) < HEADS:
+        errors = {}
+        for head in set(range(HEADS)) - set(picks):
+            own = torch.cat([columns[:, h * DIMS : (h + 1) * DIMS] for h in [*picks, head]], dim=1)
+            errors[head] = float((own @ torch.linalg.lstsq(own, wanted).solution - wanted).square().sum())
+        picks.append(min(errors, key=errors.__getitem__))
+    assert found.tolist() == picks

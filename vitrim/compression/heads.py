@@ -12,14 +12,14 @@ from vitrim.calibrate.activations import Activations
 from vitrim.config.options import RepairOptions
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
-from vitrim.repair.heads import cut_heads_
-from vitrim.surgery import KeepHeadDims
+from vitrim.repair.heads import cut_heads_, pick_heads_
+from vitrim.surgery import KeepHeadDims, KeepHeads
 from vitrim.types import AttentionSite, MlpSite
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsCut:
-    """How the attentions of a student are cut: `share` of each head's dimensions stays, rounded, one at least.
+    """How the attentions of a student are cut: `share` of each head's dimensions or of the heads stays, one at least.
 
     `sites` are the attentions to cut; `outputs` are, by block, the output projections of its MLPs.
     """
@@ -31,12 +31,14 @@ class HeadsCut:
     num_fit: int
     sites: Sequence[AttentionSite]
     outputs: Mapping[str, Sequence[str]]
-    keep: Callable[[KeepHeadDims, Mapping[str, float]], None]
+    keep: Callable[[KeepHeadDims | KeepHeads, Mapping[str, float]], None]
 
     def enter_(self, block: str, teacher: Activations, student: Activations) -> None:
         """Cut what is in a block that both models have come to."""
         for site in [site for site in self.sites if site.block == block]:
-            if (num_keep := num_dims(site, self.share)) == site.head_dim:
+            whole = self.method.whole_heads()
+            total = site.num_heads if whole else site.head_dim
+            if (num_keep := max(1, round(self.share * total))) == total:
                 continue
             visit = HeadVisit(
                 site=site,
@@ -47,12 +49,8 @@ class HeadsCut:
                 num_fit=self.num_fit,
             )
             ridge = None if self.repair is None else self.repair.ridge
-            self.keep(*cut_heads_(self.student, visit, self.method, num_keep, ridge))
-
-
-def num_dims(site: AttentionSite, share: float) -> int:
-    """Return how many dimensions each head keeps."""
-    return max(1, round(share * site.head_dim))
+            cut_ = pick_heads_ if whole else cut_heads_
+            self.keep(*cut_(self.student, visit, self.method, num_keep, ridge))
 
 
 def heads_in_blocks(

@@ -18,9 +18,9 @@ from vitrim.errors import RecipeError
 from vitrim.methods.registry import Parts, SiteMethod, register
 from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import select_units
-from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values
+from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values, select_heads
 from vitrim.ops.least_squares import moments
-from vitrim.surgery import KeepHeadDims, KeepUnits
+from vitrim.surgery import KeepHeadDims, KeepHeads, KeepUnits
 from vitrim.types import MlpWeights, SiteView, Stats
 
 SelectOn = Literal["weights", "activations", "outputs"]
@@ -37,12 +37,14 @@ class Dgmr(SiteMethod):
     summary = "forward selection on the block's output, closed-form repair with feedback, local refit"
     needs = "images"
     repairs = True
-    edits = (KeepUnits, KeepHeadDims)
+    edits = (KeepUnits, KeepHeadDims, KeepHeads)
 
     select_on: SelectOn | None = None
     """What to compare units by. None uses the block's outputs if there are images, and weights otherwise."""
     parts: Parts = "mlp"
     """Which part of each block is cut."""
+    heads: Literal["dims", "whole"] = "dims"
+    """Cut dimensions of every head of an attention, or whole heads."""
 
     def cuts(self) -> Parts:
         """Return what is cut of each block."""
@@ -65,6 +67,14 @@ class Dgmr(SiteMethod):
         if select_on == "activations":
             return _by_activations(view.stats, view.weights, view.num_keep)
         return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
+
+    def whole_heads(self) -> bool:
+        """Return whether heads are kept or dropped as a whole."""
+        return self.heads == "whole"
+
+    def pick_heads(self, sums: ValueSums, num_keep: int) -> Tensor:
+        """Return heads by forward selection of groups on the attention's output."""
+        return select_heads(sums, num_keep, ridge=MIX_RIDGE)
 
     def mix_logits(self, sums: LogitSums, num_keep: int) -> tuple[Tensor, Tensor]:
         """Return the mixtures of queries and keys whose logits come closest to those wanted."""

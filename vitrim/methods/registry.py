@@ -99,6 +99,14 @@ class SiteMethod(Method):
     def select(self, view: SiteView) -> Tensor:
         """Return the indices of the `view.num_keep` units of one MLP that stay, in pick order."""
 
+    def whole_heads(self) -> bool:
+        """Return whether heads are kept or dropped as a whole, by `pick_heads`, and not mixed."""
+        return False
+
+    def pick_heads(self, sums: ValueSums, num_keep: int) -> Tensor:
+        """Return the indices of the heads that stay."""
+        raise NotImplementedError(f"{self.name} picks no heads")
+
     def mix_logits(self, sums: LogitSums, num_keep: int) -> tuple[Tensor, Tensor]:
         """Return which mixtures of each head's query and of its key dimensions stay, each (G, K, F)."""
         raise NotImplementedError(f"{self.name} cuts no attention")

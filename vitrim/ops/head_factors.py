@@ -9,6 +9,7 @@ Shapes: G heads, F dimensions of a head, K kept, A = G F dimensions of all heads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,13 +101,7 @@ def factor_values(sums: ValueSums, num_keep: int, *, ridge: float) -> Tensor:
 
     O(G^2 F^2 D) a round.
     """
-    gram_AA, cross_AD = moments(sums.stats, centred=sums.output_bias_D is not None)
-    gram_AA = gram_AA.to(cross_AD.dtype, copy=True)
-    penalty = ridge * gram_AA.diagonal().mean().clamp(min=torch.finfo(gram_AA.dtype).tiny)
-    cross_AD = cross_AD + penalty * sums.output_DA.T.to(cross_AD)
-    gram_AA.diagonal().add_(penalty)
-    if sums.scale_D is not None:
-        cross_AD = cross_AD * sums.scale_D.to(cross_AD)
+    gram_AA, cross_AD = _regularised(sums, ridge)
     map_AD = torch.cholesky_solve(cross_AD, torch.linalg.cholesky(gram_AA))
     heads = torch.arange(len(gram_AA), device=gram_AA.device).chunk(sums.num_heads)
     gained, mixtures = 0.0, [torch.empty(())] * sums.num_heads
@@ -129,6 +124,48 @@ def _reduced(gram_FF: Tensor, cross_FD: Tensor, num_keep: int) -> tuple[Tensor, 
     best_FK = torch.linalg.eigh(scores_FD @ scores_FD.T).eigenvectors.flip(1)[:, :num_keep]
     mixture_FK = torch.linalg.solve_triangular(factor_FF.T, best_FK, upper=True)
     return mixture_FK.T, mixture_FK @ (best_FK.T @ scores_FD)
+
+
+def select_heads(sums: ValueSums, num_keep: int, *, ridge: float) -> Tensor:
+    """Pick whole heads one by one, each the one that lowers the error of the best linear prediction the most.
+
+    Args:
+        sums: of the mixed values of all heads and of the wanted outputs; a bias of the projection takes up the means.
+        num_keep: how many heads stay, 1..G.
+        ridge: penalty towards the present output projection, relative to the mean energy of a dimension.
+
+    Returns:
+        int64 indices, in pick order; a tie goes to the lowest index.
+
+    O(G^2 (G F)^2 D): heads are few.
+    """
+    gram_AA, cross_AD = _regularised(sums, ridge)
+    heads = list(torch.arange(len(gram_AA)).chunk(sums.num_heads))
+    picks: list[int] = []
+    for _ in range(num_keep):
+        gains = [
+            -1.0 if head in picks else _explained(gram_AA, cross_AD, heads, [*picks, head])
+            for head in range(len(heads))
+        ]
+        picks.append(gains.index(max(gains)))
+    return torch.tensor(picks)
+
+
+def _explained(gram_AA: Tensor, cross_AD: Tensor, heads: Sequence[Tensor], chosen: Sequence[int]) -> float:
+    """Return the energy of the target that some heads predict together."""
+    own = torch.cat([heads[head] for head in chosen])
+    factor = torch.linalg.cholesky(gram_AA[own][:, own])
+    return float(torch.linalg.solve_triangular(factor, cross_AD[own], upper=False).square().sum())
+
+
+def _regularised(sums: ValueSums, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return Gram matrix and cross moments with the ridge in them, each output channel by its weight."""
+    gram_AA, cross_AD = moments(sums.stats, centred=sums.output_bias_D is not None)
+    gram_AA = gram_AA.to(cross_AD.dtype, copy=True)
+    penalty = ridge * gram_AA.diagonal().mean().clamp(min=torch.finfo(gram_AA.dtype).tiny)
+    cross_AD = cross_AD + penalty * sums.output_DA.T.to(cross_AD)
+    gram_AA.diagonal().add_(penalty)
+    return gram_AA, cross_AD if sums.scale_D is None else cross_AD * sums.scale_D.to(cross_AD)
 
 
 def mixed(stats: Stats, weight_DA: Tensor, mixture_GKF: Tensor) -> tuple[Stats, Tensor]:

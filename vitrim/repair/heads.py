@@ -5,7 +5,7 @@ Shapes: G heads, F dimensions of a head, K kept, D model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,9 +15,23 @@ from vitrim.calibrate import HeadVisit
 from vitrim.methods import SiteMethod
 from vitrim.ops.head_factors import ValueSums, mixed
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
-from vitrim.surgery import KeepHeadDims, apply_, submodule
+from vitrim.surgery import KeepHeadDims, KeepHeads, apply_, submodule
 from vitrim.surgery.edits import replace_
-from vitrim.types import AttentionSite
+from vitrim.types import AttentionSite, Stats
+
+
+def pick_heads_(
+    student: nn.Module, visit: HeadVisit, method: SiteMethod, num_keep: int, ridge: float | None
+) -> tuple[KeepHeads, dict[str, float]]:
+    """Drop whole heads of one attention in place; arguments and result as for `cut_heads_`."""
+    site, sums = visit.site, _value_sums(student, visit, visit.site)
+    heads = tuple(sorted(int(head) for head in method.pick_heads(sums, num_keep)))
+    keep = torch.tensor([head * site.head_dim + dim for head in heads for dim in range(site.head_dim)])
+    start_DP = sums.output_DA[:, keep.to(sums.output_DA.device)]
+    weight_DP, bias_D, errors = _fitted(sums.stats, keep, start_DP, sums.output_bias_D, ridge, site.path)
+    edit = KeepHeads(site=site, keep=heads, tensors=_projection(site, weight_DP, bias_D))
+    apply_(student, [edit])
+    return edit, errors
 
 
 def cut_heads_(
@@ -45,46 +59,46 @@ def cut_heads_(
     }
     edit = KeepHeadDims(site=site, keep_qk=(first,) * site.num_heads, keep_v=(every,) * site.num_heads, tensors=tensors)
     apply_(student, [edit])  # for the probabilities that are left
-    values = _cut_values(student, visit, edit.after, method, num_keep, ridge)
+    sums = _value_sums(student, visit, edit.after)
     replace_(student, site.path, whole)
-    tensors |= _mixed_rows(whole, site, "v", values.mixture_GKF)
-    tensors[f"{site.path}.proj.weight"] = values.weight_DP
-    if values.bias_D is not None:
-        tensors[f"{site.path}.proj.bias"] = values.bias_D
+    mixture_GKF = method.mix_values(sums, num_keep)
+    small, start_DP = mixed(sums.stats, sums.output_DA, mixture_GKF)
+    keep = torch.arange(start_DP.shape[1])
+    weight_DP, bias_D, errors = _fitted(small, keep, start_DP, sums.output_bias_D, ridge, site.path)
+    tensors |= _mixed_rows(whole, site, "v", mixture_GKF) | _projection(site, weight_DP, bias_D)
     edit = replace(edit, keep_v=(first,) * site.num_heads, tensors=tensors)
     apply_(student, [edit])
-    return edit, values.errors
+    return edit, errors
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Values:
-    """The mixtures of values that stay, the output projection behind them, and its errors."""
-
-    mixture_GKF: Tensor
-    weight_DP: Tensor
-    bias_D: Tensor | None
-    errors: dict[str, float]
-
-
-def _cut_values(
-    student: nn.Module, visit: HeadVisit, site: AttentionSite, method: SiteMethod, num_keep: int, ridge: float | None
-) -> _Values:
-    """Choose mixtures of values, now at `site`, and fit the output projection to them."""
-    stats = visit.values(site)
+def _value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> ValueSums:
+    """Return the sums of the student's mixed values, which are now at `site`, with its output projection."""
     output = cast(nn.Linear, submodule(student, site.output))
-    weight_DA, bias_D = output.weight.detach(), None if output.bias is None else output.bias.detach()
-    sums = ValueSums(
-        stats=stats, output_DA=weight_DA, output_bias_D=bias_D, num_heads=site.num_heads, scale_D=visit.scale_D
+    return ValueSums(
+        stats=visit.values(site),
+        output_DA=output.weight.detach(),
+        output_bias_D=None if output.bias is None else output.bias.detach(),
+        num_heads=site.num_heads,
+        scale_D=visit.scale_D,
     )
-    mixture_GKF = method.mix_values(sums, num_keep)
-    small, weight_DP = mixed(stats, weight_DA, mixture_GKF)
-    every = torch.arange(weight_DP.shape[1])
-    errors = {"unrepaired": squared_error(small, every, weight_DP, bias_D)}
+
+
+def _fitted(
+    stats: Stats, keep: Tensor, weight_DP: Tensor, bias_D: Tensor | None, ridge: float | None, where: str
+) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    """Fit the output projection to the kept dimensions unless `ridge` is None; return it with its errors per token."""
+    errors = {"unrepaired": squared_error(stats, keep, weight_DP, bias_D)}
     if ridge is not None:
-        strength = ridge_for(stats.num_tokens, len(every), ridge)
-        weight_DP, bias_D = fit_output(small, every, weight_DP, bias_D, ridge=strength, where=site.path)
-        errors["repaired"] = squared_error(small, every, weight_DP, bias_D)
-    return _Values(mixture_GKF=mixture_GKF, weight_DP=weight_DP, bias_D=bias_D, errors=errors)
+        strength = ridge_for(stats.num_tokens, len(keep), ridge)
+        weight_DP, bias_D = fit_output(stats, keep, weight_DP, bias_D, ridge=strength, where=where)
+        errors["repaired"] = squared_error(stats, keep, weight_DP, bias_D)
+    return weight_DP, bias_D, errors
+
+
+def _projection(site: AttentionSite, weight_DP: Tensor, bias_D: Tensor | None) -> dict[str, Tensor]:
+    """Return the tensors of the new output projection by name."""
+    named = {"weight": weight_DP, "bias": bias_D}
+    return {f"{site.path}.proj.{name}": tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
 
 def _mixed_rows(attention: nn.Module, site: AttentionSite, role: str, mixture_GKF: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from vitrim.surgery.edits import Edit, apply_, edit_of, reshape_, transform
 from vitrim.surgery.fips import ToFips
 from vitrim.surgery.int8 import ToInt8
 from vitrim.surgery.keep_head_dims import KeepHeadDims
+from vitrim.surgery.keep_heads import KeepHeads
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.low_rank import ToLowRank
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
@@ -18,6 +19,7 @@ __all__ = [
     "DropBlocks",
     "Edit",
     "KeepHeadDims",
+    "KeepHeads",
     "KeepUnits",
     "Plan",
     "ReplaceActivation",

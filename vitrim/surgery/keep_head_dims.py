@@ -65,48 +65,65 @@ class KeepHeadDims(Edit):
                     f"{site.path}: keep as many of 0..{site.head_dim - 1} in each of {site.num_heads} heads, "
                     "at least one."
                 )
-        rows = site.num_heads * site.head_dim * (3 if site.fused else 1)
-        if cast(nn.Linear, submodule(model, site.query)).weight.shape[0] != rows:
-            raise SiteNotFoundError(f"{site.query}: has not {rows} rows; the plan was made for another model.")
+        check_rows(model, site)
 
     def reshape_(self, model: nn.Module) -> None:
         """Replace the attention by a `SlimAttention`."""
-        site = self.site
-        query, output = (cast(nn.Linear, submodule(model, path)) for path in (site.query, site.output))
-        new = SlimAttention(
-            site.d_model,
-            num_heads=site.num_heads,
-            num_qk=len(self.keep_qk[0]),
-            num_v=len(self.keep_v[0]),
-            scale=site.scale,
-            qkv_bias=query.bias is not None,
-            proj_bias=output.bias is not None,
-            as_tuple=site.as_tuple,
-            device=query.weight.device,
-            dtype=query.weight.dtype,
-        ).requires_grad_(query.weight.requires_grad)
-        replace_(model, site.path, new)
+        slim_(model, self.site, self.site.num_heads, len(self.keep_qk[0]), len(self.keep_v[0]))
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the kept rows of queries, keys and values under their new names, or the kept columns of the output."""
-        site = self.site
-        layer, _, part = name.rpartition(".")
-        if layer == site.output:
-            rows = self._flat(self.keep_v, tensor)
-            value = tensor if part == "bias" else tensor.index_select(1, rows).contiguous()
-            yield self._new(f"{site.path}.proj.{part}", value)
-            return
-        roles = [("q", site.query, self.keep_qk), ("k", site.key, self.keep_qk), ("v", site.value, self.keep_v)]
-        for number, (role, path, kept) in enumerate(roles):
-            if path == layer:
-                offset = number * site.num_heads * site.head_dim if site.fused else 0
-                rows = self._flat(kept, tensor) + offset
-                yield self._new(f"{site.path}.{role}.{part}", tensor.index_select(0, rows).contiguous())
+        for new, sliced in slim_tensors(self.site, self.keep_qk, self.keep_v, name, tensor):
+            yield new, self.given(new, sliced) if new in self.tensors else sliced
 
-    def _new(self, name: str, sliced: Tensor) -> tuple[str, Tensor]:
-        return name, self.given(name, sliced) if name in self.tensors else sliced
 
-    def _flat(self, kept: Sequence[Sequence[int]], like: Tensor) -> Tensor:
-        """Return the rows of a projection that hold the kept dimensions, head after head."""
-        rows = [head * self.site.head_dim + dim for head, dims in enumerate(kept) for dim in dims]
-        return torch.tensor(rows, device=like.device)
+def check_rows(model: nn.Module, site: AttentionSite) -> None:
+    """Check that a model has the attention that a site describes.
+
+    Raises:
+        SiteNotFoundError: it has other sizes.
+    """
+    rows = site.num_heads * site.head_dim * (3 if site.fused else 1)
+    if cast(nn.Linear, submodule(model, site.query)).weight.shape[0] != rows:
+        raise SiteNotFoundError(f"{site.query}: has not {rows} rows; the plan was made for another model.")
+
+
+def slim_(model: nn.Module, site: AttentionSite, num_heads: int, num_qk: int, num_v: int) -> None:
+    """Replace an attention by a `SlimAttention` of these sizes, uninitialised."""
+    query, output = (cast(nn.Linear, submodule(model, path)) for path in (site.query, site.output))
+    new = SlimAttention(
+        site.d_model,
+        num_heads=num_heads,
+        num_qk=num_qk,
+        num_v=num_v,
+        scale=site.scale,
+        qkv_bias=query.bias is not None,
+        proj_bias=output.bias is not None,
+        as_tuple=site.as_tuple,
+        device=query.weight.device,
+        dtype=query.weight.dtype,
+    ).requires_grad_(query.weight.requires_grad)
+    replace_(model, site.path, new)
+
+
+def slim_tensors(
+    site: AttentionSite, keep_qk: Dims, keep_v: Dims, name: str, tensor: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what becomes of one tensor if these dimensions of each head stay: its new name, and its kept part."""
+    layer, _, part = name.rpartition(".")
+    if layer == site.output:
+        value = tensor if part == "bias" else tensor.index_select(1, _flat(site, keep_v, tensor)).contiguous()
+        yield f"{site.path}.proj.{part}", value
+        return
+    roles = [("q", site.query, keep_qk), ("k", site.key, keep_qk), ("v", site.value, keep_v)]
+    for number, (role, path, kept) in enumerate(roles):
+        if path == layer:
+            offset = number * site.num_heads * site.head_dim if site.fused else 0
+            rows = _flat(site, kept, tensor) + offset
+            yield f"{site.path}.{role}.{part}", tensor.index_select(0, rows).contiguous()
+
+
+def _flat(site: AttentionSite, kept: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """Return the rows of a projection that hold the kept dimensions, head after head."""
+    rows = [head * site.head_dim + dim for head, dims in enumerate(kept) for dim in dims]
+    return torch.tensor(rows, device=like.device)
