@@ -57,7 +57,8 @@ class Trials:
             counted: what the budget counts; if it is several things, each has to stay within it.
             budget: share of the model that may stay.
         """
-        low, high = (SMALLEST, self.at(name, SMALLEST).largest(counted)), (1.0, 1.0)
+        smallest = self.smallest(name)
+        low, high = (smallest, self.at(name, smallest).largest(counted)), (1.0, 1.0)
         if low[1] > budget:
             return None
         for number in range(MAX_TRIALS):
@@ -70,6 +71,21 @@ class Trials:
             share = self.at(name, ratio).largest(counted)
             low, high = (low, (ratio, share)) if share > budget else ((ratio, share), high)
         return low[0]
+
+    def smallest(self, name: str) -> float:
+        """Return the smallest keep_ratio, in twentieths, at which a method can cut the model at all.
+
+        Raises:
+            BudgetError: it can't at any.
+        """
+        refused: list[BudgetError] = []
+        for number in range(1, round(1 / SMALLEST)):
+            try:
+                self.at(name, number * SMALLEST)
+                return number * SMALLEST
+            except BudgetError as error:  # such as more blocks than one stage has
+                refused.append(error)
+        raise refused[-1]
 
     def at(self, name: str, keep_ratio: float) -> Trial:
         """Return the result of a trial cut; for a method that cuts each MLP by itself, only the widths matter."""
@@ -118,7 +134,7 @@ def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inp
     counted: Counted = "params" if width.kind == "params_ratio" else "macs"
     found = trials.meet(step.method, [counted], width.value)
     if found is None:
-        least = trials.at(step.method, SMALLEST).shares[counted]
+        least = trials.at(step.method, trials.smallest(step.method)).shares[counted]
         least = math.ceil(least * 1000) / 1000  # rounded up, so that it can be met
         advice = f"use {least:g}..1" if least < 1 else "use another method"
         raise BudgetError(f"{width.kind}={width.value:g}: {step.method} leaves {least:g} at least; {advice}.")

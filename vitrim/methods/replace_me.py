@@ -7,7 +7,8 @@ projection has a bias; a layer scale behind it is divided out; and where blocks 
 are in front of the norm, which is then the last dropped block's.
 
 Which run: every one of the wanted length is folded and measured on held-out images. The paper takes the run whose
-input and output are nearest by cosine (`select_on: cosine`).
+input and output are nearest by cosine (`select_on: cosine`). For the run that goes, a few ridges are tried on the
+held-out images, and weights fitted to the projection's inputs beside the map of its outputs.
 
 Shapes: N tokens, D model width, H inputs of the projection.
 """
@@ -50,9 +51,9 @@ class ReplaceMe(ModelMethod):
 
     num_blocks: int | None = Field(default=None, ge=1)
     """How many blocks stay; None goes by the budget."""
-    fit: RunInputs = "output"
+    fit: RunInputs | None = None
     """What stands for the run: a linear map of the projection's `output`, as in the paper, or new weights for its
-    inputs, the `hidden` units of the MLP."""
+    inputs, the `hidden` units of the MLP; None takes the better one on held-out images."""
     select_on: Literal["features", "cosine"] = "features"
     """Which run goes: the one that changes the final features of held-out images least, or, as in the paper, the one
     whose input and output are nearest by cosine."""
@@ -93,15 +94,26 @@ class ReplaceMe(ModelMethod):
         if self.select_on == "cosine":
             runs = [_nearest(view, runs)]
         if not self.compensate:
-            return min(view.tried(DropBlocks(run=run) for run in runs), key=lambda pair: pair[1])
-        ridge = RIDGES[1] if self.ridge is None else self.ridge
-        folded = (_folded(view, run, stats, self.fit, ridge) for run, stats in view.run_sums(runs, of=self.fit))
-        best = min(view.tried(folded), key=lambda pair: pair[1])
-        if self.ridge is not None:
+            return min(view.tried(DropBlocks(run=run) for run in runs), key=_error)
+        fits: Sequence[RunInputs] = ("output", "hidden") if self.fit is None else (self.fit,)
+        ridges = RIDGES if self.ridge is None else (self.ridge,)
+        middle = ridges[len(ridges) // 2]
+        folded = (_folded(view, run, stats, fits[0], middle) for run, stats in view.run_sums(runs, of=fits[0]))
+        best = min(view.tried(folded), key=_error)
+        if len(fits) == len(ridges) == 1:
             return best
-        run, stats = next(view.run_sums([best[0].run], of=self.fit))
-        others = (_folded(view, run, stats, self.fit, ridge) for ridge in RIDGES)
-        return min(view.tried(chain(others, [DropBlocks(run=run)])), key=lambda pair: pair[1])
+        others = (
+            _folded(view, run, stats, of, ridge)
+            for of in fits
+            for run, stats in view.run_sums([best[0].run], of=of)
+            for ridge in ridges
+        )
+        plain = [DropBlocks(run=best[0].run)] if self.ridge is None else []
+        return min(view.tried(chain(others, plain)), key=_error)
+
+
+def _error(pair: tuple[DropBlocks, float]) -> float:
+    return pair[1]
 
 
 def _folded(view: ModelView, run: BlockRun, stats: Stats, of: RunInputs, ridge: float) -> DropBlocks:
