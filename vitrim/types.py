@@ -85,6 +85,8 @@ class AttentionSite(Site):
 
     With `fused` the paths of query, key and value are the same layer (rows of q, then k, then v). With `as_tuple` the
     module returns a tuple whose first item is the output. `block` is the transformer block around it, "" if not known.
+    `mixes` says what of an attention that is not plain may be mixed in each head: `all`, or `values` alone where norms
+    or positions stand between queries and keys; "" for a plain one, which vitrim's own can replace.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ("path", "query", "key", "value", "output", "block")
@@ -100,6 +102,7 @@ class AttentionSite(Site):
     scale: float
     as_tuple: bool
     block: str = ""
+    mixes: Literal["", "all", "values"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

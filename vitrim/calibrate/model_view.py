@@ -21,7 +21,7 @@ from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, first_tensor, frozen
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
-from vitrim.surgery import Edit, KeepHeadDims, apply_, mlp_output, read_weights, submodule
+from vitrim.surgery import Edit, KeepHeadDims, apply_, mlp_output, read_weights, submodule, turned
 from vitrim.types import (
     AttentionSite,
     BlockRun,
@@ -82,8 +82,10 @@ class LiveModelView:
         """Return every linear and convolution layer; with `factors` also low-rank factors that replaced one."""
         return find_layers(self.model, factors=factors)
 
-    def attentions(self) -> list[AttentionSite]:
+    def attentions(self, *, padded: bool = False) -> list[AttentionSite]:
         """Return every self-attention that ours reproduces on real tokens; note the others.
+
+        With `padded` also those whose own code has to stay, if what a head puts out is linear in its values.
 
         Raises:
             RecipeError: there are no images.
@@ -91,7 +93,7 @@ class LiveModelView:
         found: dict[str, AttentionSite | None] = {}
         candidates = list(find_attentions(self.model))
         handles = [
-            submodule(self.model, site.path).register_forward_hook(_confirm(self.model, site, found), with_kwargs=True)
+            submodule(self.model, site.path).register_forward_hook(_confirm(site, found, padded), with_kwargs=True)
             for site in candidates
         ]
         try:
@@ -101,8 +103,14 @@ class LiveModelView:
             for handle in handles:
                 handle.remove()
         for site in candidates:
-            if found.get(site.path) is None:
+            known = found.get(site.path)
+            if known is None:
                 self.note(f"{site.path}: no plain attention (positions, norms or masks inside), so it was left alone.")
+            elif known.mixes == "values":
+                self.note(
+                    f"{site.path}: positions or norms stand between queries and keys, so these stay whole; its values "
+                    "are cut."
+                )
         return [site for site in found.values() if site is not None]
 
     def note(self, text: str) -> None:
@@ -237,26 +245,37 @@ class _OneMlp(nn.Module):
         return mlp_output(self.mlp, self.site, tokens_ND)
 
 
-def _confirm(model: nn.Module, site: AttentionSite, found: dict[str, AttentionSite | None]) -> Callable[..., None]:
-    """Return a forward hook that runs our attention on a module's inputs and weights, and records whether it agrees."""
+def _confirm(site: AttentionSite, found: dict[str, AttentionSite | None], padded: bool) -> Callable[..., None]:
+    """Return a forward hook that runs stand-ins on a module's inputs and weights, and records which one agrees."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         exact = replace(site, as_tuple=isinstance(output, tuple), scale=float(getattr(module, "scale", site.scale)))
         every = (tuple(range(site.head_dim)),) * site.num_heads
-        local, holder = exact.within(site.path).below("0"), nn.Sequential()
+        local = exact.within(site.path).below("0")
+        trials: list[tuple[AttentionSite, Edit]] = [(exact, KeepHeadDims(site=local, keep_qk=every, keep_v=every))]
+        if padded:
+            kinds = [replace(exact, mixes="all"), replace(exact, mixes="values")]
+            trials += [(kind, turned(module, kind).within(site.path).below("0")) for kind in kinds]
         handles, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
         try:
-            holder.append(copy.deepcopy(module))
-            apply_(holder, [KeepHeadDims(site=local, keep_qk=every, keep_v=every)])
-            mine = first_tensor(holder[0](*args, **kwargs))
-            same = torch.allclose(mine, first_tensor(output), atol=1e-4 * float(mine.abs().max()), rtol=1e-4)
-        except Exception:  # a foreign module may be called with arguments that ours can't take
-            same = False
+            agree = (kind for kind, edit in trials if _agrees(module, edit, args, kwargs, first_tensor(output)))
+            found[site.path] = next(agree, None)
         finally:
             module._forward_hooks = handles
-        found[site.path] = exact if same else None
 
     return hook
+
+
+def _agrees(module: nn.Module, edit: Edit, args: Any, kwargs: Any, expected: Tensor) -> bool:
+    """Whether a copy of a module, which an edit knows as "0", puts out the same after the edit."""
+    holder = nn.Sequential()
+    try:
+        holder.append(copy.deepcopy(module))
+        apply_(holder, [edit])
+        mine = first_tensor(holder[0](*args, **kwargs))
+        return torch.allclose(mine, expected, atol=1e-4 * float(mine.abs().max()), rtol=1e-4)
+    except Exception:  # a foreign module may be called with arguments that ours can't take
+        return False
 
 
 def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:

@@ -25,7 +25,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.repair.closed_form import repair_, visit_notes
-from vitrim.surgery import DropBlocks, Edit, KeepHeadDims, KeepHeads, KeepUnits, Plan, apply_, read_weights
+from vitrim.surgery import DropBlocks, Edit, KeepUnits, Plan, apply_, read_weights
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 WHOLE = "every hidden unit stays, so nothing was cut or repaired."
@@ -235,12 +235,12 @@ class _StepRun:
         method = self.method
         if not isinstance(method, SiteMethod) or method.cuts() == "mlp":
             return None, []
-        sites, notes = heads_in_blocks(self.student, self.sites, self.batches)
+        sites, notes = heads_in_blocks(self.student, self.sites, self.batches, whole_heads=method.whole_heads())
         share = sum(self.widths.values()) / sum(site.d_hidden for site in self.sites)
 
-        def keep(edit: KeepHeadDims | KeepHeads, errors: Mapping[str, float]) -> None:
+        def keep(edit: Edit, errors: Mapping[str, float]) -> None:
             self.edits.append(edit)
-            self.errors[edit.site.path] = dict(errors)
+            self.errors[edit.where] = dict(errors)
 
         heads = HeadsCut(
             student=self.student,

@@ -13,7 +13,7 @@ from vitrim.config.options import RepairOptions
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.repair.heads import cut_heads_, pick_heads_
-from vitrim.surgery import KeepHeadDims, KeepHeads
+from vitrim.surgery import Edit
 from vitrim.types import AttentionSite, MlpSite
 
 
@@ -31,7 +31,7 @@ class HeadsCut:
     num_fit: int
     sites: Sequence[AttentionSite]
     outputs: Mapping[str, Sequence[str]]
-    keep: Callable[[KeepHeadDims | KeepHeads, Mapping[str, float]], None]
+    keep: Callable[[Edit, Mapping[str, float]], None]
 
     def enter_(self, block: str, teacher: Activations, student: Activations) -> None:
         """Cut what is in a block that both models have come to."""
@@ -54,7 +54,7 @@ class HeadsCut:
 
 
 def heads_in_blocks(
-    model: nn.Module, mlps: Sequence[MlpSite], batches: Sequence[Tensor] | None
+    model: nn.Module, mlps: Sequence[MlpSite], batches: Sequence[Tensor] | None, *, whole_heads: bool
 ) -> tuple[list[AttentionSite], list[str]]:
     """Return the attentions inside the blocks of these MLPs, and notes on those that can't be cut.
 
@@ -67,10 +67,10 @@ def heads_in_blocks(
     blocks = dict.fromkeys(site.block for site in mlps)
     found = [
         replace(site, block=block)
-        for site in view.attentions()
+        for site in view.attentions(padded=not whole_heads)
         for block in blocks
         if site.path.startswith(f"{block}.")
     ]
     if not found:
-        raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
+        raise RecipeError("options.parts: this model has no attention that can be cut; use parts='mlp'.")
     return found, view.notes

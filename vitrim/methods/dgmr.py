@@ -20,7 +20,7 @@ from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import select_units
 from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values, select_heads
 from vitrim.ops.least_squares import moments
-from vitrim.surgery import KeepHeadDims, KeepHeads, KeepUnits
+from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, KeepUnits
 from vitrim.types import MlpWeights, SiteView, Stats
 
 SelectOn = Literal["weights", "activations", "outputs"]
@@ -37,7 +37,7 @@ class Dgmr(SiteMethod):
     summary = "forward selection on the block's output, closed-form repair with feedback, local refit"
     needs = "images"
     repairs = True
-    edits = (KeepUnits, KeepHeadDims, KeepHeads)
+    edits = (KeepUnits, KeepHeadDims, KeepHeads, KeepPaddedDims)
 
     select_on: SelectOn | None = None
     """What to compare units by. None uses the block's outputs if there are images, and weights otherwise."""

@@ -18,7 +18,9 @@ NAMES = (
     ("qkv", "qkv", "qkv", "proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "proj"),
     ("attention.query", "attention.key", "attention.value", "output.dense"),
+    ("self.query", "self.key", "self.value", "output.dense"),
 )
 HEADS = ("num_heads", "num_attention_heads")
 

@@ -5,7 +5,7 @@ Shapes: G heads, F dimensions of a head, K kept, D model width.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 from typing import cast
 
 import torch
@@ -15,7 +15,7 @@ from vitrim.calibrate import HeadVisit
 from vitrim.methods import SiteMethod
 from vitrim.ops.head_factors import ValueSums, mixed
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
-from vitrim.surgery import KeepHeadDims, KeepHeads, apply_, submodule
+from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, apply_, mix_heads, submodule
 from vitrim.surgery.edits import replace_
 from vitrim.types import AttentionSite, Stats
 
@@ -28,15 +28,16 @@ def pick_heads_(
     heads = tuple(sorted(int(head) for head in method.pick_heads(sums, num_keep)))
     keep = torch.tensor([head * site.head_dim + dim for head in heads for dim in range(site.head_dim)])
     start_DP = sums.output_DA[:, keep.to(sums.output_DA.device)]
-    weight_DP, bias_D, errors = _fitted(sums.stats, keep, start_DP, sums.output_bias_D, ridge, site.path)
-    edit = KeepHeads(site=site, keep=heads, tensors=_projection(site, weight_DP, bias_D))
+    output, errors = _fitted(sums.stats, keep, start_DP, sums.output_bias_D, ridge, site.path)
+    tensors = {f"{site.path}.proj.{name}": tensor.contiguous() for name, tensor in output.items()}
+    edit = KeepHeads(site=site, keep=heads, tensors=tensors)
     apply_(student, [edit])
     return edit, errors
 
 
 def cut_heads_(
     student: nn.Module, visit: HeadVisit, method: SiteMethod, num_keep: int, ridge: float | None
-) -> tuple[KeepHeadDims, dict[str, float]]:
+) -> tuple[KeepHeadDims | KeepPaddedDims, dict[str, float]]:
     """Cut the heads of one attention in place.
 
     Args:
@@ -49,24 +50,19 @@ def cut_heads_(
     Returns:
         The edit with all tensors of the new attention, and mean squared errors per token.
     """
-    site, whole = visit.site, submodule(student, visit.site.path)
-    every, first = tuple(range(visit.site.head_dim)), tuple(range(num_keep))
-    left_GKF, right_GKF = method.mix_logits(visit.logits(), num_keep)
-    tensors = {
-        name: tensor
-        for role, mixture in (("q", left_GKF), ("k", right_GKF))
-        for name, tensor in _mixed_rows(whole, site, role, mixture).items()
-    }
-    edit = KeepHeadDims(site=site, keep_qk=(first,) * site.num_heads, keep_v=(every,) * site.num_heads, tensors=tensors)
+    site, whole = visit.site, copy.deepcopy(submodule(student, visit.site.path))
+    mixtures: dict[str, Tensor] = {}
+    if site.mixes != "values":
+        mixtures["q"], mixtures["k"] = method.mix_logits(visit.logits(), num_keep)
+    edit = mix_heads(whole, site, mixtures, {})
     apply_(student, [edit])  # for the probabilities that are left
     sums = _value_sums(student, visit, edit.after)
     replace_(student, site.path, whole)
-    mixture_GKF = method.mix_values(sums, num_keep)
-    small, start_DP = mixed(sums.stats, sums.output_DA, mixture_GKF)
+    mixtures["v"] = method.mix_values(sums, num_keep)
+    small, start_DP = mixed(sums.stats, sums.output_DA, mixtures["v"])
     keep = torch.arange(start_DP.shape[1])
-    weight_DP, bias_D, errors = _fitted(small, keep, start_DP, sums.output_bias_D, ridge, site.path)
-    tensors |= _mixed_rows(whole, site, "v", mixture_GKF) | _projection(site, weight_DP, bias_D)
-    edit = replace(edit, keep_v=(first,) * site.num_heads, tensors=tensors)
+    output, errors = _fitted(small, keep, start_DP, sums.output_bias_D, ridge, site.path)
+    edit = mix_heads(whole, site, mixtures, output)
     apply_(student, [edit])
     return edit, errors
 
@@ -85,30 +81,11 @@ def _value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> Va
 
 def _fitted(
     stats: Stats, keep: Tensor, weight_DP: Tensor, bias_D: Tensor | None, ridge: float | None, where: str
-) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Fit the output projection to the kept dimensions unless `ridge` is None; return it with its errors per token."""
     errors = {"unrepaired": squared_error(stats, keep, weight_DP, bias_D)}
     if ridge is not None:
         strength = ridge_for(stats.num_tokens, len(keep), ridge)
         weight_DP, bias_D = fit_output(stats, keep, weight_DP, bias_D, ridge=strength, where=where)
         errors["repaired"] = squared_error(stats, keep, weight_DP, bias_D)
-    return weight_DP, bias_D, errors
-
-
-def _projection(site: AttentionSite, weight_DP: Tensor, bias_D: Tensor | None) -> dict[str, Tensor]:
-    """Return the tensors of the new output projection by name."""
-    named = {"weight": weight_DP, "bias": bias_D}
-    return {f"{site.path}.proj.{name}": tensor.contiguous() for name, tensor in named.items() if tensor is not None}
-
-
-def _mixed_rows(attention: nn.Module, site: AttentionSite, role: str, mixture_GKF: Tensor) -> dict[str, Tensor]:
-    """Return weight and bias, under their new names, of a projection whose heads' rows are mixed."""
-    path = {"q": site.query, "k": site.key, "v": site.value}[role]
-    layer = submodule(attention, path.removeprefix(f"{site.path}."))
-    found = {}
-    for name, tensor in layer.named_parameters(recurse=False):
-        rows = tensor.detach().to(mixture_GKF)
-        rows = rows.chunk(3)["qkv".index(role)] if site.fused else rows
-        heads = rows.unflatten(0, (site.num_heads, site.head_dim))
-        found[f"{site.path}.{role}.{name}"] = torch.einsum("gkf,gf...->gk...", mixture_GKF, heads).flatten(0, 1)
-    return found
+    return {"weight": weight_DP} | ({} if bias_D is None else {"bias": bias_D}), errors

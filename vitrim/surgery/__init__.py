@@ -6,8 +6,10 @@ from vitrim.surgery.fips import ToFips
 from vitrim.surgery.int8 import ToInt8
 from vitrim.surgery.keep_head_dims import KeepHeadDims
 from vitrim.surgery.keep_heads import KeepHeads
+from vitrim.surgery.keep_padded_dims import KeepPaddedDims
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.low_rank import ToLowRank
+from vitrim.surgery.mixed_heads import mix_heads, turned
 from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.moefication import ToMoefication
 from vitrim.surgery.plan import Plan
@@ -20,6 +22,7 @@ __all__ = [
     "Edit",
     "KeepHeadDims",
     "KeepHeads",
+    "KeepPaddedDims",
     "KeepUnits",
     "Plan",
     "ReplaceActivation",
@@ -30,12 +33,14 @@ __all__ = [
     "TopKActivation",
     "apply_",
     "edit_of",
+    "mix_heads",
     "mlp_output",
     "read_weights",
     "reshape_",
     "site_weights",
     "submodule",
     "transform",
+    "turned",
     "verify_site",
     "weight_of",
 ]
