@@ -1,16 +1,20 @@
 """Cutting attention heads with `dgmr`: in the walk, on each kind of projection, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from vitrim.calibrate import LiveModelView
+from tests.support.models import CASES, timm_vit
+from vitrim.calibrate import HeadVisit, LiveModelView
+from vitrim.calibrate.activations import Activations
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
 from vitrim.layers.attention import SlimAttention
 from vitrim.models.sites import find_mlps
 from vitrim.recover.elastic import Widths
-from vitrim.surgery import KeepHeadDims, KeepHeads, Plan, apply_, reshape_
+from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, Plan, apply_, reshape_
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -24,8 +28,23 @@ def cut(case, *, images=True, method="dgmr", repair=None, **values):
     return student, cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
 
 
-def attentions(case):
-    return LiveModelView(case.model, case.sites, {}, case.batches, seed=0).attentions()
+def attentions(case, **options):
+    return LiveModelView(case.model, case.sites, {}, case.batches, seed=0).attentions(**options)
+
+
+def foreign(build, name):
+    """Models whose attention is not plain."""
+    if name in CASES:
+        return build(name)
+    torch.manual_seed(0)
+    if name == "qk-norm":
+        model = timm_vit(qk_norm=True)
+    else:
+        transformers = pytest.importorskip("transformers")
+        size = {**SIZE, "image_size": 32, "patch_size": 8}
+        model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**size))
+    shape = build("timm-vit")
+    return type(shape)(**{**shape.__dict__, "model": model.eval(), "sites": find_mlps(model)})
 
 
 def error(run, model, case):
@@ -109,6 +128,69 @@ def test_both_parts_are_cut_block_by_block_attention_first_and_the_plan_replays(
     assert torch.equal(run(replayed, case.batches[0]), run(student, case.batches[0]))
     again = cut(case, keep_ratio=0.5)[1]
     assert again.plan.sha256 == report.plan.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "mixes"),
+    [
+        ("timm-split", "values"),
+        ("timm-split-norm", "values"),
+        ("qk-norm", "values"),
+        ("timm-swin", "all"),
+        ("hf-bert", "all"),
+        ("hf-dinov3", "values"),
+    ],
+)
+def test_attention_that_is_not_plain_keeps_its_code(build, run, name, mixes):
+    """Rotary positions, norms on queries and keys, windows with biases, masks and a residual sum inside."""
+    case = foreign(build, name)
+    student, report = cut(case, parts="attention", keep_ratio=0.5)
+    kinds = [edit for edit in report.plan.edits if isinstance(edit, KeepPaddedDims)]
+    assert kinds == list(report.plan.edits) and kinds
+    for edit in kinds:
+        half, whole = edit.site.head_dim // 2, edit.site.head_dim
+        assert edit.site.mixes == mixes and edit.num_v == half
+        assert edit.num_qk == (half if mixes == "all" else whole)
+        assert type(student.get_submodule(edit.site.path)) is type(case.model.get_submodule(edit.site.path))
+        assert report.errors[edit.site.path]["repaired"] <= report.errors[edit.site.path]["unrepaired"]
+    said = [note for note in report.notes if "stay whole" in note]
+    assert len(said) == (len(kinds) if mixes == "values" else 0)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (student, case.model)]
+    assert sizes[0] < sizes[1]
+    assert Plan.from_json(report.plan.to_json()) == report.plan.without_tensors()
+    replayed, empty = case.copy(), case.copy()
+    apply_(replayed, report.plan.edits)
+    reshape_(empty, [edit.shape_only() for edit in report.plan.edits])
+    empty.load_state_dict(student.state_dict(), assign=True)
+    for again in (replayed, empty):
+        assert torch.equal(run(again, case.batches[0]), run(student, case.batches[0]))
+    sliced = case.copy()
+    apply_(sliced, [replace(edit, tensors={}) for edit in report.plan.edits])
+    assert error(run, student, case) < error(run, sliced, case)
+
+
+def test_padded_heads_at_their_full_size_change_nothing(build, run):
+    for name in ("timm-split", "timm-split-norm", "hf-bert"):
+        case = foreign(build, name)
+        student, _ = cut(case, keep_ratio=1.0)
+        assert torch.equal(run(student, case.batches[0]), run(case.model, case.batches[0]))
+        for site in attentions(case, padded=True):
+            apply_(student, [KeepPaddedDims(site=site, num_qk=site.head_dim, num_v=site.head_dim)])
+        assert torch.equal(run(student, case.batches[0]), run(case.model, case.batches[0]))
+        with pytest.raises(BudgetError, match="dimensions of each head"):
+            apply_(case.copy(), [KeepPaddedDims(site=site, num_qk=0, num_v=1)])
+
+
+def test_tokens_in_windows_get_no_feedback_in_an_order_that_is_not_theirs(build):
+    case = build("timm-swin")
+    site = replace(attentions(case, padded=True)[0], block=case.sites[0].block)
+    both = [Activations(case.model, [site.block], case.batches, frozen=own, offload=None) for own in (True, False)]
+    for activations in both:
+        activations.enter(0)
+    visit = HeadVisit(
+        site=site, teacher=both[0], student=both[1], silent=[case.sites[0].output], feedback=1.0, num_fit=1
+    )
+    assert visit.scale_D is None
 
 
 def test_keeping_everything_changes_no_bit(plain, run):

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate.activations import Activations, Call, silenced
 from vitrim.calibrate.sums import check_finite
 from vitrim.calibrate.walk import Sums, corrected, layer_scale
-from vitrim.models.features import evaluating
+from vitrim.models.features import evaluating, first_tensor
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_factors import LogitSums
 from vitrim.surgery import submodule
@@ -49,7 +50,8 @@ class HeadVisit:
 
     def __post_init__(self) -> None:
         with silenced(self.student.model, self.silent):
-            self.scale_D = layer_scale(self.student.model, self.site, self.student.call(0))
+            model, call = self.student.model, self.student.call(0)
+            self.scale_D = layer_scale(model, self.site, call) if _in_order(model, self.site, call) else None
 
     def logits(self) -> LogitSums:
         """Return the sums of queries and keys; the student's attention must still be whole."""
@@ -71,6 +73,29 @@ class HeadVisit:
             ours = self.student.observe(site, index, silent=self.silent)
             sums.add(ours["hidden"], corrected(theirs, ours, self.scale_D, self.feedback))
         return sums.done(self.site.path)
+
+
+def _in_order(model: nn.Module, site: AttentionSite, call: Call) -> bool:
+    """Whether the tokens of an attention stand in its block's order: what is added to one moves that one alone.
+
+    Windows (Swin's) have an order of their own, in which the residual stream is not known.
+    """
+
+    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        count = output.shape[:-1].numel()
+        ramp = torch.linspace(0, 1, count, dtype=output.dtype, device=output.device)
+        return output + ramp.view(*output.shape[:-1], 1)
+
+    block, layer = submodule(model, site.block), submodule(model, site.output)
+    with evaluating(model):
+        base = first_tensor(block(*call[0], **call[1])).float()
+        handle = layer.register_forward_hook(add)
+        try:
+            moved_ND = (first_tensor(block(*call[0], **call[1])).float() - base).flatten(0, -2)
+        finally:
+            handle.remove()
+    size_N = moved_ND.norm(dim=1)
+    return bool((size_N.diff() >= -1e-3 * size_N.max()).all())
 
 
 def _projected(activations: Activations, site: AttentionSite, call: Call) -> dict[str, Tensor]:

@@ -236,7 +236,8 @@ class _StepRun:
         if not isinstance(method, SiteMethod) or method.cuts() == "mlp":
             return None, []
         sites, notes = heads_in_blocks(self.student, self.sites, self.batches, whole_heads=method.whole_heads())
-        share = sum(self.widths.values()) / sum(site.d_hidden for site in self.sites)
+        kept = sum(self.widths.values()) / sum(site.d_hidden for site in self.sites)
+        share = self.step.keep_ratio or kept  # widths are rounded
 
         def keep(edit: Edit, errors: Mapping[str, float]) -> None:
             self.edits.append(edit)
