@@ -67,8 +67,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["mlps", "heads", "both"], help="one table alone")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/corp.json"))
+    parser.add_argument("--out", type=Path, help="by default in benchmarks/results, one file for each choice of tables")
     arguments = parser.parse_args()
+    own = "corp" if arguments.only is None else f"corp_{arguments.only}"
+    arguments.out = arguments.out or Path(f"benchmarks/results/{own}.json")
     if arguments.quick:
         arguments.widths, arguments.dims, arguments.num_images, arguments.num_test = [384], [16], 32, 100
     bench = Bench(arguments.num_images, arguments.num_test, arguments.seed)
