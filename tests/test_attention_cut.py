@@ -155,6 +155,8 @@ def test_attention_that_is_not_plain_keeps_its_code(build, run, name, mixes):
         assert report.errors[edit.site.path]["repaired"] <= report.errors[edit.site.path]["unrepaired"]
     said = [note for note in report.notes if "stay whole" in note]
     assert len(said) == (len(kinds) if mixes == "values" else 0)
+    unfed = [note for note in report.notes if "has no feedback" in note]  # not where one window holds all tokens
+    assert len(unfed) == (2 if mixes == "all" else 0)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (student, case.model)]
     assert sizes[0] < sizes[1]
     assert Plan.from_json(report.plan.to_json()) == report.plan.without_tensors()

@@ -250,6 +250,7 @@ class _StepRun:
             share=share,
             num_fit=len(self.batches or ()) - num_held_out(self.batches or ()),
             sites=sites,
+            notes=notes,
             outputs={block: [s.output for s in self.sites if s.block == block] for block in {s.block for s in sites}},
             keep=keep,
         )

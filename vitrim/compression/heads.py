@@ -22,6 +22,7 @@ class HeadsCut:
     """How the attentions of a student are cut: `share` of each head's dimensions or of the heads stays, one at least.
 
     `sites` are the attentions to cut; `outputs` are, by block, the output projections of its MLPs.
+    `notes` grows as attentions are cut.
     """
 
     student: nn.Module
@@ -31,6 +32,7 @@ class HeadsCut:
     num_fit: int
     sites: Sequence[AttentionSite]
     outputs: Mapping[str, Sequence[str]]
+    notes: list[str]
     keep: Callable[[Edit, Mapping[str, float]], None]
 
     def enter_(self, block: str, teacher: Activations, student: Activations) -> None:
@@ -49,6 +51,8 @@ class HeadsCut:
                 num_fit=self.num_fit,
             )
             ridge = None if self.repair is None else self.repair.ridge
+            if visit.scale_D is None and visit.feedback > 0:
+                self.notes.append(f"{site.path}: no fixed layer scale behind the attention, so it has no feedback.")
             cut_ = pick_heads_ if whole else cut_heads_
             self.keep(*cut_(self.student, visit, self.method, num_keep, ridge))
 
