@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ class Quoted:
 # v1 has 82.8; its DeiT-Base with both halves is left out, because that row repeats the one of the MLP. VBP (2507.12988)
 # gives no score in what could be read: after 36% of DeiT-Base's parameters, "over 70%" of its accuracy.
 DEIT_L, DEIT_H = ("deit3_large", "deit-large"), ("deit3_huge", "deit-huge")
-DINOV3_B, SIGLIP2_B = ("vit_base_patch16_dinov3", "dinov3-vitb16"), ("vit_base_patch16_siglip", "siglip2-base")
+DINOV3_B, SIGLIP2_B = (
+    ("vit_base_patch16_dinov3", "dinov3-vitb16"),
+    ("vit_base_patch16_siglip_*v2_webli", "siglip2-base"),
+)
 CLIP_G = ("vit_giant_patch14_clip", "ViT-g-14")
 CLIP_BIG_G, EVA_E = ("vit_gigantic_patch14_clip", "ViT-bigG-14"), ("eva02_enormous", "EVA02-E-14")
 DINOV2_G = ("vit_giant_patch14_dinov2", "dinov2-giant")
@@ -197,7 +201,9 @@ class Bench:
 def quoted_for(model: str) -> tuple[list[tuple[str, Quoted]], str]:
     """Return what papers print of a model, or everything if they print nothing of it, and a title."""
     every = [(source, row) for source, rows in QUOTED.items() for row in rows]
-    same = [(source, row) for source, row in every if any(name.lower() in model.lower() for name in row.names)]
+    same = [
+        (source, row) for source, row in every if any(fnmatch(model.lower(), f"*{name.lower()}*") for name in row.names)
+    ]
     title = "What papers print of it" if same else "No paper is quoted on this model; what they print of others"
     return same or every, title
 

@@ -5,6 +5,13 @@ the digits ViT that comes with vitrim, and the CIFAR-10 ViT of ../shared where t
 
     python benchmarks/repair.py              # about 15 minutes on 2 cores
     python benchmarks/repair.py --model digits
+
+With `--cost` it measures one model, of images or of text, instead: the error on held-out inputs, and what each effort
+of repair takes, in epochs of plain distillation on the same inputs in the same process: each input once, in batches of
+32; the original forward, the cut copy forward and backward, one step of AdamW on all its weights, in float32.
+
+    python benchmarks/repair.py --cost local-dir:benchmarks/models/deep-vit --num-images 800 --ratios 1
+    python benchmarks/repair.py --cost ../shared/models/minilm --num-images 200 --ratios 1
 """
 
 from __future__ import annotations
@@ -12,16 +19,26 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from vitrim.compression.cut import cut_
+from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
-from vitrim.data import first_images, open_images, transform_for
+from vitrim.data import ImageSet, first_images, open_images, split_indices, transform_for
+from vitrim.data.inputs import open_set
+from vitrim.distributed.devices import resolve_device
 from vitrim.metrics.fidelity import fidelity
+from vitrim.models.features import evaluating, features, inputs_for
+from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
-from vitrim.output.load import open_model
+from vitrim.output.load import open_encoder, open_model
 from vitrim.output.provenance import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -32,6 +49,8 @@ MODELS: dict[str, tuple[str, Any, Any]] = {
     "cifar10": (f"local-dir:{SHARED / 'models' / 'cifar10-vit'}", CIFAR10 / "train.parquet", CIFAR10 / "test.parquet"),
 }
 NO_REFIT = {"refit": False}
+EFFORTS = {"fast": NO_REFIT, "default": True}
+BATCH, RATE = 32, 1e-5  # of the epoch of distillation that is the unit of cost
 # row -> (method, options, repair); each row adds one idea to the one before it
 ROWS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "magnitude": ("magnitude", {}, False),
@@ -55,8 +74,16 @@ def main() -> None:
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.25])
     parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--cost", metavar="MODEL", help="measure the cost of each effort on this model instead")
+    parser.add_argument("--data", help="for --cost; by default CIFAR-10, or the text that comes with Python's help")
+    parser.add_argument("--num-test", type=int, default=500, help="held-out inputs, for --cost")
+    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=list(EFFORTS), help="for --cost")
+    parser.add_argument("--device", default="auto", help="for --cost")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/repair.json"))
     arguments = parser.parse_args()
+    if arguments.cost is not None:
+        print(cost_table(costs(arguments)))
+        return
     names = [name for name in MODELS if arguments.model in (name, "all")]
     names = [name for name in names if name == "digits" or SHARED.exists()]
     table = {row: {} for row in ROWS}
@@ -87,6 +114,77 @@ def errors(name: str, ratio: float, num_images: int) -> dict[str, float]:
         found[row] = fidelity(student, teacher, judged)["relative_error"]
         print(f"{name} ratio {ratio:g} {row}: {found[row]:.5f}", flush=True)
     return found
+
+
+def costs(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return error, fitted and held out, and cost of each effort at each MLP ratio, on one model."""
+    teacher, origin = open_encoder(arguments.cost)
+    teacher = teacher.float().eval().requires_grad_(False).to(resolve_device(arguments.device))
+    inputs = cost_inputs(arguments.data, origin)
+    rest, held = split_indices(len(inputs), num_held_out=min(arguments.num_test, len(inputs) // 2), seed=0)
+    batches, _ = first_images(inputs.subset(rest), arguments.num_images, seed=0)
+    judged = list(inputs.subset(held).loader(batch_size=BATCH))
+    sites, found, efforts = find_mlps(teacher), {}, "effort" in RepairOptions.model_fields
+    for ratio in arguments.ratios:
+        for effort in arguments.efforts:
+            student = copy.deepcopy(teacher)
+            repair = {"effort": effort} if efforts else EFFORTS[effort]
+            recipe = Recipe.parse({"method": "dgmr", "repair": repair, "mlp_ratio": ratio})
+            cut = timed(lambda: cut_(student, teacher, sites, recipe, batches, quiet=True))  # noqa: B023
+            errors = {
+                "held-out error": fidelity(student, teacher, judged)["relative_error"],
+                "fitted error": fidelity(student, teacher, batches)["relative_error"],
+            }
+            runs = [timed(lambda: distil_once(student, teacher, batches)) for _ in range(2)]  # noqa: B023
+            epoch = [min(each) for each in zip(*runs, strict=True)]
+            row = {**errors, "seconds": cut[0], "seconds of an epoch": epoch[0], "epochs": cut[0] / epoch[0]}
+            row["epochs by processor time"] = cut[1] / epoch[1]  # for a machine that others use, too; not for a GPU
+            found[f"{effort}, ratio {ratio:g}"] = row
+            print(f"{effort}, ratio {ratio:g}: {row}", flush=True)
+    return found
+
+
+def cost_inputs(data: str | None, origin: Origin) -> ImageSet:
+    """Open what a model takes: images, or rows of text."""
+    if data is None and "num_tokens" in origin.preprocessing:
+        from pydoc_data.topics import topics
+
+        return open_set(list(topics.values()), origin, limit=None)
+    return open_set(CIFAR10 / "train.parquet" if data is None else data, origin, limit=None)
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds that something takes: by the clock, and of the processor."""
+    started = time.monotonic(), time.process_time()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic() - started[0], time.process_time() - started[1]
+
+
+def distil_once(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Distil a copy of a student for one epoch on all inputs, without any extras: the unit of cost."""
+    student = copy.deepcopy(student).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
+    for part in torch.cat([*batches]).split(BATCH):
+        moved = inputs_for(teacher, part)
+        with evaluating(teacher):
+            target = features(teacher, moved)
+        found = features(student, moved)
+        loss = (found.pooled_BD - target.pooled_BD.clone()).square().mean()
+        if found.patches_BND is not None and target.patches_BND is not None:
+            loss = loss + (found.patches_BND - target.patches_BND.clone()).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+def cost_table(found: dict[str, dict[str, float]]) -> str:
+    """Return the table of costs."""
+    columns = list(next(iter(found.values())))
+    lines = ["| effort | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(f"{row[each]:.4g}" for each in columns) + " |" for name, row in found.items()]
+    return "\n".join(lines)
 
 
 def markdown(result: dict[str, Any]) -> str:

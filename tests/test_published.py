@@ -66,6 +66,7 @@ def test_another_run_is_not_mixed_in(folder, tmp_path):
     [
         ("timm/deit3_huge_patch14_224.fb_in1k", {"CORP"}),
         ("timm/deit3_large_patch16_224.fb_in1k", {"CORP", "SnapViT"}),
+        ("timm/vit_base_patch16_siglip_224.v2_webli", {"SnapViT"}),
         ("hf/facebook/dinov2-giant", {"DGMR"}),
         ("open_clip/EVA02-E-14-plus/laion2b", {"AMP"}),
         ("local-dir:elsewhere", {"CORP", "SnapViT", "AMP", "DGMR"}),
