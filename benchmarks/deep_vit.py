@@ -299,7 +299,7 @@ def main() -> None:
     """Train, write, load what was written, and measure that against random weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "models" / "deep-vit")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--num-train", type=int, default=50_000, help="images of CIFAR-10, and photos, at most")
