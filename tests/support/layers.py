@@ -59,6 +59,7 @@ LAYERS: tuple[dict[str, str], ...] = (
     },
     {"demo": "the model that comes with the package, halved"},
     {"cli": "commands, without logic of their own", "__init__": "the public names"},
+    {"__main__": "`python -m vitrim`, which is the command"},
 )
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- table: python -m tests.support.layers --write -->\n", "<!-- end of table -->\n"
