@@ -105,6 +105,13 @@ def test_heavy_libraries_are_imported_inside_functions_only(path):
     assert heavy == ({"matplotlib"} if path.name == "figures.py" else set())
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_text_is_written_and_read_as_utf_8_whatever_the_locale(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    texts = [call for call in calls if getattr(call.func, "attr", "") in ("read_text", "write_text")]
+    assert [ast.unparse(call) for call in texts if "encoding" not in {word.arg for word in call.keywords}] == []
+
+
 INITS = [path for path in FILES if path.name == "__init__.py" and path.parent != ROOT]
 
 

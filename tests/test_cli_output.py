@@ -17,6 +17,7 @@ from rich.text import Text
 
 from vitrim.cli import console
 from vitrim.cli.app import hush, run
+from vitrim.errors import LONGEST_REASON, reason_of
 
 ASSET = Path(str(files("vitrim"))) / "assets" / "digits-vit"
 MAIN = "from vitrim.cli import main; main()"
@@ -29,6 +30,7 @@ ENVIRONMENTS = {
     "forced colour": {"FORCE_COLOR": "1", "TERM": "xterm-256color"},
     "forced terminal": {"TTY_COMPATIBLE": "1", "COLUMNS": "40"},
 }
+PIPED = {"capture_output": True, "text": True, "check": False}
 NAMES = ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 
 
@@ -160,6 +162,20 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments):
     done = subprocess.run([sys.executable, "-c", MAIN, *arguments], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode != 0 and done.stderr == ""
+
+
+def test_what_a_library_says_is_one_line_that_ends_with_a_word():
+    assert reason_of(ValueError("  wrong\tshape (3, 4) \nand more")) == "wrong shape (3, 4)"
+    assert reason_of(KeyError()) == "KeyError"
+    words = "longer " * LONGEST_REASON
+    assert reason_of(OSError(words)) == ("longer " * (LONGEST_REASON // 7)).strip() + " …"
+    assert reason_of(OSError("x" * 400)) == "x" * LONGEST_REASON + " …"
+
+
+def test_python_runs_the_package_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "vitrim", "inspect", "~nobody-of-that-name/x"], **PIPED)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("vitrim: ModelError: ~nobody-of-that-name/x: no such model; use ")
 
 
 def test_timing_a_model_does_not_speak_of_cuda():

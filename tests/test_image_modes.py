@@ -250,7 +250,8 @@ def test_images_left_out_are_said(tmp_path, caplog):
         Image.new("L", (8, 8), number).save(tmp_path / f"{number:02d}.png")
     (tmp_path / "00.png").write_bytes(b"junk")
     split = split_images(open_images(tmp_path), Recipe.parse({"calibrate": {"num_images": 12}}))
-    assert split.counts["skipped"] == 1 and "1 of 12 images could not be read" in split.notes[0]
+    said = f"1 of 12 images could not be read and were left out; the first: {tmp_path / '00.png'}, "
+    assert split.counts["skipped"] == 1 and said in split.notes[0]
     with caplog.at_level(logging.WARNING, "vitrim"):
         vitrim.inspect(DIGITS, activity=tmp_path)
     assert [record.message.count("1 of 12 images could not be read") for record in caplog.records] == [1]

@@ -4,6 +4,21 @@
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
+LONGEST_REASON = 300
+
+
+def reason_of(error: BaseException | str) -> str:
+    """Return what an error says in one line, cut behind a word; of a state dict, where it does not fit."""
+    lines = [" ".join(line.split()) for line in str(error).strip().split("\n")]
+    if lines[0].startswith("Error(s) in loading state_dict"):
+        lines = sorted(lines[1:], key=lambda line: not line.startswith("size mismatch"))
+    said = next(iter(lines), "") or type(error).__name__
+    if len(said) <= LONGEST_REASON:
+        return said
+    kept = said[:LONGEST_REASON]
+    return f"{kept.rpartition(' ')[0] or kept} …"
+
+
 class VitrimError(Exception):
     """Base of every error that vitrim raises for its users; the command line prints it in one line, exit code 2."""
 

@@ -22,7 +22,7 @@ from vitrim.config.widths import BudgetKind
 from vitrim.cost.count import num_parameters, site_parameters
 from vitrim.data import first_images
 from vitrim.data.inputs import check_inputs, open_set, random_inputs
-from vitrim.errors import BudgetError, CheckpointError
+from vitrim.errors import BudgetError, CheckpointError, reason_of
 from vitrim.models.features import device_of, evaluating, features, inputs_for
 from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import load_model, origin_of
@@ -230,8 +230,7 @@ def _read_at(encoder: nn.Module, origin: Origin) -> str:
         with evaluating(encoder):
             return f"features: {features(encoder, inputs_for(encoder, noise)).taken}"
     except Exception as error:  # foreign code says in its own ways what it does not take
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        return f"features: can't be read on noise ({reason})"
+        return f"features: can't be read on noise ({reason_of(error)})"
 
 
 def _usual(model: nn.Module, origin: Origin, sites: Sequence[MlpSite], asked: Recipe) -> tuple[Prediction, ...]:

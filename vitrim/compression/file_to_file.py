@@ -260,7 +260,7 @@ def _run(task: _Task, context: RunContext, place: Place) -> Result:
         written = write_checkpoint(task.job, plan, place.folder, work, shard_bytes=task.shard_bytes, context=context)
         metrics = _metrics(task, plan, journal, written, (*task.notes, *notes), place)
         metrics = replace(metrics, seconds=round(time.monotonic() - started, 1))
-        (place.folder / "recipe.yaml").write_text(task.recipe.dump())
+        (place.folder / "recipe.yaml").write_text(task.recipe.dump(), encoding="utf-8")
         write_json(place.folder / "metrics.json", metrics.to_json())
         write_card(place.folder, task.job.origin, task.recipe, metrics)
     except (VitrimError, OSError, SafetensorError) as error:

@@ -272,4 +272,4 @@ def _write(out: Path | None, report: Mapping[str, Any]) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     write_sealed(out / REPORT, report)
-    (out / "leaderboard.md").write_text(markdown(report))
+    (out / "leaderboard.md").write_text(markdown(report), encoding="utf-8")

@@ -15,7 +15,7 @@ from vitrim.models.fit import check_fit, check_floats, in_model_names
 from vitrim.models.load import PREFIXES, backend_of, load_model
 from vitrim.models.origin import ModelBackend, Origin, in_one_line
 from vitrim.models.sites import find_mlps, resolve_scope
-from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors
+from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors, user_path
 from vitrim.surgery import KeepUnits, edit_of
 from vitrim.types import MlpSite
 
@@ -110,9 +110,9 @@ def _local(source: str, *, fetch: bool) -> tuple[str, Path]:
     """Return the name and path of a source's local files; those of a hub id are downloaded first."""
     prefix, _, rest = source.partition("/")
     if prefix == "timm" and "@" in rest and not rest.startswith(("local-dir:", "hf-hub:")):
-        return source, Path(rest.partition("@")[2]).expanduser()
+        return source, user_path(rest.partition("@")[2])
     prefix, rest = (f"{prefix}/", rest) if prefix in PREFIXES and rest else ("", source)
-    path = Path(rest.removeprefix("local-dir:")).expanduser()
+    path = user_path(rest.removeprefix("local-dir:"))
     if fetch and not path.exists() and (prefix == "hf/" or rest.startswith("hf-hub:")):
         path = _fetched(rest.removeprefix("hf-hub:"), source)
     folder = path.parent if path.is_file() else path

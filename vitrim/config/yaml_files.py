@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from vitrim.errors import RecipeError
+from vitrim.errors import RecipeError, reason_of
 
 MAX_BYTES = 64 * 1024  # PyYAML takes a second for this
 TYPES = {  # those of YAML 1.2's core schema, without octal and hexadecimal numbers; and what their first letters can be
@@ -77,7 +77,7 @@ def read_yaml(text: str, *, where: str) -> Any:
     try:
         return yaml.load(text, _Reader)
     except Exception as error:  # its constructors raise ValueError, KeyError, AttributeError, RecursionError and more
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(" ".join(str(error).split()) or error)
         raise RecipeError(f"{where}: can't be read as YAML ({reason}).") from None
 
 

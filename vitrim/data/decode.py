@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitrim.errors import DataError
+from vitrim.errors import DataError, reason_of
 
 MAX_ASPECT = 200  # a strip of one pixel by a million is a small file, and its short side is scaled to the model's
 READ_ERRORS = (
@@ -137,9 +137,9 @@ class Seen:
             self._kinds.append(kind)
         self._codes[row] = self._kinds.index(kind)
 
-    def failed(self, row: int, error: BaseException) -> None:
-        """Note that an image could not be read, and why if it is the first."""
-        self.problem = self.problem or " ".join(f"image {row}, {type(error).__name__}: {error}".split())[:200]
+    def failed(self, row: int, error: BaseException, where: str) -> None:
+        """Note that an image could not be read, and if it is the first where it is and why."""
+        self.problem = self.problem or f"{where}, {type(error).__name__}: {reason_of(error)}"
         self.note(row, UNREADABLE)
 
     def counts(self, rows: Iterable[int]) -> dict[str, int]:

@@ -95,12 +95,16 @@ class ImageSet(Dataset):
         try:
             return self._load(index)
         except READ_ERRORS as error:
-            self._seen.failed(self._indices[index], error)
+            self._failed(index, error)
             return None
 
     def leave_out(self, index: int, why: str) -> None:
         """Count item `index` as one that can't be used; the remarks tell the user."""
-        self._seen.failed(self._indices[index], OSError(why))
+        self._failed(index, OSError(why))
+
+    def _failed(self, index: int, error: BaseException) -> None:
+        row = self._indices[index]
+        self._seen.failed(row, error, self._rows.where(row))
 
     def is_left_out(self, index: int) -> bool:
         """Return whether item `index` was found to be of no use."""

@@ -16,7 +16,7 @@ from vitrim.data.parts import Part
 from vitrim.data.streams import ImageStream, open_stream
 from vitrim.data.texts import is_text, open_texts
 from vitrim.data.transforms import transform_for
-from vitrim.errors import DataError, ModelError
+from vitrim.errors import DataError, ModelError, reason_of
 from vitrim.models.features import (
     class_names,
     evaluating,
@@ -144,7 +144,7 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
             if needs_beside_images(model):
                 more = ", ".join(needs_beside_images(model))
                 needs = f"no data, to cut it by its weights alone (magnitude, dgmr-paper): it also wants {more}"
-            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            reason = reason_of(error)
             got = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
             where = f"{origin.name} {origin.encoder}".strip()
             raise DataError(f"{where}: can't run on {got} ({reason}); pass {needs}.") from error

@@ -47,6 +47,10 @@ class Rows(Protocol):
         """Return the image (PIL or tensor) and the label of one row, or raise one of READ_ERRORS."""
         ...
 
+    def where(self, row: int) -> str:
+        """Return what to call an image in a message: its path if it has one."""
+        return f"image {row}"
+
 
 def open_rows(source: Any, *, part: Part, limit: int | None) -> tuple[Rows, str]:
     """Detect the kind of a source; return its rows and a name to show.
@@ -117,7 +121,7 @@ def _open_path(path: Path, part: Part) -> Rows:
     return _Files(read_folder(path, tree, part))
 
 
-class _Files:
+class _Files(Rows):
     """Image files of a folder."""
 
     def __init__(self, found: Found):
@@ -130,8 +134,11 @@ class _Files:
     def read(self, row: int) -> tuple[Image.Image, int]:
         return decode(self._found.files[row]), self._found.labels[row] if self.classes else -1
 
+    def where(self, row: int) -> str:
+        return str(self._found.files[row])
 
-class _Shards:
+
+class _Shards(Rows):
     """Images in tar files."""
 
     def __init__(self, files: Sequence[Path]):
@@ -145,7 +152,7 @@ class _Shards:
         return decode(self._index.read(row)), self._index.labels[row]
 
 
-class _Parquet:
+class _Parquet(Rows):
     """Rows of parquet files: opening reads footers, reading caches whole row groups while they fit.
 
     Files are opened anew for each row group, so that forked workers never share a file position.
@@ -201,7 +208,7 @@ class _Parquet:
         return self._cache[group]
 
 
-class _HuggingFace:
+class _HuggingFace(Rows):
     """Rows of a `datasets.Dataset`, memory-mapped; decoded here, so that a corrupt image can be left out."""
 
     def __init__(self, dataset: Any, name: str):
@@ -218,7 +225,7 @@ class _HuggingFace:
         return _read_cell(self._rows[row : row + 1].column(self._column)[0], Path()), self._labels[row]
 
 
-class _Items:
+class _Items(Rows):
     """Items of a torch Dataset or of a list: images (tensors or PIL), pairs with a label, or dicts.
 
     The labels of a list are numbered at once. Those of a Dataset are known only as its images are read, so the first

@@ -30,8 +30,8 @@ from vitrim.data.images import Batch, ImageSet, Transform, collate, prepare
 from vitrim.data.labels import number_labels, plain_label
 from vitrim.data.parts import Part
 from vitrim.data.shards import IMAGE_SUFFIXES, can_seek, label_of, shard_urls
-from vitrim.data.sources import find_columns, name_of, unpack
-from vitrim.errors import DataError, VitrimError
+from vitrim.data.sources import Rows, find_columns, name_of, unpack
+from vitrim.errors import DataError, VitrimError, reason_of
 from vitrim.models.origin import require
 from vitrim.storage.sealed import line_of, read_journal
 
@@ -207,7 +207,7 @@ class ImageStream:
         except VitrimError:
             raise
         except Exception as error:  # networks, commands, archives and users' generators fail in their own ways
-            reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+            reason = reason_of(error)
             raise DataError(
                 f"{self.name}: shard {name} can't be read to its end, image {number + 1} ({reason}); go on with "
                 "resume when it can, or leave it out."
@@ -219,7 +219,7 @@ class ImageStream:
         """Store the size of a shard."""
         self.sizes[name] = size
         if self.journal is not None:
-            with self.journal.open("a") as file:
+            with self.journal.open("a", encoding="utf-8") as file:
                 file.write(line_of({"shard": name, "images": size}))
 
     def _size(self, shards: Sequence[int]) -> int | None:
@@ -307,7 +307,7 @@ class _HuggingFace:
             yield image, plain_label(label, self._name)
 
 
-class _Taken:
+class _Taken(Rows):
     """Images of a stream that are held in memory, by number."""
 
     def __init__(self, records: Sequence[Record], where: str, names: Sequence[str]):
@@ -374,5 +374,5 @@ def _load_dataset(name: str) -> Any:
         load: Any = datasets.load_dataset
         return load(*parts, streaming=True)
     except Exception as error:  # the Hub, networks and scripts fail in their own ways
-        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+        reason = reason_of(error)
         raise DataError(f"{PREFIX}{name}: can't be opened ({reason}); use {PREFIX}ORG/NAME[/CONFIG].") from error

@@ -19,6 +19,7 @@ from vitrim.errors import ModelError
 from vitrim.models import from_timm
 from vitrim.models.fit import check_fit, read_for
 from vitrim.models.origin import Origin, Reading, in_one_line, on_meta, plain_json, require
+from vitrim.storage.tensor_files import user_path
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 
@@ -59,7 +60,7 @@ def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origi
     with in_one_line(f"open_clip/{source}"):
         config = _config(open_clip, name)
         build = partial(on_meta, partial(_build, open_clip, config["model_cfg"]))
-        place = folder if tag is None else Path(tag).expanduser()
+        place = folder if tag is None else user_path(tag)
         model = _filled(build, place, reading) if weights and tag != "" and place.exists() else None
         if model is None:
             model = open_clip.create_model(name, pretrained=tag, require_pretrained=True) if weights else build()
@@ -215,18 +216,18 @@ def _write_trunk_config(vision: dict[str, Any], folder: Path) -> None:
         "pretrained_cfg": {} if known is None else from_timm.without_claims(known.to_dict()),
     }
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     vision["timm_model_name"] = f"local-dir:{folder.resolve()}"
 
 
 def _config(open_clip: Any, name: str) -> dict[str, Any]:
     """Read the config of a model and of its preprocessing, by name, from a folder or from the hub."""
     if name.startswith("local-dir:"):
-        found = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG).read_text())
+        found = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG).read_text(encoding="utf-8"))
     elif name.startswith("hf-hub:"):
         from huggingface_hub import hf_hub_download
 
-        found = json.loads(Path(hf_hub_download(name.removeprefix("hf-hub:"), CONFIG)).read_text())
+        found = json.loads(Path(hf_hub_download(name.removeprefix("hf-hub:"), CONFIG)).read_text(encoding="utf-8"))
     else:
         found = {"model_cfg": open_clip.get_model_config(name)}
     found["model_cfg"] = _with_own_trunk(found["model_cfg"])
@@ -238,7 +239,7 @@ def _with_own_trunk(config: dict[str, Any]) -> dict[str, Any]:
     vision = config["vision_cfg"]
     where = vision.get("timm_model_name", "")
     if where.startswith("local-dir:"):
-        said = json.loads((Path(where.removeprefix("local-dir:")) / "config.json").read_text())
+        said = json.loads((Path(where.removeprefix("local-dir:")) / "config.json").read_text(encoding="utf-8"))
         vision |= {"timm_model_name": said["architecture"], TRUNK_ARGS: said.get("model_args", {})}
     return config
 
@@ -251,7 +252,7 @@ def _name_and_tag(open_clip: Any, source: str) -> tuple[str, str]:
         hint = f"did you mean 'open_clip/{close[0]}'?" if close else "open_clip.list_models() lists them."
         raise ModelError(f"open_clip/{source}: open_clip has no model of that name; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag and tag not in tags and not Path(tag).expanduser().is_file():
+    if tag and tag not in tags and not user_path(tag).is_file():
         raise ModelError(f"open_clip/{source}: {name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}.")
     quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
     fitting = [each for each in tags if bool(open_clip.get_pretrained_cfg(name, each).get("quick_gelu")) == quick]

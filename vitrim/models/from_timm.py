@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vitrim.errors import ModelError
+from vitrim.errors import ModelError, reason_of
 from vitrim.models.fit import check_fit, check_floats, in_model_names
-from vitrim.models.origin import Origin, Reading, in_one_line, match_buffers_, on_meta, plain_json, reason_of
+from vitrim.models.origin import Origin, Reading, in_one_line, match_buffers_, on_meta, plain_json
 from vitrim.models.timm_args import check_args, find_args, in_words, saved_preprocessing
-from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors
+from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors, user_path
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 
@@ -74,11 +74,11 @@ def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origi
 def _name_and_path(source: str) -> tuple[str, Path | None]:
     """Return what timm calls a model, and the file or folder with its weights; None for those that timm downloads."""
     if source.startswith("local-dir:"):
-        folder = Path(source.removeprefix("local-dir:")).expanduser()
+        folder = user_path(source.removeprefix("local-dir:"))
         return f"local-dir:{folder}", folder
     name, _, file = source.partition("@")
     if file and not source.startswith("hf-hub:"):
-        return name, Path(file).expanduser()
+        return name, user_path(file)
     return source, None
 
 

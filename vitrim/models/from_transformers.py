@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 SHARDED = True
 RELOAD = """
 import json, pathlib, transformers
-name = json.loads((pathlib.Path(folder) / "config.json").read_text())["architectures"][0]
+name = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
 model = getattr(transformers, name).from_pretrained(folder)
 """
 READS = """

@@ -18,7 +18,7 @@ from torch import nn
 from vitrim.errors import CheckpointError, ModelError
 from vitrim.models.features import encoder_path
 from vitrim.models.origin import ModelBackend, Origin, Reading, in_one_line, on_meta, require
-from vitrim.storage.tensor_files import find_weights
+from vitrim.storage.tensor_files import find_weights, user_path
 from vitrim.surgery import reshape_
 
 # By prefix of a source; the module's name is also the `library` of its origins.
@@ -61,9 +61,9 @@ def load_model(source: str, *, weights: bool = True, reading: Reading = PLAIN) -
     """
     prefix, _, rest = source.partition("/")
     if prefix in PREFIXES and rest:
-        found, name = PREFIXES[prefix], str(Path(rest).expanduser()) if rest.startswith("~") else rest
+        found, name = PREFIXES[prefix], str(user_path(rest)) if rest.startswith("~") else rest
     else:
-        folder = Path(source.removeprefix("local-dir:")).expanduser()
+        folder = user_path(source.removeprefix("local-dir:"))
         found = _library_of(folder, source)
         if weights and not find_weights(folder):
             raise ModelError(f"{folder}: has no weights; a model folder holds config.json and model.safetensors.")
@@ -131,7 +131,7 @@ def _library_of(folder: Path, source: str) -> str:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: has no config.json; a model folder holds one, beside model.safetensors.")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder / 'config.json'}: is no JSON ({error}); fetch it again.") from None
     if not isinstance(config, dict) or not {"model_type", "architecture"} & config.keys():

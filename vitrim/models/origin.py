@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError
+from vitrim.errors import CheckpointError, MissingExtraError, ModelError, VitrimError, reason_of
 from vitrim.storage.training_files import Which
 from vitrim.surgery import Edit, KeepUnits
 from vitrim.types import BlockRun
@@ -189,14 +189,6 @@ def require(package: str, extra: str) -> ModuleType:
         return import_module(package)
     except ImportError:
         raise MissingExtraError(f"{package} is not installed; pip install 'vitrim[{extra}]'.") from None
-
-
-def reason_of(error: Exception) -> str:
-    """Return what an exception of a library says, in one line; of a state dict that does not fit, where it does not."""
-    lines = [line.strip() for line in str(error).strip().split("\n")]
-    if lines[0].startswith("Error(s) in loading state_dict"):
-        lines = sorted(lines[1:], key=lambda line: not line.startswith("size mismatch"))
-    return next(iter(lines), "")[:300] or type(error).__name__
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def write_card(folder: Path, origin: Origin, recipe: Recipe | None, metrics: Met
         *([] if recipe is None else ["The whole recipe is `recipe.yaml`."]),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(recipe, metrics, licence)),
     ]
-    (folder / CARD).write_text("\n\n".join(parts) + "\n")
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def licence_of(origin: Origin) -> str | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitrim.cost.latency import Latency, measure_latency
 from vitrim.data.inputs import open_set, random_inputs
-from vitrim.errors import ModelError, OutputError, RecipeError
+from vitrim.errors import ModelError, OutputError, RecipeError, reason_of
 from vitrim.layers.fips import SharedBasisLinear
 from vitrim.layers.moefication import ExpertMlp
 from vitrim.models.features import are_names, evaluating, features, first_tensor
@@ -306,5 +306,5 @@ def _not_traceable(model: nn.Module, error: Exception) -> ModelError:
             f"{where}: which experts a token runs is decided while it runs, which no static graph can say; "
             "export a model that was made by another method."
         )
-    reason = str(error.__cause__ or error).strip().split("\n")[0][:160]
+    reason = reason_of(error.__cause__ or error)
     return ModelError(f"{type(model.get_submodule('encoder')).__name__}: can't be traced by torch.export ({reason}).")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitrim.errors import OutputError, RecipeError
+from vitrim.errors import OutputError, RecipeError, reason_of
 from vitrim.output.card import CARD
 from vitrim.output.load import read_about
 
@@ -57,7 +57,7 @@ def push(folder: str | Path, repo: str, *, confirm: bool, private: bool = True) 
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise RecipeError(f"repo: {repo!r} is no name on the hub ({str(error).splitlines()[0]}).") from None
+        raise RecipeError(f"repo: {repo!r} is no name on the hub ({reason_of(error)}).") from None
     if "/" not in repo:
         raise RecipeError(f"repo: {repo!r} names nobody; give ORG/NAME.")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -69,6 +69,6 @@ def push(folder: str | Path, repo: str, *, confirm: bool, private: bool = True) 
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made smaller with vitrim")
     except (HfHubHTTPError, OSError, ValueError) as error:  # no such token, no rights, no network
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise OutputError(f"{repo}: the hub did not take it ({reason}); see `hf auth login`.") from None
     return Upload(repo=repo, private=private, files=files, url=str(done.commit_url))

@@ -10,12 +10,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vitrim.errors import DAMAGED, CheckpointError, ModelError
+from vitrim.errors import DAMAGED, CheckpointError, ModelError, reason_of
 from vitrim.models.fit import check_fit
 from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import PLAIN, backend_of, build_empty, load_model, origin_of
 from vitrim.models.origin import ModelBackend, Origin, Reading, in_one_line, match_buffers_
-from vitrim.storage.tensor_files import open_tensors
+from vitrim.storage.tensor_files import open_tensors, user_path
 from vitrim.surgery import Plan, reshape_
 from vitrim.torch_state import own_torch_state
 
@@ -71,8 +71,7 @@ def load(
         try:
             student.to(device=device, dtype=dtype)
         except (RuntimeError, TypeError) as error:
-            reason = str(error).split("\n")[0][:200]
-            raise ModelError(f"{path}: can't go to device={device}, dtype={dtype} ({reason}).") from None
+            raise ModelError(f"{path}: can't go to device={device}, dtype={dtype} ({reason_of(error)}).") from None
     return student.eval()
 
 
@@ -84,7 +83,7 @@ def local_folder(source: str | Path) -> Path:
     """
     name = str(source)
     if not name.startswith(HUB):
-        return Path(name.removeprefix("local-dir:")).expanduser()
+        return user_path(name.removeprefix("local-dir:"))
     from huggingface_hub import snapshot_download
 
     with in_one_line(name):
@@ -106,8 +105,7 @@ def _fill_(model: nn.Module, path: Path, backend: ModelBackend | None) -> None:
         if unexpected or empty or (missing and not hasattr(model, "tie_weights")):
             raise RuntimeError(f"{(unexpected or empty or missing)[0]} is {'unknown' if unexpected else 'missing'}")
     except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: does not fit the plan or is damaged ({reason}).") from None
+        raise CheckpointError(f"{path}: does not fit the plan or is damaged ({reason_of(error)}).") from None
 
 
 def open_model(model: nn.Module | str, reading: Reading = PLAIN) -> tuple[nn.Module, Origin]:
@@ -128,7 +126,7 @@ def open_model(model: nn.Module | str, reading: Reading = PLAIN) -> tuple[nn.Mod
     if not isinstance(model, str | Path):
         raise ModelError(f"model: is {type(model).__name__}; pass a module, a name or a folder.")
     model = str(model)  # `out` of a result is a Path
-    path = str(Path(model.removeprefix("local-dir:")).expanduser())
+    path = str(user_path(model.removeprefix("local-dir:")))
     if not is_output(path):
         return _whole(*load_model(model, reading=reading))
     reading.refuse_model_args(model)
@@ -155,7 +153,7 @@ def read_about(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        about = json.loads((path / ABOUT).read_text())
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
         if about["format"] == "vitrim/1" and {"origin", "plan", "stock"} <= about.keys():
             return about
         reason = f"its format is {about['format']!r}; this version reads 'vitrim/1'"

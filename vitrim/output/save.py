@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrim.errors import NotFiniteError
+from vitrim.errors import NotFiniteError, reason_of
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, copy_companions
 from vitrim.models.stock import stock_origin
@@ -73,7 +73,7 @@ def save_checked(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan
         except Exception as error:  # libraries' own code writes and loads
             if form.library is None:
                 raise
-            reason = (str(error).removeprefix(f"{folder}: ").split("\n")[0][:200] or type(error).__name__).rstrip(".")
+            reason = reason_of(error).removeprefix(f"{folder}: ").rstrip(".")
             left = "vitrim's own format" if try_stock else "weights and plan alone: vitrim.load(path, model=...)"
             notes.append(
                 f"{'the format of ' + str(origin.library) if try_stock else 'it'} failed ({reason}); "

@@ -47,7 +47,8 @@ def staged_output(out: Path, *, resume: bool = False, overwrite: bool = False) -
                 _start(work, out, resume=resume, overwrite=overwrite)
                 yield folder, work
                 for config in folder.glob("*config.json"):  # a config that names its own folder gets the final path
-                    config.write_text(config.read_text().replace(str(folder.resolve()), str(out.resolve())))
+                    text = config.read_text(encoding="utf-8")
+                    config.write_text(text.replace(str(folder.resolve()), str(out.resolve())), encoding="utf-8")
                 _settle(folder)
                 _place(folder, out, work, overwrite=overwrite)
                 for state in STATES:

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitrim.errors import NotFiniteError, OutputError
+from vitrim.errors import NotFiniteError, OutputError, reason_of
 from vitrim.models.features import evaluating, first_tensor
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
@@ -144,7 +144,7 @@ def in_fresh_process(check: Check) -> float:
     code = (WITHOUT_VITRIM if check.stock else "") + GIVEN + check.code + "print(difference)\n"
     with tempfile.TemporaryDirectory() as scratch:
         save_file(check.probe, Path(scratch) / "probe.safetensors")
-        (Path(scratch) / "original.json").write_text(json.dumps(dict(check.original)))
+        (Path(scratch) / "original.json").write_text(json.dumps(dict(check.original)), encoding="utf-8")
         (Path(scratch) / "image.png").write_bytes(check.image)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", code, str(check.folder), scratch, check.encoder]
@@ -251,7 +251,7 @@ def _image_of(origin: Origin) -> tuple[bytes, Tensor | None]:
     try:
         return file.getvalue(), torch.as_tensor(transform(Image.open(file))).float().contiguous()
     except Exception as error:  # the library's own code, and a configuration of anyone's
-        reason = str(error).split("\n")[0][:120]
+        reason = reason_of(error)
         log.warning("%s: its own transform takes no image (%s); only tensors are compared.", origin.name, reason)
         return b"", None
 

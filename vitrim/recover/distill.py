@@ -192,7 +192,7 @@ class _Keeper:
         if self.log is None or not self.run.is_main:
             return
         kept = [line for line in _logged(self.log) if line["step"] <= self.run.step] if self.run.step else []
-        self.log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def note(self, loss: float, judged: Validation | None, speed: float) -> None:
         """Log a step: its loss, its rate, images per second, and the held-out error where it was judged."""
@@ -201,7 +201,7 @@ class _Keeper:
         self.trackers.note(self.run.step, values)
         if self.log is None or not self.run.is_main:
             return
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.run.step, **values}) + "\n")
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vitrim.distributed.processes import broadcast_, is_main, on_main
 from vitrim.distributed.sharding import full
-from vitrim.errors import CheckpointError, OutputError
+from vitrim.errors import CheckpointError, OutputError, reason_of
 from vitrim.storage.tensor_files import CHUNK_BYTES, CODES, DTYPES, TensorFiles, TensorInfo, tensor_bytes
 
 FORMAT, DIGEST_BYTES = "vitrim-state/1", 32
@@ -214,7 +214,7 @@ def _opened(path: Path) -> tuple[Any, TensorFiles]:
         except FileNotFoundError:
             reasons.append("")
         except DAMAGE as error:
-            reasons.append(str(error).strip().split("\n")[0][:160] or type(error).__name__)
+            reasons.append(reason_of(error))
     raise CheckpointError(f"{path}: can't be used ({next(filter(None, reasons), 'it is not there')}).")
 
 

@@ -97,5 +97,5 @@ class Trackers:
         assert self.folder is not None
         file = self.folder / RUN_ID
         if new or not file.exists():
-            file.write_text(uuid.uuid4().hex[:8])
-        return file.read_text()
+            file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        return file.read_text(encoding="utf-8")

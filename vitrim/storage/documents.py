@@ -14,7 +14,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
     NaN and Infinity are no JSON, and most readers refuse a document that holds them.
     """
-    path.write_text(json.dumps(finite(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
+    path.write_text(json.dumps(finite(value), indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vitrim.errors import DAMAGED, CheckpointError
+from vitrim.errors import DAMAGED, CheckpointError, reason_of
 from vitrim.storage.tensor_files import CODES, TensorFiles, TensorInfo, open_tensors, tensor_bytes
 
 DIGEST = "digest"
@@ -175,7 +175,7 @@ def line_of(value: Mapping[str, Any]) -> str:
 
 def append(journal: Path, text: str) -> None:
     """Add lines to a journal, and return once they are on disk."""
-    with journal.open("a") as file:
+    with journal.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -225,5 +225,4 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 def _said(error: Exception) -> str:
     """Return what an error says in a few words; that of a missing key says little without its kind."""
-    said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
-    return (said.strip().split("\n")[0] or type(error).__name__)[:160]
+    return reason_of(f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error)

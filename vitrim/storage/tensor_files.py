@@ -179,6 +179,14 @@ def open_tensors(path: Path, *, prefer: str = "", weights: Which = "auto") -> Te
     raise CheckpointError(f"{path}: holds {what}; pass a .safetensors, .pth or .bin file, or a model folder.")
 
 
+def user_path(text: str) -> Path:
+    """Return a path with `~` as the user's home; as it is where nobody knows that home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user, or no HOME and a user without a name
+        return Path(text)
+
+
 def find_weights(path: Path, *, prefer: str = "") -> list[Path]:
     """Return the weight file or index to open; none or several where a folder leaves it open.
 
@@ -234,7 +242,9 @@ def check_finite(name: str, tensor: Tensor, *, masks: bool = False) -> None:
 def _open_shards(index: Path, weights: Which) -> TensorFiles:
     """Open the shards that an index names, and take each tensor from the shard that the index gives for it."""
     try:
-        weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        weight_map = {
+            str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
     except DAMAGED as error:
         raise CheckpointError(f"{index}: is no index of shards ({error!r}); fetch it again.") from None
     infos: dict[str, TensorInfo] = {}

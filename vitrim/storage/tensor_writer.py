@@ -123,7 +123,9 @@ class TensorWriter:
             weight_map = {name: place.file for name, place in self.places.items()}
             stem = next(iter(files)).split("-")[0]
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / f"{stem}.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8"
+            )
 
     def abandon(self) -> None:
         """Close the files after a failure; tensors named in the journal remain valid."""

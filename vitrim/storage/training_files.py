@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrim.errors import CheckpointError
+from vitrim.errors import CheckpointError, reason_of
 
 Which = Literal["auto", "raw"]
 
@@ -107,8 +107,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"{path}: holds a {found[1]}, and nothing but plain data is unpickled; if you trust the file, save its "
             "weights alone: torch.save({'state_dict': ...}, FILE)."
         )
-    reason = str(error).strip().split("\n")[0][:160]
-    return f"{path}: can't be read as a torch state dict ({reason})."
+    return f"{path}: can't be read as a torch state dict ({reason_of(error)})."
 
 
 def _unwrap(loaded: Any, path: Path, weights: Which) -> TrainingFile:

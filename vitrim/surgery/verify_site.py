@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import ModelError
+from vitrim.errors import ModelError, reason_of
 from vitrim.storage.tensor_files import not_finite
 from vitrim.surgery.edits import apply_
 from vitrim.surgery.keep_units import KeepUnits
@@ -56,10 +56,9 @@ def _run(container: nn.Module, site: MlpSite, tokens: Tensor, path: str, how: st
     except (
         Exception
     ) as error:  # foreign code, such as a forward with the hidden size written into it, may raise anything
-        reason = str(error).strip().split("\n")[0][:160]
         raise ModelError(
             f"{path or type(container).__name__}: looks like an MLP and can't be run {how} "
-            f"({type(error).__name__}: {reason})."
+            f"({type(error).__name__}: {reason_of(error)})."
         ) from error
     return output
 
