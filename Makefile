@@ -14,7 +14,7 @@ UNPINNED := ^(vitrim|setuptools|torch|torchvision|triton|nvidia-.*|cuda-.*)==
 # docs/reliability.md says why
 NOT_WITH_OLDEST := int8 or shards or torch_compile or table_in_the_docs or (every_form and True-torch) or silent_nothing
 
-.PHONY: demo test check docs bench faults lock audit oldest clean
+.PHONY: demo test anywhere check docs bench faults lock audit oldest clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,12 @@ demo: $(VENV)/.demo  ## install, then cut a ViT that comes with vitrim to half i
 	$(BIN)/vitrim demo --out vitrim-demo --overwrite  # a demo that was stopped begins anew
 
 # One process a core, one thread a process: tiny models gain nothing from more threads.
-test: check  ## install, lint, type-check, build the docs, run every test
+test: check  ## install, lint, type-check, build the docs, run a few tests elsewhere, and then every test here
+	$(BIN)/python -m tests.support.anywhere --part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term
+
+anywhere: $(VENV)/.test  ## the quick tests in a copy at another path, in an environment by a seed: make anywhere SEED=7
+	$(BIN)/python -m tests.support.anywhere $(addprefix --seed=,$(SEED))
 
 check: $(VENV)/.test  ## everything but the tests: format, lint, types, docs
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,6 +20,20 @@ from tests.support.models import (
 )
 from vitrim.cost.latency import measure_latency
 from vitrim.output.verify import checking_with, in_fresh_process
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--order 7` for a random order; `tests.support.anywhere` gives it."""
+    parser.addoption("--order", type=int, metavar="SEED", help="files, and tests within files, in the order of a seed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffle files, and tests within files, if asked."""
+    if config.option.order is not None:
+        rng = random.Random(config.option.order)
+        keys = {item: rng.random() for item in items}
+        files = {path: rng.random() for path in dict.fromkeys(item.path for item in items)}
+        items.sort(key=lambda item: (files[item.path], keys[item]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
