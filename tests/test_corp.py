@@ -202,7 +202,7 @@ def spread(size, seed):
 
 
 def test_corp_logits_are_those_of_the_best_m():
-    """q' k' = q_S (I + M) k_S, where M solves G_Q M G_K + lambda M = C; the antisymmetric part of M is not lost."""
+    """q' k' = q_S (I + M) k_S, where M solves G_Q M G_K + lambda * M = C; the antisymmetric part of M is not lost."""
     gram_q, gram_k = spread(8, 0), spread(8, 1)
     keep, dropped, ridge = torch.tensor([6, 1, 3, 0, 7]), torch.tensor([2, 4, 5]), 0.3
     left, right = fold_logits(gram_q, gram_k, keep, ridge=ridge)
@@ -210,9 +210,9 @@ def test_corp_logits_are_those_of_the_best_m():
     m = product - torch.eye(5)
     q_ss, k_ss = gram_q[keep][:, keep], gram_k[keep][:, keep]
     wanted = gram_q[keep][:, dropped] @ gram_k[dropped][:, keep]
-    penalty = ridge * q_ss.diagonal().mean() * k_ss.diagonal().mean()
+    penalty = ridge * torch.outer(q_ss.diagonal(), k_ss.diagonal())
     torch.testing.assert_close(q_ss @ m @ k_ss + penalty * m, wanted, atol=1e-8, rtol=1e-8)
-    kronecker = torch.kron(q_ss, k_ss) + penalty * torch.eye(25)  # the slow way
+    kronecker = torch.kron(q_ss, k_ss) + penalty.flatten().diag()  # the slow way
     torch.testing.assert_close(m, torch.linalg.solve(kronecker, wanted.flatten()).view(5, 5), atol=1e-8, rtol=1e-8)
     assert (m - m.T).abs().max() > 1e-3
 
@@ -237,8 +237,10 @@ def test_corp_values_that_depend_on_kept_ones_fold_exactly_constants_included():
 
 
 def test_shrinkage_is_large_for_few_samples_and_small_for_many():
-    covariance = torch.diag(torch.linspace(1, 9, 30, dtype=torch.float64))
+    covariance = spread(30, 0)
     assert 0 < oas_shrinkage(covariance, 100_000) < 0.01 < oas_shrinkage(covariance, 20) <= 1
+    scale = torch.logspace(-2, 2, 30, dtype=torch.float64)
+    assert oas_shrinkage(scale * covariance * scale[:, None], 20) == pytest.approx(oas_shrinkage(covariance, 20))
     assert oas_shrinkage(torch.eye(5), 100) == 1.0
 
 

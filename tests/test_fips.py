@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 
@@ -359,15 +360,14 @@ def test_fips_masks_hold_after_every_step_and_end_at_the_sparsity(build, schedul
 
 def test_fips_loss_is_zero_for_the_mlps_as_they_were(kind):
     bench = LiveModelView(kind.copy(), kind.sites, {}, kind.batches, seed=0)
-    mlps, joined = fips._joined(bench, kind.sites)
+    mlps, joined, sizes = fips._joined(bench, kind.sites)
     pairs = fips._observe(bench, mlps, Fips())
     basis, coeff = leading_basis(joined, kind.sites[0].d_model)
-    factors = fips._Factors(basis_DR=basis, coeff_RC=coeff, mask_RC=coeff != 0)
-    scale = sum(float(train[1].square().mean()) for train, _ in pairs)
-    worse = fips._Factors(basis_DR=0.9 * basis, coeff_RC=coeff, mask_RC=coeff != 0)
+    factors = fips._Factors(basis_DR=basis, coeff_RC=coeff, mask_RC=coeff != 0, size_C=sizes)
+    worse = replace(factors, basis_DR=0.9 * basis)
     with torch.no_grad():
-        assert float(fips._loss(bench, mlps, [train for train, _ in pairs], factors)) <= 1e-9 * scale
-        assert float(fips._loss(bench, mlps, [train for train, _ in pairs], worse)) > 1e-4 * scale
+        assert float(fips._loss(bench, mlps, [train for train, _ in pairs], factors)) <= 1e-9 * len(pairs)
+        assert float(fips._loss(bench, mlps, [train for train, _ in pairs], worse)) > 1e-4 * len(pairs)
 
 
 def test_fips_learns_on_what_the_original_model_has_there_before_any_edit(build, monkeypatch):
@@ -388,7 +388,7 @@ def test_fips_learns_on_what_the_original_model_has_there_before_any_edit(build,
 def test_fips_samples_are_pairs_of_one_token_spread_over_all_batches(build):
     case = build("timm-vit")
     bench = LiveModelView(case.copy(), case.sites, {}, case.batches, seed=0)
-    mlps, _ = fips._joined(bench, case.sites)
+    mlps, *_ = fips._joined(bench, case.sites)
     pairs = fips._observe(bench, mlps, Fips(num_tokens=64))
     for site, (train, held_out) in zip(case.sites, pairs, strict=True):
         assert len(held_out[0]) == 7 and len(train[0]) == 57

@@ -283,9 +283,11 @@ def test_fit_equals_ridge_on_the_stored_activations(with_bias):
     x, y = hidden[:, keep], target
     if with_bias:
         x, y = x - x.mean(0), y - y.mean(0)
-    penalty = 0.1 * float(x.square().sum(0).mean())
-    rows = torch.cat([x, penalty**0.5 * torch.eye(3, dtype=torch.float64)])
-    right = torch.cat([y, penalty**0.5 * start.T])
+    energies = hidden[:, keep].square().sum(0)
+    sizes = (start.square() / (start.square() @ energies)[:, None]).sum(0)
+    penalty = (0.1 * (sizes * energies).mean() / sizes).sqrt().diag()
+    rows = torch.cat([x, penalty])
+    right = torch.cat([y, penalty @ start.T])
     expected = np.linalg.lstsq(rows.numpy(), right.numpy(), rcond=None)[0].T
     weight, new_bias = fit_output(stored_stats(hidden, target), keep, start, bias, ridge=0.1)
     np.testing.assert_allclose(weight, expected, atol=1e-10)

@@ -9,6 +9,7 @@ Shapes: N tokens, H hidden units, D model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.activations import Activations, Call, forward_order
+from vitrim.calibrate.activations import Activations, Call, forward_order, observe
 from vitrim.calibrate.sums import check_finite
 from vitrim.models.features import evaluating, first_tensor
 from vitrim.ops.gram_schmidt import working_dtype
@@ -26,6 +27,7 @@ from vitrim.types import AttentionSite, MlpSite, Stats
 
 CHUNK_TOKENS = 4096  # tokens added to the sums at a time
 TILE_ROWS = 1024  # rows of second moments that are held in float64 where they are stored in float32
+FARTHEST = 2.0**20  # times an MLP's largest output: the largest offset by which a layer scale is probed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,35 +107,45 @@ def layer_scale(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> 
     """Find the fixed diagonal (D,) between the output of an MLP or attention and its block's output, by probing.
 
     A known offset is added to the output projection's output: behind a residual sum with a layer scale the block's
-    output
-    moves by that scale, everywhere and in proportion. If it moves in another way (a norm in between), the result is
-    None.
+    output moves by that scale, everywhere and in proportion. If it moves in another way (a norm in between), the result
+    is None. The first offset is as large as the outputs. The second moves each channel of the residual stream by about
+    its size, so that the smallest scale comes out as exact as the largest.
     """
-    block, output = submodule(model, site.block), submodule(model, site.output)
     width = weight_of(model, site.output).shape[0]
-    signs = torch.where(torch.arange(width) % 3 == 0, -0.5, 1.0)
+    seen = observe(model, site, call)[1]
+    stream = float(seen["block"].abs().max())
+    size = float(seen["output"].abs().max()) or stream
+    if seen["block"].shape[-1] != width or not (0 < size < math.inf and stream < math.inf):
+        return None
+    offset_D = torch.full((width,), size, device=seen["output"].device)
+    rough_ND = _moved(model, site, call, offset_D) / size
+    rough_D = rough_ND.mean(0)
+    signs_D = torch.where(torch.arange(width, device=offset_D.device) % 3 == 0, -0.5, 1.0)
+    offset_D = signs_D * torch.minimum(stream / rough_D.abs(), FARTHEST * offset_D)
+    moved_ND = _moved(model, site, call, offset_D)
+    scale_D = moved_ND.mean(0) / offset_D
+    # float32 rounding of a residual stream of this size is what an honest diagonal may still show.
+    rough_off, off = (rough_ND - scale_D).abs().max(), (moved_ND - scale_D * offset_D).abs().max()
+    fixed = rough_off <= 1e-3 * scale_D.abs().max() + 1e-5 * stream / size and off <= 1e-3 * stream
+    return scale_D if bool(fixed) and float(scale_D.abs().max()) > 0 else None
+
+
+def _moved(model: nn.Module, site: MlpSite, call: Call, offset_D: Tensor) -> Tensor:
+    """Return by how much a block's output moves (N, D) where an MLP's output is moved."""
+
+    def add(_: nn.Module, args: Any, out: Any) -> Tensor:
+        return out + offset_D.to(out.dtype)
+
+    def run() -> Tensor:
+        return first_tensor(submodule(model, site.block)(*call[0], **call[1])).float().reshape(-1, len(offset_D))
+
     with evaluating(model):
-        base = first_tensor(block(*call[0], **call[1])).float()
-        if base.shape[-1] != width:
-            return None
-        answers = []
-        for offset in (torch.ones(width), signs):
-            offset = offset.to(base.device)
-
-            def add(_: nn.Module, args: Any, out: Any, offset: Tensor = offset) -> Tensor:
-                return out + offset.to(out.dtype)
-
-            handle = output.register_forward_hook(add)
-            try:
-                moved = first_tensor(block(*call[0], **call[1])).float() - base
-            finally:
-                handle.remove()
-            answers.append((moved / offset).reshape(-1, width))
-    scale_D = answers[0].mean(0)
-    # float32 rounding of a residual stream of size |base| is what an honest diagonal may still show.
-    tolerance = 1e-3 * scale_D.abs().max() + 1e-5 * base.abs().max()
-    fixed = all(bool(((answer - scale_D).abs() <= tolerance).all()) for answer in answers)
-    return scale_D if fixed and float(scale_D.abs().max()) > 0 else None
+        before_ND = run()
+        handle = submodule(model, site.output).register_forward_hook(add)
+        try:
+            return run() - before_ND
+        finally:
+            handle.remove()
 
 
 @dataclass
@@ -236,8 +248,7 @@ def corrected(
     """
     if scale_D is None or feedback == 0:
         return theirs["output"]
-    # Where the scale is next to nothing, no output of the MLP could correct the residual stream.
-    inverse_D = torch.where(scale_D.abs() > 1e-3 * scale_D.abs().max(), 1 / scale_D, 0.0)
+    inverse_D = torch.where(scale_D == 0, 0.0, 1 / scale_D)  # behind a zero no output corrects the residual stream
     behind = (theirs["block"] - scale_D * theirs["output"]) - (ours["block"] - scale_D * ours["output"])
     return theirs["output"] + feedback * inverse_D * behind
 

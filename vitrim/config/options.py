@@ -37,7 +37,7 @@ class RepairOptions(Checked):
     """Closed-form repair by least squares, then a short local refit of each MLP."""
 
     ridge: float = Field(default=1e-4, gt=0)
-    """Strength of the regularization, relative to the mean energy of a kept unit."""
+    """Strength of the regularization: how much a relative change of a kept unit's weights costs."""
     feedback: float = Field(default=1.0, ge=0, le=1)
     """How much of the error made by earlier blocks each repair tries to correct, from 0 to 1."""
     refit: bool = True

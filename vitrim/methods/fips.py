@@ -113,7 +113,7 @@ class _Matrix:
 
     def weight(self, factors: _Factors) -> Tensor:
         """Return the layer's weight as the product of the factors, (out, in)."""
-        part_DC = factors.basis_DR @ factors.coeff_RC[:, self.columns]
+        part_DC = factors.basis_DR @ (factors.coeff_RC * factors.size_C)[:, self.columns]
         return part_DC.T if self.role == "input" else part_DC
 
 
@@ -128,11 +128,15 @@ class _Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class _Factors:
-    """Factors that replace a group's matrices: basis, coefficients (zero outside their mask) and trained biases."""
+    """Factors that replace a group's matrices: basis, coefficients (zero outside their mask) and trained biases.
+
+    Coefficients are in units of `size_C`: the mean length of the columns of each one's matrix.
+    """
 
     basis_DR: Tensor
     coeff_RC: Tensor
     mask_RC: Tensor
+    size_C: Tensor
     biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self, mlp: _Mlp) -> dict[str, Tensor]:
@@ -187,7 +191,7 @@ def _groups(sites: Sequence[MlpSite], group: int | tuple[int, ...]) -> list[Sequ
 
 def _share(view: ModelView, sites: Sequence[MlpSite], options: Fips) -> ToFips:
     """Compress one group: start from an SVD, train if possible and helpful, and return the edit."""
-    mlps, joined_DC = _joined(view, sites)
+    mlps, joined_DC, size_C = _joined(view, sites)
     (num_rows, num_cols), keep, masks = joined_DC.shape, view.keep_ratio, options.count_masks
     rank = rank_for_budget(num_rows, num_cols, keep=keep, sparsity=options.sparsity, masks=masks)
     if rank < 1:
@@ -197,24 +201,28 @@ def _share(view: ModelView, sites: Sequence[MlpSite], options: Fips) -> ToFips:
     # Untrained, columns beyond rank D would be zeros: their cost is spent on more coefficients instead.
     low = min(rank, num_rows)
     count = num_coefficients(num_rows, num_cols, low, keep=keep, masks=masks)
-    found = _pruned(start[0][:, :low], start[1][:low], count)
+    found = _pruned(start[0][:, :low], start[1][:low], count, size_C)
     pairs = _observe(view, mlps, options) if view.has_images and options.steps else None
     if pairs is not None:
         count = max(1, int((1 - options.sparsity) * rank * num_cols))
-        trained = _train(view, mlps, [train for train, _ in pairs], start, count, options)
+        trained = _train(view, mlps, [train for train, _ in pairs], start, count, options, size_C)
         found = _better(view, mlps, [held_out for _, held_out in pairs], found, trained)
     parts: dict[str, tuple[Role, Tensor, Tensor]] = {
-        matrix.path: (matrix.role, found.coeff_RC[:, matrix.columns], found.mask_RC[:, matrix.columns])
+        matrix.path: (matrix.role, (found.coeff_RC * size_C)[:, matrix.columns], found.mask_RC[:, matrix.columns])
         for mlp in mlps
         for matrix in mlp.matrices
     }
     return ToFips.by(found.basis_DR, parts, biases=found.biases)
 
 
-def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tensor]:
-    """Return a group's MLPs and their matrices side by side; a layer's role says whether its matrix is transposed."""
+def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tensor, Tensor]:
+    """Return a group's MLPs, their matrices side by side, each with columns of length 1, and that length before (C,).
+
+    A layer's role says whether its matrix is transposed. Gate and value of a packed layer count as two matrices.
+    """
     mlps: list[_Mlp] = []
     columns_DC: list[Tensor] = []
+    sizes: list[Tensor] = []
     end = 0
     for site in sites:
         weights = view.weights(site)
@@ -229,18 +237,26 @@ def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tens
                 continue
             weight = view.tensor(f"{path}.weight")
             columns_DC.append(weight.T if role == "input" else weight)
+            sizes += [_sizes(part) for part in columns_DC[-1].chunk(site.num_groups if role == "input" else 1, dim=1)]
             start, end = end, end + columns_DC[-1].shape[1]
             matrices.append(_Matrix(path=path, role=role, columns=slice(start, end)))
             if bias is not None:  # as the layer stores it, also where gate and value are packed into one layer
                 biases[f"{path}.bias"] = view.tensor(f"{path}.bias")
         mlps.append(_Mlp(site=site, matrices=tuple(matrices), biases=biases))
-    return mlps, torch.cat(columns_DC, dim=1)
+    size_C = torch.cat(sizes)
+    return mlps, torch.cat(columns_DC, dim=1) / size_C, size_C
 
 
-def _pruned(basis_DR: Tensor, coeff_RC: Tensor, count: int) -> _Factors:
+def _sizes(matrix_DC: Tensor) -> Tensor:
+    """Return the length of a matrix's columns in the mean, once for each of them (C,); 1 if it is zero."""
+    size = matrix_DC.square().sum(0).mean().sqrt()
+    return torch.where(size > 0, size, 1).expand(matrix_DC.shape[1])
+
+
+def _pruned(basis_DR: Tensor, coeff_RC: Tensor, count: int, size_C: Tensor) -> _Factors:
     """Keep the `count` largest coefficients: the best approximation, as the basis is orthonormal."""
     mask_RC = largest(coeff_RC.abs(), count)
-    return _Factors(basis_DR=basis_DR, coeff_RC=coeff_RC * mask_RC, mask_RC=mask_RC)
+    return _Factors(basis_DR=basis_DR, coeff_RC=coeff_RC * mask_RC, mask_RC=mask_RC, size_C=size_C)
 
 
 def _observe(view: ModelView, mlps: Sequence[_Mlp], options: Fips) -> list[tuple[Pair, Pair]] | None:
@@ -282,18 +298,24 @@ def _train(
     start: Pair,
     count: int,
     options: Fips,
+    size_C: Tensor,
 ) -> _Factors:
     """Train a group's basis, coefficients and biases while the schedule brings the masks to `count` entries."""
     basis_DR, coeff_RC = (part.clone().requires_grad_() for part in start)
-    biases = {name: bias.clone().requires_grad_() for mlp in mlps for name, bias in mlp.biases.items()}
-    leaves = [basis_DR, coeff_RC, *biases.values()]
+    starts = {name: bias for mlp in mlps for name, bias in mlp.biases.items()}
+    units = {
+        name: unit for mlp, pair in zip(mlps, pairs, strict=True) for name, unit in _units(view, mlp, pair).items()
+    }
+    shifts = {name: torch.zeros_like(bias).requires_grad_() for name, bias in starts.items()}  # in those units
+    leaves = [basis_DR, coeff_RC, *shifts.values()]
     mask_RC = largest(coeff_RC.detach().abs(), coeff_RC.numel() if options.schedule == "gmp" else count)
     optimizer = torch.optim.AdamW(leaves, lr=options.lr, weight_decay=options.weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.steps)
     with torch.no_grad():
         coeff_RC.mul_(mask_RC)
     for step in view.track(range(options.steps), f"training the basis of {len(mlps)} MLPs"):
-        factors = _Factors(basis_DR=basis_DR, coeff_RC=coeff_RC, mask_RC=mask_RC, biases=biases)
+        biases = {name: bias + units[name] * shifts[name] for name, bias in starts.items()}
+        factors = _Factors(basis_DR=basis_DR, coeff_RC=coeff_RC, mask_RC=mask_RC, size_C=size_C, biases=biases)
         loss = _loss(view, mlps, [_drawn(pair, options.batch_size, view.generator) for pair in pairs], factors)
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
             leaf.grad = gradient
@@ -309,8 +331,22 @@ def _train(
         basis_DR=basis_DR.detach(),
         coeff_RC=coeff_RC.detach(),
         mask_RC=mask_RC,
-        biases={name: bias.detach() for name, bias in biases.items()},
+        size_C=size_C,
+        biases={name: bias + units[name] * shifts[name].detach() for name, bias in starts.items()},
     )
+
+
+def _units(view: ModelView, mlp: _Mlp, pair: Pair) -> dict[str, Tensor]:
+    """Return how large each value that a layer puts out is without its bias, by the bias's name: its unit in training.
+
+    For the output layer that is with it, for what the MLP puts out is known.
+    """
+    found = {}
+    for matrix in mlp.matrices:
+        weight = view.tensor(f"{matrix.path}.weight")
+        seen = pair[0].to(weight) @ weight.T if matrix.role == "input" else pair[1].to(weight)
+        found[f"{matrix.path}.bias"] = seen.square().mean(0).sqrt()
+    return found
 
 
 def _moved(mask_RC: Tensor, coeff_RC: Tensor, count: int, step: int, options: Fips) -> tuple[Tensor, Tensor]:
@@ -334,11 +370,12 @@ def _drawn(pair: Pair, count: int, generator: Generator) -> Pair:
 
 
 def _loss(view: ModelView, mlps: Sequence[_Mlp], pairs: Sequence[Pair], factors: _Factors) -> Tensor:
-    """Return the mean squared error of the outputs, summed over the MLPs."""
+    """Return the squared error of the outputs relative to their energy, summed over the MLPs."""
     total = factors.basis_DR.new_zeros(())
     for mlp, (inputs_ND, targets_ND) in zip(mlps, pairs, strict=True):
         output_ND = view.run(mlp.site, inputs_ND.to(total.device), factors.tensors(mlp))
-        total = total + functional.mse_loss(output_ND, targets_ND.to(total.device))
+        energy = targets_ND.square().mean().clamp(min=torch.finfo(targets_ND.dtype).tiny)
+        total = total + functional.mse_loss(output_ND, targets_ND.to(total.device)) / energy.to(total.device)
     return total
 
 

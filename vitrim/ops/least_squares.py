@@ -1,7 +1,9 @@
 """Ridge least squares from summed moments: the output projection that makes the most of the kept units.
 
 The ridge pulls towards the present weights, not towards zero, so a huge ridge changes nothing and the fit on the
-calibration data is never worse than leaving the weights alone.
+calibration data is never worse than leaving the weights alone. It counts what changes relative to the size of each
+unit's own weights and of what all put out in a channel, so that a unit that is scaled in front and scaled back behind
+ends with the same output, and so does a channel that is scaled here and not by a layer scale behind.
 
 Shapes: H hidden units, K kept units, D model width.
 """
@@ -56,7 +58,8 @@ def fit_output(
         keep: indices of the kept units, int64 (K,).
         weight_DK: the present columns of the kept units, (D, K); the ridge pulls towards them.
         bias_D: the present bias (D,), or None: then no bias is fitted either.
-        ridge: penalty relative to the mean energy of a kept unit.
+        ridge: penalty on the relative change of each kept unit's weights, as a share of the mean energy of what a kept
+            unit puts out.
         where: path of the MLP, for messages.
 
     Returns:
@@ -87,11 +90,12 @@ def fit_output(
     Paper: ridge compensation for ViTs is in CORP, arXiv 2602.05243; least-squares recovery in arXiv 2405.17506.
     O(K^3 + K^2 D).
     """
+    rounding = torch.finfo(stats.hidden_HH.dtype).eps
     stats = of_units(stats, keep)  # first, so that no second copy of the full moments is made
     gram_KK, cross_KD = moments(stats, centred=bias_D is not None)
     start_KD = weight_DK.to(gram_KK).T
-    penalty = ridge * gram_KK.diagonal().mean().clamp(min=torch.finfo(gram_KK.dtype).tiny)
-    factor, failed = torch.linalg.cholesky_ex(gram_KK + penalty * torch.eye(len(keep)).to(gram_KK))
+    penalty_K = _penalty(stats.hidden_HH.diagonal(), start_KD, ridge, len(keep) * rounding)
+    factor, failed = torch.linalg.cholesky_ex(gram_KK + torch.diag(penalty_K))
     if int(failed):
         raise ModelError(
             f"{where}: the sums of its {len(keep)} kept units are not positive definite at a ridge of {ridge:g}; "
@@ -102,6 +106,24 @@ def fit_output(
         return weight_KD.T, None
     bias = (stats.target_D - stats.hidden_H @ weight_KD) / stats.num_tokens
     return weight_KD.T, bias
+
+
+def _penalty(energy_K: Tensor, start_KD: Tensor, ridge: float, rounding: float) -> Tensor:
+    """Return each unit's ridge, above the rounding of its moments: they are centred, and a constant unit's vanish.
+
+    Args:
+        energy_K: energy of each unit, not centred: one that hardly moves on these images may on others.
+        start_KD: their weights, of which each channel counts relative to what all units together put out there.
+        ridge: relative, as for `fit_output`.
+        rounding: relative rounding of the moments.
+    """
+    square_KD = start_KD.square()
+    channel_D = energy_K @ square_KD
+    square_K = (square_KD / torch.where(channel_D > 0, channel_D, 1)).sum(1)
+    mean = (energy_K * square_K).mean()
+    penalty_K = torch.where(square_K > 0, mean / square_K, energy_K)  # without weights there is no relative change
+    penalty_K = ridge * penalty_K + rounding * energy_K
+    return torch.where(penalty_K > 0, penalty_K, 1)  # only where all units are always zero
 
 
 def ridge_for(num_tokens: int, num_keep: int, ridge: float) -> float:
