@@ -179,12 +179,11 @@ def test_fips_square_layers_are_turned_by_their_role():
     (edit,) = Fips(steps=0).propose(bench)
     assert edit.roles == ("input", "output") * 2
     apply_(student, [edit])
-    joined = torch.cat(
-        [w for s in sites for w in (read_weights(model, s).value_HD.T, read_weights(model, s).output_DH)], 1
-    )
+    parts = [w for s in sites for w in (read_weights(model, s).value_HD.T, read_weights(model, s).output_DH)]
+    sizes = torch.cat([(part.square().sum(0).mean().sqrt() / fips.LENGTH).expand(part.shape[1]) for part in parts])
     kept = torch.cat([layer.coeff_RC for layer in shared_layers(student).values()], 1)
-    full = leading_basis(joined, 16)[1][: edit.rank]
-    assert torch.equal(kept, full * largest(full.abs(), sum(edit.counts)))
+    full = leading_basis(torch.cat(parts, 1) / sizes, 16)[1][: edit.rank]
+    torch.testing.assert_close(kept, full * largest(full.abs(), sum(edit.counts)) * sizes, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("role", ["input", "output"])

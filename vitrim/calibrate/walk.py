@@ -130,8 +130,8 @@ def layer_scale(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> 
     return scale_D if bool(fixed) and float(scale_D.abs().max()) > 0 else None
 
 
-def _moved(model: nn.Module, site: MlpSite, call: Call, offset_D: Tensor) -> Tensor:
-    """Return by how much a block's output moves (N, D) where an MLP's output is moved."""
+def _moved(model: nn.Module, site: MlpSite | AttentionSite, call: Call, offset_D: Tensor) -> Tensor:
+    """Return by how much a block's output moves (N, D) where the output of its MLP or attention is."""
 
     def add(_: nn.Module, args: Any, out: Any) -> Tensor:
         return out + offset_D.to(out.dtype)

@@ -38,6 +38,7 @@ from vitrim.surgery import ToFips
 from vitrim.types import MlpSite, ModelView
 
 MASKS_MOVE = 0.75  # share of the steps after which masks no longer change; the paper's value for RigL
+LENGTH = 1 / 3  # of the columns of a matrix, in the mean, once joined; near that of trained ViTs, to which rates belong
 JUDGE_SHARE = 0.1  # share of the sampled tokens that is held out
 
 
@@ -130,7 +131,7 @@ class _Mlp:
 class _Factors:
     """Factors that replace a group's matrices: basis, coefficients (zero outside their mask) and trained biases.
 
-    Coefficients are in units of `size_C`: the mean length of the columns of each one's matrix.
+    Coefficients are in units of `size_C`, the scale of each one's matrix.
     """
 
     basis_DR: Tensor
@@ -216,7 +217,7 @@ def _share(view: ModelView, sites: Sequence[MlpSite], options: Fips) -> ToFips:
 
 
 def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tensor, Tensor]:
-    """Return a group's MLPs, their matrices side by side, each with columns of length 1, and that length before (C,).
+    """Return a group's MLPs, their matrices side by side, each at columns of `LENGTH`, and each column's scale (C,).
 
     A layer's role says whether its matrix is transposed. Gate and value of a packed layer count as two matrices.
     """
@@ -248,8 +249,8 @@ def _joined(view: ModelView, sites: Sequence[MlpSite]) -> tuple[list[_Mlp], Tens
 
 
 def _sizes(matrix_DC: Tensor) -> Tensor:
-    """Return the length of a matrix's columns in the mean, once for each of them (C,); 1 if it is zero."""
-    size = matrix_DC.square().sum(0).mean().sqrt()
+    """Return a matrix's scale, the mean length of its columns by `LENGTH`, for each of them (C,); 1 if it is zero."""
+    size = matrix_DC.square().sum(0).mean().sqrt() / LENGTH
     return torch.where(size > 0, size, 1).expand(matrix_DC.shape[1])
 
 
@@ -370,13 +371,13 @@ def _drawn(pair: Pair, count: int, generator: Generator) -> Pair:
 
 
 def _loss(view: ModelView, mlps: Sequence[_Mlp], pairs: Sequence[Pair], factors: _Factors) -> Tensor:
-    """Return the squared error of the outputs relative to their energy, summed over the MLPs."""
-    total = factors.basis_DR.new_zeros(())
+    """Return the mean squared error of the outputs, summed over the MLPs, relative to the outputs' energy."""
+    total, energy = factors.basis_DR.new_zeros(()), 0.0
     for mlp, (inputs_ND, targets_ND) in zip(mlps, pairs, strict=True):
         output_ND = view.run(mlp.site, inputs_ND.to(total.device), factors.tensors(mlp))
-        energy = targets_ND.square().mean().clamp(min=torch.finfo(targets_ND.dtype).tiny)
-        total = total + functional.mse_loss(output_ND, targets_ND.to(total.device)) / energy.to(total.device)
-    return total
+        total = total + functional.mse_loss(output_ND, targets_ND.to(total.device))
+        energy += float(targets_ND.square().mean())
+    return total / energy if energy else total
 
 
 def _better(
