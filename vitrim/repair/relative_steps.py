@@ -1,0 +1,198 @@
+"""Gradient steps whose size is a share of each weight's own norm, so that no rate depends on anybody's scale.
+
+A matrix moves along its momentum made orthogonal (Muon's rule), so that weak directions learn as fast as strong ones.
+Its bias is one more column, fed with the root mean square of the layer's inputs: what a bias shifts is measured by what
+the weights add up to. Vectors that scale something (norms, layer scale) move by Adam's direction times their own size,
+and vectors that are added behind them by what they are added to.
+
+Weights that are rescaled without changing the function then take the same path: a gain into the weights behind it, a
+layer scale into the projection before it, a unit's value into its output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.ops.orthogonal import orthogonalized
+
+MOMENTUM = 0.95
+# Of vectors, as in Adam; and their steps as a share of those of matrices.
+VECTOR_MOMENTUM, VECTOR_SQUARES, VECTOR_SHARE = 0.9, 0.99, 0.1
+
+
+class RelativeSteps:
+    """An optimizer for some parameters of a module; `close` takes its hooks off.
+
+    Args:
+        module: what is trained; it must have run before the first step, for the sizes of the layers' inputs.
+        parameters: the parameters of the module that are trained.
+        gated: weights that hold gates in their first half of rows and values in the other: two matrices.
+        scales_M: by weight, factors (M,) that the layer's outputs meet behind it; steps are measured behind them.
+        dtype: type in which directions are computed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        *,
+        gated: Sequence[nn.Parameter] = (),
+        scales_M: Mapping[nn.Parameter, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
+        wanted = {id(p): p for p in parameters}
+        halved, scales = {id(p) for p in gated}, {id(p): scale for p, scale in (scales_M or {}).items()}
+        self.matrices: list[_Matrix] = []
+        self.vectors: list[_Vector] = []
+        self.handles: list[Any] = []
+        for layer in module.modules():
+            own = {name: wanted.pop(id(p)) for name, p in layer.named_parameters(recurse=False) if id(p) in wanted}
+            weight, bias = own.get("weight"), own.get("bias")
+            if weight is not None and weight.ndim > 1 and bias is not None and len(own) == 2:
+                self._add_layer(layer, weight, bias, 2 if id(weight) in halved else 1, scales.get(id(weight)))
+                continue
+            for p in own.values():
+                if p.ndim > 1:
+                    self.matrices.append(_Matrix(p, num_parts=2 if id(p) in halved else 1, scale_M=scales.get(id(p))))
+                else:  # a norm's bias is added to what its gain scales
+                    self.vectors.append(_Vector(p, beside=weight if p is bias and weight is not None else p))
+
+    def step(self, share: float) -> None:
+        """Move every parameter against its gradient, a matrix by this share of its norm at the beginning."""
+        with torch.no_grad():
+            for each in (*self.matrices, *self.vectors):
+                each.step_(share, self.dtype)
+
+    def close(self) -> None:
+        """Take off the hooks of layers that were never called."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _add_layer(
+        self, layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter, num_parts: int, scale_M: Tensor | None
+    ) -> None:
+        transposed = len(bias) != len(weight) or hasattr(layer, "nf")  # transformers' Conv1D holds (in, out)
+        matrix = _Matrix(weight, bias=bias, num_parts=num_parts, transposed=transposed, scale_M=scale_M)
+
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if matrix.size_in is None:
+                matrix.size_in = float(args[0].detach().float().square().mean().sqrt())
+
+        self.handles.append(layer.register_forward_pre_hook(see))
+        self.matrices.append(matrix)
+
+
+@dataclass(eq=False)
+class _Matrix:
+    """A layer's weight with its bias as one more column; `size_in` is the root mean square of the layer's inputs."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None = None
+    num_parts: int = 1
+    transposed: bool = False
+    scale_M: Tensor | None = None
+    size_in: float | None = None
+    norms: list[float] = field(default_factory=list)
+    momentum: list[Tensor] = field(default_factory=list)
+
+    def step_(self, share: float, dtype: torch.dtype) -> None:
+        if self.weight.grad is None:
+            return
+        scale_M1, inverse_M1 = self._scales()
+        size = self.size_in or 1.0
+        if not self.norms:
+            values = self._parts(self.weight, self.bias, scale_M1, 1 / size)
+            self.norms = [float(part.norm()) for part in values]
+        bias_grad = None if self.bias is None else self.bias.grad
+        gradients = self._parts(self.weight.grad, bias_grad, inverse_M1, size)
+        if not self.momentum:
+            self.momentum = [torch.zeros_like(part) for part in gradients]
+        moves = []
+        for gradient, momentum, norm in zip(gradients, self.momentum, self.norms, strict=True):
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            turned = orthogonalized(gradient.lerp(momentum, MOMENTUM), dtype)
+            moves.append(turned * (share * norm / turned.norm().clamp(min=torch.finfo(turned.dtype).tiny)))
+        self._move_(torch.cat(moves) * inverse_M1, size)
+
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        """Return the factors behind the layer and their inverses, (M, 1); where one is next to nothing, 0."""
+        if self.scale_M is None:
+            one = self.weight.new_ones(1, 1, dtype=torch.float32)
+            return one, one
+        scale_M1 = self.scale_M.to(self.weight.device).float()[:, None]
+        seen = scale_M1.abs() > 1e-3 * scale_M1.abs().max()
+        return scale_M1, torch.where(seen, 1 / scale_M1, 0.0)
+
+    def _parts(self, weight: Tensor, bias: Tensor | None, scale_M1: Tensor, size: float) -> Sequence[Tensor]:
+        """Return weight and bias side by side, one matrix for each part of the rows."""
+        rows = weight.detach().float()
+        rows = rows.T if self.transposed else rows.flatten(1)
+        if bias is not None:
+            rows = torch.cat([rows, bias.detach().float()[:, None] * size], dim=1)
+        return (rows * scale_M1).chunk(self.num_parts)
+
+    def _move_(self, move: Tensor, size: float) -> None:
+        if self.bias is not None:
+            self.bias.sub_((move[:, -1] * size).to(self.bias))
+            move = move[:, :-1]
+        self.weight.sub_((move.T if self.transposed else move.reshape(self.weight.shape)).to(self.weight))
+
+
+@dataclass(eq=False)
+class _Vector:
+    """A vector that scales something, or one that is added to what `beside` scales."""
+
+    vector: nn.Parameter
+    beside: nn.Parameter
+    num_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.size = float(self.beside.detach().float().square().mean().sqrt())
+        self.moments = (torch.zeros_like(self.vector), torch.zeros_like(self.vector))
+
+    def step_(self, share: float, dtype: torch.dtype) -> None:
+        gradient = self.vector.grad
+        if gradient is None:
+            return
+        mean, squares = self.moments
+        self.num_steps += 1
+        mean.lerp_(gradient, 1 - VECTOR_MOMENTUM)
+        squares.lerp_(gradient.square(), 1 - VECTOR_SQUARES)
+        mean, squares = mean / (1 - VECTOR_MOMENTUM**self.num_steps), squares / (1 - VECTOR_SQUARES**self.num_steps)
+        tiny = torch.finfo(squares.dtype).tiny
+        self.vector.sub_(mean / squares.clamp(min=tiny).sqrt() * (share * VECTOR_SHARE * self.size))
+
+
+def shares(peak: float, num_steps: int, warmup: float = 0.1) -> Iterator[float]:
+    """Yield the step sizes of a run: a short rise to the peak, then a cosine to zero."""
+    rise = max(1.0, warmup * num_steps)
+    for number in range(num_steps):
+        fall = max(0.0, number + 1 - rise) / (num_steps - rise + 1)
+        yield peak * min(1.0, (number + 1) / rise) * 0.5 * (1 + math.cos(math.pi * fall))
+
+
+def descend_(
+    steps: RelativeSteps,
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[], Tensor],
+    *,
+    share: float,
+    num_steps: int,
+    average_: Callable[[Sequence[nn.Parameter]], None] | None = None,
+) -> None:
+    """Take steps along a loss that draws a batch at each call; `average_` joins gradients of several processes."""
+    for size in shares(share, num_steps):
+        value = loss()
+        for p in parameters:
+            p.grad = None
+        value.backward()
+        if average_ is not None:
+            average_(parameters)
+        steps.step(size)
