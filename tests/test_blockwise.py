@@ -74,7 +74,7 @@ def test_reported_errors_are_those_of_full_forwards_and_never_worse(build, name,
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     held_out = torch.stack([IMAGES[i][0] for i in order.tolist()[27:]])
     start = block_errors(case, student, inputs, held_out)
-    report = run(case, student, train=train, inputs=inputs, lr=1e-3)
+    report = run(case, student, train=train, inputs=inputs)
     end = block_errors(case, student, inputs, held_out)
     assert report.errors.keys() == end.keys() and report.notes == ()
     for block, errors in report.errors.items():
@@ -98,7 +98,7 @@ def test_an_mlp_alone_learns_what_it_learns_inside_its_block(build, monkeypatch,
         torch.testing.assert_close(tensor, other, atol=2e-4, rtol=1e-3)
 
 
-def test_one_step_is_one_step_of_adam_on_a_batch_through_the_whole_block(build):
+def test_one_step_is_a_share_of_the_norm_along_the_gradient_of_a_batch_through_the_whole_block(build):
     case = build("timm-post-norm")
     student = cut(case)
     expected = copy.deepcopy(student)
@@ -116,12 +116,11 @@ def test_one_step_is_one_step_of_adam_on_a_batch_through_the_whole_block(build):
     (args, kwargs, target), block = calls[0], expected.blocks[0]
     loss = (block(*args, **kwargs) - target).square().sum(-1).mean()
     loss.backward()
-    size = float((student.blocks[0].mlp.fc1.weight - block.mlp.fc1.weight).detach().abs().max())
-    assert 0 < size <= 1.001e-3
-    for (name, p), q in zip(block.named_parameters(), student.blocks[0].parameters(), strict=True):
-        clear = p.grad.abs() > 1e-3  # the sign of the others is that of a rounding error
-        step = size * p.grad[clear].sign()  # Adam's first step
-        torch.testing.assert_close(q.detach()[clear], p.detach()[clear] - step, atol=1e-6, rtol=0, msg=name)
+    for name in ("attn.qkv", "mlp.fc1", "mlp.fc2"):
+        before, after = block.get_submodule(name), student.blocks[0].get_submodule(name)
+        move = (after.weight - before.weight).detach()
+        assert 0 < float(move.norm() / before.weight.detach().norm()) <= 1.1e-3, name
+        assert float((move * before.weight.grad).sum()) < -0.2 * float(move.norm() * before.weight.grad.norm()), name
 
 
 @pytest.mark.parametrize("name", ["timm-vit-scaled", "timm-swin", "timm-split", "hf-bert"])
@@ -336,7 +335,7 @@ found = {}
 for inputs in ("student", "teacher"):
     student = cut(case)
     report = run(
-        case, student, folder=folder / inputs, inputs=inputs, resume="resume" in how, batch_size=6, lr=1e-3
+        case, student, folder=folder / inputs, inputs=inputs, resume="resume" in how, batch_size=6
     )
     found[inputs] = (student.state_dict(), report.errors)
 torch.save(found, folder / f"result-{os.environ.get('RANK', '0')}.pt")

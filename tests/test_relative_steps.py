@@ -1,4 +1,4 @@
-"""Steps that are a share of a weight's norm: orthogonal directions, and the same path for rescaled copies of a layer."""
+"""Steps that are a share of a weight's norm: orthogonal directions, the same path for rescaled copies of a layer."""
 
 import copy
 

@@ -44,8 +44,8 @@ class RepairOptions(Checked):
     """Train each MLP briefly after its closed-form repair."""
     refit_steps: int = Field(default=300, ge=1)
     """Steps of the refit; fewer take less time."""
-    refit_lr: float = Field(default=1e-2, gt=0)
-    """Learning rate of the refit."""
+    refit_lr: float | None = Field(default=None, gt=0)
+    """Largest step of the refit, as a share of each weight's norm. By default some are tried at each MLP."""
     max_tokens: int = Field(default=100_000, ge=256)
     """How many tokens are sampled for the refit."""
 
@@ -69,7 +69,7 @@ class BlockwiseOptions(Checked):
     steps: int = Field(default=300, ge=1)
     """Training steps for each block."""
     lr: float | None = Field(default=None, gt=0)
-    """Learning rate. By default 1e-3 for the MLP and 5e-4 for the whole block."""
+    """Largest step, as a share of each weight's norm. By default some are tried at each block."""
     inputs: Literal["student", "teacher"] = "student"
     """Train on the student's own inputs, so that a block also corrects errors of earlier blocks, or on the teacher's,
     so that blocks can be trained in parallel by several processes."""

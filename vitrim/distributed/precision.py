@@ -25,6 +25,14 @@ def is_bf16(precision: Precision, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and on_gpu)
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies matrices faster in bfloat16 than in float32, without emulating it."""
+    if device.type == "cpu":
+        tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return bool(tiles or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(precision: Precision, device: torch.device, *, keep_casts: bool = True) -> torch.autocast:
     """Return the autocast of a precision; with `keep_casts`, bf16 copies of weights stay until the context is left."""
     enabled = is_bf16(precision, device)

@@ -27,7 +27,7 @@ from vitrim.config.options import BlockwiseOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream, Split, first_images
-from vitrim.distributed.processes import any_process, is_main, join_, num_processes, rank
+from vitrim.distributed.processes import any_process, is_main, join_, mean, num_processes, rank
 from vitrim.errors import Interrupted, OutputError
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.features import device_of
@@ -37,9 +37,6 @@ from vitrim.repair.finished_blocks import Errors, FinishedBlocks, Parts, exchang
 from vitrim.repair.refit import improve_
 from vitrim.surgery import submodule
 from vitrim.types import MlpSite
-
-# Peak rates of Adam where none is given: an MLP alone tolerates a higher one than attention does.
-RATES = {"mlp": 1e-3, "block": 5e-4}
 
 # Repair with feedback makes each block correct those before it; with the teacher's inputs it unlearns that.
 ADVICE = "use inputs: student, or repair with feedback: 0."
@@ -193,9 +190,10 @@ def _train_(
             loss=loss,
             judge=task.judge,
             num_steps=options.steps,
-            lr=options.lr or RATES[options.train],
+            lr=options.lr,
             where=next(iter(parameters), "").rpartition(".")[0],
             average_=_average_ if task.share.num > 1 else None,
+            mean=mean if task.share.num > 1 else float,
         )
     bar.done = end  # also where there was nothing to do
     return {"before": before, "after": after}

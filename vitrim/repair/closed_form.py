@@ -33,7 +33,8 @@ def repair_(
     }
     apply_(student, [edit.with_output(fitted_DK, fitted_D)])
     if repair.refit and visit.stands_alone:
-        before, after = refit_(student, visit, num_steps=repair.refit_steps, lr=repair.refit_lr, seed=seed)
+        given = {"num_steps": repair.refit_steps, "lr": repair.refit_lr, "ridge": repair.ridge}
+        before, after = refit_(student, visit, **given, seed=seed)
         errors |= {"held_out_repaired": before, "held_out_refitted": after}
     return replace(original, tensors=site_tensors(student, site)), errors
 

@@ -1,27 +1,40 @@
 """Refits the tensors of one cut MLP together, on the target that selection and least squares already aimed at.
 
-Least squares moves only the output projection; here the input projections and the inner norm move too, by a short,
-bounded run of Adam on cached tokens. The result is taken only if it is better on held-out calibration images.
+Least squares moves only the output projection; here the input projections and the inner norm move too, by a short run
+on cached tokens, behind which least squares has the last word. A step is a share of each weight's own norm
+(`relative_steps.py`), and which share is found by trying: steps that serve an MLP of which a quarter stays destroy one
+that loses little. The result is taken only if it is better on held-out calibration images.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit
+from vitrim.calibrate.walk import Sums
+from vitrim.distributed.precision import has_fast_bf16
 from vitrim.errors import ModelError
-from vitrim.surgery import mlp_output, submodule, weight_of
+from vitrim.ops.least_squares import fit_output, ridge_for
+from vitrim.repair.relative_steps import RelativeSteps, descend_
+from vitrim.surgery import hidden_and_output, mlp_output, read_weights, submodule, weight_of
 from vitrim.types import MlpSite
 
 log = logging.getLogger("vitrim")
 # A held-out error below this share of the target's energy is rounding: nothing is left to refit.
 EXACT = 1e-9
+# Below this share, what bfloat16 rounds is no longer small beside the error, so products stay in float32.
+COARSE = 1e-3
+# Step sizes to try, as shares of each weight's norm, and the part of the steps that each trial takes.
+SHARES, TRIAL = (0.03, 0.01, 0.003, 0.001), 0.1
 
 
 def refit_(
@@ -30,7 +43,8 @@ def refit_(
     *,
     num_steps: int = 300,
     batch_tokens: int = 4096,
-    lr: float = 1e-2,
+    lr: float | None = None,
+    ridge: float = 1e-4,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Refit one MLP in place; never worse on the held-out tokens.
@@ -38,35 +52,55 @@ def refit_(
     Args:
         student: the model whose site is already cut and repaired.
         visit: the site with its cached tokens.
-        num_steps: Adam steps.
+        num_steps: number of steps, trials included.
         batch_tokens: tokens a step.
-        lr: peak learning rate, with a cosine to zero.
+        lr: largest step as a share of each weight's norm; None finds it.
+        ridge: of the least squares at the end.
         seed: of the order of tokens.
 
     Returns:
         Mean squared error on held-out tokens before and after.
     """
     site, inputs, targets = visit.site, visit.fit.inputs_ND, visit.fit.targets_ND
-    parameters = list(_site_parameters(student, site).values())
-    device = parameters[0].device
+    weights = dict(_site_parameters(student, site))
+    value, output = weights[f"{site.value}.weight"], weights[f"{site.output}.weight"]
+    device = output.device
     scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(device)
+    energy = float((targets.to(device) * scale_D).square().sum(1).mean())
     generator = torch.Generator().manual_seed(seed)
+    judge = partial(_held_out_error, student, visit, scale_D)
+    with torch.no_grad():
+        coarse = has_fast_bf16(device) and judge() > COARSE * energy
 
     def loss() -> Tensor:
         rows = torch.randint(len(inputs), (min(batch_tokens, len(inputs)),), generator=generator)
-        output = mlp_output(student, site, inputs[rows].to(device))
-        return ((output - targets[rows].to(device)) * scale_D).square().sum(-1).mean()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=coarse):
+            predicted = mlp_output(student, site, inputs[rows].to(device))
+        return ((predicted.float() - targets[rows].to(device)) * scale_D).square().sum(-1).mean()
 
     return improve_(
         submodule(student, site.path),
-        parameters,
+        list(weights.values()),
         loss=loss,
-        judge=lambda: _held_out_error(student, visit, scale_D),
+        judge=judge,
         num_steps=num_steps,
         lr=lr,
-        exact=EXACT * float(targets.square().sum(1).mean()),
+        exact=EXACT * energy,
         where=site.path,
+        gated=[value] if site.kind == "packed_gated" else [],
+        scales_M=None if visit.scale_D is None else {output: visit.scale_D},
+        dtype=torch.bfloat16 if coarse else torch.float32,
+        finish_=partial(_solve_output_, student, visit, ridge),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Best:
+    """The lowest held-out error so far, the parameters that had it, and the rate that led there."""
+
+    error: float
+    values: Sequence[Tensor]
+    rate: float | None = None
 
 
 def improve_(
@@ -76,23 +110,30 @@ def improve_(
     loss: Callable[[], Tensor],
     judge: Callable[[], float],
     num_steps: int,
-    lr: float,
     where: str,
+    lr: float | None = None,
     exact: float = 0.0,
+    finish_: Callable[[], None] | None = None,
     average_: Callable[[Sequence[nn.Parameter]], None] | None = None,
+    **sizes: Any,
 ) -> tuple[float, float]:
-    """Train parameters of a module in place by a short run of Adam, and undo it unless the error has become lower.
+    """Train parameters of a module in place by a short run, and keep the best of what was met on held-out data.
+
+    Without a rate, the first steps try some, from large to small, each from the start; the run goes on from the best
+    trial with its rate, and is left out if no trial was better than the start.
 
     Args:
         module: held in eval mode; its other parameters take no gradients.
         parameters: the parameters to train.
         loss: draws a batch and returns its loss.
         judge: returns the error on held-out data.
-        num_steps: Adam steps.
-        lr: peak learning rate, with a cosine to zero.
+        num_steps: number of steps, trials included.
         where: path of what is trained, for messages.
+        lr: largest step as a share of each weight's norm; None finds it.
         exact: an error up to this counts as none, and nothing is trained.
+        finish_: what is done to the parameters behind the steps, and kept where it helps.
         average_: replaces gradients by their means over the processes, before each step.
+        sizes: the keyword arguments of `RelativeSteps`.
 
     Returns:
         The error before and after. A run that is interrupted is undone, too.
@@ -100,29 +141,103 @@ def improve_(
     Raises:
         ModelError: the error before is not finite, so that nothing could be compared with it.
     """
-    with _training(module, parameters):
-        with torch.no_grad():
-            before, after = judge(), math.inf
-            start = [p.clone() for p in parameters]
-        if not math.isfinite(before):
+    training = _Training(
+        module=module, parameters=parameters, loss=loss, judge=judge, finish_=finish_, average_=average_, sizes=sizes
+    )
+    with _only(module, parameters):
+        start = training.look()
+        if not math.isfinite(start.error):
             raise ModelError(
-                f"{where}: the held-out error is {before:g} before anything was trained; look at the model."
+                f"{where}: the held-out error is {start.error:g} before anything was trained; look at the model."
             )
-        if before <= exact:
-            return before, before
+        if start.error <= exact:
+            return start.error, start.error
         try:
-            _descend_(parameters, loss, num_steps=num_steps, lr=lr, average_=average_)
-            with torch.no_grad():
-                after = judge()
+            best, left = (replace(start, rate=lr), num_steps) if lr else training.try_rates_(start, num_steps)
+            if best.rate is not None and left > 0:
+                found = training.run_(best, best.rate, left)
+                if not math.isfinite(found.error):
+                    said = "%s: training diverged (error %g) and was undone; lower its learning rate, %g."
+                    log.warning(said, where, found.error, best.rate)
+                best = found if found.error < best.error else best
+        except BaseException:
+            _put_(parameters, start.values)
+            raise
+        _put_(parameters, best.values)
+    return start.error, best.error
+
+
+@dataclass(kw_only=True)
+class _Training:
+    """Short runs over the same parameters; each begins at values that are given."""
+
+    module: nn.Module
+    parameters: Sequence[nn.Parameter]
+    loss: Callable[[], Tensor]
+    judge: Callable[[], float]
+    finish_: Callable[[], None] | None
+    average_: Callable[[Sequence[nn.Parameter]], None] | None
+    sizes: Mapping[str, Any]
+
+    @torch.no_grad()
+    def look(self, rate: float | None = None) -> _Best:
+        """Return the parameters as they are, with their error."""
+        return _Best(error=self.judge(), values=[p.detach().clone() for p in self.parameters], rate=rate)
+
+    def run_(self, start: _Best, rate: float, num_steps: int) -> _Best:
+        """Train from the start; return where it ended, or what the finish made of that if it is better."""
+        _put_(self.parameters, start.values)
+        steps = RelativeSteps(self.module, self.parameters, **self.sizes)
+        try:
+            descend_(steps, self.parameters, self.loss, share=rate, num_steps=num_steps, average_=self.average_)
         finally:
-            if not after < before:
-                with torch.no_grad():
-                    for p, kept in zip(parameters, start, strict=True):
-                        p.copy_(kept)
-    if not math.isfinite(after):
-        log.warning("%s: training diverged (error %g) and was undone; lower its learning rate, %g.", where, after, lr)
-        after = before
-    return before, min(before, after)
+            steps.close()
+        found = self.look(rate)
+        if self.finish_ is None or not math.isfinite(found.error):
+            return found
+        self.finish_()
+        finished = self.look(rate)
+        return finished if finished.error < found.error else found
+
+    def try_rates_(self, start: _Best, num_steps: int) -> tuple[_Best, int]:
+        """Try rates from large to small until one is worse than the one before it, which has improved on the start.
+
+        Returns:
+            The best that was met (without a rate if that is the start), and how many steps are left.
+        """
+        best, left, num = start, num_steps, max(1, int(TRIAL * num_steps))
+        for rate in SHARES:
+            if left < num:
+                break
+            found, left = self.run_(start, rate, num), left - num
+            if found.error >= best.error and best.rate is not None:
+                break
+            best = found if found.error < best.error else best
+        return best, left
+
+
+@torch.no_grad()
+def _put_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Give parameters the values that were kept."""
+    for p, kept in zip(parameters, values, strict=True):
+        p.copy_(kept)
+
+
+@torch.no_grad()
+def _solve_output_(student: nn.Module, visit: SiteVisit, ridge: float) -> None:
+    """Fit the output projection to the cached tokens by least squares, as the rest of the MLP is now."""
+    site, sums, own = visit.site, Sums(), _site_parameters(student, visit.site)
+    device = own[f"{site.output}.weight"].device
+    for inputs, targets in zip(visit.fit.inputs_ND.split(8192), visit.fit.targets_ND.split(8192), strict=True):
+        hidden, _ = hidden_and_output(student, site, inputs.to(device))
+        sums.add(hidden, targets.to(device))
+    weights, stats = read_weights(student, site), sums.done(site.path)
+    keep = torch.arange(weights.num_units)
+    ridge = ridge_for(stats.num_tokens, len(keep), ridge)
+    weight_DK, bias_D = fit_output(stats, keep, weights.output_DH, weights.output_bias_D, ridge=ridge, where=site.path)
+    own[f"{site.output}.weight"].copy_(weight_DK)
+    if bias_D is not None:
+        own[f"{site.output}.bias"].copy_(bias_D)
 
 
 def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
@@ -130,29 +245,8 @@ def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in _site_parameters(model, site).items()}
 
 
-def _descend_(
-    parameters: Sequence[nn.Parameter],
-    loss: Callable[[], Tensor],
-    *,
-    num_steps: int,
-    lr: float,
-    average_: Callable[[Sequence[nn.Parameter]], None] | None,
-) -> None:
-    """Take the Adam steps."""
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=num_steps + 1, pct_start=0.1)
-    for _ in range(num_steps):
-        value = loss()
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        if average_ is not None:
-            average_(parameters)
-        optimizer.step()
-        schedule.step()
-
-
 @contextmanager
-def _training(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _only(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let only these parameters take gradients, in eval mode (no dropout), and put modes and flags back at the end."""
     modes = [(part, part.training) for part in module.modules()]
     flags = [(p, p.requires_grad) for p in {**dict.fromkeys(module.parameters()), **dict.fromkeys(parameters)}]

@@ -35,6 +35,7 @@ class RelativeSteps:
         gated: weights that hold gates in their first half of rows and values in the other: two matrices.
         scales_M: by weight, factors (M,) that the layer's outputs meet behind it; steps are measured behind them.
         dtype: type in which directions are computed.
+        mean: joins a number over the processes that share the data.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class RelativeSteps:
         gated: Sequence[nn.Parameter] = (),
         scales_M: Mapping[nn.Parameter, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        mean: Callable[[float], float] = float,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.mean = dtype, mean
         wanted = {id(p): p for p in parameters}
         halved, scales = {id(p) for p in gated}, {id(p): scale for p, scale in (scales_M or {}).items()}
         self.matrices: list[_Matrix] = []
@@ -66,6 +68,8 @@ class RelativeSteps:
 
     def step(self, share: float) -> None:
         """Move every parameter against its gradient, a matrix by this share of its norm at the beginning."""
+        for matrix in self.matrices:
+            matrix.measure(self.mean)
         with torch.no_grad():
             for each in (*self.matrices, *self.vectors):
                 each.step_(share, self.dtype)
@@ -83,7 +87,7 @@ class RelativeSteps:
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if matrix.size_in is None:
-                matrix.size_in = float(args[0].detach().float().square().mean().sqrt())
+                matrix.size_in = float(args[0].detach().float().square().mean())
 
         self.handles.append(layer.register_forward_pre_hook(see))
         self.matrices.append(matrix)
@@ -91,7 +95,7 @@ class RelativeSteps:
 
 @dataclass(eq=False)
 class _Matrix:
-    """A layer's weight with its bias as one more column; `size_in` is the root mean square of the layer's inputs."""
+    """A layer's weight with its bias as one more column; `size_in` is the mean square of the layer's inputs."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None = None
@@ -101,12 +105,18 @@ class _Matrix:
     size_in: float | None = None
     norms: list[float] = field(default_factory=list)
     momentum: list[Tensor] = field(default_factory=list)
+    size: float | None = None
+
+    def measure(self, mean: Callable[[float], float]) -> None:
+        """Settle how large the layer's inputs are, once."""
+        if self.bias is not None and self.size is None:
+            self.size = math.sqrt(mean(self.size_in or 0.0)) or 1.0
 
     def step_(self, share: float, dtype: torch.dtype) -> None:
         if self.weight.grad is None:
             return
         scale_M1, inverse_M1 = self._scales()
-        size = self.size_in or 1.0
+        size = self.size or 1.0
         if not self.norms:
             values = self._parts(self.weight, self.bias, scale_M1, 1 / size)
             self.norms = [float(part.norm()) for part in values]

@@ -10,7 +10,7 @@ from vitrim.surgery.keep_padded_dims import KeepPaddedDims
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.low_rank import ToLowRank
 from vitrim.surgery.mixed_heads import mix_heads, turned
-from vitrim.surgery.modules import mlp_output, read_weights, site_weights, submodule, weight_of
+from vitrim.surgery.modules import hidden_and_output, mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.moefication import ToMoefication
 from vitrim.surgery.plan import Plan
 from vitrim.surgery.replace_activation import ReplaceActivation
@@ -33,6 +33,7 @@ __all__ = [
     "TopKActivation",
     "apply_",
     "edit_of",
+    "hidden_and_output",
     "mix_heads",
     "mlp_output",
     "read_weights",

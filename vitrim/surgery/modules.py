@@ -83,17 +83,23 @@ def weight_of(model: nn.Module, path: str) -> Tensor:
 
 def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
     """Run the MLP on tokens (N, D) and return the output of its output projection (N, D)."""
-    caught: list[Tensor] = []
+    return hidden_and_output(model, site, tokens_ND)[1]
+
+
+def hidden_and_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the MLP on tokens (N, D) and return input (N, H) and output (N, D) of its output projection."""
+    caught: list[tuple[Tensor, Tensor]] = []
 
     def catch(_: nn.Module, args: Any, output: Any) -> None:
-        caught.append(output)
+        caught.append((args[0], output))
 
     hook = submodule(model, site.output).register_forward_hook(catch)
     try:
         run_mlp(submodule(model, site.path), site.within(site.path), tokens_ND[None])
     finally:
         hook.remove()
-    return caught[0][0]
+    hidden, output = caught[0]
+    return hidden[0], output[0]
 
 
 def run_mlp(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
