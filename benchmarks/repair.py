@@ -61,10 +61,10 @@ ROWS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "outputs + least squares": ("dgmr", {}, {**NO_REFIT, "feedback": 0.0}),
     "+ half of the error fed back": ("dgmr", {}, {**NO_REFIT, "feedback": 0.5}),
     "+ all of it": ("dgmr", {}, {**NO_REFIT, "feedback": 1.0}),
-    "half of it, + refit, 150 steps at 3e-3": ("dgmr", {}, {"feedback": 0.5, "refit_steps": 150, "refit_lr": 3e-3}),
-    "all of it, + refit, 150 steps at 3e-3": ("dgmr", {}, {"refit_steps": 150, "refit_lr": 3e-3}),
-    "all of it, + refit, 300 steps at 3e-3": ("dgmr", {}, {"refit_lr": 3e-3}),
-    "all of it, + refit, 300 steps at 1e-2 (default)": ("dgmr", {}, True),
+    "half of it, + refit, 150 steps": ("dgmr", {}, {"feedback": 0.5, "refit_steps": 150}),
+    "all of it, + refit, 150 steps": ("dgmr", {}, {"refit_steps": 150}),
+    "all of it, + refit, 300 steps (default)": ("dgmr", {}, True),
+    "all of it, + refit, 300 steps of 0.03 of the norm": ("dgmr", {}, {"refit_lr": 0.03}),
 }
 
 

@@ -13,7 +13,18 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from vitrim.config.options import Augmentation
-from vitrim.data import Batch, ImageSet, augment_for, collate, first_images, open_images, split_indices, transform_for
+from vitrim.data import (
+    Batch,
+    ImageSet,
+    augment_for,
+    collate,
+    first_images,
+    open_images,
+    split_indices,
+    transform_for,
+    views,
+)
+from vitrim.data.views import with_views
 from vitrim.errors import DataError, RecipeError
 
 CFG_32 = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 1.0}
@@ -323,3 +334,35 @@ def test_accelerate_can_prepare_a_loader(damaged):
     batches = list(loader)
     assert [type(batch).__name__ for batch in batches] == ["Batch", "Batch"]
     assert [(len(batch.images_BCHW), batch.num_skipped) for batch in batches] == [(2, 2), (2, 2)]
+
+
+def test_views_stand_in_the_batch_of_their_image_and_are_crops_of_it():
+    images = (
+        torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None, None, None]
+    )
+    batches = with_views(images.split(2), 3, seed=0)
+    assert [len(batch) for batch in batches] == [6, 6, 6]
+    for place, batch in enumerate(batches):
+        assert torch.equal(batch[:2], images[2 * place : 2 * place + 2])
+        for view, image in zip(batch[2:], [*batch[:2], *batch[:2]], strict=True):  # each as bright as its own image
+            assert view.shape == image.shape and not torch.equal(view, image)
+            assert abs(float(view.mean() / image.mean()) - 1) < 0.15
+    assert all(torch.equal(a, b) for a, b in zip(batches, with_views(images.split(2), 3, seed=0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(images.split(2), with_views(images.split(2), 1, seed=0), strict=True))
+
+
+def test_a_view_of_all_of_a_picture_is_the_picture_or_its_mirror(monkeypatch):
+    monkeypatch.setattr(views, "LEAST_AREA", 1.0)
+    monkeypatch.setattr(views, "MOST_ASPECT", 1.0)
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    (batch,) = with_views([image], 9, seed=1)
+    mirrored = [bool(torch.allclose(view, image[0].flip(-1), atol=1e-5)) for view in batch[1:]]
+    assert all(
+        torch.allclose(view, image[0], atol=1e-5) or flag for view, flag in zip(batch[1:], mirrored, strict=True)
+    )
+    assert 0 < sum(mirrored) < 8
+
+
+def test_rows_of_tokens_have_no_views():
+    with pytest.raises(DataError, match=r"^calibrate\.views: 2 views are of images .* and an input is \(5,\); use 1\."):
+        with_views([torch.zeros(2, 5, dtype=torch.int64)], 2, seed=0)

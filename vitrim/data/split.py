@@ -21,6 +21,7 @@ from vitrim.data.images import Batch, ImageSet, first_images, split_indices
 from vitrim.data.inputs import match_labels
 from vitrim.data.pixels import digest, distinct
 from vitrim.data.streams import ImageStream, Place
+from vitrim.data.views import with_views
 from vitrim.errors import DataError
 
 # A tenth of the images, at most this many, is held out to judge on and is in nothing else.
@@ -88,17 +89,20 @@ def _split(
     num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
     rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
     train, options = images.subset(rest), recipe.calibrate
-    drawn, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
-    batches, num_repeated = distinct(drawn)
+    size = max(1, options.batch_size // options.views)
+    drawn, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=size)
+    images_only, num_repeated = distinct(drawn)
+    batches = with_views(images_only, options.views, seed=recipe.seed)
     judged = images.subset(held).loader(batch_size=options.batch_size) if held else []
     read = [batch for batch in judged if len(batch.images_BCHW)]
     if held and not read:
         raise DataError(f"{images.name}: none of the {len(held)} held-out images could be read; check the files.")
-    held_out = _without_copies(read, batches)
+    held_out = _without_copies(read, images_only)
     counts: dict[str, Any] = {
         "train": len(train) if isinstance(source, ImageSet) else None,
-        "calibration": sum(map(len, batches)),
+        "calibration": sum(map(len, images_only)),
         "held_out": _num_images(held_out),
+        **({"views": options.views} if options.views > 1 else {}),
         "skipped": num_skipped + sum(batch.num_skipped for batch in read),
     }
     modes = {kind: count for kind, count in images.kinds().items() if kind != UNREADABLE}
