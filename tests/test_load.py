@@ -20,7 +20,7 @@ from vitrim.data import transform_for
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError
 from vitrim.models.features import encoder_path, features, final_norm
 from vitrim.models.load import load_model, origin_of
-from vitrim.models.origin import crop_pct
+from vitrim.models.origin import Origin, crop_pct
 from vitrim.models.stock import stock_origin, why_not_stock
 
 transformers = pytest.importorskip("transformers")
@@ -590,3 +590,15 @@ def test_features_of_torchvision_are_what_its_head_is_given(name):
     found = features(model, IMAGES)
     torch.testing.assert_close(found.pooled_BD, given[0])
     assert found.patches_BND.shape == (2, 16, 32)
+
+
+@pytest.mark.parametrize("key", ["name", "library", "model_args", "preprocessing", "config", "earlier", "folder"])
+@pytest.mark.parametrize("value", [3, "text", ["a"], {"a": 1}])
+def test_a_description_with_a_value_of_another_kind_is_refused_by_name(key, value):
+    good = {"name": str, "library": str, "folder": str, "earlier": list}.get(key, dict)
+    given = {**Origin(name="model").to_json(), key: value}
+    if isinstance(value, good):
+        assert getattr(Origin.from_json(given), key) == value
+        return
+    with pytest.raises(CheckpointError, match=f"^origin: damaged; {key} is "):
+        Origin.from_json(given)

@@ -102,8 +102,13 @@ class Origin:
         """Rebuild an origin from `to_json`.
 
         Raises:
-            CheckpointError: a field is missing or unknown.
+            CheckpointError: a field is missing, unknown or of another kind.
         """
+        mappings = {"model_args", "preprocessing", "config"}
+        for key, value in data.items() if isinstance(data, Mapping) else ():
+            kinds = Mapping if key in mappings else list | tuple if key in ("earlier", "notes") else str | None
+            if not isinstance(value, kinds):
+                raise CheckpointError(f"origin: damaged; {key} is {value!r:.40}.")
         try:
             return cls(**{**data, "notes": ()})
         except TypeError as error:
