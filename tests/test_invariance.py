@@ -95,7 +95,6 @@ def test_a_cut_does_not_depend_on_how_weights_are_scaled(vit, name, method):
 
 
 @pytest.mark.parametrize("name", ["norms x 64", "stream x 0.015625", "values x 64"])
-@pytest.mark.xfail(strict=True, reason="the steps of the refit's Adam have no regard for the scale of weights")
 def test_a_refit_does_not_depend_on_how_weights_are_scaled(name):
     assert result("swiglu", name, "refit")[0] == pytest.approx(result("swiglu", "", "refit")[0], rel=0.02)
 
@@ -107,6 +106,10 @@ def test_a_layer_scale_of_six_decades_is_found_and_the_smallest_is_as_exact():
         gamma.copy_(torch.logspace(-6, 0, len(gamma)))
     (visit,) = walk(model, copy.deepcopy(model), find_mlps(model), CALIBRATION)
     torch.testing.assert_close(visit.scale_D, gamma.detach(), atol=0, rtol=1e-3)
+
+
+# Distillation's Adam takes steps of one size whatever the weights are; its range test can't make up for single tensors.
+ABSOLUTE = pytest.mark.xfail(strict=True, reason="Adam's steps have no regard for the scale of weights")
 
 
 @cache
@@ -129,8 +132,7 @@ def trained(vit: str, name: str, how: str) -> float:
 
 
 @pytest.mark.parametrize("name", ["norms x 64", "stream x 0.015625"])
-@pytest.mark.parametrize("how", ["blockwise", "distillation"])
-@pytest.mark.xfail(strict=True, reason="Adam's steps have no regard for the scale of weights")
+@pytest.mark.parametrize("how", ["blockwise", pytest.param("distillation", marks=ABSOLUTE)])
 def test_training_does_not_depend_on_how_weights_are_scaled(how, name):
     after, again = trained("gelu", "", how), trained("gelu", name, how)
     assert not math.isnan(again) and again == pytest.approx(after, rel=0.02)
