@@ -43,14 +43,16 @@ def data():
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", own))), None)
-        if found is None:
-            pytest.skip("no Chromium here; install one, or run: playwright install chromium")
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TMPDIR", "/tmp")  # Chromium has a socket there, and the path of one ends at 107 letters
+        with sync_api.sync_playwright() as playwright:
+            own = playwright.chromium.executable_path
+            found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", own))), None)
+            if found is None:
+                pytest.skip("no Chromium here; install one, or run: playwright install chromium")
+            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            yield browser
+            browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -45,10 +45,15 @@ def build_library(folder: Path) -> Path:
     return library
 
 
+def _first(folder: Path, variable: str) -> str:
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get(variable))))
+
+
 def sweep(job: str, scene: Scene, *, every: dict[str, int]) -> list[dict[str, Any]]:
     """Try faults, each at every n-th change of a job; for each trial what was wrong (None: nothing) and where."""
     with tempfile.TemporaryDirectory() as scratch:
-        preloaded = environment(LD_PRELOAD=str(build_library(Path(scratch))))
+        library = build_library(Path(scratch))  # preloaded by its name: a list of paths is split at spaces
+        preloaded = environment(LD_PRELOAD=library.name, LD_LIBRARY_PATH=_first(library.parent, "LD_LIBRARY_PATH"))
         faults = [f"{fault}={number}" for fault, number in every.items()]
         command = [sys.executable, "-m", "tests.support.disk_faults", job, str(scene.root), *faults]
         done = subprocess.run(command, env=preloaded, capture_output=True, text=True, check=False)
