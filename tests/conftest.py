@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing.util
+import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -41,6 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
     assert measure_latency.__kwdefaults__ is not None
     measure_latency.__kwdefaults__ |= {"rounds": 1, "min_seconds": 0.0}  # no test is about how long something takes
     config.addinivalue_line("markers", "fresh: results are loaded in a fresh process, as for users; else in this one")
+    if os.name == "posix":  # workers' sockets lie there from now on, as their paths end at 107 bytes
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(tempfile, "tempdir", "/tmp")
+            multiprocessing.util.get_temp_dir()
     checking = checking_with(in_this_process)  # from here on, for the fixtures that many tests share, too
     checking.__enter__()
     config.add_cleanup(lambda: checking.__exit__(None, None, None))

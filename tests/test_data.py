@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+import vitrim
 from vitrim.config.options import Augmentation
 from vitrim.data import (
     Batch,
@@ -24,6 +25,7 @@ from vitrim.data import (
     transform_for,
     views,
 )
+from vitrim.data.images import check_workers
 from vitrim.data.views import with_views
 from vitrim.errors import DataError, RecipeError
 
@@ -366,3 +368,14 @@ def test_a_view_of_all_of_a_picture_is_the_picture_or_its_mirror(monkeypatch):
 def test_rows_of_tokens_have_no_views():
     with pytest.raises(DataError, match=r"^calibrate\.views: 2 views are of images .* and an input is \(5,\); use 1\."):
         with_views([torch.zeros(2, 5, dtype=torch.int64)], 2, seed=0)
+
+
+def test_workers_are_refused_where_tmpdir_is_too_long_for_their_sockets(monkeypatch):
+    """A socket's path has at most 107 bytes; found at the start, since workers of recovery come after the cut."""
+    monkeypatch.setattr("vitrim.data.images.get_temp_dir", lambda: "/" + "t" * 100)
+    recipe = {"method": "magnitude", "recover": {"steps": 1, "num_workers": 2}}
+    with pytest.raises(DataError, match=r"num_workers: 2 processes need sockets in TMPDIR, .* or num_workers to 0"):
+        vitrim.compress("local-dir:no-such-model", data="digits", recipe=recipe)
+    check_workers(0)
+    monkeypatch.undo()
+    check_workers(2)

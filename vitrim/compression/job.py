@@ -12,6 +12,7 @@ from vitrim.clip.embedding_space import embedding_space_of
 from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream
+from vitrim.data.images import check_workers
 from vitrim.data.inputs import check_repeatable, open_inputs, random_inputs
 from vitrim.errors import RecipeError
 from vitrim.models.live import as_it_is
@@ -68,6 +69,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     Raises:
         VitrimError: the model or the images can't be opened, or something does not fit.
     """
+    check_workers(max((part.num_workers for part in (recipe.recover, recipe.blockwise) if part), default=0))
     whole, origin = open_model(model, recipe.reading())
     if isinstance(model, nn.Module):  # its owner may have changed it since its library built it
         origin = as_it_is(whole, origin)

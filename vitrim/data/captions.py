@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from vitrim.data.decode import READ_ERRORS, decode
 from vitrim.data.folders import walk
-from vitrim.data.images import Transform, collate, prepare
+from vitrim.data.images import Transform, check_workers, collate, prepare
 from vitrim.data.parts import Part
 from vitrim.data.shards import IMAGE_SUFFIXES, TAR_ERRORS, shard_urls
 from vitrim.data.sources import name_of, open_rows, unpack
@@ -80,8 +80,9 @@ class PairSet(IterableDataset):
         """Yield batches of up to `batch_size` images; fewer if some could not be read, or at the end.
 
         Raises:
-            DataError: the source has no image with a caption, or none can be read.
+            DataError: the source has no image with a caption, or none can be read, or there can be no workers.
         """
+        check_workers(num_workers)
         generator = torch.Generator().manual_seed(0)  # else every pass would draw from the global one
         loader = iter(DataLoader(self, batch_size=None, num_workers=num_workers, generator=generator))
         num_read = num_skipped = 0

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ from vitrim.data.pixels import check_pixels, outlying
 from vitrim.data.sources import ALLOWED, Rows, open_rows
 from vitrim.errors import DataError
 
+LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of its path
 LOG = logging.getLogger("vitrim")
 Transform = Callable[[Image.Image], Tensor]
 
@@ -187,6 +191,21 @@ class ImageSet(Dataset):
         if self._numbers is not None and label >= 0:
             label = self._numbers[label] if self._numbers else -1
         return prepare(image, self._transform, name=self.name, seed=self._seed, epoch=self._epoch, index=index), label
+
+
+def check_workers(num_workers: int) -> None:
+    """Check that processes that decode images can hand them over: through a socket, whose path may not be long.
+
+    Raises:
+        DataError: the folder for temporary files has too long a path.
+    """
+    if num_workers and sys.platform != "win32":
+        folder = os.fsencode(get_temp_dir())
+        if len(folder) + len("/listener-01234567") > LONGEST_SOCKET:
+            raise DataError(
+                f"num_workers: {num_workers} processes need sockets in TMPDIR, and {os.fsdecode(folder)} is too long "
+                f"for one (a socket's path has at most {LONGEST_SOCKET} bytes); set TMPDIR=/tmp, or num_workers to 0."
+            )
 
 
 def prepare(
