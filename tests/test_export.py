@@ -47,7 +47,10 @@ def test_every_form_gives_what_the_model_gives(cut, tmp_path, to, tokens):
 
 @pytest.mark.parametrize("edit", KINDS)
 def test_every_kind_of_edit_is_exported_or_says_why_not(cut, tmp_path, edit):
-    student, plan = cut(METHOD_OF[edit], **({"parts": "both"} if edit == "keep_head_dims" else {}))
+    if edit == "keep_padded_dims":
+        pytest.skip("made of attentions that are not plain, which this model has none of")
+    parts = {"keep_head_dims": {"parts": "both"}, "keep_heads": {"parts": "both", "heads": "whole"}}
+    student, plan = cut(METHOD_OF[edit], **parts.get(edit, {}))
     assert edit in {made.KIND for made in plan.edits}
     path = tmp_path / "small.onnx"
     if any(isinstance(module, ExpertMlp) for module in student.modules()):
