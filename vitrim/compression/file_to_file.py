@@ -36,10 +36,9 @@ from vitrim.compression.write import Place
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.cost.memory import parse_bytes
-from vitrim.data import ImageStream, first_images
+from vitrim.data import ImageStream
 from vitrim.data.inputs import check_inputs, open_inputs, random_inputs
-from vitrim.data.pixels import distinct
-from vitrim.data.split import on_copies
+from vitrim.data.split import draw_calibration, on_copies
 from vitrim.errors import OutputError, RecipeError, VitrimError
 from vitrim.methods import Method, SiteMethod, find_method
 from vitrim.metrics.record import Metrics
@@ -244,9 +243,8 @@ def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> tuple[list[Tensor
     images = open_inputs(data, job.origin)
     if isinstance(images, ImageStream):
         images, _ = images.take(options.num_images, seed=recipe.seed)
-    drawn, _ = first_images(images, options.num_images, seed=recipe.seed, batch_size=options.batch_size)
-    batches, num_repeated = distinct(drawn)
-    return batches, [*images.remarks(), *on_copies(num_repeated, 0)]
+    drawn = draw_calibration(images, options, recipe.seed)
+    return drawn.batches, [*images.remarks(), *on_copies(drawn.num_repeated, 0)]
 
 
 def _run(task: _Task, context: RunContext, place: Place) -> Result:

@@ -10,11 +10,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.config.options import CalibrateOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data.decode import UNREADABLE
 from vitrim.data.images import Batch, ImageSet, first_images, split_indices
@@ -89,33 +90,51 @@ def _split(
     num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
     rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
     train, options = images.subset(rest), recipe.calibrate
-    size = max(1, options.batch_size // options.views)
-    drawn, num_skipped = first_images(train, options.num_images, seed=recipe.seed, batch_size=size)
-    images_only, num_repeated = distinct(drawn)
-    batches = with_views(images_only, options.views, seed=recipe.seed)
+    drawn = draw_calibration(train, options, recipe.seed)
     judged = images.subset(held).loader(batch_size=options.batch_size) if held else []
     read = [batch for batch in judged if len(batch.images_BCHW)]
     if held and not read:
         raise DataError(f"{images.name}: none of the {len(held)} held-out images could be read; check the files.")
-    held_out = _without_copies(read, images_only)
+    held_out = _without_copies(read, drawn.images)
     counts: dict[str, Any] = {
         "train": len(train) if isinstance(source, ImageSet) else None,
-        "calibration": sum(map(len, images_only)),
+        "calibration": sum(map(len, drawn.images)),
         "held_out": _num_images(held_out),
         **({"views": options.views} if options.views > 1 else {}),
-        "skipped": num_skipped + sum(batch.num_skipped for batch in read),
+        "skipped": drawn.num_skipped + sum(batch.num_skipped for batch in read),
     }
     modes = {kind: count for kind, count in images.kinds().items() if kind != UNREADABLE}
     if modes:
         counts["modes"] = modes
     remaining = train if isinstance(source, ImageSet) else source.without([places[i] for i in held])
-    said = [*images.remarks(), *notes, *on_copies(num_repeated, _num_images(read) - _num_images(held_out))]
+    said = [*images.remarks(), *notes, *on_copies(drawn.num_repeated, _num_images(read) - _num_images(held_out))]
     if not held_out:
         said.append(
             "quality was not measured: no image differs from those used for calibration; pass more images, of which "
             "a tenth is held out to judge on."
         )
-    return Split(train=remaining, calibration=batches, held_out=held_out, counts=counts, notes=tuple(said))
+    return Split(train=remaining, calibration=drawn.batches, held_out=held_out, counts=counts, notes=tuple(said))
+
+
+class Calibration(NamedTuple):
+    """Calibration images: batches to run, the images alone, and how many could not be read or were copies."""
+
+    batches: list[Tensor]
+    images: list[Tensor]
+    num_skipped: int
+    num_repeated: int
+
+
+def draw_calibration(images: ImageSet, options: CalibrateOptions, seed: int) -> Calibration:
+    """Draw images to calibrate on, without exact copies, and further views of each beside it where asked for.
+
+    Raises:
+        DataError: no image could be read, or what was read has no views.
+    """
+    size = max(1, options.batch_size // options.views)
+    found, num_skipped = first_images(images, options.num_images, seed=seed, batch_size=size)
+    alone, num_repeated = distinct(found)
+    return Calibration(with_views(alone, options.views, seed=seed), alone, num_skipped, num_repeated)
 
 
 def _without_copies(held_out: Sequence[Batch], calibration: Sequence[Tensor]) -> list[Batch]:
