@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.support.activations import stored_stats
 from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values, mixed, select_heads
 from vitrim.ops.least_squares import fit_output, squared_error
-from vitrim.types import Stats
 
 HEADS, DIMS, WIDTH = 3, 5, 7
 
@@ -20,17 +20,6 @@ def logit_sums(query, key, wanted_query, wanted_key):
         key_GFF=key.mT @ key,
         query_cross_GFF=query.mT @ wanted_query,
         key_cross_GFF=key.mT @ wanted_key,
-    )
-
-
-def stats_of(hidden, target):
-    return Stats(
-        num_tokens=len(hidden),
-        hidden_H=hidden.sum(0),
-        hidden_HH=hidden.T @ hidden,
-        target_D=target.sum(0),
-        cross_HD=hidden.T @ target,
-        target_square=float(target.square().sum()),
     )
 
 
@@ -78,7 +67,7 @@ def fitted_error(stats, weight, mixture, bias):
 @pytest.mark.parametrize("bias", [None, torch.zeros(WIDTH).double()])
 def test_values_beat_every_choice_of_dimensions_and_what_gradients_find_from_elsewhere(bias):
     hidden, target, weight = values()
-    stats = stats_of(hidden, target)
+    stats = stored_stats(hidden, target)
     found = factor_values(value_sums(stats, weight, bias), 1, ridge=1e-12)
     assert found.shape == (HEADS, 1, DIMS)
     error = fitted_error(stats, weight, found, bias)
@@ -104,7 +93,7 @@ def test_values_beat_every_choice_of_dimensions_and_what_gradients_find_from_els
 def test_values_of_one_head_are_reduced_rank_regression_and_channels_count_by_their_scale():
     hidden, target, weight = values()
     hidden, weight, scale = hidden[:, :DIMS], weight[:, :DIMS], torch.linspace(0.1, 3, WIDTH).double()
-    found = factor_values(value_sums(stats_of(hidden, target), weight, None, 1, scale), 2, ridge=1e-12)
+    found = factor_values(value_sums(stored_stats(hidden, target), weight, None, 1, scale), 2, ridge=1e-12)
     fit = hidden @ torch.linalg.lstsq(hidden, target).solution * scale
     best = torch.linalg.svd(fit, full_matrices=False)
     low_rank = (best.U[:, :2] * best.S[:2]) @ best.Vh[:2] / scale
@@ -115,7 +104,7 @@ def test_values_of_one_head_are_reduced_rank_regression_and_channels_count_by_th
 def test_mixed_sums_are_those_of_mixed_values_and_the_start_changes_a_head_the_least():
     hidden, target, weight = values()
     mixture = random(HEADS, 2, DIMS, seed=5)
-    small, start = mixed(stats_of(hidden, target), weight, mixture)
+    small, start = mixed(stored_stats(hidden, target), weight, mixture)
     slow = hidden @ torch.block_diag(*mixture).T
     torch.testing.assert_close(small.hidden_HH, slow.T @ slow)
     torch.testing.assert_close(small.cross_HD, slow.T @ target)
@@ -128,7 +117,7 @@ def test_mixed_sums_are_those_of_mixed_values_and_the_start_changes_a_head_the_l
 
 def test_all_dimensions_of_all_heads_are_the_whole():
     hidden, target, weight = values()
-    stats = stats_of(hidden, target)
+    stats = stored_stats(hidden, target)
     found = factor_values(value_sums(stats, weight, torch.zeros(WIDTH)), DIMS, ridge=1e-12)
     every = torch.eye(DIMS).double().expand(HEADS, -1, -1)
     bias = torch.zeros(WIDTH).double()
@@ -139,7 +128,7 @@ def test_all_dimensions_of_all_heads_are_the_whole():
 def test_heads_are_picked_one_by_one_by_what_they_add_to_the_prediction(bias):
     """The slow way: least squares for every candidate."""
     hidden, target, weight = values()
-    found = select_heads(value_sums(stats_of(hidden, target), weight, bias), HEADS, ridge=1e-12)
+    found = select_heads(value_sums(stored_stats(hidden, target), weight, bias), HEADS, ridge=1e-12)
     columns, wanted = (hidden, target) if bias is None else (hidden - hidden.mean(0), target - target.mean(0))
     picks = []
     while len(picks) < HEADS:

@@ -104,6 +104,12 @@ class AttentionSite(Site):
     block: str = ""
     mixes: Literal["", "all", "values"] = ""
 
+    @property
+    def tensors(self) -> list[str]:
+        """The names of the projections' tensors, each once; some may have no bias."""
+        layers = dict.fromkeys((self.query, self.key, self.value, self.output))
+        return [f"{path}.{name}" for path in layers for name in ("weight", "bias")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRun(Site):

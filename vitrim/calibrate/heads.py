@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vitrim.calibrate.activations import Activations, Call, silenced
 from vitrim.calibrate.sums import check_finite
-from vitrim.calibrate.walk import Sums, corrected, layer_scale
-from vitrim.models.features import evaluating, first_tensor
+from vitrim.calibrate.walk import Sums, corrected, layer_scale, moved
+from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_factors import LogitSums
 from vitrim.surgery import submodule
@@ -81,20 +81,11 @@ def _in_order(model: nn.Module, site: AttentionSite, call: Call) -> bool:
     Windows (Swin's) have an order of their own, in which the residual stream is not known.
     """
 
-    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def ramp(output: Tensor) -> Tensor:
         count = output.shape[:-1].numel()
-        ramp = torch.linspace(0, 1, count, dtype=output.dtype, device=output.device)
-        return output + ramp.view(*output.shape[:-1], 1)
+        return torch.linspace(0, 1, count, dtype=output.dtype, device=output.device).view(*output.shape[:-1], 1)
 
-    block, layer = submodule(model, site.block), submodule(model, site.output)
-    with evaluating(model):
-        base = first_tensor(block(*call[0], **call[1])).float()
-        handle = layer.register_forward_hook(add)
-        try:
-            moved_ND = (first_tensor(block(*call[0], **call[1])).float() - base).flatten(0, -2)
-        finally:
-            handle.remove()
-    size_N = moved_ND.norm(dim=1)
+    size_N = moved(model, site, call, ramp).norm(dim=1)
     return bool((size_N.diff() >= -1e-3 * size_N.max()).all())
 
 

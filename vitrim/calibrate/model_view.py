@@ -145,7 +145,7 @@ class LiveModelView:
 
     def layer_sums(self, layers: Sequence[LayerSite]) -> Iterator[tuple[Sequence[LayerSite], Mapping[str, LayerSums]]]:
         """Yield groups of layers with their sums by path, with one pass over the images per group."""
-        for group in passes(layers):
+        for group in passes(layers, lambda layer: LayerAdder(layer=layer).num_bytes):
             adders = {layer.path: LayerAdder(layer=layer) for layer in group}
             self.observe(list(adders), lambda path, inputs, outputs, adders=adders: adders[path].add(inputs, outputs))
             found = {path: adder.finished() for path, adder in adders.items()}

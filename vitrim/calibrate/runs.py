@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitrim.calibrate.activations import Call, catch_call
-from vitrim.calibrate.sums import MAX_SUM_BYTES
+from vitrim.calibrate.sums import passes
 from vitrim.calibrate.walk import Sums
 from vitrim.errors import BudgetError
 from vitrim.models.features import device_of, evaluating, features, first_tensor
@@ -91,7 +91,7 @@ def run_sums(
     model: nn.Module, runs: Sequence[BlockRun], batches: Sequence[Tensor], of: RunInputs
 ) -> Iterator[tuple[BlockRun, Stats]]:
     """Yield each run with the sums at its `output` layer; as many share a pass over the images as memory allows."""
-    for group in _groups(model, runs, of):
+    for group in passes(runs, lambda run: _sum_bytes(model, run, of)):
         scales = {run.output: _scale(model, run, batches[0]) for run in group}
         adders = {run: Sums() for run in group}
         with ExitStack() as hooks, evaluating(model):
@@ -243,20 +243,11 @@ def _can_go(model: nn.Module, run: BlockRun, images: Tensor) -> bool:
     )
 
 
-def _groups(model: nn.Module, runs: Sequence[BlockRun], of: RunInputs) -> Iterator[list[BlockRun]]:
-    """Yield runs in groups whose float64 sums fit into memory together."""
-    group: list[BlockRun] = []
-    num_bytes = 0
-    for run in runs:
-        width, inputs = weight_of(model, run.output).shape
-        needed = 8 * (inputs if of == "hidden" else width) * ((inputs if of == "hidden" else width) + width)
-        if group and num_bytes + needed > MAX_SUM_BYTES:
-            yield group
-            group, num_bytes = [], 0
-        group.append(run)
-        num_bytes += needed
-    if group:
-        yield group
+def _sum_bytes(model: nn.Module, run: BlockRun, of: RunInputs) -> int:
+    """Return the memory of a run's float64 sums in bytes."""
+    width, inputs = weight_of(model, run.output).shape
+    seen = inputs if of == "hidden" else width
+    return 8 * seen * (seen + width)
 
 
 def _watched(model: nn.Module, runs: Sequence[BlockRun], hooks: ExitStack) -> dict[str, tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ Shapes: T vectors, G groups, K values of a vector, H hidden units, D model width
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrim.errors import ModelError
 from vitrim.ops.gram_schmidt import working_dtype
-from vitrim.types import LayerSite, LayerSums, MlpWeights, Stats
+from vitrim.types import LayerSite, LayerSums, MlpWeights, Stats, T
 
 # Limit for the float64 sums of one pass over the images; larger models take several passes. A ViT-L needs 0.8 GiB.
 MAX_SUM_BYTES = 2**30
@@ -74,15 +74,21 @@ class LayerAdder:
         )
 
 
-def passes(layers: Sequence[LayerSite]) -> Iterator[list[LayerSite]]:
-    """Yield layers in groups whose sums fit into memory together."""
-    group, num_bytes = [], 0
-    for layer in layers:
-        needed = LayerAdder(layer=layer).num_bytes
+def passes(places: Sequence[T], bytes_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield places in groups whose sums fit into memory together; one that does not fit alone has a group of its own.
+
+    Args:
+        places: where something is summed.
+        bytes_of: returns the memory that the sums of a place take.
+    """
+    group: list[T] = []
+    num_bytes = 0
+    for place in places:
+        needed = bytes_of(place)
         if group and num_bytes + needed > MAX_SUM_BYTES:
             yield group
             group, num_bytes = [], 0
-        group.append(layer)
+        group.append(place)
         num_bytes += needed
     if group:
         yield group

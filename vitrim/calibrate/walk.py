@@ -118,26 +118,29 @@ def layer_scale(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> 
     if seen["block"].shape[-1] != width or not (0 < size < math.inf and stream < math.inf):
         return None
     offset_D = torch.full((width,), size, device=seen["output"].device)
-    rough_ND = _moved(model, site, call, offset_D) / size
+    rough_ND = moved(model, site, call, lambda _: offset_D) / size
     rough_D = rough_ND.mean(0)
     signs_D = torch.where(torch.arange(width, device=offset_D.device) % 3 == 0, -0.5, 1.0)
-    offset_D = signs_D * torch.minimum(stream / rough_D.abs(), FARTHEST * offset_D)
-    moved_ND = _moved(model, site, call, offset_D)
-    scale_D = moved_ND.mean(0) / offset_D
+    loud_D = signs_D * torch.minimum(stream / rough_D.abs(), FARTHEST * offset_D)
+    moved_ND = moved(model, site, call, lambda _: loud_D)
+    scale_D = moved_ND.mean(0) / loud_D
     # float32 rounding of a residual stream of this size is what an honest diagonal may still show.
-    rough_off, off = (rough_ND - scale_D).abs().max(), (moved_ND - scale_D * offset_D).abs().max()
+    rough_off, off = (rough_ND - scale_D).abs().max(), (moved_ND - scale_D * loud_D).abs().max()
     fixed = rough_off <= 1e-3 * scale_D.abs().max() + 1e-5 * stream / size and off <= 1e-3 * stream
     return scale_D if bool(fixed) and float(scale_D.abs().max()) > 0 else None
 
 
-def _moved(model: nn.Module, site: MlpSite | AttentionSite, call: Call, offset_D: Tensor) -> Tensor:
-    """Return by how much a block's output moves (N, D) where the output of its MLP or attention is."""
+def moved(model: nn.Module, site: MlpSite | AttentionSite, call: Call, offset_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return by how much a block's output moves (N, D) where an offset is added to what its MLP or attention puts out.
 
-    def add(_: nn.Module, args: Any, out: Any) -> Tensor:
-        return out + offset_D.to(out.dtype)
+    `offset_of` returns the offset for an output, in a shape that can be added to it.
+    """
+
+    def add(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out + offset_of(out).to(out.dtype)
 
     def run() -> Tensor:
-        return first_tensor(submodule(model, site.block)(*call[0], **call[1])).float().reshape(-1, len(offset_D))
+        return first_tensor(submodule(model, site.block)(*call[0], **call[1])).float().flatten(0, -2)
 
     with evaluating(model):
         before_ND = run()

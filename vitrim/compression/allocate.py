@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitrim.calibrate import SiteVisit, walk
+from vitrim.calibrate import SiteVisit, num_held_out, walk
 from vitrim.compression.cut import cut_, select
 from vitrim.config.options import Counted, RepairOptions
 from vitrim.config.recipe import Recipe
@@ -257,8 +257,8 @@ def _measure_(
     quiet: bool,
 ) -> None:
     """Measure all MLPs in one pass over the calibration images; each MLP sees an uncut model."""
-    num_held_out = max(1, len(batches) // 10) if len(batches) > 1 else 0
-    num_images = sum(map(len, batches[: len(batches) - num_held_out]))
+    num_judging = num_held_out(batches)
+    num_images = sum(map(len, batches[: len(batches) - num_judging]))
     images = batches[-1][:NUM_PROBE_IMAGES]
     judged = [(images, features_on_cpu(teacher, images, "final"))]
 
@@ -268,9 +268,7 @@ def _measure_(
         apply_(student, [edit])
         return min(WORST, relative_error(student, judged, "final"))
 
-    visits = walk(
-        teacher, copy.deepcopy(teacher), sites, batches, feedback=0.0, num_held_out=num_held_out, max_tokens=0
-    )
+    visits = walk(teacher, copy.deepcopy(teacher), sites, batches, feedback=0.0, num_held_out=num_judging, max_tokens=0)
     with progress("allocate", len(sites), quiet=quiet) as bar:
         for visit in visits:
             picks = _Picks(request=request, visit=visit, weights=read_weights(teacher, visit.site), number=bar.done)

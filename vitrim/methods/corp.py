@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from vitrim.errors import RecipeError, SiteNotFoundError
-from vitrim.methods.registry import BudgetUse, ModelMethod, register
+from vitrim.errors import RecipeError
+from vitrim.methods.registry import BudgetUse, ModelMethod, Parts, optional_tensor, register
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
 from vitrim.ops.least_squares import fit_output, moments, of_units
@@ -44,7 +43,7 @@ class Corp(ModelMethod):
     takes = "widths"
     edits = (KeepUnits, KeepHeadDims)
 
-    parts: Literal["mlp", "attention", "both"] = "mlp"
+    parts: Parts = "mlp"
     """Which part of each block is cut."""
     keep_dims: float | None = Field(default=None, gt=0, le=1)
     """Share of each head's query and key dimensions to keep; None uses the budget's share."""
@@ -214,7 +213,5 @@ def _projection(view: ModelView, site: AttentionSite, role: str) -> Tensor:
 
 def _bias(view: ModelView, path: str) -> Tensor | None:
     """Return a layer's bias, or None if it has none."""
-    try:
-        return view.tensor(f"{path}.bias").double().cpu()
-    except SiteNotFoundError:
-        return None
+    bias = optional_tensor(view, f"{path}.bias")
+    return None if bias is None else bias.double().cpu()

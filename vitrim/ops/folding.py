@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from vitrim.errors import BudgetError, ModelError
+from vitrim.errors import BudgetError
+from vitrim.ops.least_squares import cholesky_of
 
 NUM_ITERATIONS = 50  # of k-means; it stops when nothing changes
 
@@ -79,13 +80,9 @@ def reconstruction(gram_HH: Tensor, merge_KH: Tensor, *, ridge: float, where: st
     cross_KH = merge_KH @ gram_HH
     gram_KK = cross_KH @ merge_KH.T
     penalty = ridge * gram_KK.diagonal().mean().clamp(min=torch.finfo(gram_KK.dtype).tiny)
-    factor, failed = torch.linalg.cholesky_ex(gram_KK + penalty * torch.eye(len(gram_KK)).to(gram_KK))
-    if int(failed):
-        raise ModelError(
-            f"{where}: the sums of its {len(gram_KK)} merged units are not positive definite at a ridge of {ridge:g}; "
-            "raise the ridge."
-        )
-    return torch.cholesky_solve(cross_KH, factor).T
+    ridged_KK = gram_KK + penalty * torch.eye(len(gram_KK)).to(gram_KK)
+    factor_KK = cholesky_of(ridged_KK, f"{where}: the sums of its {len(gram_KK)} merged units", ridge)
+    return torch.cholesky_solve(cross_KH, factor_KK).T
 
 
 def _seeds(rows_HD: Tensor, num_groups: int, generator: Generator) -> Tensor:

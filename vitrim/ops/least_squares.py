@@ -95,17 +95,24 @@ def fit_output(
     gram_KK, cross_KD = moments(stats, centred=bias_D is not None)
     start_KD = weight_DK.to(gram_KK).T
     penalty_K = _penalty(stats.hidden_HH.diagonal(), start_KD, ridge, len(keep) * rounding)
-    factor, failed = torch.linalg.cholesky_ex(gram_KK + torch.diag(penalty_K))
-    if int(failed):
-        raise ModelError(
-            f"{where}: the sums of its {len(keep)} kept units are not positive definite at a ridge of {ridge:g}; "
-            "raise the ridge."
-        )
+    factor = cholesky_of(gram_KK + torch.diag(penalty_K), f"{where}: the sums of its {len(keep)} kept units", ridge)
     weight_KD = start_KD + torch.cholesky_solve(cross_KD - gram_KK @ start_KD, factor)
     if bias_D is None:
         return weight_KD.T, None
     bias = (stats.target_D - stats.hidden_H @ weight_KD) / stats.num_tokens
     return weight_KD.T, bias
+
+
+def cholesky_of(matrix_KK: Tensor, what: str, ridge: float) -> Tensor:
+    """Return the Cholesky factor of moments that a ridge has been added to.
+
+    Raises:
+        ModelError: they are too ill-conditioned for that ridge.
+    """
+    factor_KK, failed = torch.linalg.cholesky_ex(matrix_KK)
+    if int(failed):
+        raise ModelError(f"{what} are not positive definite at a ridge of {ridge:g}; raise the ridge.")
+    return factor_KK
 
 
 def _penalty(energy_K: Tensor, start_KD: Tensor, ridge: float, rounding: float) -> Tensor:

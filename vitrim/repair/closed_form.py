@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit
 from vitrim.config.options import RepairOptions
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
 from vitrim.repair.refit import refit_, site_tensors
 from vitrim.surgery import KeepUnits, apply_, read_weights
+from vitrim.types import Stats
 
 
 def repair_(
@@ -25,18 +26,25 @@ def repair_(
         edit, visit = KeepUnits.first(site, edit.width), visit.again()
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
-    ridge = ridge_for(visit.stats.num_tokens, len(keep), repair.ridge)
-    fitted_DK, fitted_D = fit_output(visit.stats, keep, start_DK, bias_D, ridge=ridge, where=site.path)
-    errors = {
-        "unrepaired": squared_error(visit.stats, keep, start_DK, bias_D),
-        "repaired": squared_error(visit.stats, keep, fitted_DK, fitted_D),
-    }
+    fitted_DK, fitted_D, errors = fitted(visit.stats, keep, start_DK, bias_D, repair.ridge, site.path)
     apply_(student, [edit.with_output(fitted_DK, fitted_D)])
     if repair.refit and visit.stands_alone:
         given = {"num_steps": repair.refit_steps, "lr": repair.refit_lr, "ridge": repair.ridge}
         before, after = refit_(student, visit, **given, seed=seed)
         errors |= {"held_out_repaired": before, "held_out_refitted": after}
     return replace(original, tensors=site_tensors(student, site)), errors
+
+
+def fitted(
+    stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None, ridge: float | None, where: str
+) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    """Fit an output projection to the kept units, unless `ridge` is None; return it with its errors per token."""
+    errors = {"unrepaired": squared_error(stats, keep, weight_DK, bias_D)}
+    if ridge is not None:
+        strength = ridge_for(stats.num_tokens, len(keep), ridge)
+        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=strength, where=where)
+        errors["repaired"] = squared_error(stats, keep, weight_DK, bias_D)
+    return weight_DK, bias_D, errors
 
 
 def visit_notes(visit: SiteVisit, repair: RepairOptions, num_keep: int) -> list[str]:

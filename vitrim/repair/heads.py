@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrim.calibrate import HeadVisit
 from vitrim.methods import SiteMethod
 from vitrim.ops.head_factors import ValueSums, mixed
-from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
+from vitrim.repair.closed_form import fitted
 from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, apply_, mix_heads, submodule
 from vitrim.surgery.edits import replace_
 from vitrim.types import AttentionSite, Stats
@@ -28,7 +28,7 @@ def pick_heads_(
     heads = tuple(sorted(int(head) for head in method.pick_heads(sums, num_keep)))
     keep = torch.tensor([head * site.head_dim + dim for head in heads for dim in range(site.head_dim)])
     start_DP = sums.output_DA[:, keep.to(sums.output_DA.device)]
-    output, errors = _fitted(sums.stats, keep, start_DP, sums.output_bias_D, ridge, site.path)
+    output, errors = _fitted(sums, sums.stats, keep, start_DP, ridge, site.path)
     tensors = {f"{site.path}.proj.{name}": tensor.contiguous() for name, tensor in output.items()}
     edit = KeepHeads(site=site, keep=heads, tensors=tensors)
     apply_(student, [edit])
@@ -61,7 +61,7 @@ def cut_heads_(
     mixtures["v"] = method.mix_values(sums, num_keep)
     small, start_DP = mixed(sums.stats, sums.output_DA, mixtures["v"])
     keep = torch.arange(start_DP.shape[1])
-    output, errors = _fitted(small, keep, start_DP, sums.output_bias_D, ridge, site.path)
+    output, errors = _fitted(sums, small, keep, start_DP, ridge, site.path)
     edit = mix_heads(whole, site, mixtures, output)
     apply_(student, [edit])
     return edit, errors
@@ -80,12 +80,8 @@ def _value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> Va
 
 
 def _fitted(
-    stats: Stats, keep: Tensor, weight_DP: Tensor, bias_D: Tensor | None, ridge: float | None, where: str
+    sums: ValueSums, stats: Stats, keep: Tensor, weight_DP: Tensor, ridge: float | None, where: str
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Fit the output projection to the kept dimensions unless `ridge` is None; return it with its errors per token."""
-    errors = {"unrepaired": squared_error(stats, keep, weight_DP, bias_D)}
-    if ridge is not None:
-        strength = ridge_for(stats.num_tokens, len(keep), ridge)
-        weight_DP, bias_D = fit_output(stats, keep, weight_DP, bias_D, ridge=strength, where=where)
-        errors["repaired"] = squared_error(stats, keep, weight_DP, bias_D)
+    """Return the output projection of the kept dimensions by name, fitted unless `ridge` is None, and its errors."""
+    weight_DP, bias_D, errors = fitted(stats, keep, weight_DP, sums.output_bias_D, ridge, where)
     return {"weight": weight_DP} | ({} if bias_D is None else {"bias": bias_D}), errors

@@ -51,8 +51,7 @@ class KeepHeadDims(Edit):
 
     def affected_tensors(self) -> list[str]:
         """Return the names of the projections' tensors."""
-        layers = dict.fromkeys((self.site.query, self.site.key, self.site.value, self.site.output))
-        return [f"{path}.{name}" for path in layers for name in ("weight", "bias")]
+        return self.site.tensors
 
     def check(self, model: nn.Module) -> None:
         """Check that the dimensions exist and every head keeps equally many."""
