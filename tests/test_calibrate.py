@@ -80,6 +80,8 @@ STREAMS = {
     "hf-vit": ("layernorm_after", None),
     "hf-dinov2": ("norm2", "layer_scale2.lambda1"),
     "encoder-pre-norm": ("norm2", None),
+    "encoder": ("linear1", None),  # blocks that end in a norm: the stream in front of it
+    "hf-bert": ("intermediate.dense", None),
 }
 
 
@@ -134,9 +136,10 @@ def test_layer_scale_finds_gamma_ones_and_nothing(build):
     scaled = build("timm-vit-scaled")
     for block, found in zip(scaled.model.blocks, scales(scaled), strict=True):
         torch.testing.assert_close(found, block.ls2.gamma.detach(), atol=1e-5, rtol=1e-4)
-    for found in scales(build("torchvision")):
-        torch.testing.assert_close(found, torch.ones(32), atol=1e-5, rtol=1e-5)
-    for name in ("timm-post-norm", "timm-swin-v2", "encoder", "hf-bert"):
+    for name in ("torchvision", "encoder", "hf-bert"):
+        for found in scales(build(name)):
+            torch.testing.assert_close(found, torch.ones(32), atol=1e-5, rtol=1e-5)
+    for name in ("timm-post-norm", "timm-swin-v2"):
         assert scales(build(name)) == [None] * len(build(name).sites)
 
 
@@ -149,7 +152,7 @@ class Zero(nn.Module):
 def test_layer_scale_is_none_where_no_fixed_diagonal_follows_the_mlp(build, between):
     model = build("timm-vit").copy()
     model.blocks[0].ls2 = between
-    assert layer_scale(model, build("timm-vit").sites[0], ((torch.randn(2, 5, 32),), {})) is None
+    assert layer_scale(model, "blocks.0", "blocks.0.mlp.fc2", ((torch.randn(2, 5, 32),), {})) is None
 
 
 @pytest.mark.parametrize("name", [*CHAINS, "timm-swin"])

@@ -167,6 +167,15 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_left_behind(bad_inputs, c
     assert sorted(path.name for path in bad_inputs.rglob("*")) == before
 
 
+def test_ctrl_c_between_two_states_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitrim.compression.pipeline.compress", stop)
+    assert run(["compress", DIGITS, "--out", str(tmp_path / "out")]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     given = [

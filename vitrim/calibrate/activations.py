@@ -124,8 +124,8 @@ def observe(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> tupl
 
     Returns:
         The block's output, and float32 tensors of shape (tokens, width): `input`, `hidden` and `output` (input, hidden
-        activations and output of the MLP; of an attention, hidden are the mixed values) and `block` (output of the
-        block).
+        activations and output of the MLP; of an attention, hidden are the mixed values) and `stream` (the residual
+        stream at the block's end: its output, or what a norm that ends the block is given).
     """
     seen: dict[str, Tensor] = {}
     value, output = submodule(model, site.value), submodule(model, site.output)
@@ -139,11 +139,37 @@ def observe(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> tupl
     handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
     try:
         with evaluating(model):
-            seen["block"] = first_tensor(submodule(model, site.block)(*call[0], **call[1]))
+            out, seen["stream"], _ = run_to_end(submodule(model, site.block), call)
     finally:
         for handle in handles:
             handle.remove()
-    return seen["block"], {name: tensor.reshape(-1, tensor.shape[-1]).float() for name, tensor in seen.items()}
+    return out, {name: tensor.reshape(-1, tensor.shape[-1]).float() for name, tensor in seen.items()}
+
+
+def run_to_end(block: nn.Module, call: Call) -> tuple[Tensor, Tensor, str]:
+    """Run a block; return its output, the residual stream at its end, and the path in it of a norm there or "".
+
+    Where the last thing that a block does is a norm (BERT), the stream is what the norm is given.
+    """
+    given: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name: str, args: Any, output: Any) -> None:
+        if args:
+            given[name] = (args[0], first_tensor(output))
+
+    norms = [(name, part) for name, part in block.named_modules() if hasattr(part, "normalized_shape")]
+    handles = [
+        norm.register_forward_hook(lambda _, args, output, name=name: see(name, args, output)) for name, norm in norms
+    ]
+    try:
+        out = first_tensor(block(*call[0], **call[1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (stream, normed) in given.items():
+        if normed is out:
+            return out, stream, name
+    return out, out, ""
 
 
 class Store(Sequence[Any]):

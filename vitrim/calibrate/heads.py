@@ -51,7 +51,9 @@ class HeadVisit:
     def __post_init__(self) -> None:
         with silenced(self.student.model, self.silent):
             model, call = self.student.model, self.student.call(0)
-            self.scale_D = layer_scale(model, self.site, call) if _in_order(model, self.site, call) else None
+            block, output = self.site.block, self.site.output
+            in_order = _in_order(model, self.site, call)
+            self.scale_D = layer_scale(model, block, output, call) if in_order else None
 
     def logits(self) -> LogitSums:
         """Return the sums of queries and keys; the student's attention must still be whole."""
@@ -85,7 +87,7 @@ def _in_order(model: nn.Module, site: AttentionSite, call: Call) -> bool:
         count = output.shape[:-1].numel()
         return torch.linspace(0, 1, count, dtype=output.dtype, device=output.device).view(*output.shape[:-1], 1)
 
-    size_N = moved(model, site, call, ramp).norm(dim=1)
+    size_N = moved(model, site.block, site.output, call, ramp).norm(dim=1)
     return bool((size_N.diff() >= -1e-3 * size_N.max()).all())
 
 

@@ -20,16 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitrim.calibrate.activations import Call, catch_call
+from vitrim.calibrate.activations import Call, catch_call, run_to_end
 from vitrim.calibrate.sums import passes
-from vitrim.calibrate.walk import Sums
+from vitrim.calibrate.walk import Sums, layer_scale
 from vitrim.errors import BudgetError
 from vitrim.models.features import device_of, evaluating, features, first_tensor
 from vitrim.surgery import DropBlocks, Edit, apply_, submodule, weight_of
 from vitrim.types import BlockRun, MlpSite, RunInputs, Stats
-
-# How much larger than the residual stream what is added to it is made, to see a small layer scale in float32.
-LOUD = 1e3
 
 
 def find_runs(
@@ -159,61 +156,20 @@ def _lists(model: nn.Module, sites: Sequence[MlpSite]) -> dict[str, list[MlpSite
 def _joint(model: nn.Module, site: MlpSite, images: Tensor) -> str | None:
     """Return the norm at a block's end, by its path in the block, "" if there is none.
 
-    None if the MLP's output is not added, times a fixed scale, to what is in front of the norm, or leaves the block.
+    None if the MLP's output is not added, times a fixed scale, to the residual stream there.
     """
-    block, call = submodule(model, site.block), _call(model, site.block, images)
+    call = _call(model, site.block, images)
+    if layer_scale(model, site.block, site.output, call) is None:
+        return None
     with evaluating(model):
-        out = first_tensor(block(*call[0], **call[1]))
-        ends = [""]
-        for name, module in block.named_modules():
-            if getattr(module, "normalized_shape", None) is not None:
-                seen = _seen(block, call, module)
-                if seen and seen[1].shape == out.shape and torch.equal(seen[1], out):
-                    ends.append(name)
-    return next(
-        (end for end in reversed(ends) if _scale_of(model, site.block, site.output, end, call) is not None), None
-    )
+        return run_to_end(submodule(model, site.block), call)[2]
 
 
 def _scale(model: nn.Module, run: BlockRun, images: Tensor) -> Tensor:
     """Return the fixed scale (D,) between the output of a run's layer in front and the residual stream."""
-    end = (run.norm or "").removeprefix(run.before).removeprefix(".")
-    found = _scale_of(model, run.before, run.output, end, _call(model, run.before, images))
+    found = layer_scale(model, run.before, run.output, _call(model, run.before, images))
     assert found is not None
     return found
-
-
-def _scale_of(model: nn.Module, path: str, output: str, end: str, call: Call) -> Tensor | None:
-    """Return the fixed diagonal between a layer's output and what a block, or the norm at its end, is given of it.
-
-    Known offsets are added to the layer's output, large ones, so that what they move is seen beside the residual
-    stream however small the scale is. None if it moves by no fixed diagonal.
-    """
-    block, layer, width = submodule(model, path), submodule(model, output), weight_of(model, output).shape[0]
-
-    def stream(offset: Tensor | None) -> Tensor:
-        handle = layer.register_forward_hook(lambda _, args, out: out if offset is None else out + offset.to(out))
-        try:
-            if end:
-                return _seen(block, call, block.get_submodule(end))[0].float()
-            return first_tensor(block(*call[0], **call[1])).float()
-        finally:
-            handle.remove()
-
-    with evaluating(model):
-        base = stream(None)
-        if base.shape[-1] != width:
-            return None
-        offset = torch.ones(width, device=base.device) * base.abs().max().clamp(min=1e-30)
-        moved = (stream(offset) - base).abs().max()
-        if not float(moved) > 0:
-            return None
-        loud = offset * (LOUD * base.abs().max() / moved)
-        signs = torch.where(torch.arange(width, device=base.device) % 3 == 0, -0.5, 1.0)
-        answers = [((stream(each) - base) / each).reshape(-1, width) for each in (loud, loud * signs)]
-    scale_D = answers[0].double().mean(0)
-    fixed = all(bool(((answer - scale_D).abs() <= 1e-4 * scale_D.abs().max()).all()) for answer in answers)
-    return scale_D if fixed else None
 
 
 def _can_go(model: nn.Module, run: BlockRun, images: Tensor) -> bool:
@@ -293,14 +249,3 @@ def _spread(tokens_ND: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _call(model: nn.Module, block: str, images: Tensor) -> Call:
     """Return the arguments of a block, for two images."""
     return catch_call(model, block, images[:2].to(device_of(model)))
-
-
-def _seen(block: nn.Module, call: Call, module: nn.Module) -> list[Tensor]:
-    """Run a block on arguments; return first input and output of a module in it, [] if it does not run."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, args, output: seen.extend((args[0], first_tensor(output))))
-    try:
-        block(*call[0], **call[1])
-    finally:
-        handle.remove()
-    return seen[-2:]

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.activations import Activations, Call, forward_order, observe
+from vitrim.calibrate.activations import Activations, Call, forward_order, run_to_end
 from vitrim.calibrate.sums import check_finite
-from vitrim.models.features import evaluating, first_tensor
+from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.surgery import mlp_output, submodule, weight_of
-from vitrim.types import AttentionSite, MlpSite, Stats
+from vitrim.types import MlpSite, Stats
 
 CHUNK_TOKENS = 4096  # tokens added to the sums at a time
 TILE_ROWS = 1024  # rows of second moments that are held in float64 where they are stored in float32
@@ -103,26 +103,36 @@ def walk(
             yield _visit(site, both[0], both[1], feedback, num_held_out, max_tokens, moments)
 
 
-def layer_scale(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> Tensor | None:
-    """Find the fixed diagonal (D,) between the output of an MLP or attention and its block's output, by probing.
+def layer_scale(model: nn.Module, block: str, output: str, call: Call) -> Tensor | None:
+    """Find the fixed diagonal (D,) between a layer's output and the residual stream at its block's end, by probing.
 
-    A known offset is added to the output projection's output: behind a residual sum with a layer scale the block's
-    output moves by that scale, everywhere and in proportion. If it moves in another way (a norm in between), the result
-    is None. The first offset is as large as the outputs. The second moves each channel of the residual stream by about
-    its size, so that the smallest scale comes out as exact as the largest.
+    A known offset is added to the layer's output: behind a residual sum with a layer scale the stream moves by that
+    scale, everywhere and in proportion. If it moves in another way (a norm in between), the result is None. The first
+    offset is as large as the outputs. The second moves each channel of the residual stream by about its size, so that
+    the smallest scale comes out as exact as the largest.
+
+    Args:
+        model: the model.
+        block: path of the block.
+        output: path of the layer in it, the output projection of an MLP or attention.
+        call: arguments of the block.
     """
-    width = weight_of(model, site.output).shape[0]
-    seen = observe(model, site, call)[1]
-    stream = float(seen["block"].abs().max())
-    size = float(seen["output"].abs().max()) or stream
-    if seen["block"].shape[-1] != width or not (0 < size < math.inf and stream < math.inf):
+    width, put_out = weight_of(model, output).shape[0], []
+    handle = submodule(model, output).register_forward_hook(lambda _, args, out: put_out.append(float(out.abs().max())))
+    try:
+        stream_ND = _stream(model, block, call)
+    finally:
+        handle.remove()
+    stream = float(stream_ND.abs().max())
+    size = put_out[0] or stream
+    if stream_ND.shape[-1] != width or not (0 < size < math.inf and stream < math.inf):
         return None
-    offset_D = torch.full((width,), size, device=seen["output"].device)
-    rough_ND = moved(model, site, call, lambda _: offset_D) / size
+    offset_D = torch.full((width,), size, device=stream_ND.device)
+    rough_ND = moved(model, block, output, call, lambda _: offset_D) / size
     rough_D = rough_ND.mean(0)
     signs_D = torch.where(torch.arange(width, device=offset_D.device) % 3 == 0, -0.5, 1.0)
     loud_D = signs_D * torch.minimum(stream / rough_D.abs(), FARTHEST * offset_D)
-    moved_ND = moved(model, site, call, lambda _: loud_D)
+    moved_ND = moved(model, block, output, call, lambda _: loud_D)
     scale_D = moved_ND.mean(0) / loud_D
     # float32 rounding of a residual stream of this size is what an honest diagonal may still show.
     rough_off, off = (rough_ND - scale_D).abs().max(), (moved_ND - scale_D * loud_D).abs().max()
@@ -130,8 +140,8 @@ def layer_scale(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> 
     return scale_D if bool(fixed) and float(scale_D.abs().max()) > 0 else None
 
 
-def moved(model: nn.Module, site: MlpSite | AttentionSite, call: Call, offset_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return by how much a block's output moves (N, D) where an offset is added to what its MLP or attention puts out.
+def moved(model: nn.Module, block: str, output: str, call: Call, offset_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return by how much the stream at a block's end moves (N, D) where an offset is added to what a layer puts out.
 
     `offset_of` returns the offset for an output, in a shape that can be added to it.
     """
@@ -139,16 +149,18 @@ def moved(model: nn.Module, site: MlpSite | AttentionSite, call: Call, offset_of
     def add(_: nn.Module, args: Any, out: Tensor) -> Tensor:
         return out + offset_of(out).to(out.dtype)
 
-    def run() -> Tensor:
-        return first_tensor(submodule(model, site.block)(*call[0], **call[1])).float().flatten(0, -2)
+    before_ND = _stream(model, block, call)
+    handle = submodule(model, output).register_forward_hook(add)
+    try:
+        return _stream(model, block, call) - before_ND
+    finally:
+        handle.remove()
 
+
+def _stream(model: nn.Module, block: str, call: Call) -> Tensor:
+    """Return the residual stream at a block's end (N, D)."""
     with evaluating(model):
-        before_ND = run()
-        handle = submodule(model, site.output).register_forward_hook(add)
-        try:
-            return run() - before_ND
-        finally:
-            handle.remove()
+        return run_to_end(submodule(model, block), call)[1].float().flatten(0, -2)
 
 
 @dataclass
@@ -208,7 +220,7 @@ def _visit(
 ) -> SiteVisit:
     """Sum up one MLP over all batches."""
     sums, samples = Sums(moments), {"fit": [], "held_out": []}
-    scale_D = layer_scale(student.model, site, student.call(0))
+    scale_D = layer_scale(student.model, site.block, site.output, student.call(0))
     num_fit = max(1, len(student.batches) - num_held_out)
     limits = {"fit": max_tokens // num_fit, "held_out": max_tokens // 4 // max(1, num_held_out)}
     generator = torch.Generator().manual_seed(0)
@@ -252,7 +264,7 @@ def corrected(
     if scale_D is None or feedback == 0:
         return theirs["output"]
     inverse_D = torch.where(scale_D == 0, 0.0, 1 / scale_D)  # behind a zero no output corrects the residual stream
-    behind = (theirs["block"] - scale_D * theirs["output"]) - (ours["block"] - scale_D * ours["output"])
+    behind = (theirs["stream"] - scale_D * theirs["output"]) - (ours["stream"] - scale_D * ours["output"])
     return theirs["output"] + feedback * inverse_D * behind
 
 

@@ -23,6 +23,7 @@ app = App(
     name="vitrim",
     help="Make pretrained Vision Transformers smaller and keep their features.",
     help_epilogue="Exit codes: 0 done, 2 wrong input (one line on standard error), 130 stopped by Ctrl-C.",
+    suppress_keyboard_interrupt=False,  # `run` says a line
 )
 app.register_install_completion_command()
 

@@ -133,7 +133,7 @@ class BlockData:
         here = [site for site in self.sites if site.block == self.blocks[index]]
         if self.train == "mlp" and len(here) == 1:
             call = self.inputs.call(0)
-            scale_D = layer_scale(self.student, here[0], call)
+            scale_D = layer_scale(self.student, here[0].block, here[0].output, call)
             if scale_D is not None and stands_alone(self.student, here[0], observe(self.student, here[0], call)[1]):
                 return self._of_mlp(here[0], scale_D)
         return self._of_block(index)
