@@ -6,7 +6,6 @@ A method looks at `MlpWeights` and `Stats` and decides; its decision is an edit,
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -372,25 +371,29 @@ class ModelView(Protocol):
         """Differentiate a loss of each batch's features: `see(path, input, gradient of input)` is called per module."""
         ...
 
+    def token_blocks(self) -> tuple[Sequence[AttentionSite], int, bool]:
+        """Return each block's attention, the number of tokens before the patches, whether pooling reads these alone."""
+        ...
+
+    def kept(self, site: AttentionSite, tokens_BND: Tensor, index: Sequence[int]) -> Tensor:
+        """Return the tokens at an index as the block around an attention makes them of those that it is given."""
+        ...
+
+    def attention_maps(self, site: AttentionSite, tokens_BND: Tensor) -> Iterator[Tensor]:
+        """Yield the attention (B, N, N) of each head, from the tokens that its block is given."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
     """Output of a vision encoder: B images, N patch tokens, D width.
 
     `pooled_BD` is the CLS token, or the mean of the patch tokens if a model has none. `patches_BND` is None for a model
-    that returns one vector per image. `taken` says in words where in the model both were read.
+    that returns one vector per image. `taken` says in words where in the model both were read. `token_positions` are
+    those of the patches in the image's grid, where a model keeps some of them; None for all.
     """
 
     pooled_BD: Tensor
     patches_BND: Tensor | None = None
     taken: str = ""
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's raw bytes, dtype and shape."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{flat.dtype}{tuple(flat.shape)}".encode())
-    digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    token_positions: tuple[int, ...] | None = None

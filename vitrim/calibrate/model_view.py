@@ -16,7 +16,9 @@ from torch.func import functional_call
 
 from vitrim.calibrate.runs import find_runs, num_held_out, relative_error, run_sums, tokens_of, with_edits
 from vitrim.calibrate.sums import HiddenAdder, LayerAdder, check_finite, passes
+from vitrim.calibrate.token_blocks import find_token_blocks, split_block
 from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.layers.kept_tokens import KeptTokens
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, first_tensor, frozen
 from vitrim.models.layers import find_layers
@@ -54,6 +56,7 @@ class LiveModelView:
         self.repaired = repaired
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.notes: list[str] = []
+        self.split: dict[str, KeptTokens] = {}
         self.bar = bar or Progress("", 0)
 
     @property
@@ -112,6 +115,29 @@ class LiveModelView:
                     "are cut."
                 )
         return [site for site in found.values() if site is not None]
+
+    def token_blocks(self) -> tuple[Sequence[AttentionSite], int, bool]:
+        """Return each block's attention, the number of tokens before the patches, whether pooling reads these alone.
+
+        Raises:
+            RecipeError: there are no images.
+            SiteNotFoundError: tokens can't leave the model's blocks, or none stands in front of the patches.
+        """
+        return find_token_blocks(self.model, self.sites, self.attentions(), self._batches()[0][:2])
+
+    def kept(self, site: AttentionSite, tokens_BND: Tensor, index: Sequence[int]) -> Tensor:
+        """Return the tokens at an index as the block around an attention makes them of those that it is given."""
+        return self._split(site).run(tokens_BND, torch.tensor(index, device=tokens_BND.device))
+
+    def attention_maps(self, site: AttentionSite, tokens_BND: Tensor) -> Iterator[Tensor]:
+        """Yield the attention (B, N, N) of each head, from the tokens that its block is given."""
+        return self._split(site).attention_maps(tokens_BND)
+
+    def _split(self, site: AttentionSite) -> KeptTokens:
+        """Return a copy of the block around an attention, made so that tokens can leave it; one is kept of each."""
+        if site.block not in self.split:
+            self.split[site.block] = split_block(self.model, site)
+        return self.split[site.block]
 
     def note(self, text: str) -> None:
         """Record a note for the user."""

@@ -46,10 +46,11 @@ from vitrim.ops.allocation import Values, best_choices, dropped_energy, explaine
 from vitrim.ops.least_squares import fit_output, moments, ridge_for
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
+from vitrim.storage.hashes import tensor_sha256
 from vitrim.storage.sealed import read_sealed, write_sealed
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
 from vitrim.surgery.modules import run_mlp
-from vitrim.types import MlpSite, MlpWeights, tensor_sha256
+from vitrim.types import MlpSite, MlpWeights
 
 PROBED = (0.5, 0.25, 0.125)  # shares of an MLP's units at which its effect on the final features is measured
 NUM_PROBE_IMAGES = 32

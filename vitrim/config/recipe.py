@@ -21,7 +21,7 @@ from vitrim.errors import RecipeError
 from vitrim.methods import Method, find_method
 from vitrim.models.origin import Reading
 from vitrim.storage.training_files import Which
-from vitrim.surgery import DropBlocks
+from vitrim.surgery import DropBlocks, KeepTokens
 
 LENGTHS = {"steps", "epochs"}
 MAX_STEPS = 16  # each is a pass over the whole model
@@ -90,7 +90,20 @@ class Recipe(Checked):
                 f"blockwise: {shorter[0]} takes blocks out, so those of the two models can't be compared one by one; "
                 "drop blockwise, recover trains the whole model"
             )
+        self._check_fewer_tokens()
         return self
+
+    def _check_fewer_tokens(self) -> None:
+        """Refuse options that run a student's blocks on all tokens, where a method leaves it some of them."""
+        fewer = [step.method for step in self.steps if KeepTokens in find_method(step.method).edits]
+        if fewer and self.blockwise is not None and self.blockwise.inputs == "teacher":
+            raise ValueError(
+                f"blockwise.inputs: {fewer[0]} keeps some tokens, and the teacher's blocks give all; use student"
+            )
+        if fewer and self.recover is not None and self.recover.elastic is not None:
+            raise ValueError(
+                f"recover.elastic: fits widths on all tokens, and {fewer[0]} keeps some; drop one of the two"
+            )
 
     def _check_elastic(self, ratios: tuple[float, ...]) -> None:
         """Refuse options that conflict with several widths in one result."""

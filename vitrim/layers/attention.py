@@ -6,6 +6,7 @@ positions are not supported, and are refused rather than ignored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,18 +43,27 @@ class SlimAttention(nn.Module):
         self.v = nn.Linear(d_model, num_heads * num_v, bias=qkv_bias, **place)
         self.proj = nn.Linear(num_heads * num_v, d_model, bias=proj_bias, **place)
 
-    def forward(self, hidden_states: Tensor, *args: Any, is_causal: bool = False, **kwargs: Any) -> Any:
-        """Attend the tokens (B, N, D) to each other.
+    def forward(
+        self, hidden_states: Tensor, *args: Any, queries: Tensor | None = None, is_causal: bool = False, **kwargs: Any
+    ) -> Any:
+        """Attend the tokens (B, N, D) to each other, or with `queries` (B, K, D) these alone to the tokens.
 
         Raises:
             ModelError: a mask, positions or another tensor was passed.
         """
         if is_causal or any(isinstance(value, Tensor | tuple) for value in (*args, *kwargs.values())):
             raise ModelError("attention with fewer head dimensions takes no mask and no rotary positions.")
-        q, k, v = (self._heads(layer(hidden_states)) for layer in (self.q, self.k, self.v))
+        q = self._heads(self.q(hidden_states if queries is None else queries))
+        k, v = (self._heads(layer(hidden_states)) for layer in (self.k, self.v))
         mixed = functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
         output = self.proj(mixed.transpose(1, 2).flatten(2))
         return (output, None) if self.as_tuple else output
+
+    def attention_maps(self, hidden_states: Tensor) -> Iterator[Tensor]:
+        """Yield what each head's softmax gives (B, N, N), computed anew since fused attention does not return it."""
+        q, k = (self._heads(layer(hidden_states)) for layer in (self.q, self.k))
+        for head in range(self.num_heads):
+            yield (q[:, head] @ k[:, head].mT * self.scale).softmax(-1)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Reshape (B, N, heads * F) to (B, heads, N, F)."""

@@ -9,6 +9,7 @@ from vitrim.methods.int8 import Int8
 from vitrim.methods.low_rank import Lortsar, LowRank
 from vitrim.methods.magnitude import Magnitude
 from vitrim.methods.moefication import Moefication
+from vitrim.methods.patch_slimming import PatchSlimming
 from vitrim.methods.random_units import Random
 from vitrim.methods.registry import METHODS, Method, ModelMethod, SiteMethod, find_method, make_method, register
 from vitrim.methods.relufy import Relufy
@@ -34,6 +35,7 @@ __all__ = [
     "Method",
     "ModelMethod",
     "Moefication",
+    "PatchSlimming",
     "Random",
     "Relufy",
     "ReplaceMe",

@@ -16,7 +16,16 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vitrim.errors import DataError, ModelError
 from vitrim.metrics.outputs import Outputs, images_and_labels
-from vitrim.models.features import evaluating, features, inputs_for, logits, num_classes, num_prefix_tokens
+from vitrim.models.features import (
+    evaluating,
+    features,
+    inputs_for,
+    kept_positions,
+    logits,
+    num_classes,
+    num_prefix_tokens,
+    same_patches,
+)
 from vitrim.types import Features, FeaturesAt
 
 # Of fewer images, shares such as recall and agreement say nothing, so they are not given.
@@ -99,6 +108,7 @@ def fidelity(
         for images, labels in images_and_labels(batches):
             pairs = [(model, inputs_for(model, images)) for model in (student, teacher)]
             found = [features(model, moved, at=at) for model, moved in pairs]
+            found[1] = same_patches(found[1], found[0])
             mine, theirs = (_kinds(model, own) for model, own in zip((student, teacher), found, strict=True))
             _check_shapes(mine, theirs)
             for kind in theirs:
@@ -170,12 +180,16 @@ def block_fidelity(
     """
     compared, new_names = {name: TokenComparison() for name in block_names}, new_names or {}
     own_names = {new_names.get(name, name): name for name in block_names}
+    kept = _kept_tokens(student, teacher, own_names)
     with evaluating(student, teacher), ExitStack() as hooks:
         caught, theirs = _catch_outputs(student, list(own_names), hooks), _catch_outputs(teacher, block_names, hooks)
         for images, _ in images_and_labels(batches):
             for model in (student, teacher):
                 features(model, inputs_for(model, images))
             mine = {own_names[name]: caught.pop(name) for name in list(caught)}
+            for name, index in kept.items():
+                if name in theirs:
+                    theirs[name] = theirs[name][:, index]
             _check_shapes(*({name: [tensor] for name, tensor in side.items()} for side in (mine, theirs)))
             for name in block_names:
                 if name not in mine:
@@ -232,6 +246,17 @@ def _kinds(model: nn.Module, found: Features) -> dict[str, list[Tensor]]:
         return {"": pooled, "pooled_": pooled}
     patches = [found.patches_BND]
     return {"": pooled + patches if num_prefix_tokens(model) > 0 else patches, "pooled_": pooled, "patches_": patches}
+
+
+def _kept_tokens(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> dict[str, list[int]]:
+    """Return by the teacher's name of a block which of its tokens the student's block has, where these are not all."""
+    mine, theirs = kept_positions(student), kept_positions(teacher)
+    found, latest = {}, None
+    for own, name in names.items():
+        latest = mine.get(own, latest)
+        if latest is not None and latest != theirs.get(name):
+            found[name] = list(latest)
+    return found
 
 
 def _check_shapes(mine: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]) -> None:

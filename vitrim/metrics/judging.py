@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.metrics.fidelity import TokenComparison
-from vitrim.models.features import device_of, evaluating, features
+from vitrim.models.features import device_of, evaluating, features, kept_patches, same_patches
 from vitrim.types import Features, FeaturesAt
 
 # Batches of held-out images, each with the teacher's features on the CPU.
@@ -44,7 +45,7 @@ def read_features(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Feat
     if not isinstance(model, FeatureModel):
         return features(model, images_BCHW, at=at)
     pooled_BD, patches_BND = model(images_BCHW)
-    return Features(pooled_BD=pooled_BD, patches_BND=patches_BND)
+    return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, token_positions=kept_patches(model))
 
 
 def features_on_cpu(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Features:
@@ -52,7 +53,7 @@ def features_on_cpu(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Fe
     with torch.no_grad():
         found = features(model, images_BCHW.to(device_of(model)), at=at)
     patches = None if found.patches_BND is None else found.patches_BND.float().cpu()
-    return Features(pooled_BD=found.pooled_BD.float().cpu(), patches_BND=patches)
+    return replace(found, pooled_BD=found.pooled_BD.float().cpu(), patches_BND=patches)
 
 
 def relative_error(student: nn.Module, judged: Judged, at: FeaturesAt) -> float:
@@ -67,7 +68,7 @@ def relative_error(student: nn.Module, judged: Judged, at: FeaturesAt) -> float:
     with evaluating(student):
         for images, target in judged:
             found = read_features(student, images.to(device_of(student)), at)
-            for mine, theirs in zip(_tensors(found), _tensors(target), strict=True):
+            for mine, theirs in zip(_tensors(found), _tensors(same_patches(target, found)), strict=True):
                 compared.update(mine.cpu(), theirs)
     return compared.relative_error if math.isfinite(compared.relative_error) else math.inf
 

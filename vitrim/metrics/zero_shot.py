@@ -20,8 +20,8 @@ from vitrim.models.features import evaluating
 from vitrim.models.from_open_clip import imagenet
 from vitrim.models.towers import Pair, embed_images, unit
 from vitrim.progress import progress
+from vitrim.storage.hashes import tensor_sha256
 from vitrim.storage.sealed import read_tensors, write_tensors
-from vitrim.types import tensor_sha256
 
 Template = str | Callable[[str], str]
 TEXTS_PER_BATCH = 256

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
+from vitrim.layers.kept_tokens import SplitBlock
 from vitrim.types import Features, FeaturesAt
 
 FINAL_NORMS = ("norm", "fc_norm", "ln_post", "layernorm", "encoder.layernorm", "encoder.ln", "post_layernorm")
@@ -52,6 +53,42 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
         >>> found.pooled_BD.shape, found.patches_BND.shape
         (torch.Size([1, 192]), torch.Size([1, 4, 192]))
     """
+    return replace(_read(model, inputs, at), token_positions=kept_patches(model))
+
+
+def kept_positions(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return by path of each block that keeps some of its tokens where these stood in the whole sequence, in order."""
+    return {path: module.positions for path, module in model.named_modules() if isinstance(module, SplitBlock)}
+
+
+def kept_patches(model: nn.Module) -> tuple[int, ...] | None:
+    """Return which patches a model's features have, by their number in the image; None for all."""
+    kept = list(kept_positions(model).values())
+    if not kept:
+        return None
+    first = num_prefix_tokens(model)
+    return tuple(position - first for position in kept[-1] if position >= first)
+
+
+def same_patches(found: Features, like: Features) -> Features:
+    """Return features with those patches alone that others have, so that like is compared with like.
+
+    Raises:
+        ModelError: the others have patches that these do not have.
+    """
+    wanted, have = like.token_positions, found.token_positions
+    if wanted == have or wanted is None or found.patches_BND is None:
+        return found
+    places = {patch: number for number, patch in enumerate(have or range(found.patches_BND.shape[1]))}
+    if not set(wanted) <= set(places):
+        raise ModelError("one of the models keeps patches that the other one has not; compare both with the original.")
+    index = torch.tensor([places[patch] for patch in wanted], dtype=torch.long, device=found.patches_BND.device)
+    patches_BND = found.patches_BND.index_select(1, index) if wanted else None
+    return replace(found, patches_BND=patches_BND, token_positions=wanted)
+
+
+def _read(model: nn.Module, inputs: Tensor, at: FeaturesAt) -> Features:
+    """Return features after or in front of the final norm."""
     if at == "final":
         return _features(model, inputs)
     norm = final_norm(model)

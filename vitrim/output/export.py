@@ -26,7 +26,7 @@ from vitrim.data.inputs import open_set, random_inputs
 from vitrim.errors import ModelError, OutputError, RecipeError, reason_of
 from vitrim.layers.fips import SharedBasisLinear
 from vitrim.layers.moefication import ExpertMlp
-from vitrim.models.features import are_names, evaluating, features, first_tensor
+from vitrim.models.features import are_names, evaluating, features, first_tensor, kept_patches
 from vitrim.models.live import with_its_classes
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, require
@@ -134,7 +134,8 @@ def export(
         models = {"pytorch": wrapped, to: session} if latency else {}
         times = measure_latency(list(models.values()), noise[:1], batch_sizes=TIMED)
         num_bytes = sum(file.stat().st_size for file in path.parent.iterdir())
-        _describe(_about(path), with_its_classes(whole, origin) if live else origin, wrapped.names)
+        said = with_its_classes(whole, origin) if live else origin
+        _describe(_about(path), said, wrapped.names, kept_patches(encoder))
     return Exported(
         path=out,
         form=to,
@@ -161,7 +162,7 @@ def _about(out: Path) -> Path:
     return out.with_name(f"{out.name}.json")
 
 
-def _describe(path: Path, origin: Origin, outputs: Sequence[str]) -> None:
+def _describe(path: Path, origin: Origin, outputs: Sequence[str], kept: Sequence[int] | None) -> None:
     """Write what no runtime's file says, in the words of the original's library; what is not known is left out."""
     backend = backend_of(origin.library)
     said = {} if backend is None else backend.says(origin)
@@ -169,6 +170,7 @@ def _describe(path: Path, origin: Origin, outputs: Sequence[str]) -> None:
         said.pop("id2label", None)
     about = {"preprocessing": origin.without_place().preprocessing, "license": licence_of(origin)}
     about |= {key: value for key, value in said.items() if value is not None}
+    about["token_positions"] = None if kept is None else list(kept)
     known = {key: value for key, value in about.items() if value is not None}
     write_json(path, {**known, "model": origin.name, "outputs": list(outputs)})
 

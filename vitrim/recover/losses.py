@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, mse_loss
 
+from vitrim.models.features import same_patches
 from vitrim.models.towers import unit
 from vitrim.types import Features
 
@@ -41,7 +42,7 @@ class EmbeddingSpace:
         """Return features with the pooled vector projected into the space."""
         if self.project is None:
             return found
-        return Features(pooled_BD=self.project(found.pooled_BD.float()), patches_BND=found.patches_BND)
+        return replace(found, pooled_BD=self.project(found.pooled_BD.float()))
 
 
 def patches_at(found: Features, positions_BP: Tensor | None) -> Features:
@@ -49,14 +50,16 @@ def patches_at(found: Features, positions_BP: Tensor | None) -> Features:
     if positions_BP is None or found.patches_BND is None:
         return found
     index_BPD = positions_BP.to(found.patches_BND.device)[..., None].expand(-1, -1, found.patches_BND.shape[-1])
-    return Features(pooled_BD=found.pooled_BD, patches_BND=found.patches_BND.gather(1, index_BPD))
+    return replace(found, patches_BND=found.patches_BND.gather(1, index_BPD))
 
 
 def feature_loss(student: Features, teacher: Features) -> Tensor:
     """Compute the mean squared error of the pooled vectors plus that of the patch tokens; labels never enter.
 
-    Paper: DGMR, arXiv 2506.08591, section 3; no normalisation, no temperature.
+    A student that keeps some patches is compared at these. Paper: DGMR, arXiv 2506.08591, section 3; no normalisation,
+    no temperature.
     """
+    teacher = same_patches(teacher, student)
     loss = mse_loss(student.pooled_BD.float(), teacher.pooled_BD.float())
     if student.patches_BND is not None and teacher.patches_BND is not None:
         loss = loss + mse_loss(student.patches_BND.float(), teacher.patches_BND.float())

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from vitrim.data import ImageSet, ImageStream
 from vitrim.distributed.precision import attention_in_float32, is_bf16
 from vitrim.distributed.processes import mean, num_processes
 from vitrim.distributed.sharding import block_paths, checkpointed, full, local, shard
+from vitrim.errors import RecipeError
 from vitrim.metrics.judging import FeatureModel
-from vitrim.models.features import features, restored
+from vitrim.models.features import features, kept_patches, restored
 from vitrim.recover.adapters import adapted, notes_on, without_decay
 from vitrim.recover.elastic import Widths, at_width
 from vitrim.recover.judge import Judge, score
@@ -101,6 +103,13 @@ class Run:
         self.best_score = math.inf
         self.ema: dict[str, Tensor] = {}
         self.space = None if space is None else space.to(self.device)
+        self.kept_patches = kept_patches(student)
+        cached = options.cache_teacher
+        if self.kept_patches and cached is not None and (cached.num_patches or cached.patch_ratio):
+            raise RecipeError(
+                "recover.cache_teacher: keeps some patches of each image, and the student keeps others; leave out "
+                "num_patches and patch_ratio."
+            )
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
@@ -252,7 +261,8 @@ class Run:
             target = Target(_first(known, 1, self.device))
         with in_precision(self.options, self.device):
             pooled, patches = self.model(batch.images_BCHW.to(self.device))
-        found = patches_at(Features(pooled_BD=pooled, patches_BND=patches), target.positions_BP)
+        found = Features(pooled_BD=pooled, patches_BND=patches, token_positions=self.kept_patches)
+        found = patches_at(found, target.positions_BP)
         if self.space is not None:
             return space_loss(found, target.features, self.space)
         return feature_loss(found, target.features)
@@ -315,4 +325,4 @@ class Run:
 def _first(found: Features, count: int, device: torch.device) -> Features:
     """Return the features of the first `count` images, on a device."""
     patches = None if found.patches_BND is None else found.patches_BND[:count].to(device)
-    return Features(pooled_BD=found.pooled_BD[:count].to(device), patches_BND=patches)
+    return replace(found, pooled_BD=found.pooled_BD[:count].to(device), patches_BND=patches)

@@ -25,7 +25,7 @@ from vitrim.config.options import BlockwiseOptions
 from vitrim.data import ImageSet
 from vitrim.distributed.processes import mean
 from vitrim.errors import DataError
-from vitrim.models.features import device_of
+from vitrim.models.features import device_of, kept_positions
 from vitrim.surgery import mlp_output, submodule
 from vitrim.types import MlpSite
 
@@ -111,7 +111,7 @@ class BlockData:
         offload: Path | None,
     ) -> None:
         self.student, self.blocks, self.sites, self.train = student, blocks, sites, options.train
-        self.share, self.offload = share, offload
+        self.share, self.offload, self.kept = share, offload, kept_positions(student)
         batches = _decode(images, options, seed, share, offload and offload / "images")
         self.theirs = Activations(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher")
         self.inputs = self.theirs
@@ -131,7 +131,7 @@ class BlockData:
         if self.inputs is not self.theirs:
             self.inputs.enter(index)
         here = [site for site in self.sites if site.block == self.blocks[index]]
-        if self.train == "mlp" and len(here) == 1:
+        if self.train == "mlp" and len(here) == 1 and self._kept(index) is None:
             call = self.inputs.call(0)
             scale_D = layer_scale(self.student, here[0].block, here[0].output, call)
             if scale_D is not None and stands_alone(self.student, here[0], observe(self.student, here[0], call)[1]):
@@ -150,9 +150,16 @@ class BlockData:
         for i in range(len(self.theirs.batches)):
             self.theirs.run(i)
         calls, outputs, block = self.inputs.calls, self.theirs.outputs, submodule(self.student, self.blocks[index])
+        left = self._kept(index)
+        kept = slice(None) if left is None else list(left)  # of the teacher's tokens
         return self._task(
-            lambda i: (calls.get(i), outputs.get(i)), lambda call: first_tensor(block(*call[0], **call[1]))
+            lambda i: (calls.get(i), outputs.get(i)[:, kept]), lambda call: first_tensor(block(*call[0], **call[1]))
         )
+
+    def _kept(self, index: int) -> Sequence[int] | None:
+        """Return which tokens the student still has behind a block; None for all."""
+        latest = [self.kept[path] for path in self.blocks[: index + 1] if path in self.kept]
+        return latest[-1] if latest else None
 
     def _task(
         self, read: Callable[[int], Any], predict: Callable[[Any], Tensor], scale_D: Tensor | float = 1.0

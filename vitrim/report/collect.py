@@ -180,7 +180,7 @@ def _patches(theirs: Tensor | None, mine: Tensor | None, images: Sequence[Tensor
     """Return the first images and both models' patch tokens on them, if these form a square grid."""
     side = 0 if theirs is None else round(theirs.shape[1] ** 0.5)
     height, width = images[0].shape[1:]
-    if theirs is None or mine is None or side * side != theirs.shape[1] or height != width:
+    if theirs is None or mine is None or mine.shape != theirs.shape or side**2 != theirs.shape[1] or height != width:
         return {}
     pictures = [_viewable(image, origin) for image in images[: len(theirs)] if image.shape[0] in CHANNELS]
     images_BCHW = torch.stack(pictures) if pictures else None

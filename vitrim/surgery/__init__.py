@@ -7,6 +7,7 @@ from vitrim.surgery.int8 import ToInt8
 from vitrim.surgery.keep_head_dims import KeepHeadDims
 from vitrim.surgery.keep_heads import KeepHeads
 from vitrim.surgery.keep_padded_dims import KeepPaddedDims
+from vitrim.surgery.keep_tokens import KeepTokens
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.low_rank import ToLowRank
 from vitrim.surgery.mixed_heads import mix_heads, turned
@@ -23,6 +24,7 @@ __all__ = [
     "KeepHeadDims",
     "KeepHeads",
     "KeepPaddedDims",
+    "KeepTokens",
     "KeepUnits",
     "Plan",
     "ReplaceActivation",

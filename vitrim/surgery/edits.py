@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from vitrim.errors import CheckpointError
+from vitrim.storage.hashes import tensor_sha256
 from vitrim.surgery.modules import submodule
-from vitrim.types import Site, tensor_sha256
+from vitrim.types import Site
 
 KINDS: dict[str, type[Edit]] = {}
 
