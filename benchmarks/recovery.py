@@ -7,6 +7,11 @@ it). Prints a table and writes JSON with machine, versions, seed and command, an
     python benchmarks/recovery.py --ratios 1 --steps 20
     python benchmarks/recovery.py --ratios 1 --methods dgmr-paper dgmr --schedules ours published \
         --out benchmarks/results/recovery-published.json
+
+With `--stages` it compares ways of training behind the default repair instead, each in so many steps of 32 images:
+
+    python benchmarks/recovery.py --stages --ratios 0.25 --num-images 1512 --steps 600 \
+        --out benchmarks/results/stages.json
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import copy
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
-from vitrim.config.options import RecoverOptions
+from vitrim.config.options import AtOnceOptions, BlockwiseOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, augment_for, first_images, open_images, split_indices, transform_for
@@ -33,8 +39,10 @@ from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
 from vitrim.output.provenance import environment
+from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import recover_
 from vitrim.recover.result import Validation
+from vitrim.repair.blockwise import recover_blocks_
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 POINTS = (0.1, 0.3, 1.0)
@@ -58,25 +66,41 @@ def main() -> None:
     parser.add_argument("--schedules", choices=SCHEDULES, nargs="+", default=["ours"])
     parser.add_argument("--num-images", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=120, help="of 128 images; a multiple of 10")
+    parser.add_argument("--stages", action="store_true", help="compare ways of training behind the default repair")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.json"))
     arguments = parser.parse_args()
     bench = Bench(arguments.num_images, arguments.seed)
+    if arguments.stages:
+        rows = [row for ratio in arguments.ratios for row in bench.stages(ratio, arguments.steps)]
+        write(arguments, {"rows": rows})
+        print(stages_table({"rows": rows}))
+        return
     rows = []
     each = itertools.product(arguments.ratios, arguments.methods, ("none", "ours"), arguments.schedules)
     for ratio, method, repair, schedule in each:
         rows.append(bench.row(ratio, method, repair, schedule, arguments.steps))
         print(format_row(rows[-1]), flush=True)
-    result = {
-        "environment": environment(),
-        "arguments": {key: str(value) for key, value in vars(arguments).items()},
-        "teacher": bench.scores(bench.teacher),
-        "rows": rows,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"teacher": bench.scores(bench.teacher), "rows": rows}
+    write(arguments, result)
     draw(result, arguments.out.with_suffix(".svg"))
     print(markdown(result))
+
+
+def write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write JSON with where and how it was made."""
+    about = {"environment": environment(), "arguments": {key: str(value) for key, value in vars(arguments).items()}}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+
+
+def stages_table(result: dict[str, Any]) -> str:
+    """The table of `--stages`."""
+    lines = ["| MLP ratio | trained | seconds | relative error | top-1 |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        ends = f"{row['seconds']:.0f} | {row['relative_error']:.4f} | {row['top1']:.2f} |"
+        lines.append(f"| {row['ratio']:g} | {row['way']} | {ends}")
+    return "\n".join(lines)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -162,6 +186,40 @@ class Bench:
         )
         row |= {"curve": result.curve, "lr": result.lr, "rate_test": result.rate_test, "cut_s": round(cut_s, 1)}
         return {**row, "total_s": round(time.monotonic() - started, 1)}
+
+    def stages(self, ratio: float, steps: int) -> Iterator[dict[str, Any]]:
+        """What ways of training add to the repaired cut, on the same images and in as many steps."""
+        started = time.monotonic()
+        start = self.cut("dgmr", round(ratio * 192), True)
+        yield self.stage(ratio, "nothing but repair", start, started)
+        given = {"held_out": list(self.held_out.split(128)), "context": RunContext(quiet=True, seed=self.seed)}
+        train = self.train.augmented(augment_for(self.teacher, "light", flip=True), self.seed)
+
+        def by_blocks(student: nn.Module) -> None:
+            options = BlockwiseOptions(steps=steps, batch_size=32, train="block")
+            recover_blocks_(student, self.teacher, self.sites, self.train, options=options, **given)
+
+        def at_once(student: nn.Module) -> None:
+            options = AtOnceOptions(steps=steps, flip=True, precision="fp32")
+            train_at_once_(student, self.teacher, train, options=options, **given)
+
+        def distilled(student: nn.Module) -> None:
+            options = RecoverOptions(steps=steps, batch_size=32, flip=True, precision="fp32")
+            recover_(student, self.teacher, train, options=options, **given)
+
+        ways = {"block by block": [by_blocks], "all blocks at once": [at_once], "distillation": [distilled]}
+        ways["all blocks at once, then distillation"] = [at_once, distilled]
+        for way, parts in ways.items():
+            student, started = copy.deepcopy(start), time.monotonic()
+            for train_ in parts:
+                train_(student)
+            yield self.stage(ratio, way, student, started)
+
+    def stage(self, ratio: float, way: str, student: nn.Module, started: float) -> dict[str, Any]:
+        """A row of `stages`."""
+        row = {"ratio": ratio, "way": way, "seconds": time.monotonic() - started, **self.scores(student)}
+        print(row, flush=True)
+        return row
 
     def cut(self, method: str, width: int, repair: bool | None = None) -> nn.Module:
         """A cut copy of the teacher; without `repair`, repaired where the method is by default."""

@@ -180,7 +180,8 @@ def test_the_package_tells_type_checkers_that_it_is_typed():
 
 PUBLIC = """
 NOT_GIVEN
-AdapterOptions AllocateOptions BlockwiseOptions BudgetError CacheOptions CalibrateOptions CheckpointError DataError
+AdapterOptions AllocateOptions AtOnceOptions BlockwiseOptions BudgetError CacheOptions CalibrateOptions
+CheckpointError DataError
 Evaluation Inspection Interrupted Metrics MissingExtraError ModelError OutputError Plan Recipe RecipeError
 RecoverOptions RepairOptions Result SiteNotFoundError Step VitrimError
 __version__ compress doctor evaluate export inspect leaderboard load methods prune_ prune_checkpoint push retrieval

@@ -92,7 +92,9 @@ def test_options_of_the_command_line_reach_the_recipe(tmp_path, monkeypatch, cap
         raise VitrimError("that is all")
 
     monkeypatch.setattr("vitrim.compression.pipeline.compress", stop_there)
-    given = "--method low-rank --option rank=0.5 --option solver=svd --blockwise block --recover-steps 8"
+    given = (
+        "--method low-rank --option rank=0.5 --option solver=svd --blockwise block --at-once-steps 9 --recover-steps 8"
+    )
     given += " --gradient-accumulation-steps 2 --precision bf16 --checkpoint-activations"
     given += " --save-every 3 --epoch-images 64"
     command = ["compress", DIGITS, "--out", str(tmp_path / "out"), *given.split()]
@@ -100,7 +102,7 @@ def test_options_of_the_command_line_reach_the_recipe(tmp_path, monkeypatch, cap
     (recipe,) = seen
     (step,) = recipe.steps
     assert step.method == "low-rank" and step.options == {"rank": 0.5, "solver": "svd"}
-    assert recipe.blockwise.train == "block"
+    assert recipe.blockwise.train == "block" and recipe.at_once.steps == 9
     wanted = {
         "steps": 8,
         "gradient_accumulation_steps": 2,

@@ -11,6 +11,7 @@ from vitrim.cli.options import BudgetOptions, CutOptions, TrainOptions
 from vitrim.config.options import (
     AdapterOptions,
     AllocateOptions,
+    AtOnceOptions,
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
@@ -25,6 +26,7 @@ from vitrim.methods.dgmr import Dgmr
 OPTIONS = (
     AdapterOptions,
     AllocateOptions,
+    AtOnceOptions,
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
@@ -51,10 +53,11 @@ SPELLED = {
     "allocate_cost": (AllocateOptions, "cost"),
     "refit": (RepairOptions, "refit"),
     "blockwise": (BlockwiseOptions, "train"),
+    "at_once_steps": (AtOnceOptions, "steps"),
     "select_on": (Dgmr, "select_on"),
 }
 ELSEWHERE = {"recipe", "option"}  # a file, and what a method takes
-OTHER_FORM = {"method", "repair", "blockwise"}  # of these the help says something for itself
+OTHER_FORM = {"method", "repair", "blockwise", "at_once_steps"}  # of these the help says something for itself
 
 
 @pytest.mark.parametrize("options", [BudgetOptions, CutOptions, TrainOptions], ids=lambda kind: kind.__name__)

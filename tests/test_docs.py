@@ -22,6 +22,7 @@ from vitrim.cli.app import app
 from vitrim.config.options import (
     AdapterOptions,
     AllocateOptions,
+    AtOnceOptions,
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
@@ -79,7 +80,7 @@ def test_the_reference_has_every_key_of_a_recipe_with_its_default():
     assert recipe.calibrate == CalibrateOptions()
     assert recipe.steps[0].repair == RepairOptions()
     assert recipe.steps[0].allocate == AllocateOptions()
-    assert recipe.blockwise == BlockwiseOptions()
+    assert recipe.blockwise == BlockwiseOptions() and recipe.at_once == AtOnceOptions()
     assert recipe.recover == RecoverOptions(epochs=2, cache_teacher=CacheOptions(), adapter=AdapterOptions())
     fields = {**Recipe.model_fields, **Step.model_fields}
     assert {"round_to", "exact", "seed", "device", "scope", "method"} <= {

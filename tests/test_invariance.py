@@ -16,13 +16,14 @@ import torch
 from tests.support.rescaled import FACTORS, KINDS, original_units, rescalings, tiny_vit
 from vitrim.calibrate import walk
 from vitrim.compression.cut import cut_
-from vitrim.config.options import BlockwiseOptions, RecoverOptions
+from vitrim.config.options import AtOnceOptions, BlockwiseOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.data import open_images
 from vitrim.metrics.fidelity import fidelity
 from vitrim.models.features import features
 from vitrim.models.sites import find_mlps
+from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import recover_
 from vitrim.repair.blockwise import recover_blocks_
 from vitrim.surgery import KeepUnits
@@ -125,6 +126,9 @@ def trained(vit: str, name: str, how: str) -> float:
     if how == "blockwise":
         options = BlockwiseOptions(num_images=48, batch_size=16, steps=30, train="block")
         recover_blocks_(student, model, find_mlps(student), data, held_out=HELD_OUT, options=options, context=context)
+    elif how == "at once":
+        options = AtOnceOptions(steps=40, batch_size=16, num_validations=4)
+        train_at_once_(student, model, data, held_out=HELD_OUT, options=options, context=context)
     else:
         options = RecoverOptions(steps=80, batch_size=16, num_validations=4)
         recover_(student, model, data, held_out=HELD_OUT, options=options, context=context)
@@ -132,7 +136,7 @@ def trained(vit: str, name: str, how: str) -> float:
 
 
 @pytest.mark.parametrize("name", ["norms x 64", "stream x 0.015625"])
-@pytest.mark.parametrize("how", ["blockwise", pytest.param("distillation", marks=ABSOLUTE)])
+@pytest.mark.parametrize("how", ["blockwise", "at once", pytest.param("distillation", marks=ABSOLUTE)])
 def test_training_does_not_depend_on_how_weights_are_scaled(how, name):
     after, again = trained("gelu", "", how), trained("gelu", name, how)
     assert not math.isnan(again) and again == pytest.approx(after, rel=0.02)

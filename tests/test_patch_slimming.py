@@ -316,6 +316,7 @@ def test_trained_block_by_block_and_as_a_whole_then_saved_and_loaded(tmp_path):
         "exact": True,
         "options": {"num_last": 2},
         "blockwise": {"num_images": 24, "steps": 20, "batch_size": 8, "train": "block"},
+        "at_once": {"steps": 20, "batch_size": 8, "num_validations": 2},
         "recover": {"steps": 4, "batch_size": 4},
     }
     result = vitrim.compress(case.model, data=images, recipe=recipe, out=tmp_path / "out", quiet=True)
@@ -323,6 +324,7 @@ def test_trained_block_by_block_and_as_a_whole_then_saved_and_loaded(tmp_path):
     assert 0.5 < metrics.after.macs / metrics.before.macs <= 0.6
     assert all(row["after"] <= row["before"] for row in metrics.blockwise["errors"].values())
     assert any(row["after"] < row["before"] for row in metrics.blockwise["errors"].values())
+    assert metrics.at_once["best_error"] < metrics.at_once["curve"][0]["relative_error"]
     assert metrics.after_recovery.relative_error <= metrics.after_cut.relative_error
     again = vitrim.load(tmp_path / "out", model=case.copy())
     assert torch.equal(again(images[:4]), result.model(images[:4]))

@@ -50,7 +50,8 @@ def test_a_step_is_a_share_of_the_norm_of_weight_and_bias():
     bias = layer.bias.detach().clone()
     steps = RelativeSteps(model, list(layer.parameters()))
     (model(X) - Y).square().mean().backward()
-    steps.step(0.1)
+    steps.param_groups[0]["lr"] = 0.1
+    steps.step()
     size = float(model[0](X).detach().square().mean().sqrt())
     norm = torch.cat([weight, bias[:, None] / size], 1).norm()
     moved = torch.cat([layer.weight - weight, (layer.bias - bias)[:, None] / size], 1).detach().norm()
@@ -110,7 +111,8 @@ def test_vectors_move_by_their_own_size_and_a_norms_bias_by_its_gains():
     steps = RelativeSteps(model, list(model.parameters()))
     (model(X) - Y).square().mean().backward()
     before = [p.detach().clone() for p in model.parameters()]
-    steps.step(0.1)
+    steps.param_groups[0]["lr"] = 0.1
+    steps.step()
     for p, old in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close((p - old).detach().abs(), torch.full((8,), 0.07), atol=1e-5, rtol=1e-4)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vitrim.config.options import (
         AdapterOptions,
         AllocateOptions,
+        AtOnceOptions,
         BlockwiseOptions,
         CacheOptions,
         CalibrateOptions,
@@ -58,6 +59,7 @@ _HOMES = {
     "NOT_GIVEN": "checked",
     "AdapterOptions": "config.options",
     "AllocateOptions": "config.options",
+    "AtOnceOptions": "config.options",
     "BlockwiseOptions": "config.options",
     "BudgetError": "errors",
     "CacheOptions": "config.options",
@@ -101,6 +103,7 @@ __all__ = [
     "NOT_GIVEN",
     "AdapterOptions",
     "AllocateOptions",
+    "AtOnceOptions",
     "BlockwiseOptions",
     "BudgetError",
     "CacheOptions",

@@ -7,10 +7,11 @@ import copy
 import timm
 import torch
 
-from vitrim.config.options import RecoverOptions
+from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, open_images
 from vitrim.models.sites import find_mlps
+from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import recover_
 from vitrim.recover.losses import feature_loss
 from vitrim.surgery import KeepUnits, apply_
@@ -45,6 +46,15 @@ def run(student, teacher, *, work=None, resume=False, **kwargs):
     images = kwargs.pop("images", None) or make_images()
     context = RunContext(work=work, resume=resume, quiet=True)
     return recover_(student, teacher, images, held_out=HELD_OUT, options=options, context=context, **kwargs)
+
+
+def train(student, teacher, *, work=None, resume=False, images=None, **values):
+    """Train all blocks at once."""
+    options = AtOnceOptions(**{"steps": 12, "batch_size": 8, "num_validations": 6, "lr": 0.01, **values})
+    context = RunContext(work=work, resume=resume, quiet=True)
+    return train_at_once_(
+        student, teacher, images or make_images(), held_out=HELD_OUT, options=options, context=context
+    )
 
 
 def weights(model):

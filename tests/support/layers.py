@@ -43,10 +43,8 @@ LAYERS: tuple[dict[str, str], ...] = (
         "cost": "parameters, multiply-accumulates, latency, and the memory that a run will need",
         "distributed": "devices, processes, precision, shards of a model",
     },
-    {
-        "repair": "the local refit of an MLP, and training block by block",
-        "recover": "distillation of the whole model",
-    },
+    {"repair": "the local refit of an MLP, and training block by block"},
+    {"recover": "distillation of the whole model, and training all of its blocks at once"},
     {"output": "the folder that a run leaves: writing, checking, loading, exporting, uploading"},
     {
         "clip": "pairs of an image and a text tower: zero-shot, retrieval, tuning the text tower",

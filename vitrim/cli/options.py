@@ -143,13 +143,16 @@ class CutOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What is trained after the cut; nothing is, without one of the first four."""
+    """What is trained after the cut; nothing is, without one of the first five."""
 
     recover_steps: Annotated[int | None, _help(RECOVER["steps"])] = None
     recover_epochs: Annotated[float | None, _help(RECOVER["epochs"])] = None
     schedule: Annotated[Literal["published"] | None, _help(RECOVER["schedule"])] = None
     blockwise: Annotated[
         Literal["mlp", "block"] | None, _help("First train each block by itself: its MLP, or all of it.")
+    ] = None
+    at_once_steps: Annotated[
+        int | None, _help("Then train all blocks at once for so many steps, each by its own error.")
     ] = None
     lr: Annotated[float | None, _help(RECOVER["lr"])] = None
     batch_size: Annotated[int | None, _help(RECOVER["batch_size"])] = None
@@ -171,11 +174,12 @@ class TrainOptions:
             values["report_to"] = self.report_to.split(",")
         if self.elastic is not None:
             values["elastic"] = _values(f"[{self.elastic}]", where=f"--elastic {self.elastic!r}: give ratios, as 0.5,1")
-        for name in ("recover_steps", "recover_epochs", "blockwise"):
+        for name in ("recover_steps", "recover_epochs", "blockwise", "at_once_steps"):
             del values[name]
         recover = {name: value for name, value in values.items() if value is not None}
         found: dict[str, Any] = {"recover": recover} if recover else {}
-        return found if self.blockwise is None else {**found, "blockwise": {"train": self.blockwise}}
+        found |= {} if self.blockwise is None else {"blockwise": {"train": self.blockwise}}
+        return found if self.at_once_steps is None else {**found, "at_once": {"steps": self.at_once_steps}}
 
 
 def _values(text: str, *, where: str) -> Any:

@@ -69,7 +69,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     Raises:
         VitrimError: the model or the images can't be opened, or something does not fit.
     """
-    check_workers(max((part.num_workers for part in (recipe.recover, recipe.blockwise) if part), default=0))
+    check_workers(max((part.num_workers for part in recipe.training), default=0))
     whole, origin = open_model(model, recipe.reading())
     if isinstance(model, nn.Module):  # its owner may have changed it since its library built it
         origin = as_it_is(whole, origin)
@@ -80,8 +80,8 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
     check_repeatable(whole.get_submodule(encoder), origin, random_inputs(origin, 2))  # before the first image is read
     images = None if data is None else open_inputs(data, origin)
-    if images is None and (recipe.recover or recipe.blockwise):
-        raise RecipeError("recover, blockwise: distillation needs images; pass data.")
+    if images is None and recipe.training:
+        raise RecipeError("recover, at_once, blockwise: distillation needs images; pass data.")
     if recipe.recover is not None:
         check_trackers(recipe.recover.report_to, folder=out)
         if isinstance(images, ImageStream):

@@ -137,7 +137,7 @@ def _shared(recipe: Recipe, recover_steps: int, seed: int, device: str) -> Recip
     """Return the part of a recipe that every row uses: all but method, options and budget; widths are kept exactly."""
     step = recipe.steps[0].model_dump(exclude_unset=True, include={"repair", "round_to"})
     kept = recipe.model_dump(
-        exclude_unset=True, include={"calibrate", "blockwise", "recover", "scope", "model_args", "weights"}
+        exclude_unset=True, include={"calibrate", "blockwise", "at_once", "recover", "scope", "model_args", "weights"}
     )
     base = Recipe.parse({**kept, **step, "exact": True, "seed": seed, "device": device})
     return base.updated({"recover": {"steps": recover_steps}}) if recover_steps else base

@@ -17,11 +17,12 @@ from vitrim.compression.dtypes import check_result, is_float32, too_large, typed
 from vitrim.compression.job import Job
 from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.compression.share import find_share
+from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import model_size
 from vitrim.cost.memory import check_memory
-from vitrim.data import Split, augment_for, split_images
+from vitrim.data import ImageSet, ImageStream, Split, augment_for, split_images
 from vitrim.data.inputs import check_inputs, random_inputs
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
@@ -34,6 +35,7 @@ from vitrim.models.features import device_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import why_not_stock
+from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import OnValidation, recover_
 from vitrim.recover.elastic import Slice, Widths
 from vitrim.recover.elastic_fit import Fitting, serving
@@ -101,8 +103,8 @@ def prepare(job: Job, context: RunContext) -> Models:
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None if job.images is None else split_images(job.images, job.recipe, work=seen, model=teacher)
-    if split is not None and not split.held_out and (job.recipe.recover or job.recipe.blockwise):
-        raise DataError(f"recover, blockwise: {split.notes[-1]}")
+    if split is not None and not split.held_out and job.recipe.training:
+        raise DataError(f"recover, at_once, blockwise: {split.notes[-1]}")
     noise = random_inputs(job.origin) if split is None else None  # costs are measured on it
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
@@ -173,7 +175,7 @@ def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunCont
         quiet=context.quiet,
     )
     cut = _from_main(cut, models.student) or cut
-    if work is not None and (recipe.recover or recipe.blockwise):
+    if work is not None and recipe.training:
         on_main(save_cut, models.student, cut, recipe, work)
     return cut
 
@@ -235,26 +237,29 @@ def beside_equal_widths(
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Results of training after the cut: blockwise, end to end, and the additional widths of an elastic run."""
+    """Results of training after the cut, blockwise, at once and end to end, and the other widths of an elastic run."""
 
     blocks: Blockwise | None = None
+    at_once: Recovery | None = None
     recovery: Recovery | None = None
     slices: Mapping[float, Slice] = field(default_factory=dict)
 
     @property
     def anything(self) -> bool:
         """Whether anything was trained."""
-        return self.blocks is not None or self.recovery is not None
+        return any(step is not None for step in (self.blocks, self.at_once, self.recovery))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user."""
-        return tuple(note for step in (self.blocks, self.recovery) if step is not None for note in step.notes)
+        steps = (self.blocks, self.at_once, self.recovery)
+        return tuple(note for step in steps if step is not None for note in step.notes)
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of `Metrics` about training."""
         return {
             "blockwise": None if self.blocks is None else dict(self.blocks.__dict__),
+            "at_once": None if self.at_once is None else dict(self.at_once.__dict__),
             "recovery": None if self.recovery is None else dict(self.recovery.__dict__),
             "elastic": {f"{ratio:g}": dict(found.errors) for ratio, found in self.slices.items()} or None,
         }
@@ -263,11 +268,12 @@ class Trained:
 def train_(
     models: Models, job: Job, widths: Widths | None, context: RunContext, on_validation: OnValidation | None
 ) -> Trained:
-    """Train the student block by block and end to end, as far as the recipe asks for it."""
+    """Train the student block by block, all blocks at once and end to end, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
     blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
+    at_once = None if split is None or recipe.at_once is None else _train_at_once_(models, job, split, context)
     if split is None or recipe.recover is None:
-        return Trained(blocks=blocks)
+        return Trained(blocks=blocks, at_once=at_once)
     fitting = Fitting(
         teacher=models.teacher,
         batches=split.calibration,
@@ -277,7 +283,30 @@ def train_(
     )
     with serving(models.student, widths, fitting) as slices:
         recovery = _distil_(models, job, split, widths, context, on_validation)
-    return Trained(blocks=blocks, recovery=recovery, slices=slices)
+    return Trained(blocks=blocks, at_once=at_once, recovery=recovery, slices=slices)
+
+
+def _train_at_once_(models: Models, job: Job, split: Split, context: RunContext) -> Recovery:
+    """Train all blocks at once on the training images, augmented as in distillation."""
+    options = job.recipe.at_once
+    assert options is not None
+    return train_at_once_(
+        models.student,
+        models.teacher,
+        _augmented(job, split, options, context),
+        held_out=[batch.images_BCHW for batch in split.held_out],
+        options=options,
+        context=context,
+    )
+
+
+def _augmented(
+    job: Job, split: Split, options: AtOnceOptions | RecoverOptions, context: RunContext
+) -> ImageSet | ImageStream:
+    """Return the training images, augmented where the model's preprocessing is known."""
+    known = job.origin.preprocessing
+    augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
+    return split.train.augmented(augment, context.seed)
 
 
 def _distil_(
@@ -288,14 +317,13 @@ def _distil_(
     context: RunContext,
     on_validation: OnValidation | None,
 ) -> Recovery:
-    """Distil on the training images, augmented to suit the model's preprocessing; tensors are used as they are."""
-    options, known = job.recipe.recover, job.origin.preprocessing
+    """Distil on the training images, augmented; tensors are used as they are."""
+    options = job.recipe.recover
     assert options is not None
-    augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
     return recover_(
         models.student,
         models.teacher,
-        split.train.augmented(augment, context.seed),
+        _augmented(job, split, options, context),
         held_out=[batch.images_BCHW for batch in split.held_out],
         options=options,
         context=context,

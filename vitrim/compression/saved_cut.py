@@ -19,7 +19,7 @@ from vitrim.compression.cut import CutReport
 from vitrim.config.recipe import Recipe
 from vitrim.errors import DAMAGED, CheckpointError, RecipeError, VitrimError
 from vitrim.output.stage import CUT_STATE
-from vitrim.recover.files import RECOVERY_STATE
+from vitrim.recover.files import AT_ONCE, RECOVERY_STATE
 from vitrim.repair.blockwise import FINISHED
 from vitrim.storage.sealed import read_sealed, read_tensors, write_sealed, write_tensors
 from vitrim.surgery import Plan, reshape_
@@ -37,7 +37,8 @@ def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> 
         tensors |= {_own_name(number, name): tensor.contiguous() for name, tensor in changed.items()}
     made = {"plan_sha256": cut.plan.sha256, "recipe": recipe.dump()}
     if _made(work) != made:  # training goes on behind this cut and no other
-        for path in (*work.glob(f"{RECOVERY_STATE}*"), *(work / FINISHED).glob("*")):
+        states = f"{RECOVERY_STATE}*"
+        for path in (*work.glob(states), *(work / AT_ONCE).glob(states), *(work / FINISHED).glob("*")):
             log.warning("%s: belongs to another cut than this one; it is made again.", path)
             path.unlink()
     digest = write_tensors(work / CUT_TENSORS, tensors, made)

@@ -82,6 +82,31 @@ class BlockwiseOptions(Checked):
     """Number of processes that decode images."""
 
 
+class AtOnceOptions(Checked):
+    """Trains all blocks at once, each to put out what the teacher's does; no gradient passes from block to block."""
+
+    steps: int = Field(default=600, ge=1)
+    """Training steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images in one step, over all processes."""
+    lr: float | None = Field(default=None, gt=0)
+    """Largest step, as a share of each weight's norm. By default some are tried."""
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is judged beside the weights themselves; 0 keeps none."""
+    precision: Precision = "auto"
+    """Number format of the computation; `auto` is bf16 on GPUs that support it, and fp32 elsewhere."""
+    augment: Augmentation = "light"
+    """How strongly images are augmented, anew at every step."""
+    flip: bool = False
+    """Also flip images at random."""
+    num_validations: int = Field(default=10, ge=1)
+    """How often the student is evaluated on held-out images during the run."""
+    num_workers: int = Field(default=0, ge=0)
+    """Number of processes that decode images."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Save a state to resume from every this many steps, in addition to those at validations."""
+
+
 class CacheOptions(Checked):
     """Where and how the teacher's targets are stored, so that later epochs need not run the teacher."""
 

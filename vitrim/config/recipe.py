@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from vitrim.checked import Checked, explain, known_keys
-from vitrim.config.options import BlockwiseOptions, CalibrateOptions, RecoverOptions
+from vitrim.config.options import AtOnceOptions, BlockwiseOptions, CalibrateOptions, RecoverOptions
 from vitrim.config.steps import Step
 from vitrim.config.widths import BUDGETS, Width
 from vitrim.config.yaml_files import read_yaml_file, write_yaml
@@ -25,7 +25,7 @@ from vitrim.surgery import DropBlocks, KeepTokens
 
 LENGTHS = {"steps", "epochs"}
 MAX_STEPS = 16  # each is a pass over the whole model
-MERGED = ("model_args", "repair", "allocate", "blockwise", "recover", "calibrate", "options")
+MERGED = ("model_args", "repair", "allocate", "blockwise", "at_once", "recover", "calibrate", "options")
 
 
 class Recipe(Checked):
@@ -50,6 +50,8 @@ class Recipe(Checked):
     """Images that selection and repair use."""
     blockwise: BlockwiseOptions | None = None
     """Train each block by itself after the cut."""
+    at_once: AtOnceOptions | None = None
+    """Train all blocks at once, each by its own error, after the cut."""
     recover: RecoverOptions | None = None
     """Distil without labels, once, at the end."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -85,10 +87,11 @@ class Recipe(Checked):
         if self.recover is not None and self.recover.elastic is not None:
             self._check_elastic(self.recover.elastic)
         shorter = [step.method for step in self.steps if DropBlocks in find_method(step.method).edits]
-        if shorter and self.blockwise is not None:
+        by_block = next((name for name in ("blockwise", "at_once") if getattr(self, name) is not None), None)
+        if shorter and by_block is not None:
             raise ValueError(
-                f"blockwise: {shorter[0]} takes blocks out, so those of the two models can't be compared one by one; "
-                "drop blockwise, recover trains the whole model"
+                f"{by_block}: {shorter[0]} takes blocks out, so those of the two models can't be compared one by one; "
+                f"drop {by_block}, recover trains the whole model"
             )
         self._check_fewer_tokens()
         return self
@@ -104,6 +107,11 @@ class Recipe(Checked):
             raise ValueError(
                 f"recover.elastic: fits widths on all tokens, and {fewer[0]} keeps some; drop one of the two"
             )
+
+    @property
+    def training(self) -> tuple[BlockwiseOptions | AtOnceOptions | RecoverOptions, ...]:
+        """What is trained after the cut, in order."""
+        return tuple(part for part in (self.blockwise, self.at_once, self.recover) if part is not None)
 
     def _check_elastic(self, ratios: tuple[float, ...]) -> None:
         """Refuse options that conflict with several widths in one result."""

@@ -154,7 +154,7 @@ def check_memory(
     step, device = recipe.steps[0], next(encoder.parameters()).device
     method, repair = step.make_method(), step.repair_options()
     bytes_of = {"training": 16 * sum(p.numel() for p in encoder.parameters())}  # gradients, two moments, the best state
-    if recipe.recover is None and recipe.blockwise is None:
+    if not recipe.training:
         bytes_of = {}
     if batches and isinstance(method, SiteMethod) and (method.needs == "images" or repair is not None):
         num_images, size = sum(map(len, batches)), len(batches[0])

@@ -98,6 +98,7 @@ class Metrics:
         cut_errors: errors of each MLP during the cut, by path.
         allocation: how widths were found; None for equal widths.
         blockwise: what block-by-block training did; None where there was none.
+        at_once: what training all blocks at once did; None where there was none.
         recovery: what distillation did; None where there was none.
         elastic: errors at each width of an elastic result.
         text_tuning: what tuning the text tower did.
@@ -123,6 +124,7 @@ class Metrics:
     cut_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     allocation: Row | None = None
     blockwise: Row | None = None
+    at_once: Row | None = None
     recovery: Row | None = None
     elastic: Row | None = None
     text_tuning: Row | None = None

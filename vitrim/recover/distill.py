@@ -87,8 +87,12 @@ def recover_(
     if not options.has_length:
         raise RecipeError("recover.schedule: not filled in yet; pass options.as_published(family), or give steps.")
     given = {"images": images, "held_out": held_out, "options": options, "context": context}
-    run = Run(student, teacher, **given, widths=widths, space=space)
-    if run.is_main and not context.quiet:
+    return distil_(Run(student, teacher, **given, widths=widths, space=space), on_validation)
+
+
+def distil_(run: Run, on_validation: OnValidation | None = None) -> Recovery:
+    """Take a run from its start, or from the state in its work folder, to its end; see `recover_`."""
+    if run.is_main and not run.context.quiet:
         for note in run.targets.notes:
             LOG.info(note)
     keeper = _Keeper(run)
@@ -100,7 +104,7 @@ def recover_(
         finally:
             keeper.trackers.close()
         run.finish()
-    said = run.result.verdict(sum(map(len, held_out)))
+    said = run.result.verdict(sum(len(images) for images, _ in run.judge.held_out), run.result_name)
     run.result.notes = [*run.notes, *run.targets.notes, *run.result.notes, *_left_out(run), *said]
     return run.result
 
@@ -110,7 +114,7 @@ def _start(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> Non
     kept = keeper.resumed()
     if kept is not None:
         restore_(run, kept)
-        LOG.info("distil: goes on from step %d of %d", run.step, run.num_steps)
+        LOG.info("%s: goes on from step %d of %d", run.title, run.step, run.num_steps)
         return
     if keeper.state is not None:
         clear_state(keeper.state)
@@ -132,7 +136,7 @@ def _left_out(run: Run) -> list[str]:
 def _loop(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None:
     """Take steps from where the run is to its end, with validation, state, Ctrl-C, and a way back from divergence."""
     quiet = run.context.quiet or not run.is_main
-    with stop_on_interrupt() as stop, progress("distil", run.num_steps, quiet=quiet) as bar:
+    with stop_on_interrupt() as stop, progress(run.title, run.num_steps, quiet=quiet) as bar:
         first = run.step
         while run.step < run.num_steps:
             bar.done = run.step
@@ -153,7 +157,7 @@ def _loop(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None
                     keeper.keep()
                 if stopped:
                     where = f"; continue with --resume (state in {keeper.state})" if keeper.state else ""
-                    raise Interrupted(f"distillation stopped at step {run.step} of {run.num_steps}{where}.")
+                    raise Interrupted(f"{run.name} stopped at step {run.step} of {run.num_steps}{where}.")
 
 
 class _Keeper:

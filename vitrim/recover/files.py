@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # What a stopped run continues from; see `state.py`.
 RECOVERY_STATE = "recover.state"
+# Folder for the state and the log of training all blocks at once.
+AT_ONCE = "at-once"
 # One JSON line a step.
 RECOVERY_LOG = "recovery.jsonl"
 # Folder for the files of the trackers in `options.report_to`.

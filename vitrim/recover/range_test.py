@@ -48,7 +48,7 @@ def find_rate(run: Run) -> float:
     Returns:
         The chosen rate; the lowest one where all are too high.
     """
-    rates = rates_to_try(run.options)
+    rates = run.rates or rates_to_try(run.options)
     num_steps = max(1, min(MOST_STEPS, int(SHARE * run.num_steps) // len(rates)))
     start = run.values()
     errors: dict[float, float] = {}

@@ -43,11 +43,12 @@ class Recovery:
         """Whether the state that was kept is closer to the original than the untrained start."""
         return self.best_step > 0 and self.best_error < self.curve[0]["relative_error"]
 
-    def verdict(self, num_held_out: int) -> list[str]:
+    def verdict(self, num_held_out: int, name: str = "recovery") -> list[str]:
         """Return a sentence on a recovery that did not end better than it started, with what it cost; else nothing.
 
         Args:
             num_held_out: number of images behind the errors.
+            name: what it is called.
         """
         start, end = self.curve[0]["relative_error"], self.curve[-1]["relative_error"]
         if self.improved and end < start:
@@ -61,7 +62,7 @@ class Recovery:
             worst = max(widths, key=lambda key: self.curve[-1][key] / max(self.curve[0][key], 1e-12))
             start, end, of_width = self.curve[0][worst], self.curve[-1][worst], f" of {worst}"
         errors = f"error{of_width} {start:.4g} at the start and {end:.4g} at step {self.curve[-1]['step']}"
-        return [f"recovery {what}: {errors}, on {num_held_out:,} held-out images.{kept} It took {self.cost()}."]
+        return [f"{name} {what}: {errors}, on {num_held_out:,} held-out images.{kept} It took {self.cost()}."]
 
     def cost(self) -> str:
         """Return what the recovery cost, in words."""

@@ -32,6 +32,7 @@ from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import cosine_between, rate_shape
 from vitrim.recover.targets import LiveTargets, Target, Targets, cache_folder, in_precision, open_cached
+from vitrim.repair.relative_steps import RelativeSteps
 from vitrim.types import Features
 
 # A loss this many times the usual one, or one that is no number, means that the run has diverged.
@@ -58,6 +59,11 @@ class Run:
         CheckpointError: the folder of the teacher cache holds the cache of something else.
         OutputError: the folder of the teacher cache can't be used.
     """
+
+    # How the bar, and messages, call it.
+    title, name, result_name = "distil", "distillation", "recovery"
+    # Rates of the range test, the largest first, in place of the usual ones.
+    rates: Sequence[float] = ()
 
     def __init__(
         self,
@@ -128,16 +134,24 @@ class Run:
     def _require_grad_of_reached_(self) -> None:
         """Set `requires_grad` on exactly those parameters that one backward pass gives a gradient."""
         self.student.eval()  # no dropout, no drop path: the target is the teacher's deterministic output
-        for p in self.student.parameters():
-            p.requires_grad_(p.is_floating_point())  # int8 weights stay as they are
-        probe, target = self.judge.held_out[0]
+        for name, p in self.student.named_parameters():
+            p.requires_grad_(p.is_floating_point() and self._may_train(name))  # int8 weights stay as they are
         for ratio in [None] if self.widths is None else self.widths.units:
             with at_width(self.student, self.widths, ratio):
-                found = features(self.student, probe[:2].to(self.device), at=self.options.features_at)
-                feature_loss(found, _first(target, 2, self.device)).backward()
+                self._probe().backward()
         for p in self.student.parameters():
             p.requires_grad_(p.grad is not None)
             p.grad = None
+
+    def _may_train(self, _: str) -> bool:
+        """Return whether the parameter of a name is trained where the loss reaches it."""
+        return True
+
+    def _probe(self) -> Tensor:
+        """Return the loss of two images."""
+        probe, target = self.judge.held_out[0]
+        found = features(self.student, probe[:2].to(self.device), at=self.options.features_at)
+        return feature_loss(found, _first(target, 2, self.device))
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -157,7 +171,7 @@ class Run:
         """Return the parameters that are trained, by name."""
         return {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer | RelativeSteps:
         """Build AdamW with the betas of the paper, and weight decay on matrices only."""
         spared = without_decay(self.trained, self.options.adapter)
         matrices = [p for p in self.parameters if p.ndim > 1 and id(p) not in spared]
@@ -213,7 +227,7 @@ class Run:
             group["weight_decay"] = decay if group["decays"] else 0.0
         self.result.num_images += self.sampler.global_batch
         total = self._backward(batches)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self._clip_()
         total = mean(total)
         self.diverged = self._is_bad(total)
         if not self.diverged:
@@ -227,6 +241,10 @@ class Run:
         for average, p in zip(self.ema.values(), self.parameters, strict=False):
             local(average).lerp_(local(p.detach()), 1 - self.options.ema)
         return total
+
+    def _clip_(self) -> None:
+        """Bound the norm of all gradients together."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
 
     def _backward(self, batches: Sequence[MicroBatch]) -> float:
         """Add up the gradients of all micro-batches; returns this process's part of the loss."""
@@ -252,13 +270,11 @@ class Run:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         """Return the mean feature loss on a micro-batch; where no image could be read, on a stand-in of zeros."""
-        readable, (probe, known) = len(batch.images_BCHW) > 0, self.judge.held_out[0]
-        if not readable:
-            batch = batch._replace(images_BCHW=torch.zeros_like(probe[:1]))
+        readable, batch = len(batch.images_BCHW) > 0, self._stood_in(batch)
         if readable or self.teacher_spread:  # a teacher in shards runs on all processes or none
             target = self.targets(batch)
         else:
-            target = Target(_first(known, 1, self.device))
+            target = Target(_first(self.judge.held_out[0][1], 1, self.device))
         with in_precision(self.options, self.device):
             pooled, patches = self.model(batch.images_BCHW.to(self.device))
         found = Features(pooled_BD=pooled, patches_BND=patches, token_positions=self.kept_patches)
@@ -267,19 +283,22 @@ class Run:
             return space_loss(found, target.features, self.space)
         return feature_loss(found, target.features)
 
+    def _stood_in(self, batch: MicroBatch) -> MicroBatch:
+        """Return a micro-batch, or zeros in its place where no image of it could be read."""
+        stand_in = torch.zeros_like(self.judge.held_out[0][0][:1])
+        return batch if len(batch.images_BCHW) else batch._replace(images_BCHW=stand_in)
+
     def validate(self, loss: float) -> Validation:
-        """Judge the state (its moving average where one is kept), add to the curve, keep it if it is the best.
+        """Judge the state, or its moving average where that is better; add it to the curve, keep it if it is the best.
 
         Args:
             loss: training loss of the step, for the curve; NaN before the first.
         """
-        with self._averaged():
-            errors = self.judge.errors(self.judged)
-            error = errors["relative_error"]
-            value = score(errors, self.result.curve[0] if self.result.curve else errors)
-            if value < self.best_score:
-                self.best_score, self.result.best_error, self.result.best_step = value, error, self.step
-                self.best = self.values()
+        errors = self._judge()
+        if self.ema:
+            with self._averaged():
+                errors = min(errors, self._judge(), key=self._score)
+        error = errors["relative_error"]
         point = {"step": self.step, **errors}
         self.result.curve.append(point if math.isnan(loss) else {**point, "loss": loss})
         return Validation(
@@ -290,12 +309,21 @@ class Run:
             lr=self.current_rate,
         )
 
+    def _judge(self) -> dict[str, float]:
+        """Return the errors of the student as it is now, and keep it if it is the best."""
+        errors = self.judge.errors(self.judged)
+        value = self._score(errors)
+        if value < self.best_score:
+            self.best_score, self.result.best_step = value, self.step
+            self.result.best_error, self.best = errors["relative_error"], self.values()
+        return errors
+
+    def _score(self, errors: Mapping[str, float]) -> float:
+        return score(errors, self.result.curve[0] if self.result.curve else errors)
+
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Put the moving average in place of the parameters, and the parameters back afterwards."""
-        if not self.ema:
-            yield
-            return
         current = [p.detach().clone() for p in self.parameters]
         try:
             with torch.no_grad():

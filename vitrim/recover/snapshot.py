@@ -44,9 +44,9 @@ def restore_(run: Run, saved: Mapping[str, Any]) -> None:
     run.optimizer.state.clear()
     for name, p in run.named_parameters().items():
         moments = saved["optimizer"][name].items()
-        if moments:  # torch counts steps on the CPU
+        if moments:  # single numbers stay on the CPU, as with torch's count of steps
             run.optimizer.state[p] = {
-                key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments
+                key: value.to(p.device if value.ndim else "cpu", copy=True) for key, value in moments
             }
     run.best, run.step, run.usual = dict(saved["best"]), saved["step"], dict(saved["usual"])
     run.best_score = saved["best_score"]

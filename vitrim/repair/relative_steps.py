@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ VECTOR_MOMENTUM, VECTOR_SQUARES, VECTOR_SHARE = 0.9, 0.99, 0.1
 
 class RelativeSteps:
     """An optimizer for some parameters of a module; `close` takes its hooks off.
+
+    What it remembers lies in `state`, by parameter, in tensors, as torch's own optimizers have it; and so does the
+    size of steps, as `lr` in `param_groups`.
 
     Args:
         module: what is trained; it must have run before the first step, for the sizes of the layers' inputs.
@@ -49,6 +52,9 @@ class RelativeSteps:
         mean: Callable[[float], float] = float,
     ) -> None:
         self.dtype, self.mean = dtype, mean
+        self.parameters = list(parameters)
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.param_groups: list[dict[str, Any]] = [{"lr": 0.0, "decays": False}]
         wanted = {id(p): p for p in parameters}
         halved, scales = {id(p) for p in gated}, {id(p): scale for p, scale in (scales_M or {}).items()}
         self.matrices: list[_Matrix] = []
@@ -62,17 +68,24 @@ class RelativeSteps:
                 continue
             for p in own.values():
                 if p.ndim > 1:
-                    self.matrices.append(_Matrix(p, num_parts=2 if id(p) in halved else 1, scale_M=scales.get(id(p))))
+                    num_parts = 2 if id(p) in halved else 1
+                    self.matrices.append(_Matrix(p, self.state, num_parts=num_parts, scale_M=scales.get(id(p))))
                 else:  # a norm's bias is added to what its gain scales
-                    self.vectors.append(_Vector(p, beside=weight if p is bias and weight is not None else p))
+                    beside = weight if p is bias and weight is not None else p
+                    self.vectors.append(_Vector(p, self.state, beside=beside))
 
-    def step(self, share: float) -> None:
-        """Move every parameter against its gradient, a matrix by this share of its norm at the beginning."""
-        for matrix in self.matrices:
-            matrix.measure(self.mean)
-        with torch.no_grad():
-            for each in (*self.matrices, *self.vectors):
-                each.step_(share, self.dtype)
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter against its gradient, a matrix by `lr` times its norm at the beginning."""
+        for each in (*self.matrices, *self.vectors):
+            each.measure(self.mean)
+        for each in (*self.matrices, *self.vectors):
+            each.step_(self.param_groups[0]["lr"], self.dtype)
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        for p in self.parameters:
+            p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p)
 
     def close(self) -> None:
         """Take off the hooks of layers that were never called."""
@@ -83,7 +96,7 @@ class RelativeSteps:
         self, layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter, num_parts: int, scale_M: Tensor | None
     ) -> None:
         transposed = len(bias) != len(weight) or hasattr(layer, "nf")  # transformers' Conv1D holds (in, out)
-        matrix = _Matrix(weight, bias=bias, num_parts=num_parts, transposed=transposed, scale_M=scale_M)
+        matrix = _Matrix(weight, self.state, bias=bias, num_parts=num_parts, transposed=transposed, scale_M=scale_M)
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             if matrix.size_in is None:
@@ -98,34 +111,33 @@ class _Matrix:
     """A layer's weight with its bias as one more column; `size_in` is the mean square of the layer's inputs."""
 
     weight: nn.Parameter
+    state: dict[nn.Parameter, dict[str, Tensor]]
     bias: nn.Parameter | None = None
     num_parts: int = 1
     transposed: bool = False
     scale_M: Tensor | None = None
     size_in: float | None = None
-    norms: list[float] = field(default_factory=list)
-    momentum: list[Tensor] = field(default_factory=list)
-    size: float | None = None
 
     def measure(self, mean: Callable[[float], float]) -> None:
-        """Settle how large the layer's inputs are, once."""
-        if self.bias is not None and self.size is None:
-            self.size = math.sqrt(mean(self.size_in or 0.0)) or 1.0
+        """Settle, before the first step, how large the layer's inputs and its weights are."""
+        if self.weight in self.state:
+            return
+        size = 1.0 if self.bias is None else math.sqrt(mean(self.size_in or 0.0)) or 1.0
+        values = self._parts(self.weight, self.bias, self._scales()[0], 1 / size)
+        kept = {f"norm{number}": _number(float(part.norm())) for number, part in enumerate(values)}
+        self.state[self.weight] = {"size": _number(size), **kept, "momentum": torch.zeros_like(torch.cat(list(values)))}
 
     def step_(self, share: float, dtype: torch.dtype) -> None:
         if self.weight.grad is None:
             return
-        scale_M1, inverse_M1 = self._scales()
-        size = self.size or 1.0
-        if not self.norms:
-            values = self._parts(self.weight, self.bias, scale_M1, 1 / size)
-            self.norms = [float(part.norm()) for part in values]
+        kept = self.state[self.weight]
+        _, inverse_M1 = self._scales()
+        size = float(kept["size"])
         bias_grad = None if self.bias is None else self.bias.grad
         gradients = self._parts(self.weight.grad, bias_grad, inverse_M1, size)
-        if not self.momentum:
-            self.momentum = [torch.zeros_like(part) for part in gradients]
         moves = []
-        for gradient, momentum, norm in zip(gradients, self.momentum, self.norms, strict=True):
+        for number, momentum in enumerate(kept["momentum"].chunk(self.num_parts)):
+            gradient, norm = gradients[number], float(kept[f"norm{number}"])
             momentum.lerp_(gradient, 1 - MOMENTUM)
             turned = orthogonalized(gradient.lerp(momentum, MOMENTUM), dtype)
             moves.append(turned * (share * norm / turned.norm().clamp(min=torch.finfo(turned.dtype).tiny)))
@@ -160,24 +172,34 @@ class _Vector:
     """A vector that scales something, or one that is added to what `beside` scales."""
 
     vector: nn.Parameter
+    state: dict[nn.Parameter, dict[str, Tensor]]
     beside: nn.Parameter
-    num_steps: int = 0
 
-    def __post_init__(self) -> None:
-        self.size = float(self.beside.detach().float().square().mean().sqrt())
-        self.moments = (torch.zeros_like(self.vector), torch.zeros_like(self.vector))
+    def measure(self, _: Callable[[float], float]) -> None:
+        """Settle, before the first step, how large the vector is."""
+        if self.vector not in self.state:
+            size = _number(float(self.beside.detach().float().square().mean().sqrt()))
+            moments = {"mean": torch.zeros_like(self.vector), "squares": torch.zeros_like(self.vector)}
+            self.state[self.vector] = {"step": _number(0.0), "size": size, **moments}
 
     def step_(self, share: float, dtype: torch.dtype) -> None:
         gradient = self.vector.grad
         if gradient is None:
             return
-        mean, squares = self.moments
-        self.num_steps += 1
+        kept = self.state[self.vector]
+        mean, squares = kept["mean"], kept["squares"]
+        kept["step"] += 1
+        num_steps = int(kept["step"])
         mean.lerp_(gradient, 1 - VECTOR_MOMENTUM)
         squares.lerp_(gradient.square(), 1 - VECTOR_SQUARES)
-        mean, squares = mean / (1 - VECTOR_MOMENTUM**self.num_steps), squares / (1 - VECTOR_SQUARES**self.num_steps)
+        mean, squares = mean / (1 - VECTOR_MOMENTUM**num_steps), squares / (1 - VECTOR_SQUARES**num_steps)
         tiny = torch.finfo(squares.dtype).tiny
-        self.vector.sub_(mean / squares.clamp(min=tiny).sqrt() * (share * VECTOR_SHARE * self.size))
+        self.vector.sub_(mean / squares.clamp(min=tiny).sqrt() * (share * VECTOR_SHARE * float(kept["size"])))
+
+
+def _number(value: float) -> Tensor:
+    """Return a number as an optimizer keeps it: on the CPU, so that reading it waits for no GPU."""
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def shares(peak: float, num_steps: int, warmup: float = 0.1) -> Iterator[float]:
@@ -205,4 +227,5 @@ def descend_(
         value.backward()
         if average_ is not None:
             average_(parameters)
-        steps.step(size)
+        steps.param_groups[0]["lr"] = size
+        steps.step()
