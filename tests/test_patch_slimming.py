@@ -52,7 +52,7 @@ def view_of(case: Case) -> LiveModelView:
 
 def slim(case: Case, *keeps: tuple[int, ...]) -> nn.Module:
     """A copy whose last blocks keep these tokens."""
-    student, (sites, _, _) = case.copy(), view_of(case).token_blocks()
+    student, (sites, *_) = case.copy(), view_of(case).token_blocks()
     among = EVERY
     for site, keep in zip(sites[-len(keeps) :], keeps, strict=True):
         apply_(student, [KeepTokens(site=site, keep=keep, among=among)])
@@ -158,7 +158,7 @@ def test_scores_are_sums_over_all_paths(shortcut):
 def test_attention_maps_are_what_the_attention_does():
     case = build_case("timm-vit")
     view = view_of(case)
-    [site, _], _, _ = view.token_blocks()
+    [site, _], *_ = view.token_blocks()
     tokens, block = torch.randn(2, 17, 32), case.model.blocks[0]
     maps = torch.stack(list(view.attention_maps(site, tokens)), dim=1)
     q, k, v = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
@@ -266,7 +266,7 @@ def test_budgets_that_cant_be_met_are_refused(values, words):
 
 def test_tokens_that_are_not_there_are_refused():
     case = build_case("timm-vit")
-    [site, _], _, _ = view_of(case).token_blocks()
+    [site, _], *_ = view_of(case).token_blocks()
     for keep, among in (((0, 5), (0, 1)), ((2, 1), EVERY), ((), EVERY)):
         with pytest.raises(
             BudgetError, match=r"blocks\.0: keep some of the .* tokens that come in, in order, each once"

@@ -371,8 +371,8 @@ class ModelView(Protocol):
         """Differentiate a loss of each batch's features: `see(path, input, gradient of input)` is called per module."""
         ...
 
-    def token_blocks(self) -> tuple[Sequence[AttentionSite], int, bool]:
-        """Return each block's attention, the number of tokens before the patches, whether pooling reads these alone."""
+    def token_blocks(self) -> tuple[Sequence[AttentionSite], int, int, bool]:
+        """Return each block's attention, how many tokens precede patches, of how many, whether these alone count."""
         ...
 
     def kept(self, site: AttentionSite, tokens_BND: Tensor, index: Sequence[int]) -> Tensor:

@@ -116,8 +116,10 @@ class LiveModelView:
                 )
         return [site for site in found.values() if site is not None]
 
-    def token_blocks(self) -> tuple[Sequence[AttentionSite], int, bool]:
-        """Return each block's attention, the number of tokens before the patches, whether pooling reads these alone.
+    def token_blocks(self) -> tuple[Sequence[AttentionSite], int, int, bool]:
+        """Return each block's attention, how many tokens precede patches, of how many, whether these alone count.
+
+        These alone count if the patches behind the last block change neither pooled features nor scores.
 
         Raises:
             RecipeError: there are no images.

@@ -26,8 +26,10 @@ ADVICE = "use a method that cuts widths."
 
 def find_token_blocks(
     model: nn.Module, sites: Sequence[MlpSite], attentions: Sequence[AttentionSite], images: Tensor
-) -> tuple[Sequence[AttentionSite], int, bool]:
-    """Return each block's attention in forward order, how many tokens precede the patches, whether these are pooled.
+) -> tuple[Sequence[AttentionSite], int, int, bool]:
+    """Return each block's attention in forward order, how many tokens precede the patches, of how many tokens in all.
+
+    Last comes whether these alone count: pooled features and scores are the same without patches behind the blocks.
 
     Args:
         model: the model.
@@ -57,7 +59,7 @@ def find_token_blocks(
     for site in found:
         _check_split(model, site, calls)
     last, total = found[-1], calls[blocks[-1]][0].shape[1]
-    return found, num_prefix, _pools_prefix(model, last, num_prefix, total, images)
+    return found, num_prefix, total, _pools_prefix(model, last, num_prefix, total, images)
 
 
 def split_block(model: nn.Module, site: AttentionSite) -> KeptTokens:

@@ -21,7 +21,7 @@ from vitrim.errors import RecipeError
 from vitrim.methods import Method, find_method
 from vitrim.models.origin import Reading
 from vitrim.storage.training_files import Which
-from vitrim.surgery import DropBlocks, KeepTokens
+from vitrim.surgery import DropBlocks, KeepTokens, MergeTokens
 
 LENGTHS = {"steps", "epochs"}
 MAX_STEPS = 16  # each is a pass over the whole model
@@ -98,7 +98,13 @@ class Recipe(Checked):
 
     def _check_fewer_tokens(self) -> None:
         """Refuse options that run a student's blocks on all tokens, where a method leaves it some of them."""
-        fewer = [step.method for step in self.steps if KeepTokens in find_method(step.method).edits]
+        merged = [step.method for step in self.steps if MergeTokens in find_method(step.method).edits]
+        if merged and self.blockwise is not None:
+            raise ValueError(
+                f"blockwise: {merged[0]} merges tokens, so the two models' blocks can't be compared one by one; drop "
+                "blockwise, recover trains the whole model"
+            )
+        fewer = merged + [step.method for step in self.steps if KeepTokens in find_method(step.method).edits]
         if fewer and self.blockwise is not None and self.blockwise.inputs == "teacher":
             raise ValueError(
                 f"blockwise.inputs: {fewer[0]} keeps some tokens, and the teacher's blocks give all; use student"

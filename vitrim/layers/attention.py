@@ -59,6 +59,17 @@ class SlimAttention(nn.Module):
         output = self.proj(mixed.transpose(1, 2).flatten(2))
         return (output, None) if self.as_tuple else output
 
+    def with_keys(self, hidden_states: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what the tokens (B, N, D) attend to, and their keys (B, N, F), the mean over the heads.
+
+        Args:
+            hidden_states: the tokens.
+            bias: added to the logits of all heads, broadcast to (B, heads, N, N).
+        """
+        q, k, v = (self._heads(layer(hidden_states)) for layer in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), k.mean(1)
+
     def attention_maps(self, hidden_states: Tensor) -> Iterator[Tensor]:
         """Yield what each head's softmax gives (B, N, N), computed anew since fused attention does not return it."""
         q, k = (self._heads(layer(hidden_states)) for layer in (self.q, self.k))

@@ -16,6 +16,7 @@ from vitrim.methods.relufy import Relufy
 from vitrim.methods.replace_me import ReplaceMe
 from vitrim.methods.subspace_node import SubspaceNode
 from vitrim.methods.taylor import Taylor
+from vitrim.methods.tome import Tome
 from vitrim.methods.top_k import TopK
 from vitrim.methods.torch_pruning import TorchPruning
 from vitrim.methods.vbp import Vbp
@@ -42,6 +43,7 @@ __all__ = [
     "SiteMethod",
     "SubspaceNode",
     "Taylor",
+    "Tome",
     "TopK",
     "TorchPruning",
     "Vbp",

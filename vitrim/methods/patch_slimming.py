@@ -94,9 +94,8 @@ class _Search:
 
     def __init__(self, view: ModelView, options: PatchSlimming) -> None:
         self.view, self.options = view, options
-        self.sites, self.num_prefix, pools_prefix = view.token_blocks()
+        self.sites, self.num_prefix, self.num_tokens, pools_prefix = view.token_blocks()
         self.tokens = self._activations()
-        self.num_tokens = self.tokens[0][0].shape[1]
         self.num_patches = self.num_tokens - self.num_prefix
         self.step = options.step or max(1, round(self.num_patches / 20))
         if options.num_last > self.num_patches:

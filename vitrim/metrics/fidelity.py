@@ -189,7 +189,7 @@ def block_fidelity(
             mine = {own_names[name]: caught.pop(name) for name in list(caught)}
             for name, index in kept.items():
                 if name in theirs:
-                    theirs[name] = theirs[name][:, index]
+                    mine[name], theirs[name] = mine[name][:, : len(index)], theirs[name][:, index]  # merged ones follow
             _check_shapes(*({name: [tensor] for name, tensor in side.items()} for side in (mine, theirs)))
             for name in block_names:
                 if name not in mine:

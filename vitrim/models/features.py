@@ -53,7 +53,9 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
         >>> found.pooled_BD.shape, found.patches_BND.shape
         (torch.Size([1, 192]), torch.Size([1, 4, 192]))
     """
-    return replace(_read(model, inputs, at), token_positions=kept_patches(model))
+    found, kept = _read(model, inputs, at), kept_patches(model)
+    # Tokens that stand for several patches are at no place in the image.
+    return replace(found, patches_BND=None if kept == () else found.patches_BND, token_positions=kept)
 
 
 def kept_positions(model: nn.Module) -> dict[str, tuple[int, ...]]:

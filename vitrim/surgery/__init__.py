@@ -10,6 +10,7 @@ from vitrim.surgery.keep_padded_dims import KeepPaddedDims
 from vitrim.surgery.keep_tokens import KeepTokens
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.low_rank import ToLowRank
+from vitrim.surgery.merge_tokens import MergeTokens
 from vitrim.surgery.mixed_heads import mix_heads, turned
 from vitrim.surgery.modules import hidden_and_output, mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.moefication import ToMoefication
@@ -26,6 +27,7 @@ __all__ = [
     "KeepPaddedDims",
     "KeepTokens",
     "KeepUnits",
+    "MergeTokens",
     "Plan",
     "ReplaceActivation",
     "ToFips",
