@@ -296,14 +296,15 @@ def test_recipes_that_need_all_tokens_are_refused(values, words):
 def test_width_and_tokens_go_together_and_low_rank_behind_them(run):
     case = deep()
     steps = [
-        {"method": "dgmr", "keep_ratio": 0.5, "exact": True, "repair": False},
+        {"method": "dgmr", "keep_ratio": 0.5, "exact": True, "repair": False, "options": {"parts": "both"}},
         {"method": "patch-slimming", "keep_ratio": 0.5},
         {"method": "low-rank", "keep_ratio": 0.5},
     ]
     student = case.copy()
     report = cut_(student, case.model, case.sites, Recipe.parse({"steps": steps}), case.batches, quiet=True)
     assert {type(edit) for edit in report.plan.edits} >= {KeepUnits, KeepTokens}
-    assert any(isinstance(module, KeptTokens) for module in student.modules())
+    block = next(module for module in student.modules() if isinstance(module, KeptTokens))
+    assert block.attn.q.weight.shape[0] == block.attn.v.weight.shape[0] == 16  # heads of 8 dimensions
     assert run(student, case.batches[0]).isfinite().all()
 
 

@@ -85,16 +85,17 @@ class LiveModelView:
         """Return every linear and convolution layer; with `factors` also low-rank factors that replaced one."""
         return find_layers(self.model, factors=factors)
 
-    def attentions(self, *, padded: bool = False) -> list[AttentionSite]:
+    def attentions(self, *, padded: bool = False, own: bool = False) -> list[AttentionSite]:
         """Return every self-attention that ours reproduces on real tokens; note the others.
 
-        With `padded` also those whose own code has to stay, if what a head puts out is linear in its values.
+        With `padded` also those whose own code has to stay, if what a head puts out is linear in its values; with `own`
+        also ours, of an earlier step.
 
         Raises:
             RecipeError: there are no images.
         """
         found: dict[str, AttentionSite | None] = {}
-        candidates = list(find_attentions(self.model))
+        candidates = list(find_attentions(self.model, own=own))
         handles = [
             submodule(self.model, site.path).register_forward_hook(_confirm(site, found, padded), with_kwargs=True)
             for site in candidates
@@ -125,7 +126,7 @@ class LiveModelView:
             RecipeError: there are no images.
             SiteNotFoundError: tokens can't leave the model's blocks, or none stands in front of the patches.
         """
-        return find_token_blocks(self.model, self.sites, self.attentions(), self._batches()[0][:2])
+        return find_token_blocks(self.model, self.sites, self.attentions(own=True), self._batches()[0][:2])
 
     def kept(self, site: AttentionSite, tokens_BND: Tensor, index: Sequence[int]) -> Tensor:
         """Return the tokens at an index as the block around an attention makes them of those that it is given."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from vitrim.layers.attention import SlimAttention
 from vitrim.types import AttentionSite
 
 # Paths below an attention: queries, keys, values, output. The first kind has all three in one matrix.
@@ -22,13 +23,14 @@ NAMES = (
     ("attention.query", "attention.key", "attention.value", "output.dense"),
     ("self.query", "self.key", "self.value", "output.dense"),
 )
+OWN = ("q", "k", "v", "proj")  # vitrim's own, whose heads an earlier step has cut
 HEADS = ("num_heads", "num_attention_heads")
 
 
-def find_attentions(model: nn.Module) -> Iterator[AttentionSite]:
-    """Yield candidates in the order of the model's modules."""
+def find_attentions(model: nn.Module, *, own: bool = False) -> Iterator[AttentionSite]:
+    """Yield candidates in the order of the model's modules; with `own` also those that vitrim has put there."""
     for path, module in model.named_modules():
-        for names in NAMES:
+        for names in (*NAMES, OWN) if own and isinstance(module, SlimAttention) else NAMES:
             site = _match(module, path, names)
             if site is not None:
                 yield site
