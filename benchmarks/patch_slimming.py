@@ -9,7 +9,7 @@ and writes JSON with machine, versions and command.
 
     python benchmarks/patch_slimming.py                    # within an hour on two cores
     python benchmarks/patch_slimming.py --seeds 0 1 2      # mean and spread over other calibration images
-    python benchmarks/patch_slimming.py --quick            # minutes, with few images and steps
+    python benchmarks/patch_slimming.py --quick            # a few minutes, with few images and steps
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/patch_slimming.json"))
     given = parser.parse_args()
     if given.quick:
-        given.macs, given.num_images, given.num_test, given.steps, given.block_steps = [0.5], 128, 1000, 40, 20
+        given.macs, given.num_images, given.num_test, given.steps, given.block_steps = [0.5], 64, 500, 20, 10
     result: dict[str, Any] = {
         "environment": environment(),
         "arguments": {key: str(value) for key, value in vars(given).items()},
