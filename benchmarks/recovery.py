@@ -54,6 +54,7 @@ COLORS = {
 }
 SCHEDULES = {
     "ours": RecoverOptions(steps=1, batch_size=128, flip=True),
+    "adamw": RecoverOptions(optimizer="adamw", steps=1, batch_size=128, flip=True),
     "published": RecoverOptions(schedule="published", steps=1, batch_size=128).as_published("dinov2"),
 }
 
@@ -126,7 +127,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for row in (row for row in result["rows"] if row["ratio"] == ratio):
             best = torch.tensor([point["relative_error"] for point in row["curve"]]).cummin(0).values
             steps, dashes = [point["step"] for point in row["curve"]], "-" if row["repair"] == "ours" else "--"
-            dashes = dashes if row["schedule"] == "ours" else {"-": "-.", "--": ":"}[dashes]
+            dashes = dashes if row["schedule"] != "published" else {"-": "-.", "--": ":"}[dashes]
             label = f"{row['method']}, repair: {row['repair']}, schedule: {row['schedule']}"
             panel.plot(steps, best, dashes, label=label, color=COLORS[row["method"]], marker=".")
         panel.set(yscale="log", title=f"hidden width {ratio:g} x model width", xlabel="distillation steps")

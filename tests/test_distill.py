@@ -96,7 +96,7 @@ def test_the_range_test_takes_a_tenth_of_the_steps_at_most(monkeypatch, steps):
     monkeypatch.setattr("vitrim.recover.run.Run.train_step", lambda self, batches, lr=None: done.append(lr) or 0.0)
     errors = iter([1.0, *(2.0 - 0.1 * number for number in range(99))])  # every rate is tried
     monkeypatch.setattr("vitrim.recover.judge.relative_error", lambda *_: next(errors))
-    found = run(student, teacher, options={"lr": None, "steps": steps, "num_validations": 1})
+    found = run(student, teacher, options={"optimizer": "adamw", "lr": None, "steps": steps, "num_validations": 1})
     assert len(found.rate_test) == len(RATES)
     assert len(RATES) <= len(done) == found.num_test_steps <= max(len(RATES), steps / 10)
 
@@ -124,11 +124,13 @@ def test_accumulation_equals_one_large_batch():
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, ema):
+@pytest.mark.parametrize(
+    "given", [{}, {"ema": 0.9}, {"optimizer": "relative", "lr": 0.003}, {"lr": None, "save_every": 1}]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, given):
     teacher = make_teacher()
     whole, stopped = make_student(teacher), make_student(teacher)
-    options = {"steps": 9, "num_validations": 9, "ema": ema}
+    options = {"steps": 9, "num_validations": 9, **given}
     expected = run(whole, teacher, options=options)
 
     def interrupt(found):
@@ -143,14 +145,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, ema):
     assert result.curve == expected.curve
 
 
-def test_the_rate_is_found_by_a_range_test_that_leaves_no_trace():
+@pytest.mark.parametrize("optimizer", ["relative", "adamw"])
+def test_the_rate_is_found_by_a_range_test_that_leaves_no_trace(optimizer):
     teacher = make_teacher()
     student = make_student(teacher)
-    found = run(student, teacher, options={"lr": None, "steps": 20})
+    found = run(student, teacher, options={"optimizer": optimizer, "lr": None, "steps": 20})
+    assert found.optimizer == optimizer
     assert str(found.lr) in {str(float(rate)) for rate in found.rate_test}
     assert found.rate_test[f"{found.lr:g}"] == min(found.rate_test.values()) < found.curve[0]["relative_error"]
     again = make_student(teacher)
-    run(again, teacher, options={"lr": found.lr, "steps": 20})
+    run(again, teacher, options={"optimizer": optimizer, "lr": found.lr, "steps": 20})
     assert_equal(weights(student), weights(again))
 
 
@@ -166,7 +170,9 @@ def test_the_range_test_asks_more_of_a_rate_where_the_student_is_far_off(monkeyp
     left = iter(errors)
     monkeypatch.setattr("vitrim.recover.judge.relative_error", lambda *_: next(left, errors[-1]))
     teacher = make_teacher()
-    found = run(make_student(teacher), teacher, options={"lr": None, "steps": 8, "num_validations": 1})
+    found = run(
+        make_student(teacher), teacher, options={"optimizer": "adamw", "lr": None, "steps": 8, "num_validations": 1}
+    )
     assert f"{found.lr:g}" == wanted
 
 

@@ -109,10 +109,6 @@ def test_a_layer_scale_of_six_decades_is_found_and_the_smallest_is_as_exact():
     torch.testing.assert_close(visit.scale_D, gamma.detach(), atol=0, rtol=1e-3)
 
 
-# Distillation's Adam takes steps of one size whatever the weights are; its range test can't make up for single tensors.
-ABSOLUTE = pytest.mark.xfail(strict=True, reason="Adam's steps have no regard for the scale of weights")
-
-
 @cache
 def trained(vit: str, name: str, how: str) -> float:
     """Error of a cut model after training, relative to that before."""
@@ -136,7 +132,7 @@ def trained(vit: str, name: str, how: str) -> float:
 
 
 @pytest.mark.parametrize("name", ["norms x 64", "stream x 0.015625"])
-@pytest.mark.parametrize("how", ["blockwise", "at once", pytest.param("distillation", marks=ABSOLUTE)])
+@pytest.mark.parametrize("how", ["blockwise", "at once", "distillation"])
 def test_training_does_not_depend_on_how_weights_are_scaled(how, name):
     after, again = trained("gelu", "", how), trained("gelu", name, how)
     assert not math.isnan(again) and again == pytest.approx(after, rel=0.02)

@@ -61,7 +61,7 @@ def test_the_loss_curve_is_that_of_one_process_over_fifty_steps(together, tmp_pa
             {"ema": 0.8, "gradient_accumulation_steps": 2, "batch_size": 4, "weight_decay": (0.1, 0.0)},
             2e-5,
         ),
-        ("range test", {"lr": None}, 2e-5),
+        ("range test", {"optimizer": "adamw", "lr": None}, 2e-5),
         ("bf16", {"precision": "bf16"}, 2e-2),
         ("uneven", {"batch_size": 5, "gradient_accumulation_steps": 2}, 2e-5),
         ("before the norm", {"features_at": "pre_norm"}, 2e-5),

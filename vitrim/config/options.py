@@ -169,8 +169,11 @@ class RecoverOptions(Checked):
     """Length of distillation in epochs."""
     batch_size: int = Field(default=128, ge=1)
     """Images in a pass, over all processes."""
+    optimizer: Literal["relative", "adamw"] | None = None
+    """`relative` takes steps that are shares of each weight's norm, so weights may have any scale; `adamw` takes steps
+    of one size. By default relative, unless a rate, weight decay, a schedule, an adapter, elastic or fsdp is given."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate. By default a short test finds one."""
+    """Peak learning rate, for `optimizer: relative` a share of each weight's norm. By default a short test finds it."""
     base_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate at 256 images a step, instead of `lr`; with other batches it grows in proportion."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -257,6 +260,36 @@ class RecoverOptions(Checked):
         if peak is not None and self.min_lr > peak:
             raise ValueError(f"min_lr {self.min_lr:g} is above the peak rate, {peak:g}")
         return self
+
+    @model_validator(mode="after")
+    def _shares_of_whole_weights(self) -> RecoverOptions:
+        if self.optimizer == "relative" and (unfit := self._only_with_adamw()):
+            raise ValueError(f"optimizer: relative goes with no {unfit[0]}; drop one of the two")
+        return self
+
+    def _only_with_adamw(self) -> list[str]:
+        """Return which given options need AdamW: steps that are shares need whole weights that are not zero."""
+        given = {
+            "weight_decay": self.weight_decay != (0.0, 0.0),
+            "schedule": self.schedule is not None,
+            "adapter": self.adapter is not None,
+            "elastic": self.elastic is not None,
+            "fsdp": self.fsdp,
+        }
+        return [name for name, is_given in given.items() if is_given]
+
+    @property
+    def steps_by(self) -> Literal["relative", "adamw"]:
+        """What takes the steps: the optimizer that was asked for, or the one that what was given needs."""
+        if self.optimizer is not None:
+            return self.optimizer
+        has_rate = self.lr is not None or self.base_lr is not None
+        return "adamw" if has_rate or self._only_with_adamw() else "relative"
+
+    @property
+    def steps_are_shares(self) -> bool:
+        """Whether a step's size is a share of each weight's own norm."""
+        return self.steps_by == "relative"
 
     @property
     def has_length(self) -> bool:

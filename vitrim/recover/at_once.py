@@ -22,7 +22,7 @@ from vitrim.calibrate.activations import forward_order
 from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream
-from vitrim.distributed.processes import join_, mean
+from vitrim.distributed.processes import join_
 from vitrim.metrics.judging import FeatureModel
 from vitrim.models.features import device_of, features, first_tensor, kept_positions
 from vitrim.models.sites import find_mlps
@@ -32,10 +32,6 @@ from vitrim.recover.result import Recovery
 from vitrim.recover.run import Run
 from vitrim.recover.sampler import MicroBatch
 from vitrim.recover.targets import in_precision
-from vitrim.repair.relative_steps import RelativeSteps
-
-# Largest steps to try, as shares of each weight's norm.
-SHARES = (0.03, 0.01, 0.003, 0.001, 0.0003)
 
 
 def train_at_once_(
@@ -69,7 +65,7 @@ def train_at_once_(
     join_(device_of(student).type)
     context = context or RunContext()
     context = replace(context, work=context.work and context.work / AT_ONCE)
-    options_of_run = RecoverOptions(**options.model_dump())
+    options_of_run = RecoverOptions(**options.model_dump(), optimizer="relative")
     return distil_(
         LocalRun(student, teacher, images=images, held_out=held_out, options=options_of_run, context=context)
     )
@@ -79,7 +75,6 @@ class LocalRun(Run):
     """A run whose loss is the mean over blocks of the error of a block's output, relative to the teacher's energy."""
 
     title = name = result_name = "all blocks at once"
-    rates = SHARES
 
     def __init__(self, student: nn.Module, teacher: nn.Module, **given: Any) -> None:
         super().__init__(student, teacher, **given)
@@ -98,19 +93,6 @@ class LocalRun(Run):
     def _probe(self) -> Tensor:
         """Return the loss of two images."""
         return self._local_loss(FeatureModel(self.student, self.options.features_at), self.judge.held_out[0][0][:2])
-
-    def _optimizer(self) -> RelativeSteps:
-        """Build steps that are shares of each weight's norm."""
-        by_name = self.named_parameters()
-        values = [f"{site.value}.weight" for site in self.sites if site.kind == "packed_gated"]
-        gated = [by_name[name] for name in values if name in by_name]
-        steps = RelativeSteps(self.trained, self.parameters, gated=gated, mean=mean)
-        with torch.no_grad():  # a resumed run sees the inputs of all layers on the same images
-            features(self.trained, self.judge.held_out[0][0].to(self.device), at=self.options.features_at)
-        return steps
-
-    def _clip_(self) -> None:
-        """Do nothing: the size of steps does not depend on that of gradients."""
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         return self._local_loss(self.model, self._stood_in(batch).images_BCHW)

@@ -13,6 +13,8 @@ from vitrim.recover.schedule import rate_shape
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
+# Steps as shares of each weight's norm.
+SHARES = (0.03, 0.01, 0.003, 0.001, 0.0003)
 # LoRA's factors tolerate about 25 times the rate that the weights themselves do; OP-LoRA's generators do not.
 LORA_RATES = (2e-2, 1e-2, 5e-3, *RATES)
 # All short runs together take at most this share of the steps asked for, each one step at least and MOST_STEPS at most.
@@ -23,6 +25,8 @@ SHOCK, NEAR = 1.5, 0.1
 
 def rates_to_try(options: RecoverOptions) -> tuple[float, ...]:
     """Return the rates of the range test, the largest first; LoRA adapters start higher than weights."""
+    if options.steps_are_shares:
+        return SHARES
     return LORA_RATES if options.adapter is not None and options.adapter.kind == "lora" else RATES
 
 
@@ -48,7 +52,7 @@ def find_rate(run: Run) -> float:
     Returns:
         The chosen rate; the lowest one where all are too high.
     """
-    rates = run.rates or rates_to_try(run.options)
+    rates = rates_to_try(run.options)
     num_steps = max(1, min(MOST_STEPS, int(SHARE * run.num_steps) // len(rates)))
     start = run.values()
     errors: dict[float, float] = {}

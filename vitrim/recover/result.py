@@ -14,6 +14,7 @@ class Recovery:
     Attributes:
         curve: one point per validation: `step`, `relative_error` on held-out images, `loss` of the step (not at the
             start), and with several widths `mlp_ratio=R` for the error of each.
+        optimizer: what took the steps: `relative`, whose rate is a share of each weight's norm, or `adamw`.
         lr: peak learning rate, given or found; lower after a divergence.
         best_step: step whose state the student ended with; 0 is the untrained start.
         best_error: relative error of that state.
@@ -27,6 +28,7 @@ class Recovery:
     """
 
     curve: list[dict[str, float]] = field(default_factory=list)
+    optimizer: str = "adamw"
     lr: float = 0.0
     best_step: int = 0
     best_error: float = math.inf

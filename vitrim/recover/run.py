@@ -24,10 +24,11 @@ from vitrim.distributed.sharding import block_paths, checkpointed, full, local, 
 from vitrim.errors import RecipeError
 from vitrim.metrics.judging import FeatureModel
 from vitrim.models.features import features, kept_patches, restored
-from vitrim.recover.adapters import adapted, notes_on, without_decay
+from vitrim.recover.adapters import adapted, notes_on
 from vitrim.recover.elastic import Widths, at_width
 from vitrim.recover.judge import Judge, score
 from vitrim.recover.losses import EmbeddingSpace, feature_loss, patches_at, space_loss
+from vitrim.recover.optimizers import adamw, relative_steps
 from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import cosine_between, rate_shape
@@ -62,8 +63,6 @@ class Run:
 
     # How the bar, and messages, call it.
     title, name, result_name = "distil", "distillation", "recovery"
-    # Rates of the range test, the largest first, in place of the usual ones.
-    rates: Sequence[float] = ()
 
     def __init__(
         self,
@@ -89,7 +88,10 @@ class Run:
         ranks = {"rank": self.accelerator.process_index, "num_processes": self.accelerator.num_processes}
         self.sampler = open_sampler(images, options, context.seed, **ranks)
         self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.sampler.steps_per_epoch))
-        self.step, self.result = 0, Recovery(num_steps=self.num_steps)
+        self.step, self.result = (
+            0,
+            Recovery(num_steps=self.num_steps, optimizer=options.steps_by),
+        )
         self.usual: dict[float, float] = {}  # by MLP ratio: a narrow student's loss is no measure for a wide one's
         self.judge = Judge(teacher, held_out, at=options.features_at, widths=widths)
         live = LiveTargets(teacher, options, self.device)
@@ -172,12 +174,11 @@ class Run:
         return {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
 
     def _optimizer(self) -> torch.optim.Optimizer | RelativeSteps:
-        """Build AdamW with the betas of the paper, and weight decay on matrices only."""
-        spared = without_decay(self.trained, self.options.adapter)
-        matrices = [p for p in self.parameters if p.ndim > 1 and id(p) not in spared]
-        others = [p for p in self.parameters if p.ndim <= 1 or id(p) in spared]
-        groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        """Build what takes the steps."""
+        if self.options.steps_are_shares:
+            probe = self.judge.held_out[0][0].to(self.device)
+            return relative_steps(self.trained, self.named_parameters(), probe, self.options.features_at)
+        return adamw(self.trained, self.named_parameters(), self.options.adapter)
 
     def start_over_(self, values: Mapping[str, Tensor]) -> None:
         """Go back to before the first step, with these values of all tensors and a fresh optimizer."""
@@ -227,7 +228,8 @@ class Run:
             group["weight_decay"] = decay if group["decays"] else 0.0
         self.result.num_images += self.sampler.global_batch
         total = self._backward(batches)
-        self._clip_()
+        if not self.options.steps_are_shares:  # those don't depend on the size of gradients
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         total = mean(total)
         self.diverged = self._is_bad(total)
         if not self.diverged:
@@ -241,10 +243,6 @@ class Run:
         for average, p in zip(self.ema.values(), self.parameters, strict=False):
             local(average).lerp_(local(p.detach()), 1 - self.options.ema)
         return total
-
-    def _clip_(self) -> None:
-        """Bound the norm of all gradients together."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
 
     def _backward(self, batches: Sequence[MicroBatch]) -> float:
         """Add up the gradients of all micro-batches; returns this process's part of the loss."""

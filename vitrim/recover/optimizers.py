@@ -1,0 +1,50 @@
+"""The optimizers of a recovery: AdamW, and steps that are shares of each weight's norm, for which no rate is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.config.options import AdapterOptions
+from vitrim.distributed.processes import mean
+from vitrim.errors import SiteNotFoundError
+from vitrim.models.features import features
+from vitrim.models.sites import find_mlps
+from vitrim.recover.adapters import without_decay
+from vitrim.repair.relative_steps import RelativeSteps
+from vitrim.types import FeaturesAt
+
+
+def adamw(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], adapter: AdapterOptions | None
+) -> torch.optim.AdamW:
+    """Build AdamW with the betas of the DGMR paper, and weight decay on matrices only."""
+    spared = without_decay(model, adapter)
+    matrices = [p for p in parameters.values() if p.ndim > 1 and id(p) not in spared]
+    others = [p for p in parameters.values() if p.ndim <= 1 or id(p) in spared]
+    groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def relative_steps(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], images_BCHW: Tensor, at: FeaturesAt
+) -> RelativeSteps:
+    """Build steps that are shares of each weight's norm.
+
+    Args:
+        model: what is trained.
+        parameters: its parameters that are trained, by name.
+        images_BCHW: run once for the sizes of the layers' inputs; a resumed run has to pass the same.
+        at: where features are read.
+    """
+    try:
+        values = [f"{site.value}.weight" for site in find_mlps(model) if site.kind == "packed_gated"]
+    except SiteNotFoundError:
+        values = []
+    gated = [parameters[name] for name in values if name in parameters]
+    steps = RelativeSteps(model, list(parameters.values()), gated=gated, mean=mean)
+    with torch.no_grad():
+        features(model, images_BCHW, at=at)
+    return steps
