@@ -88,10 +88,7 @@ class Run:
         ranks = {"rank": self.accelerator.process_index, "num_processes": self.accelerator.num_processes}
         self.sampler = open_sampler(images, options, context.seed, **ranks)
         self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.sampler.steps_per_epoch))
-        self.step, self.result = (
-            0,
-            Recovery(num_steps=self.num_steps, optimizer=options.steps_by),
-        )
+        self.step, self.result = 0, Recovery(num_steps=self.num_steps, optimizer=options.steps_by)
         self.usual: dict[float, float] = {}  # by MLP ratio: a narrow student's loss is no measure for a wide one's
         self.judge = Judge(teacher, held_out, at=options.features_at, widths=widths)
         live = LiveTargets(teacher, options, self.device)
