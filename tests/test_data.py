@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import vitrim
-from vitrim.config.options import Augmentation
+from vitrim.config.options import Augmentation, CalibrateOptions
 from vitrim.data import (
     Batch,
     ImageSet,
@@ -26,6 +26,7 @@ from vitrim.data import (
     views,
 )
 from vitrim.data.images import check_workers
+from vitrim.data.split import draw_calibration
 from vitrim.data.views import with_views
 from vitrim.errors import DataError, RecipeError
 
@@ -379,3 +380,12 @@ def test_workers_are_refused_where_tmpdir_is_too_long_for_their_sockets(monkeypa
     check_workers(0)
     monkeypatch.undo()
     check_workers(2)
+
+
+@pytest.mark.parametrize(("num_images", "num_units", "wanted"), [(10, 0, 1), (10, 10, 1), (10, 11, 2), (10, 99, 4)])
+def test_few_images_are_seen_in_several_views_and_texts_in_none(num_images, num_units, wanted):
+    images = open_images(torch.rand(num_images, 3, 8, 8))
+    drawn = draw_calibration(images, CalibrateOptions(), 0, num_units)
+    assert drawn.num_views == wanted and sum(map(len, drawn.batches)) == wanted * num_images
+    assert draw_calibration(images, CalibrateOptions(views=3), 0, num_units).num_views == 3
+    assert draw_calibration(open_images(torch.arange(20).view(10, 2)), CalibrateOptions(), 0, num_units).num_views == 1

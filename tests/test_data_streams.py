@@ -430,7 +430,7 @@ def test_compress_and_evaluate_on_a_stream(tmp_path):
     source = piped(write_shards(tmp_path / "shards", num_shards=3, per_shard=50))
     recover = {"steps": 3, "batch_size": 8, "lr": 1e-4, "report_to": ["tensorboard"]}
     result = vitrim.compress(DIGITS, data=source, recipe=few(), recover=recover, out=tmp_path / "out", quiet=True)
-    counts = {"train": None, "calibration": 96, "held_out": 15, "skipped": 0, "modes": {"RGB": 111}}
+    counts = {"train": None, "calibration": 96, "views": 4, "held_out": 15, "skipped": 0, "modes": {"RGB": 111}}
     assert result.metrics.images == counts
     assert {path.name for path in tmp_path.iterdir()} == {"shards", "out"}
     assert list((tmp_path / "out" / "logs" / "vitrim").glob("events.*"))

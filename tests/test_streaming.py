@@ -36,7 +36,7 @@ from vitrim.types import MlpSite
 pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
 PRUNE = Recipe(mlp_ratio=1)
-REPAIR = Recipe(mlp_ratio=1, repair={"refit_steps": 10}, calibrate={"batch_size": 8})
+REPAIR = Recipe(mlp_ratio=1, repair={"refit_steps": 10}, calibrate={"batch_size": 8, "views": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +393,7 @@ def test_images_on_the_command_line(tmp_path, capsys):
     command = ["prune-checkpoint", source, str(tmp_path / "out"), "--data", "digits", "--memory-budget", "1GB"]
     assert run([*command, "--recipe", str(tmp_path / "recipe.yaml")]) == 0
     printed = capsys.readouterr()
-    assert "for 32 images" in next(line for line in printed.err.split("\n") if source in line)
+    assert "for 128 images" in next(line for line in printed.err.split("\n") if source in line)  # four views of each
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert len(metrics["cut_errors"]) == 6
     assert all(errors["repaired"] < errors["unrepaired"] for errors in metrics["cut_errors"].values())

@@ -26,6 +26,7 @@ from vitrim.cost.memory import (
     show_bytes,
     show_seconds,
 )
+from vitrim.data.views import fitting_views
 from vitrim.errors import OutputError
 from vitrim.surgery import KeepUnits, edit_of, transform
 
@@ -153,13 +154,14 @@ def _needs(job: CheckpointJob, recipe: Recipe, widths: Mapping[str, int], num_im
         inputs = torch.empty(known["num_tokens"], dtype=torch.int64, device="meta")
     else:
         return None
+    views = recipe.calibrate.views or fitting_views(num_images, max(site.d_hidden for site in job.sites_in_encoder))
     return estimate_memory(
         job.sites_in_encoder,
         widths.values(),
         recipe.steps[0].repair_options(),
         job.encoder,
         inputs,
-        num_images=num_images,
+        num_images=num_images * views,
         batch_size=recipe.calibrate.batch_size,
     )
 

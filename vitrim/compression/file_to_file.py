@@ -243,7 +243,7 @@ def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> tuple[list[Tensor
     images = open_inputs(data, job.origin)
     if isinstance(images, ImageStream):
         images, _ = images.take(options.num_images, seed=recipe.seed)
-    drawn = draw_calibration(images, options, recipe.seed)
+    drawn = draw_calibration(images, options, recipe.seed, max(site.d_hidden for site in job.sites_in_encoder))
     return drawn.batches, [*images.remarks(), *on_copies(drawn.num_repeated, 0)]
 
 

@@ -102,7 +102,10 @@ def prepare(job: Job, context: RunContext) -> Models:
     sites = find_mlps(teacher, scope=job.scope_in_encoder)
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
-    split = None if job.images is None else split_images(job.images, job.recipe, work=seen, model=teacher)
+    split = None
+    if job.images is not None:
+        num_units = max(site.d_hidden for site in sites)
+        split = split_images(job.images, job.recipe, work=seen, model=teacher, num_units=num_units)
     if split is not None and not split.held_out and job.recipe.training:
         raise DataError(f"recover, at_once, blockwise: {split.notes[-1]}")
     noise = random_inputs(job.origin) if split is None else None  # costs are measured on it

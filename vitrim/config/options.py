@@ -31,9 +31,9 @@ class CalibrateOptions(Checked):
     """Number of images."""
     batch_size: int = Field(default=64, ge=1)
     """Images processed at once."""
-    views: int = Field(default=1, ge=1)
-    """Views of each image: the image, and random crops of it, mirrored half of the time. Worth it where there are few
-    images; memory and time grow in proportion."""
+    views: int | None = Field(default=None, ge=1)
+    """Views of each image: the image, and random crops of it, mirrored half of the time; memory and time grow in
+    proportion. By default up to 4 where there are fewer images than an MLP has hidden units, else the image alone."""
 
 
 class RepairOptions(Checked):

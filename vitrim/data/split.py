@@ -22,7 +22,7 @@ from vitrim.data.images import Batch, ImageSet, first_images, split_indices
 from vitrim.data.inputs import match_labels
 from vitrim.data.pixels import digest, distinct
 from vitrim.data.streams import ImageStream, Place
-from vitrim.data.views import with_views
+from vitrim.data.views import are_images, fitting_views, with_views
 from vitrim.errors import DataError
 
 # A tenth of the images, at most this many, is held out to judge on and is in nothing else.
@@ -51,7 +51,12 @@ class Split:
 
 
 def split_images(
-    source: ImageSet | ImageStream, recipe: Recipe, *, work: Path | None = None, model: nn.Module | None = None
+    source: ImageSet | ImageStream,
+    recipe: Recipe,
+    *,
+    work: Path | None = None,
+    model: nn.Module | None = None,
+    num_units: int = 0,
 ) -> Split:
     """Hold some images out, and draw the calibration images from the rest.
 
@@ -60,16 +65,17 @@ def split_images(
         recipe: holds the number of calibration images, the batch size and the seed.
         work: folder of a run that can be resumed, for the sizes of a stream's shards.
         model: labels are numbered as its head does, and dropped if they can't be; None leaves them as they are.
+        num_units: hidden units of the widest MLP that will be fitted, for how many views of few images are drawn.
 
     Raises:
         DataError: there are no images, or no held-out image could be read.
     """
     if isinstance(source, ImageSet):
-        return _split(*_labelled(source, model), source, recipe)
+        return _split(*_labelled(source, model), source, recipe, num_units)
     if work is not None:  # each process reads shards of its own
         source = source.remembering(work / f"shards-{os.environ.get('RANK', '0')}.jsonl")
     images, places = source.take(recipe.calibrate.num_images + MAX_HELD_OUT, seed=recipe.seed)
-    return _split(*_labelled(images, model), source, recipe, places)
+    return _split(*_labelled(images, model), source, recipe, num_units, places)
 
 
 def _labelled(images: ImageSet, model: nn.Module | None) -> tuple[ImageSet, list[str]]:
@@ -85,12 +91,13 @@ def _split(
     notes: Sequence[str],
     source: ImageSet | ImageStream,
     recipe: Recipe,
+    num_units: int,
     places: Sequence[Place] = (),
 ) -> Split:
     num_held_out = min(MAX_HELD_OUT, len(images) // 10) or min(1, len(images) - 1)
     rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
     train, options = images.subset(rest), recipe.calibrate
-    drawn = draw_calibration(train, options, recipe.seed)
+    drawn = draw_calibration(train, options, recipe.seed, num_units)
     judged = images.subset(held).loader(batch_size=options.batch_size) if held else []
     read = [batch for batch in judged if len(batch.images_BCHW)]
     if held and not read:
@@ -100,7 +107,7 @@ def _split(
         "train": len(train) if isinstance(source, ImageSet) else None,
         "calibration": sum(map(len, drawn.images)),
         "held_out": _num_images(held_out),
-        **({"views": options.views} if options.views > 1 else {}),
+        **({"views": drawn.num_views} if drawn.num_views > 1 else {}),
         "skipped": drawn.num_skipped + sum(batch.num_skipped for batch in read),
     }
     modes = {kind: count for kind, count in images.kinds().items() if kind != UNREADABLE}
@@ -117,24 +124,34 @@ def _split(
 
 
 class Calibration(NamedTuple):
-    """Calibration images: batches to run, the images alone, and how many could not be read or were copies."""
+    """Calibration images: batches to run, the images alone, views of each, and how many were unreadable or copies."""
 
     batches: list[Tensor]
     images: list[Tensor]
+    num_views: int
     num_skipped: int
     num_repeated: int
 
 
-def draw_calibration(images: ImageSet, options: CalibrateOptions, seed: int) -> Calibration:
-    """Draw images to calibrate on, without exact copies, and further views of each beside it where asked for.
+def draw_calibration(images: ImageSet, options: CalibrateOptions, seed: int, num_units: int = 0) -> Calibration:
+    """Draw images to calibrate on, without exact copies, and further views of each beside it.
+
+    Args:
+        images: set to draw from.
+        options: how many images, views and images in a batch.
+        seed: of the order and of the crops.
+        num_units: hidden units of the widest MLP that will be fitted, which decide on the views if the options don't.
 
     Raises:
         DataError: no image could be read, or what was read has no views.
     """
-    size = max(1, options.batch_size // options.views)
+    num_views = options.views or fitting_views(min(len(images), options.num_images), num_units)
+    size = max(1, options.batch_size // num_views)
     found, num_skipped = first_images(images, options.num_images, seed=seed, batch_size=size)
     alone, num_repeated = distinct(found)
-    return Calibration(with_views(alone, options.views, seed=seed), alone, num_skipped, num_repeated)
+    if options.views is None and not are_images(alone[0]):
+        num_views = 1
+    return Calibration(with_views(alone, num_views, seed=seed), alone, num_views, num_skipped, num_repeated)
 
 
 def _without_copies(held_out: Sequence[Batch], calibration: Sequence[Tensor]) -> list[Batch]:

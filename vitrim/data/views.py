@@ -12,6 +12,18 @@ from vitrim.errors import DataError
 
 # A view shows this part of an image's area at least, at an aspect ratio of at most 4:3 either way.
 LEAST_AREA, MOST_ASPECT = 0.35, 4 / 3
+# Views of each image at most, where nobody asked for a number.
+MOST_VIEWS = 4
+
+
+def fitting_views(num_images: int, num_units: int) -> int:
+    """Return how many views of each image a fit of so many hidden units wants: few images are seen in several ways."""
+    return max(1, min(MOST_VIEWS, math.ceil(num_units / max(1, num_images))))
+
+
+def are_images(batch: Tensor) -> bool:
+    """Return whether inputs can be cropped and mirrored."""
+    return batch.ndim == 4 and batch.is_floating_point()
 
 
 def with_views(batches: Sequence[Tensor], num_views: int, *, seed: int) -> list[Tensor]:
@@ -30,7 +42,7 @@ def with_views(batches: Sequence[Tensor], num_views: int, *, seed: int) -> list[
     """
     if num_views == 1:
         return list(batches)
-    if batches[0].ndim != 4 or not batches[0].is_floating_point():
+    if not are_images(batches[0]):
         shape = tuple(batches[0].shape[1:])
         raise DataError(f"calibrate.views: {num_views} views are of images (C, H, W), and an input is {shape}; use 1.")
     generator = torch.Generator().manual_seed(seed)
