@@ -12,6 +12,7 @@ of repair takes, in epochs of plain distillation on the same inputs in the same 
 
     python benchmarks/repair.py --cost local-dir:benchmarks/models/deep-vit --num-images 800 --ratios 1
     python benchmarks/repair.py --cost ../shared/models/minilm --num-images 200 --ratios 1
+    python benchmarks/repair.py --cost ../shared/models/minilm --num-images 200 --ratios 1 --select-on outputs features
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,9 @@ def main() -> None:
     parser.add_argument("--data", help="for --cost; by default CIFAR-10, or the text that comes with Python's help")
     parser.add_argument("--num-test", type=int, default=500, help="held-out inputs, for --cost")
     parser.add_argument("--efforts", nargs="+", choices=EFFORTS, default=list(EFFORTS), help="for --cost")
+    parser.add_argument(
+        "--select-on", nargs="+", choices=["outputs", "features"], default=["outputs"], help="for --cost"
+    )
     parser.add_argument("--device", default="auto", help="for --cost")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/repair.json"))
     arguments = parser.parse_args()
@@ -125,22 +130,22 @@ def costs(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     batches, _ = first_images(inputs.subset(rest), arguments.num_images, seed=0)
     judged = list(inputs.subset(held).loader(batch_size=BATCH))
     sites, found, efforts = find_mlps(teacher), {}, "effort" in RepairOptions.model_fields
-    for ratio in arguments.ratios:
-        for effort in arguments.efforts:
-            student = copy.deepcopy(teacher)
-            repair = {"effort": effort} if efforts else EFFORTS[effort]
-            recipe = Recipe.parse({"method": "dgmr", "repair": repair, "mlp_ratio": ratio})
-            cut = timed(lambda: cut_(student, teacher, sites, recipe, batches, quiet=True))  # noqa: B023
-            errors = {
-                "held-out error": fidelity(student, teacher, judged)["relative_error"],
-                "fitted error": fidelity(student, teacher, batches)["relative_error"],
-            }
-            runs = [timed(lambda: distil_once(student, teacher, batches)) for _ in range(2)]  # noqa: B023
-            epoch = [min(each) for each in zip(*runs, strict=True)]
-            row = {**errors, "seconds": cut[0], "seconds of an epoch": epoch[0], "epochs": cut[0] / epoch[0]}
-            row["epochs by processor time"] = cut[1] / epoch[1]  # for a machine that others use, too; not for a GPU
-            found[f"{effort}, ratio {ratio:g}"] = row
-            print(f"{effort}, ratio {ratio:g}: {row}", flush=True)
+    for ratio, effort, select_on in product(arguments.ratios, arguments.efforts, arguments.select_on):
+        student, options = copy.deepcopy(teacher), {"select_on": select_on}
+        repair = {"effort": effort} if efforts else EFFORTS[effort]
+        recipe = Recipe.parse({"method": "dgmr", "options": options, "repair": repair, "mlp_ratio": ratio})
+        cut = timed(lambda: cut_(student, teacher, sites, recipe, batches, quiet=True))  # noqa: B023
+        errors = {
+            "held-out error": fidelity(student, teacher, judged)["relative_error"],
+            "fitted error": fidelity(student, teacher, batches)["relative_error"],
+        }
+        runs = [timed(lambda: distil_once(student, teacher, batches)) for _ in range(2)]  # noqa: B023
+        epoch = [min(each) for each in zip(*runs, strict=True)]
+        row = {**errors, "seconds": cut[0], "seconds of an epoch": epoch[0], "epochs": cut[0] / epoch[0]}
+        row["epochs by processor time"] = cut[1] / epoch[1]  # for a machine that others use, too; not for a GPU
+        name = f"{effort}, ratio {ratio:g}, {select_on}"
+        found[name] = row
+        print(f"{name}: {row}", flush=True)
     return found
 
 

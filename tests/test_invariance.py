@@ -32,6 +32,7 @@ NO_REFIT = {"refit": False}
 # method -> recipe; all at half of the hidden units, or of the values
 METHODS: dict[str, dict[str, Any]] = {
     "dgmr": {"method": "dgmr", "repair": NO_REFIT},
+    "dgmr on features": {"method": "dgmr", "options": {"select_on": "features"}, "repair": NO_REFIT},
     "corp": {"method": "corp", "options": {"parts": "both", "values": True}},
     "low-rank": {"method": "low-rank"},
     "fips": {"method": "fips", "options": {"steps": 30, "num_tokens": 512, "batch_size": 128}},

@@ -301,7 +301,7 @@ def test_dgmr_without_images_falls_back_to_weights_and_says_so(build):
     assert [edit.keep for edit in seen.plan.edits] != [edit.keep for edit in paper.plan.edits]
 
 
-@pytest.mark.parametrize("select_on", ["outputs", "activations"])
+@pytest.mark.parametrize("select_on", ["features", "outputs", "activations"])
 def test_what_needs_images_is_refused_without(build, select_on):
     case = build("timm-vit")
     student = case.copy()

@@ -246,7 +246,7 @@ class SiteView:
     """Everything that a method may see to decide about one MLP: plain matrices and sums, no module.
 
     `num_keep` is how many hidden units it must keep. `stats` and `scale_D` (the layer scale after the MLP) are None if
-    nothing was measured.
+    nothing was measured; `metric_DD` (how far errors of its output move the features) also if no method asks for it.
     """
 
     site: MlpSite
@@ -255,6 +255,7 @@ class SiteView:
     generator: Generator
     stats: Stats | None = None
     scale_D: Tensor | None = None
+    metric_DD: Tensor | None = None
 
 
 class ModelView(Protocol):

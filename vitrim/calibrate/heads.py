@@ -36,6 +36,7 @@ class HeadVisit:
         silent: output projections of the block's MLPs.
         feedback: share of the accumulated error of the residual stream that a target corrects, 0..1.
         num_fit: number of batches in the sums.
+        metric_DD: metric on the attention's outputs, or None.
         scale_D: layer scale behind the attention, or None if there is no fixed one.
     """
 
@@ -45,6 +46,7 @@ class HeadVisit:
     silent: Sequence[str]
     feedback: float
     num_fit: int
+    metric_DD: Tensor | None = None
 
     scale_D: Tensor | None = field(init=False)
 

@@ -14,13 +14,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from vitrim.calibrate.gradients import graph_from
 from vitrim.calibrate.runs import find_runs, num_held_out, relative_error, run_sums, tokens_of, with_edits
 from vitrim.calibrate.sums import HiddenAdder, LayerAdder, check_finite, passes
 from vitrim.calibrate.token_blocks import find_token_blocks, split_block
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.layers.kept_tokens import KeptTokens
 from vitrim.models.attention import find_attentions
-from vitrim.models.features import device_of, evaluating, features, first_tensor, frozen
+from vitrim.models.features import device_of, evaluating, features, first_tensor
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
 from vitrim.surgery import Edit, KeepHeadDims, apply_, mlp_output, read_weights, submodule, turned
@@ -233,21 +234,16 @@ class LiveModelView:
         Raises:
             RecipeError: there are no images.
         """
-        batches, seen = self._batches(), []
-        handles = [submodule(self.model, path).register_forward_pre_hook(_keep_input(path, seen)) for path in paths]
-        try:
-            with evaluating(self.model), frozen(self.model), torch.inference_mode(False), torch.enable_grad():
-                for batch in self.track(batches, "calibration images"):
-                    total = loss(features(self.model, batch.to(device_of(self.model))))
-                    inputs = [hidden for _, hidden in seen]
-                    gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
-                    for (path, hidden), gradient in zip(seen, gradients, strict=True):
-                        check_finite(path, "an input or its gradient", hidden, gradient)
-                        see(path, hidden.detach(), gradient)
-                    seen.clear()
-        finally:
-            for handle in handles:
-                handle.remove()
+        batches = self._batches()
+        with graph_from(self.model, paths, "inputs") as seen:
+            for batch in self.track(batches, "calibration images"):
+                total = loss(features(self.model, batch.to(device_of(self.model))))
+                inputs = [hidden for _, hidden in seen]
+                gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
+                for (path, hidden), gradient in zip(seen, gradients, strict=True):
+                    check_finite(path, "an input or its gradient", hidden, gradient)
+                    see(path, hidden.detach(), gradient)
+                seen.clear()
 
     def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the output of an MLP run by itself, in eval mode; one that needs its block gives something else."""
@@ -324,16 +320,5 @@ def _silence(positions: Tensor) -> Callable[..., tuple[Any, ...]]:
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         return args[0].index_fill(-1, positions.to(args[0].device), 0), *args[1:]
-
-    return hook
-
-
-def _keep_input(path: str, seen: list[tuple[str, Tensor]]) -> Callable[..., tuple[Any, ...]]:
-    """Return a forward hook that keeps a module's first input and, if it has no graph, starts one there."""
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        hidden = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-        seen.append((path, hidden))
-        return hidden, *args[1:]
 
     return hook

@@ -44,7 +44,8 @@ class SiteVisit:
 
     `scale_D` is the layer scale behind it, None if there is no fixed one. `stands_alone`: the MLP can be run on tokens
     by
-    itself, outside its block. `again` measures once more, with the student as it is at that time.
+    itself, outside its block. `again` measures once more, with the student as it is at that time. `metric_DD` is the
+    metric on its outputs, where a caller has one.
     """
 
     site: MlpSite
@@ -54,6 +55,7 @@ class SiteVisit:
     fit: Tokens
     held_out: Tokens
     again: Callable[[], SiteVisit]
+    metric_DD: Tensor | None = None
 
 
 def walk(

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, num_held_out, walk
-from vitrim.compression.cut import cut_, select
+from vitrim.compression.cut import cut_, metrics_for, select
 from vitrim.config.options import Counted, RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
@@ -44,6 +44,7 @@ from vitrim.metrics.record import Closeness
 from vitrim.models.features import device_of, evaluating
 from vitrim.ops.allocation import Values, best_choices, dropped_energy, explained_energy
 from vitrim.ops.least_squares import fit_output, moments, ridge_for
+from vitrim.ops.output_metric import weighed
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.storage.hashes import tensor_sha256
@@ -269,10 +270,12 @@ def _measure_(
         apply_(student, [edit])
         return min(WORST, relative_error(student, judged, "final"))
 
+    metrics = metrics_for(request.method, teacher, sites, batches)
     visits = walk(teacher, copy.deepcopy(teacher), sites, batches, feedback=0.0, num_held_out=num_judging, max_tokens=0)
     with progress("allocate", len(sites), quiet=quiet) as bar:
         for visit in visits:
-            picks = _Picks(request=request, visit=visit, weights=read_weights(teacher, visit.site), number=bar.done)
+            weighing = replace(visit, metric_DD=metrics.get(visit.site.output))
+            picks = _Picks(request=request, visit=weighing, weights=read_weights(teacher, visit.site), number=bar.done)
             found.errors[visit.site.path] = picks.curve(judge).tolist()
             found.tokens[visit.site.path] = visit.stats.num_tokens / num_images
             if bar.done == 0 and not picks.nested():
@@ -316,16 +319,16 @@ class _Picks:
         return through(own_H, own_H[np.array(widths) - 1], np.array(final))
 
     def _own_errors(self, order: Tensor, *, repaired: bool) -> Tensor:
-        """Return the share of the MLP's output (times its layer scale) that is missing with the first 1..H units."""
+        """Return the share of the MLP's output (weighed) that is missing with the first 1..H units."""
         stats, weight_DH = self.visit.stats, self.weights.output_DH.to(self.visit.stats.cross_HD)
-        scale_D = torch.ones(len(weight_DH)) if self.visit.scale_D is None else self.visit.scale_D
-        scale_D = scale_D.to(weight_DH)
+        scale_D, metric_DD = self.visit.scale_D, self.visit.metric_DD
         if repaired:
             gram_HH, cross_HD = moments(stats, centred=self.weights.output_bias_D is not None)
-            explained_H = explained_energy(gram_HH, cross_HD * scale_D, order)
+            explained_H = explained_energy(gram_HH, weighed(cross_HD, scale_D, metric_DD), order)
             missing_H = explained_H[-1] - explained_H
         else:
-            missing_H = dropped_energy(stats.hidden_HH, weight_DH * scale_D[:, None], order)
+            weight_HD = weighed(weight_DH.T, scale_D, metric_DD)
+            missing_H = dropped_energy(stats.hidden_HH, weight_HD.T, order)
         return missing_H / missing_H[0].clamp(min=torch.finfo(missing_H.dtype).tiny)
 
     def _edit(self, keep: tuple[int, ...], repair: RepairOptions | None) -> KeepUnits:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate import LiveModelView, SiteVisit, num_held_out, walk
+from vitrim.calibrate import LiveModelView, SiteVisit, final_metrics, num_held_out, walk
 from vitrim.compression.budget import solve_widths
 from vitrim.compression.heads import HeadsCut, heads_in_blocks
 from vitrim.config.options import RepairOptions
@@ -26,7 +26,7 @@ from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.repair.closed_form import repair_, visit_notes
 from vitrim.surgery import DropBlocks, Edit, KeepUnits, Plan, apply_, read_weights
-from vitrim.types import MlpSite, MlpWeights, SiteView
+from vitrim.types import AttentionSite, MlpSite, MlpWeights, SiteView
 
 WHOLE = "every hidden unit stays, so nothing was cut or repaired."
 
@@ -152,6 +152,7 @@ class _StepRun:
     def __post_init__(self) -> None:
         self.method = self.step.make_method()
         self.repair = self.step.repair_options() if self.batches is not None else None
+        self.metrics: dict[str, Tensor] = {}
 
     def run_(self, quiet: bool) -> list[str]:
         """Ask the method for edits and carry them out; return notes for the user."""
@@ -196,6 +197,8 @@ class _StepRun:
         if self._keeps_all(chosen):
             return self._leave_whole_()
         heads, notes = self._heads()
+        sites = [*self.sites, *(heads.sites if heads else ())]
+        self.metrics |= metrics_for(self.method, self.teacher, sites, self.batches)
         with progress("cut", len(chosen) or len(self.sites), quiet=quiet) as bar:
             bar.done = len(self.behind)
             for site, visit in self._visits(chosen, heads):
@@ -251,6 +254,7 @@ class _StepRun:
             num_fit=len(self.batches or ()) - num_held_out(self.batches or ()),
             sites=sites,
             notes=notes,
+            metrics=self.metrics,
             outputs={block: [s.output for s in self.sites if s.block == block] for block in {s.block for s in sites}},
             keep=keep,
         )
@@ -279,8 +283,18 @@ class _StepRun:
             moments=self.moments,
             entered=None if heads is None else heads.enter_,
         ):
-            yield visit.site, visit
+            yield visit.site, replace(visit, metric_DD=self.metrics.get(visit.site.output))
             del visit
+
+
+def metrics_for(
+    method: Method, teacher: nn.Module, sites: Sequence[MlpSite | AttentionSite], batches: Sequence[Tensor] | None
+) -> dict[str, Tensor]:
+    """Return the metrics on these outputs, by path of a projection, if the method weighs by them."""
+    if batches is None or not (isinstance(method, SiteMethod) and method.weighs_by_features()):
+        return {}
+    fitted = batches[: max(1, len(batches) - num_held_out(batches))]
+    return final_metrics(teacher, [site.output for site in sites], fitted)
 
 
 def _sites_left(student: nn.Module, sites: Sequence[MlpSite], step: Step) -> list[MlpSite]:
@@ -332,6 +346,7 @@ def select(
         generator=torch.Generator().manual_seed(seed),
         stats=None if visit is None else visit.stats,
         scale_D=None if visit is None else visit.scale_D,
+        metric_DD=None if visit is None else visit.metric_DD,
     )
     return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view)))
 

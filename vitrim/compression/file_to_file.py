@@ -162,6 +162,9 @@ def _check_possible(recipe: Recipe) -> None:
         )
     if step.make_method().goes_by() != "widths":
         raise RecipeError("options.parts: attention is cut in memory alone; use compress, or parts='mlp'.")
+    method = step.make_method()
+    if isinstance(method, SiteMethod) and method.weighs_by_features():
+        raise RecipeError("options.select_on: 'features' needs the whole model in memory; use compress, or 'outputs'.")
     if step.allocate is not None:
         raise RecipeError("allocate: error curves need the whole model in memory; use compress, or give its widths.")
 

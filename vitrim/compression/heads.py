@@ -22,7 +22,7 @@ class HeadsCut:
     """How the attentions of a student are cut: `share` of each head's dimensions or of the heads stays, one at least.
 
     `sites` are the attentions to cut; `outputs` are, by block, the output projections of its MLPs.
-    `notes` grows as attentions are cut.
+    `metrics` are those on outputs, by path of a projection. `notes` grows as attentions are cut.
     """
 
     student: nn.Module
@@ -32,6 +32,7 @@ class HeadsCut:
     num_fit: int
     sites: Sequence[AttentionSite]
     outputs: Mapping[str, Sequence[str]]
+    metrics: Mapping[str, Tensor]
     notes: list[str]
     keep: Callable[[Edit, Mapping[str, float]], None]
 
@@ -49,6 +50,7 @@ class HeadsCut:
                 silent=self.outputs[block],
                 feedback=0.0 if self.repair is None else self.repair.feedback,
                 num_fit=self.num_fit,
+                metric_DD=self.metrics.get(site.output),
             )
             ridge = None if self.repair is None else self.repair.ridge
             if visit.scale_D is None and visit.feedback > 0:

@@ -20,10 +20,11 @@ from vitrim.ops.forward_selection import select_on_moments
 from vitrim.ops.gram_schmidt import select_units
 from vitrim.ops.head_factors import LogitSums, ValueSums, factor_logits, factor_values, select_heads
 from vitrim.ops.least_squares import moments
+from vitrim.ops.output_metric import weighed
 from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, KeepUnits
 from vitrim.types import MlpWeights, SiteView, Stats
 
-SelectOn = Literal["weights", "activations", "outputs"]
+SelectOn = Literal["weights", "activations", "outputs", "features"]
 MIX_RIDGE = 1e-4  # relative to the mean energy of a head's dimensions
 
 
@@ -40,7 +41,8 @@ class Dgmr(SiteMethod):
     edits = (KeepUnits, KeepHeadDims, KeepHeads, KeepPaddedDims)
 
     select_on: SelectOn | None = None
-    """What to compare units by. None uses the block's outputs if there are images, and weights otherwise."""
+    """What to compare units by: weights, activations, the block's outputs, or outputs by how far an error in them
+    moves the final features. None uses outputs if there are images, and weights otherwise."""
     parts: Parts = "mlp"
     """Which part of each block is cut."""
     heads: Literal["dims", "whole"] = "dims"
@@ -54,10 +56,10 @@ class Dgmr(SiteMethod):
         """Return the indices of the units to keep, in pick order.
 
         Args:
-            view: the site's weights and, for `activations` and `outputs`, its calibration sums.
+            view: the site's weights, for all but `weights` its calibration sums, and for `features` their metric.
 
         Raises:
-            RecipeError: `activations` or `outputs` was asked for without images.
+            RecipeError: something other than `weights` was asked for without images.
         """
         select_on = self.select_on or ("weights" if view.stats is None else "outputs")
         if select_on == "weights":
@@ -66,7 +68,11 @@ class Dgmr(SiteMethod):
             raise RecipeError(f"options.select_on={select_on!r} needs images; pass data, or use select_on='weights'.")
         if select_on == "activations":
             return _by_activations(view.stats, view.weights, view.num_keep)
-        return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D)
+        return _by_outputs(view.stats, view.weights, view.num_keep, view.scale_D, view.metric_DD)
+
+    def weighs_by_features(self) -> bool:
+        """Return whether outputs count by how much the final features feel their errors."""
+        return self.select_on == "features"
 
     def whole_heads(self) -> bool:
         """Return whether heads are kept or dropped as a whole."""
@@ -108,9 +114,9 @@ def _by_activations(stats: Stats, weights: MlpWeights, num_keep: int) -> Tensor:
     return select_on_moments(gram_HH * scale_H * scale_H[:, None], num_keep)
 
 
-def _by_outputs(stats: Stats, weights: MlpWeights, num_keep: int, scale_D: Tensor | None) -> Tensor:
-    """Select forward on the target output; each output channel is weighted by its layer scale."""
+def _by_outputs(
+    stats: Stats, weights: MlpWeights, num_keep: int, scale_D: Tensor | None, metric_DD: Tensor | None
+) -> Tensor:
+    """Select forward on the target output, weighed by its metric or, without one, each channel by its layer scale."""
     gram_HH, cross_HD = moments(stats, centred=weights.output_bias_D is not None)
-    if scale_D is not None:
-        cross_HD = cross_HD * scale_D.to(cross_HD)
-    return select_on_moments(gram_HH, num_keep, cross_HD=cross_HD)
+    return select_on_moments(gram_HH, num_keep, cross_HD=weighed(cross_HD, scale_D, metric_DD))

@@ -95,6 +95,10 @@ class SiteMethod(Method):
         """Return which part of a budget the method uses: with attention, widths alone don't say what stays."""
         return self.takes if self.cuts() == "mlp" else "share"
 
+    def weighs_by_features(self) -> bool:
+        """Return whether it is to be told how much errors of each output move the final features."""
+        return False
+
     @abstractmethod
     def select(self, view: SiteView) -> Tensor:
         """Return the indices of the `view.num_keep` units of one MLP that stay, in pick order."""

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vitrim.methods.registry import ModelMethod, register
+from vitrim.ops.output_metric import signs_like
 from vitrim.surgery import KeepUnits
 from vitrim.types import Features, ModelView
 
@@ -42,7 +43,7 @@ class Taylor(ModelMethod):
 
         def random_sum(found: Features) -> Tensor:
             parts = [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
-            return torch.stack([(part * _signs_like(part, view.generator)).sum() for part in parts]).sum()
+            return torch.stack([(part * signs_like(part, view.generator)).sum() for part in parts]).sum()
 
         def see(path: str, hidden: Tensor, gradient: Tensor) -> None:
             effects_BH = (hidden * gradient).reshape(len(hidden), -1, hidden.shape[-1]).sum(1)
@@ -53,8 +54,3 @@ class Taylor(ModelMethod):
         for site in view.sites:
             order_H = scores[site.output].sort(descending=True, stable=True).indices
             yield KeepUnits(site=site, keep=tuple(order_H[: view.widths[site.path]].tolist()))
-
-
-def _signs_like(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Return random signs in the shape of a tensor, drawn on the CPU so that all devices agree."""
-    return (torch.randint(2, values.shape, generator=generator) * 2 - 1).to(values)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vitrim.ops.least_squares import moments
+from vitrim.ops.output_metric import weighed
 from vitrim.types import Stats
 
 MAX_SWEEPS, ENOUGH = 30, 1e-4  # rounds over all heads; a relative gain at which they end
@@ -40,7 +41,7 @@ class ValueSums:
     """Sums of one attention's mixed values, and its output projection: D model width, A dimensions of all heads.
 
     `stats` has the mixed values of all heads, side by side, as its hidden units. `scale_D` is the layer scale behind
-    the attention, or None.
+    the attention, or None; `metric_DD` is the metric on the attention's outputs, or None.
     """
 
     stats: Stats
@@ -48,6 +49,7 @@ class ValueSums:
     output_bias_D: Tensor | None
     num_heads: int
     scale_D: Tensor | None = None
+    metric_DD: Tensor | None = None
 
 
 def factor_logits(sums: LogitSums, num_keep: int, *, ridge: float) -> tuple[Tensor, Tensor]:
@@ -159,13 +161,13 @@ def _explained(gram_AA: Tensor, cross_AD: Tensor, heads: Sequence[Tensor], chose
 
 
 def _regularised(sums: ValueSums, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return Gram matrix and cross moments with the ridge in them, each output channel by its weight."""
+    """Return Gram matrix and cross moments with the ridge in them, outputs weighed."""
     gram_AA, cross_AD = moments(sums.stats, centred=sums.output_bias_D is not None)
     gram_AA = gram_AA.to(cross_AD.dtype, copy=True)
     penalty = ridge * gram_AA.diagonal().mean().clamp(min=torch.finfo(gram_AA.dtype).tiny)
     cross_AD = cross_AD + penalty * sums.output_DA.T.to(cross_AD)
     gram_AA.diagonal().add_(penalty)
-    return gram_AA, cross_AD if sums.scale_D is None else cross_AD * sums.scale_D.to(cross_AD)
+    return gram_AA, weighed(cross_AD, sums.scale_D, sums.metric_DD)
 
 
 def mixed(stats: Stats, weight_DA: Tensor, mixture_GKF: Tensor) -> tuple[Stats, Tensor]:

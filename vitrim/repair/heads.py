@@ -76,6 +76,7 @@ def _value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> Va
         output_bias_D=None if output.bias is None else output.bias.detach(),
         num_heads=site.num_heads,
         scale_D=visit.scale_D,
+        metric_DD=visit.metric_DD,
     )
 
 
