@@ -63,7 +63,7 @@ def test_the_gradient_of_a_block_is_that_of_the_block_alone_on_the_students_own_
     energy = {block: call[2].square().mean() for block, call in calls_of(case.model, blocks, held_out[0]).items()}
     theirs, ours = (calls_of(model, blocks, batch) for model in (case.model, student))
     with run.trainable():
-        run._loss(MicroBatch(batch, torch.arange(5), 0)).backward()
+        run._loss(MicroBatch(batch, torch.arange(5), 0, torch.full((5,), -1))).backward()
         found = {name: p.grad.clone() for name, p in run.named_parameters().items()}
     expected = {}
     for block in blocks:

@@ -13,18 +13,23 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.config.widths import BUDGETS
 from vitrim.errors import CheckpointError, RecipeError, SiteNotFoundError
-from vitrim.methods import METHODS, Corp, ModelMethod, Random, find_method, make_method
+from vitrim.methods import METHODS, Corp, LoraPrune, ModelMethod, Random, find_method, make_method
 from vitrim.surgery import KeepUnits, Plan, apply_, read_weights, reshape_
 from vitrim.types import MlpSite, MlpWeights, SiteView
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 CUTS = pytest.mark.parametrize(
-    "method", [name for name, entry in METHODS.items() if entry.edits[0] is KeepUnits and entry is not Corp]
+    "method",
+    [name for name, entry in METHODS.items() if entry.edits[0] is KeepUnits and entry not in (Corp, LoraPrune)],
 )
 BUDGETED = pytest.mark.parametrize("method", [n for n, entry in METHODS.items() if entry.takes != "nothing"])
 QUICK = {"refit_steps": 3}
 LEAST = {"tome": 0.5}  # a method that can't go as far down as the others: it merges half of a block's patches at most
-FEW = {"fips": {"steps": 3, "every": 1}, "amp": {"rounds": 2, "trials": 3}}  # options of those that search or train
+FEW = {  # options of those that search or train
+    "fips": {"steps": 3, "every": 1},
+    "amp": {"rounds": 2, "trials": 3},
+    "lora-prune": {"steps": 3, "rank": 2},
+}
 
 
 def cut(case, *, images=True, **values):

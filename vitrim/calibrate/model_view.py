@@ -20,6 +20,7 @@ from vitrim.calibrate.sums import HiddenAdder, LayerAdder, check_finite, passes
 from vitrim.calibrate.token_blocks import find_token_blocks, split_block
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.layers.kept_tokens import KeptTokens
+from vitrim.methods.registry import BetweenSteps, FactorTraining
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, first_tensor
 from vitrim.models.layers import find_layers
@@ -52,9 +53,10 @@ class LiveModelView:
         seed: int,
         repaired: bool = False,
         bar: Progress | None = None,
+        trainer: Callable[..., Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model, self.sites, self.widths, self.batches = model, sites, widths, batches
-        self.repaired = repaired
+        self.repaired, self.trainer = repaired, trainer
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.notes: list[str] = []
         self.split: dict[str, KeptTokens] = {}
@@ -251,6 +253,11 @@ class LiveModelView:
         local = {f"mlp.{name.removeprefix(f'{site.path}.')}": tensor for name, tensor in tensors.items()}
         with evaluating(mlp), torch.inference_mode(False), torch.set_grad_enabled(trains):
             return functional_call(_OneMlp(mlp, site.within(site.path)), local, (tokens_ND,), tie_weights=False)
+
+    def train_factors(self, training: FactorTraining, between: BetweenSteps) -> Mapping[str, Tensor]:
+        """Return weights with LoRA factors trained on images, by full name, by means of whoever made this view."""
+        assert self.trainer is not None
+        return self.trainer(self.model, training=training, between=between, bar=self.bar)
 
     def _batches(self) -> Sequence[Tensor]:
         if self.batches is None:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from vitrim.methods import Method, ModelMethod, SiteMethod, find_method
 from vitrim.models.sites import find_mlps
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
+from vitrim.recover.factors import TrainingSource, train_factors_
 from vitrim.repair.closed_form import repair_, visit_notes
 from vitrim.surgery import DropBlocks, Edit, KeepUnits, Plan, apply_, read_weights
 from vitrim.types import AttentionSite, MlpSite, MlpWeights, SiteView
@@ -53,6 +55,7 @@ def cut_(
     keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None = None,
     offload: Path | None = None,
     moments: torch.dtype = torch.float64,
+    source: TrainingSource | None = None,
 ) -> CutReport:
     """Cut a student in place, applying a recipe's steps in turn.
 
@@ -68,6 +71,7 @@ def cut_(
         keep_edit: called with each cut of an MLP and its errors; its result replaces the cut in the plan.
         offload: folder for calibration activations; None keeps them in memory.
         moments: type in which second moments are stored.
+        source: images for a method that trains, and where its state is kept; None trains on `batches`.
 
     Returns:
         The plan (with the tensors from repair) and what was measured on the way.
@@ -100,6 +104,8 @@ def cut_(
             offload=offload,
             moments=moments,
             in_pick_order=recipe.recover is not None and recipe.recover.elastic is not None,
+            number=number,
+            source=source,
         )
         before = len(edits)
         said = work.run_(quiet)
@@ -148,6 +154,8 @@ class _StepRun:
     offload: Path | None
     moments: torch.dtype
     in_pick_order: bool
+    number: int
+    source: TrainingSource | None
 
     def __post_init__(self) -> None:
         self.method = self.step.make_method()
@@ -175,6 +183,7 @@ class _StepRun:
                 seed=self.seed,
                 repaired=self.repair is not None,
                 bar=bar,
+                trainer=self._train,
             )
             for edit in method.propose(view):
                 if isinstance(edit, KeepUnits) and not edit.tensors:
@@ -188,6 +197,11 @@ class _StepRun:
         if self.repair is not None and not chosen:
             view.note(f"repair: {method.name} cut no hidden units, so nothing was repaired.")
         return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
+
+    def _train(self, model: nn.Module, **given: Any) -> Mapping[str, Tensor]:
+        """Train factors in front of a model for a method."""
+        source = self.source or TrainingSource.of_batches(self.batches or (), self.seed)
+        return train_factors_(model, self.teacher, source, number=self.number, **given)
 
     def _cut_sites_(self, chosen: Mapping[str, KeepUnits], quiet: bool) -> list[str]:
         """Cut the MLPs one by one, to the chosen units or else to those that the method selects, and repair each.

@@ -13,7 +13,7 @@ from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream
 from vitrim.data.images import check_workers
-from vitrim.data.inputs import check_repeatable, open_inputs, random_inputs
+from vitrim.data.inputs import check_repeatable, match_labels, open_inputs, random_inputs
 from vitrim.errors import RecipeError
 from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
@@ -80,6 +80,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
     check_repeatable(whole.get_submodule(encoder), origin, random_inputs(origin, 2))  # before the first image is read
     images = None if data is None else open_inputs(data, origin)
+    _check_labels(recipe, images, whole.get_submodule(encoder))
     if images is None and recipe.training:
         raise RecipeError("recover, at_once, blockwise: distillation needs images; pass data.")
     if recipe.recover is not None:
@@ -88,6 +89,22 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
             check_stream(images, recipe.recover)
     notes = (*origin.notes, *(() if note is None else (note,)))
     return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space, notes=notes)
+
+
+def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder: nn.Module) -> None:
+    """Check that there are labels for the head, if a method reads them.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    name = next((step.method for step in recipe.steps if step.make_method().reads_labels()), None)
+    if name is None or images is None:
+        return
+    if isinstance(images, ImageStream):
+        raise RecipeError(f"options.loss=labels: {name} reads no labels of a stream; use features.")
+    if not (fits := match_labels(images, encoder))[1]:
+        why = "the model has no head" if fits[2] is None else fits[2].removesuffix(", so top-1 is not measured.")
+        raise RecipeError(f"options.loss=labels: {why}; pass labels of the model's classes, or use features.")
 
 
 def _with_published(recipe: Recipe, origin: Origin) -> tuple[Recipe, str | None]:

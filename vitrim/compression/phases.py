@@ -25,7 +25,7 @@ from vitrim.cost.memory import check_memory
 from vitrim.data import ImageSet, ImageStream, Split, augment_for, split_images
 from vitrim.data.inputs import check_inputs, random_inputs
 from vitrim.distributed.devices import resolve_device
-from vitrim.distributed.processes import from_main, on_main, plan_from_main
+from vitrim.distributed.processes import from_main, num_processes, on_main, plan_from_main, rank
 from vitrim.errors import DataError
 from vitrim.evaluation import measure, own_top1
 from vitrim.methods import SiteMethod
@@ -39,6 +39,7 @@ from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import OnValidation, recover_
 from vitrim.recover.elastic import Slice, Widths
 from vitrim.recover.elastic_fit import Fitting, serving
+from vitrim.recover.factors import TrainingSource
 from vitrim.recover.result import Recovery
 from vitrim.repair.blockwise import Blockwise, follow_cut_
 from vitrim.surgery import Edit, Plan
@@ -176,6 +177,7 @@ def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunCont
         models.batches,
         widths=widths.units,
         quiet=context.quiet,
+        source=_source(models, job, context),
     )
     cut = _from_main(cut, models.student) or cut
     if work is not None and recipe.training:
@@ -301,6 +303,16 @@ def _train_at_once_(models: Models, job: Job, split: Split, context: RunContext)
         options=options,
         context=context,
     )
+
+
+def _source(models: Models, job: Job, context: RunContext) -> TrainingSource | None:
+    """Return the images that a method which trains sees, augmented as for recovery; None if there are none."""
+    if models.split is None:
+        return None
+    options = job.recipe.recover or RecoverOptions(steps=1)
+    images = _augmented(job, models.split, options, context)
+    ranks = {"rank": rank(), "num_processes": num_processes()}
+    return TrainingSource(images=images, context=context, made=job.recipe.dump(), **ranks)
 
 
 def _augmented(

@@ -95,8 +95,9 @@ class Trials:
 
     def _try(self, name: str, keep_ratio: float) -> Trial:
         student = copy.deepcopy(self.teacher)
+        quick = find_method(name).trial_options
         budget = {} if find_method(name).takes == "nothing" else {"keep_ratio": keep_ratio}
-        recipe = self.base.updated({"method": name, "repair": False, **budget})
+        recipe = self.base.updated({"method": name, "repair": False, **budget, **({"options": quick} if quick else {})})
         method = recipe.steps[0].make_method()
         if isinstance(method, SiteMethod) and method.cuts() == "mlp":
             width = recipe.width()

@@ -131,6 +131,14 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(values)
 
 
+@torch.no_grad()
+def mean_(tensors: Iterable[Tensor]) -> None:
+    """Put the mean over the processes into tensors; every process passes the same shapes in the same order."""
+    for tensor in tensors if num_processes() > 1 else ():
+        dist.all_reduce(tensor, group=_control() if tensor.device.type == "cpu" else None)
+        tensor.div_(num_processes())
+
+
 def plan_from_main(plan: Plan | None, student: nn.Module) -> Plan | None:
     """Give every process the main process's plan and student.
 

@@ -6,6 +6,7 @@ from vitrim.methods.dgmr import Dgmr, DgmrPaper
 from vitrim.methods.fips import Fips
 from vitrim.methods.grail import Grail
 from vitrim.methods.int8 import Int8
+from vitrim.methods.lora_prune import LoraPrune
 from vitrim.methods.low_rank import Lortsar, LowRank
 from vitrim.methods.magnitude import Magnitude
 from vitrim.methods.moefication import Moefication
@@ -30,6 +31,7 @@ __all__ = [
     "Fips",
     "Grail",
     "Int8",
+    "LoraPrune",
     "Lortsar",
     "LowRank",
     "Magnitude",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from vitrim.checked import Checked
 from vitrim.errors import RecipeError, SiteNotFoundError
 from vitrim.ops.head_factors import LogitSums, ValueSums
+from vitrim.ops.lora_importance import Factors
 from vitrim.surgery import Edit, KeepUnits
 from vitrim.types import ModelView, SiteView
 
@@ -41,6 +43,7 @@ class Method(Checked):
             it takes the place of that (`ModelView.repaired`).
         takes: which part of a budget it uses: hidden units of each MLP (`widths`), a `share` of something else, or
             `nothing`.
+        trial_options: options with which it soon leaves the same sizes, where a share is found by trial.
     """
 
     name: ClassVar[str]
@@ -52,6 +55,7 @@ class Method(Checked):
     folds: ClassVar[bool] = False
     edits: ClassVar[tuple[type[Edit], ...]] = (KeepUnits,)
     takes: ClassVar[BudgetUse]
+    trial_options: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def refusal(cls, error: ValidationError) -> str:
@@ -65,6 +69,10 @@ class Method(Checked):
     def goes_by(self) -> BudgetUse:
         """Return which part of a budget the method uses, given these options."""
         return self.takes
+
+    def reads_labels(self) -> bool:
+        """Return whether it reads labels of the images, given these options."""
+        return False
 
     @classmethod
     def edits_in_words(cls) -> str:
@@ -126,6 +134,55 @@ class ModelMethod(Method):
     @abstractmethod
     def propose(self, view: ModelView) -> Iterator[Edit]:
         """Yield edits; each one is carried out before the next is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorTraining:
+    """A training of LoRA factors in front of a frozen model: of which layers, by path, and how.
+
+    `lr` is Adam's peak rate for a weight as torch initialises it. The loss is on features, or `on_labels`.
+    """
+
+    layers: tuple[str, ...]
+    rank: int
+    alpha: float
+    steps: int
+    batch_size: int
+    lr: float
+    on_labels: bool = False
+
+
+class BetweenSteps(Protocol):
+    """What a method does in a training, between each backward pass and the optimizer's step.
+
+    `masks` are what the inputs of layers are multiplied by from the next forward pass on, by path.
+    """
+
+    masks: dict[str, Tensor]
+
+    def see(self, step: int, factors: Mapping[str, Factors]) -> None:
+        """Look at the factors of each layer and their gradients; steps count from 1."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """Return nested tensors from which it goes on exactly."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` returned."""
+        ...
+
+
+class TrainingView(ModelView, Protocol):
+    """A view of a model that can be trained: what a job gives a `ModelMethod`."""
+
+    def train_factors(self, training: FactorTraining, between: BetweenSteps) -> Mapping[str, Tensor]:
+        """Train LoRA factors on images; return the adapted weights by full name, and leave the model as it was.
+
+        Raises:
+            RecipeError: a layer can't have such factors, or the images have no labels.
+        """
+        ...
 
 
 METHODS: dict[str, type[Method]] = {}

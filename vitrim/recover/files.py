@@ -12,3 +12,5 @@ RECOVERY_LOG = "recovery.jsonl"
 TRACKER_LOGS = "logs"
 # Folder for the teacher's targets, where the options name no other.
 TEACHER_CACHE = "teacher-cache"
+# What a training of factors inside a step of the recipe continues from, by the number of the step.
+FACTORS_STATE = "factors-{}.state"

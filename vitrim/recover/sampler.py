@@ -21,11 +21,13 @@ class MicroBatch(NamedTuple):
         images_BCHW: the images.
         rows_B: their numbers in the training set; in a stream their positions in the run, since images have no numbers.
         epoch: the pass over the training set; 0 in a stream.
+        labels_B: their class numbers, -1 where there is none.
     """
 
     images_BCHW: Tensor
     rows_B: Tensor
     epoch: int
+    labels_B: Tensor
 
 
 class Sampler:
@@ -83,7 +85,8 @@ class Sampler:
         )
         for rows, batch in zip(micro_batches, loader, strict=True):
             self.unreadable |= set(rows) - {rows[place] for place in batch.places_B.tolist()}
-            yield MicroBatch(batch.images_BCHW, torch.tensor(rows, dtype=torch.int64)[batch.places_B], epoch)
+            numbers_B = torch.tensor(rows, dtype=torch.int64)[batch.places_B]
+            yield MicroBatch(batch.images_BCHW, numbers_B, epoch, batch.labels_B)
 
 
 class StreamSampler:
@@ -147,7 +150,7 @@ class StreamSampler:
         read = set(batch.places_B.tolist())
         self.unreadable |= {record.place for at, (_, record) in enumerate(drawn) if at not in read}
         positions = torch.tensor([position for position, _ in drawn], dtype=torch.int64)
-        return MicroBatch(batch.images_BCHW, positions[batch.places_B], epoch=0)
+        return MicroBatch(batch.images_BCHW, positions[batch.places_B], 0, batch.labels_B)
 
 
 def check_stream(images: ImageStream, options: RecoverOptions) -> None:
