@@ -56,7 +56,7 @@ SPELLED = {
     "at_once_steps": (AtOnceOptions, "steps"),
     "select_on": (Dgmr, "select_on"),
 }
-ELSEWHERE = {"recipe", "option"}  # a file, and what a method takes
+ELSEWHERE = {"recipe", "option", "effort"}  # a file, what a method takes, and a word for several fields
 OTHER_FORM = {"method", "repair", "blockwise", "at_once_steps"}  # of these the help says something for itself
 
 

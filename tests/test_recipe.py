@@ -263,3 +263,24 @@ def test_an_instance_of_a_method_replaces_the_options_of_a_recipe_with_the_same_
     recipe = Recipe.parse({"method": "dgmr", "options": {"select_on": "weights"}, "mlp_ratio": 1})
     changed = recipe.updated({"method": vitrim.methods.Dgmr(select_on="outputs")}).steps[0]
     assert changed.options == {"select_on": "outputs"} and changed.mlp_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ({"effort": "fast"}, {"repair": {"refit": False}}),
+        ({"effort": "fast", "repair": True}, {"repair": {"refit": False}}),
+        ({"effort": "fast", "repair": {"refit": True, "ridge": 1e-3}}, {"repair": {"refit": True, "ridge": 1e-3}}),
+        ({"effort": "fast", "method": "magnitude"}, {"method": "magnitude"}),
+        ({"effort": "max", "repair": False}, {"repair": False, "at_once": {}}),
+        ({"effort": "max", "at_once": {"steps": 5}}, {"repair": {"refit_steps": 600}, "at_once": {"steps": 5}}),
+        ({"effort": "default"}, {"repair": {}}),
+    ],
+)
+def test_effort_is_written_out_and_what_the_recipe_says_wins(given, written):
+    assert Recipe.parse(given) == Recipe.parse(written)
+
+
+def test_an_effort_that_does_not_exist_is_refused():
+    with pytest.raises(RecipeError, match="effort: 'hard' is none of fast, default, max"):
+        Recipe.parse({"effort": "hard"})

@@ -15,8 +15,9 @@ from cyclopts import Parameter
 from vitrim.catalog import field_docs
 from vitrim.errors import RecipeError
 
-SelectOn = Literal["weights", "activations", "outputs"]
+SelectOn = Literal["weights", "activations", "outputs", "features"]
 Counted = Literal["params", "macs", "latency"]
+Effort = Literal["fast", "default", "max"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 STEP = field_docs("config.steps", "Step")
@@ -103,6 +104,10 @@ class CutOptions:
         bool | None, _help("Closed-form repair after the cut; without either switch, the method's own habit.")
     ] = None
     refit: Annotated[bool | None, _help(REPAIR["refit"])] = None
+    effort: Annotated[
+        Effort | None,
+        _help("fast: closed form alone; max: longer refits, then all blocks at once (default: refits)."),
+    ] = None
     seed: Annotated[int | None, _help(RECIPE["seed"])] = None
     device: Annotated[str | None, _help(RECIPE["device"])] = None
     scope: Annotated[str | None, _help(RECIPE["scope"])] = None
@@ -114,6 +119,7 @@ class CutOptions:
             "allocate": self._allocate(),
             "options": self._options() or None,
             "repair": self._repair(),
+            "effort": self.effort,
             "seed": self.seed,
             "device": self.device,
             "scope": self.scope,

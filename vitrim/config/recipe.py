@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from vitrim.checked import Checked, explain, known_keys
+from vitrim.config.effort import EFFORT, with_effort
 from vitrim.config.options import AtOnceOptions, BlockwiseOptions, CalibrateOptions, RecoverOptions
 from vitrim.config.steps import Step
 from vitrim.config.widths import BUDGETS, Width
@@ -32,6 +33,7 @@ class Recipe(Checked):
     """One run: a model, the steps that compress it, and what follows them.
 
     A recipe with one step may give the step's own keys (`method`, `mlp_ratio`, `repair` and so on) instead of `steps`.
+    `effort` (fast, default, max) is written out into the keys that it stands for; see `config.effort`.
     """
 
     model: str | None = None
@@ -73,7 +75,7 @@ class Recipe(Checked):
         if own and "steps" in given:
             raise ValueError(f"{next(iter(own))}: belongs to a step; put it into one of steps, or drop steps")
         rest = {key: value for key, value in given.items() if key not in own}
-        return {**rest, "steps": [own]} if own else rest
+        return with_effort({**rest, "steps": [own]} if own else rest)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -136,7 +138,7 @@ class Recipe(Checked):
     @classmethod
     def keys(cls) -> list[str]:
         """Return every key that may be given, nested ones dotted, including those of the first step."""
-        return [*known_keys(cls), *known_keys(Step)]
+        return [*known_keys(cls), *known_keys(Step), EFFORT]
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
