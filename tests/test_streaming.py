@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from vitrim.errors import CheckpointError, RecipeError
 from vitrim.models.file_backed import FileBackedModel
 from vitrim.models.load import load_model
 from vitrim.models.sites import find_mlps
+from vitrim.ops import products
 from vitrim.repair import refit
 from vitrim.types import MlpSite
 
@@ -268,7 +268,7 @@ def test_moments_in_float32_change_next_to_nothing(build, tmp_path, monkeypatch)
     # bfloat16 products of the refit round at 2^-9: they would tell any two runs apart that are not equal bit for bit.
     monkeypatch.setattr(refit, "has_fast_bf16", lambda _: False)
     exact = prune_checkpoint(each.source, tmp_path / "exact", recipe=REPAIR, data=IMAGES, quiet=True)
-    for module in (memory, sys.modules["vitrim.calibrate.walk"]):
+    for module in (memory, products):
         monkeypatch.setattr(module, "TILE_ROWS", 20)  # several tiles, the last one smaller
     monkeypatch.setattr(
         selection, "cut_", lambda *args, **kwargs: (types.append(kwargs["moments"]), cut_(*args, **kwargs))[1]

@@ -216,7 +216,7 @@ class Stats:
     """Sums over calibration tokens at one MLP, in float64: H hidden units, D model width.
 
     `hidden` is the input of the output projection, `target` the output that the projection should have. All are plain
-    sums (not means), so that batches can be added up; divide by `num_tokens` for means.
+    sums (not means), so that batches can be added up. `rounding` is that of products, relative to their factors' sizes.
     """
 
     num_tokens: int
@@ -225,6 +225,7 @@ class Stats:
     target_D: Tensor
     cross_HD: Tensor
     target_square: float
+    rounding: float = 2.0**-52
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ Shapes: T vectors, G groups, K values of a vector, H hidden units, D model width
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vitrim.errors import ModelError
-from vitrim.ops.gram_schmidt import working_dtype
+from vitrim.ops.products import Products
 from vitrim.types import LayerSite, LayerSums, MlpWeights, Stats, T
 
 # Limit for the float64 sums of one pass over the images; larger models take several passes. A ViT-L needs 0.8 GiB.
@@ -37,9 +37,7 @@ class LayerAdder:
     """Sums of a layer's inputs, or of its outputs if those are narrower."""
 
     layer: LayerSite
-    num_tokens: int = 0
-    total_GK: Tensor | None = None
-    square_GKK: Tensor | None = None
+    sums: Products = field(default_factory=Products)
 
     @property
     def of_inputs(self) -> bool:
@@ -55,22 +53,19 @@ class LayerAdder:
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add a batch."""
         seen = inputs if self.of_inputs else outputs.movedim(1, -1) if self.layer.kind == "conv" else outputs
-        rows_GTK = seen.reshape(-1, self.layer.groups, seen.shape[-1] // self.layer.groups).transpose(0, 1).double()
-        total_GK, square_GKK = rows_GTK.sum(1), rows_GTK.mT @ rows_GTK
-        self.num_tokens += rows_GTK.shape[1]
-        self.total_GK = total_GK if self.total_GK is None else self.total_GK.add_(total_GK)
-        self.square_GKK = square_GKK if self.square_GKK is None else self.square_GKK.add_(square_GKK)
+        self.sums.add(seen.reshape(-1, self.layer.groups, seen.shape[-1] // self.layer.groups).transpose(0, 1))
 
     def finished(self) -> LayerSums | None:
         """Return the sums, or None for a layer that was never called."""
-        if self.total_GK is None or self.square_GKK is None:
+        if not self.sums.num_tokens:
             return None
+        self.sums.finish_()
         return LayerSums(
             layer=self.layer,
             of_inputs=self.of_inputs,
-            num_tokens=self.num_tokens,
-            total_GK=self.total_GK,
-            square_GKK=self.square_GKK,
+            num_tokens=self.sums.num_tokens,
+            total_GK=self.sums.total_K,
+            square_GKK=self.sums.square_KK,
         )
 
 
@@ -98,22 +93,16 @@ def passes(places: Sequence[T], bytes_of: Callable[[T], int]) -> Iterator[list[T
 class HiddenAdder:
     """Sums of an MLP's hidden units; sums of its outputs follow from the output projection's weights."""
 
-    num_tokens: int = 0
-    total_H: Tensor | None = None
-    square_HH: Tensor | None = None
+    sums: Products = field(default_factory=Products)
 
     def add(self, hidden: Tensor) -> None:
         """Add a batch."""
-        hidden_NH = hidden.flatten(0, -2).to(working_dtype(hidden.device))
-        total_H, square_HH = hidden_NH.sum(0).cpu(), (hidden_NH.T @ hidden_NH).cpu()
-        self.total_H = total_H if self.total_H is None else self.total_H + total_H
-        self.square_HH = square_HH if self.square_HH is None else self.square_HH + square_HH
-        self.num_tokens += len(hidden_NH)
+        self.sums.add(hidden.flatten(0, -2))
 
     def stats(self, weights: MlpWeights) -> Stats:
         """Return the sums, together with those of the output projection's outputs."""
-        assert self.total_H is not None and self.square_HH is not None
-        total_H, square_HH, count = self.total_H, self.square_HH, self.num_tokens
+        self.sums.finish_()
+        total_H, square_HH, count = self.sums.total_K.cpu(), self.sums.square_KK.cpu(), self.sums.num_tokens
         output_DH, own_bias = weights.output_DH.to(square_HH), weights.output_bias_D
         bias_D = torch.zeros(len(output_DH)).to(square_HH) if own_bias is None else own_bias.to(square_HH)
         mean_part_D = output_DH @ total_H
@@ -125,4 +114,5 @@ class HiddenAdder:
             target_D=mean_part_D + count * bias_D,
             cross_HD=square_HH @ output_DH.T + torch.outer(total_H, bias_D),
             target_square=energy + count * float(bias_D @ bias_D),
+            rounding=self.sums.rounding,
         )

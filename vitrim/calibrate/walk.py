@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from vitrim.calibrate.activations import Activations, Call, forward_order, run_to_end
 from vitrim.calibrate.sums import check_finite
 from vitrim.models.features import evaluating
-from vitrim.ops.gram_schmidt import working_dtype
+from vitrim.ops.products import Products
 from vitrim.surgery import mlp_output, submodule, weight_of
 from vitrim.types import MlpSite, Stats
 
-CHUNK_TOKENS = 4096  # tokens added to the sums at a time
-TILE_ROWS = 1024  # rows of second moments that are held in float64 where they are stored in float32
 FARTHEST = 2.0**20  # times an MLP's largest output: the largest offset by which a layer scale is probed
 
 
@@ -165,38 +163,15 @@ def _stream(model: nn.Module, block: str, call: Call) -> Tensor:
         return run_to_end(submodule(model, block), call)[1].float().flatten(0, -2)
 
 
-@dataclass
 class Sums:
-    """Running float64 sums of hidden activations and targets."""
+    """Running sums of hidden activations and targets."""
 
-    moments: torch.dtype = torch.float64
-    num_tokens: int = 0
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, moments: torch.dtype = torch.float64) -> None:
+        self.products = Products(moments)
 
     def add(self, hidden_NH: Tensor, target_ND: Tensor) -> None:
-        """Add a batch of tokens, CHUNK_TOKENS at a time, so that the second moments are never copied."""
-        for hidden, target in zip(hidden_NH.split(CHUNK_TOKENS), target_ND.split(CHUNK_TOKENS), strict=True):
-            dtype = working_dtype(hidden.device)
-            self._add_some(hidden.to(dtype), target.to(dtype))
-            self.num_tokens += len(hidden)
-
-    def _add_some(self, hidden_NH: Tensor, target_ND: Tensor) -> None:
-        (num_hidden, num_target), parts = (hidden_NH.shape[1], target_ND.shape[1]), self.parts
-        if not parts:
-            parts["hidden_H"], parts["target_D"] = hidden_NH.new_zeros(num_hidden), hidden_NH.new_zeros(num_target)
-            parts["cross_HD"], parts["square"] = hidden_NH.new_zeros(num_hidden, num_target), hidden_NH.new_zeros(())
-            narrower = self.moments if self.moments.itemsize < hidden_NH.element_size() else hidden_NH.dtype
-            parts["hidden_HH"] = hidden_NH.new_zeros(num_hidden, num_hidden, dtype=narrower)
-        parts["hidden_H"] += hidden_NH.sum(0)
-        parts["target_D"] += target_ND.sum(0)
-        parts["cross_HD"].addmm_(hidden_NH.T, target_ND)
-        parts["square"] += target_ND.square().sum()
-        gram_HH = parts["hidden_HH"]
-        if gram_HH.dtype == hidden_NH.dtype:
-            gram_HH.addmm_(hidden_NH.T, hidden_NH)
-            return
-        for tile, columns in zip(gram_HH.split(TILE_ROWS), hidden_NH.split(TILE_ROWS, dim=1), strict=True):
-            tile.copy_(torch.addmm(tile.to(hidden_NH.dtype), columns.T, hidden_NH))
+        """Add a batch of tokens."""
+        self.products.add(hidden_NH, target_ND)
 
     def done(self, path: str) -> Stats:
         """Return the sums as a frozen value; `path` is the MLP's.
@@ -204,11 +179,18 @@ class Sums:
         Raises:
             ModelError: they are not finite.
         """
-        for name, part in self.parts.items():
-            check_finite(path, f"the sum {name} over {self.num_tokens:,} tokens", part)
-        parts = dict(self.parts)
-        square = float(parts.pop("square"))
-        return Stats(num_tokens=self.num_tokens, target_square=square, **parts)
+        sums = self.products
+        sums.finish_()
+        parts = {
+            "hidden_H": sums.total_K,
+            "target_D": sums.other_total_D,
+            "cross_HD": sums.cross_KD,
+            "hidden_HH": sums.square_KK,
+        }
+        square = sums.other_square
+        for name, part in {**parts, "square": torch.tensor(square)}.items():
+            check_finite(path, f"the sum {name} over {sums.num_tokens:,} tokens", part)
+        return Stats(num_tokens=sums.num_tokens, target_square=square, rounding=sums.rounding, **parts)
 
 
 def _visit(

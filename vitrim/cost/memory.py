@@ -15,13 +15,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.walk import CHUNK_TOKENS, TILE_ROWS
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
+from vitrim.ops.products import CHUNK_TOKENS, TILE_ROWS
 from vitrim.storage.tensor_files import CHUNK_BYTES
 from vitrim.types import MlpSite
 
@@ -72,7 +72,7 @@ class MemoryEstimate:
             moments: type in which the (H, H) sums are kept.
         """
         square, cross = self.hidden**2 * moments.itemsize, self.hidden * self.d_model * 8
-        tiles = 0 if moments == torch.float64 else 2 * min(TILE_ROWS, self.hidden) * self.hidden * 8
+        tiles = min(TILE_ROWS, self.hidden) * self.hidden * (4 if moments == torch.float64 else 20)
         summing = self.batch + self.chunk * (self.hidden + self.d_model) * 8 + tiles
         selecting = square + self.hidden * self.kept * 8 + 5 * cross  # centred moments, factor, residual and copies
         fixed = square + cross + self.resident + self.sample + (0 if offloaded else self.activations)

@@ -111,7 +111,7 @@ def _by_activations(stats: Stats, weights: MlpWeights, num_keep: int) -> Tensor:
     """Select by pivoted Cholesky of the hidden second moment, each unit scaled by the norm of its output column."""
     gram_HH, _ = moments(stats, centred=weights.output_bias_D is not None)
     scale_H = weights.output_DH.norm(dim=0).to(gram_HH)
-    return select_on_moments(gram_HH * scale_H * scale_H[:, None], num_keep)
+    return select_on_moments(gram_HH * scale_H * scale_H[:, None], num_keep, rounding=stats.rounding)
 
 
 def _by_outputs(
@@ -119,4 +119,5 @@ def _by_outputs(
 ) -> Tensor:
     """Select forward on the target output, weighed by its metric or, without one, each channel by its layer scale."""
     gram_HH, cross_HD = moments(stats, centred=weights.output_bias_D is not None)
-    return select_on_moments(gram_HH, num_keep, cross_HD=weighed(cross_HD, scale_D, metric_DD))
+    cross_HD = weighed(cross_HD, scale_D, metric_DD)
+    return select_on_moments(gram_HH, num_keep, cross_HD=cross_HD, rounding=stats.rounding)

@@ -18,13 +18,16 @@ from vitrim.ops.gram_schmidt import check_num_keep, pick_in_rounds, working_dtyp
 REFRESH = 64
 
 
-def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None = None) -> Tensor:
+def select_on_moments(
+    gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None = None, rounding: float = 0.0
+) -> Tensor:
     """Pick hidden units one by one, each the one that adds most to the span or to a linear prediction of the target.
 
     Args:
         gram_HH: H'H of the hidden activations (centred where the output projection has a bias), (H, H).
         num_keep: K in 1..H; once the picks span everything, a new round starts among the units not yet taken.
         cross_HD: H'T with the targets, (H, D); None selects by the span alone.
+        rounding: relative rounding of the products in the sums, where that is more than their dtype's.
 
     Returns:
         int64 indices (K,), in pick order, no repeats; a tie goes to the lowest index.
@@ -48,19 +51,19 @@ def select_on_moments(gram_HH: Tensor, num_keep: int, *, cross_HD: Tensor | None
     def one_round(left: Tensor, missing: int) -> Tensor:
         # The first round has all units: at 15,360 of them a copy of the moments would be 1.9 GB.
         gram_RR = gram_HH if len(left) == len(gram_HH) else gram_HH[left][:, left]
-        return _one_round(gram_RR, None if cross_HD is None else cross_HD[left], missing, dtype)
+        return _one_round(gram_RR, None if cross_HD is None else cross_HD[left], missing, dtype, rounding)
 
     return pick_in_rounds(torch.arange(gram_HH.shape[0], device=gram_HH.device), num_keep, one_round)
 
 
-def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int, dtype: torch.dtype) -> Tensor:
+def _one_round(gram_RR: Tensor, cross_RD: Tensor | None, limit: int, dtype: torch.dtype, rounding: float) -> Tensor:
     """Pick greedily until `limit`, or until all remaining units lie in the span of the picks."""
     num_units = gram_RR.shape[0]
     # Rows of the Cholesky factor, picked so far.
     factor_KR = torch.zeros(min(limit, num_units), num_units, dtype=dtype, device=gram_RR.device)
     diagonal_R = gram_RR.diagonal().to(dtype, copy=True)
-    # Below this share of its own energy a unit's remainder is rounding noise of the moments or the downdates.
-    floor_R = diagonal_R * num_units * torch.finfo(gram_RR.dtype).eps
+    # Below this share of its own energy a unit's remainder is rounding noise of the products, moments or downdates.
+    floor_R = diagonal_R * max(num_units * torch.finfo(gram_RR.dtype).eps, num_units**0.5 * rounding)
     taken = torch.zeros(num_units, dtype=torch.bool, device=gram_RR.device)
     residual = None if cross_RD is None else _Residual(cross_RD, factor_KR)
     picks: list[int] = []

@@ -90,11 +90,15 @@ def fit_output(
     Paper: ridge compensation for ViTs is in CORP, arXiv 2602.05243; least-squares recovery in arXiv 2405.17506.
     O(K^3 + K^2 D).
     """
-    rounding = torch.finfo(stats.hidden_HH.dtype).eps
+    rounding = len(keep) * torch.finfo(stats.hidden_HH.dtype).eps
     stats = of_units(stats, keep)  # first, so that no second copy of the full moments is made
     gram_KK, cross_KD = moments(stats, centred=bias_D is not None)
     start_KD = weight_DK.to(gram_KK).T
-    penalty_K = _penalty(stats.hidden_HH.diagonal(), start_KD, ridge, len(keep) * rounding)
+    energy_K = stats.hidden_HH.diagonal()
+    # Products are rounded as deviations from a mean; a random matrix is as large as the root of its width.
+    spread_K = (energy_K - stats.hidden_H.square() / stats.num_tokens).clamp(min=0)
+    noise_K = rounding * energy_K + len(keep) ** 0.5 * stats.rounding * spread_K
+    penalty_K = _penalty(energy_K, start_KD, ridge, noise_K)
     factor = cholesky_of(gram_KK + torch.diag(penalty_K), f"{where}: the sums of its {len(keep)} kept units", ridge)
     weight_KD = start_KD + torch.cholesky_solve(cross_KD - gram_KK @ start_KD, factor)
     if bias_D is None:
@@ -115,21 +119,21 @@ def cholesky_of(matrix_KK: Tensor, what: str, ridge: float) -> Tensor:
     return factor_KK
 
 
-def _penalty(energy_K: Tensor, start_KD: Tensor, ridge: float, rounding: float) -> Tensor:
+def _penalty(energy_K: Tensor, start_KD: Tensor, ridge: float, noise_K: Tensor) -> Tensor:
     """Return each unit's ridge, above the rounding of its moments: they are centred, and a constant unit's vanish.
 
     Args:
         energy_K: energy of each unit, not centred: one that hardly moves on these images may on others.
         start_KD: their weights, of which each channel counts relative to what all units together put out there.
         ridge: relative, as for `fit_output`.
-        rounding: relative rounding of the moments.
+        noise_K: rounding of the moments.
     """
     square_KD = start_KD.square()
     channel_D = energy_K @ square_KD
     square_K = (square_KD / torch.where(channel_D > 0, channel_D, 1)).sum(1)
     mean = (energy_K * square_K).mean()
     penalty_K = torch.where(square_K > 0, mean / square_K, energy_K)  # without weights there is no relative change
-    penalty_K = ridge * penalty_K + rounding * energy_K
+    penalty_K = ridge * penalty_K + noise_K
     return torch.where(penalty_K > 0, penalty_K, 1)  # only where all units are always zero
 
 
