@@ -228,7 +228,9 @@ def test_without_repair_the_output_projection_is_left_as_it_is_but_for_the_mixtu
     case = build("timm-vit")
     whole, report = cut(case, parts="attention", keep_ratio=0.75, repair=False)
     assert all("repaired" not in errors for errors in report.errors.values())
-    assert error(run, cut(case, parts="attention", keep_ratio=0.75)[0], case) < error(run, whole, case)
+    assert error(run, whole, case) < 1e-9  # the mixture alone does it here
+    repaired = cut(case, parts="attention", keep_ratio=0.5)[1]
+    assert all(errors["repaired"] < errors["unrepaired"] for errors in repaired.errors.values())
 
 
 def test_what_cannot_be_done_is_refused_in_a_line(build):

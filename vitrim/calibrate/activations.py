@@ -128,7 +128,7 @@ def observe(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> tupl
         stream at the block's end: its output, or what a norm that ends the block is given).
     """
     seen: dict[str, Tensor] = {}
-    value, output = submodule(model, site.value), submodule(model, site.output)
+    block, value, output = (submodule(model, path) for path in (site.block, site.value, site.output))
 
     def see_input(_: nn.Module, args: Any) -> None:
         seen["input"] = args[0]
@@ -138,8 +138,8 @@ def observe(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> tupl
 
     handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
     try:
-        with evaluating(model):
-            out, seen["stream"], _ = run_to_end(submodule(model, site.block), call)
+        with evaluating(block):
+            out, seen["stream"], _ = run_to_end(block, call)
     finally:
         for handle in handles:
             handle.remove()

@@ -128,11 +128,11 @@ def layer_scale(model: nn.Module, block: str, output: str, call: Call) -> Tensor
     if stream_ND.shape[-1] != width or not (0 < size < math.inf and stream < math.inf):
         return None
     offset_D = torch.full((width,), size, device=stream_ND.device)
-    rough_ND = moved(model, block, output, call, lambda _: offset_D) / size
+    rough_ND = moved(model, block, output, call, lambda _: offset_D, before_ND=stream_ND) / size
     rough_D = rough_ND.mean(0)
     signs_D = torch.where(torch.arange(width, device=offset_D.device) % 3 == 0, -0.5, 1.0)
     loud_D = signs_D * torch.minimum(stream / rough_D.abs(), FARTHEST * offset_D)
-    moved_ND = moved(model, block, output, call, lambda _: loud_D)
+    moved_ND = moved(model, block, output, call, lambda _: loud_D, before_ND=stream_ND)
     scale_D = moved_ND.mean(0) / loud_D
     # float32 rounding of a residual stream of this size is what an honest diagonal may still show.
     rough_off, off = (rough_ND - scale_D).abs().max(), (moved_ND - scale_D * loud_D).abs().max()
@@ -140,16 +140,25 @@ def layer_scale(model: nn.Module, block: str, output: str, call: Call) -> Tensor
     return scale_D if bool(fixed) and float(scale_D.abs().max()) > 0 else None
 
 
-def moved(model: nn.Module, block: str, output: str, call: Call, offset_of: Callable[[Tensor], Tensor]) -> Tensor:
+def moved(
+    model: nn.Module,
+    block: str,
+    output: str,
+    call: Call,
+    offset_of: Callable[[Tensor], Tensor],
+    *,
+    before_ND: Tensor | None = None,
+) -> Tensor:
     """Return by how much the stream at a block's end moves (N, D) where an offset is added to what a layer puts out.
 
-    `offset_of` returns the offset for an output, in a shape that can be added to it.
+    `offset_of` returns the offset for an output, in a shape that can be added to it. `before_ND` is the stream without
+    it, if that is known.
     """
 
     def add(_: nn.Module, args: Any, out: Tensor) -> Tensor:
         return out + offset_of(out).to(out.dtype)
 
-    before_ND = _stream(model, block, call)
+    before_ND = _stream(model, block, call) if before_ND is None else before_ND
     handle = submodule(model, output).register_forward_hook(add)
     try:
         return _stream(model, block, call) - before_ND
@@ -159,8 +168,9 @@ def moved(model: nn.Module, block: str, output: str, call: Call, offset_of: Call
 
 def _stream(model: nn.Module, block: str, call: Call) -> Tensor:
     """Return the residual stream at a block's end (N, D)."""
-    with evaluating(model):
-        return run_to_end(submodule(model, block), call)[1].float().flatten(0, -2)
+    part = submodule(model, block)
+    with evaluating(part):
+        return run_to_end(part, call)[1].float().flatten(0, -2)
 
 
 class Sums:
@@ -214,6 +224,8 @@ def _visit(
         part = "fit" if index < num_fit else "held_out"
         if part == "fit":
             sums.add(ours["hidden"], target_ND)
+        if index == 0:
+            alone = stands_alone(student.model, site, ours)
         rows = torch.randperm(len(target_ND), generator=generator)[: limits[part]].to(target_ND.device)
         samples[part].append((ours["input"][rows].cpu(), target_ND[rows].cpu()))
         del theirs, ours, target_ND  # not beside those of the next batch
@@ -225,7 +237,7 @@ def _visit(
         site=site,
         stats=stats,
         scale_D=scale_D,
-        stands_alone=stands_alone(student.model, site, student.observe(site, 0)),
+        stands_alone=alone,
         fit=pools["fit"],
         held_out=pools["held_out"],
         again=lambda: _visit(site, teacher, student, feedback, num_held_out, max_tokens, moments),
