@@ -213,10 +213,10 @@ class MlpWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Sums over calibration tokens at one MLP, in float64: H hidden units, D model width.
+    """Plain sums (not means) over calibration tokens at one MLP, in float64: H hidden units, D model width.
 
-    `hidden` is the input of the output projection, `target` the output that the projection should have. All are plain
-    sums (not means), so that batches can be added up. `rounding` is that of products, relative to their factors' sizes.
+    `hidden` is the input of the output projection, `target` the output that the projection should have. `rounding` is
+    that of products, relative to their factors' sizes.
     """
 
     num_tokens: int
@@ -230,10 +230,7 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSums:
-    """Sums over calibration images at one layer: T vectors, each in G groups of K values, in float64.
-
-    `of_inputs` tells whether they are sums of the layer's inputs, or of its outputs (if those are narrower).
-    """
+    """Sums over calibration images at one layer, `of_inputs` or of outputs: T vectors in G groups of K, in float64."""
 
     layer: LayerSite
     of_inputs: bool
