@@ -99,7 +99,7 @@ def test_file_to_file_and_evaluate_leave_it_out_too(tmp_path, told):
     source = timm_folder(tmp_path / "source", "vit_tiny_patch16_224", VIT)
     recipe = {"method": "dgmr", "repair": {"refit": False}}
     found = vitrim.prune_checkpoint(source, tmp_path / "out", recipe=recipe, data=broken(3, math.nan), quiet=True)
-    assert found.metrics.images == {"calibration": 11} and "image 3," in "".join(found.metrics.notes)
+    assert found.metrics.images == {"calibration": 11, "views": 4} and "image 3," in "".join(found.metrics.notes)
     judged = vitrim.evaluate(str(tmp_path / "out"), f"local-dir:{source}", broken(3, 1e30), latency=False)
     assert (judged.num_images, judged.num_skipped) == (11, 1) and math.isfinite(judged.fidelity["relative_error"])
     assert "image 3, OSError: holds 1e+30" in told.text
@@ -144,7 +144,7 @@ def test_a_held_out_error_that_is_no_number_is_an_error_and_a_diverged_refit_is_
 
 @pytest.mark.parametrize("data", [IMAGES[:1], IMAGES[:1].repeat(20, 1, 1, 1)])
 def test_one_image_and_its_copies_judge_nothing(data, tmp_path):
-    recipe = {"method": "random", "keep_ratio": 0.5, "repair": {"refit": False}}
+    recipe = {"method": "random", "keep_ratio": 0.5, "repair": {"refit": False}, "calibrate": {"views": 1}}
     out = tmp_path / "out" if len(data) == 1 else None
     found = vitrim.compress(build_case("timm-vit").model, data=data, recipe=recipe, out=out, quiet=True)
     assert found.metrics.after_cut is None and found.metrics.images["held_out"] == 0

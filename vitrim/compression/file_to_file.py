@@ -38,7 +38,7 @@ from vitrim.config.run_context import RunContext
 from vitrim.cost.memory import parse_bytes
 from vitrim.data import ImageStream
 from vitrim.data.inputs import check_inputs, open_inputs, random_inputs
-from vitrim.data.split import draw_calibration, on_copies
+from vitrim.data.split import Calibration, draw_calibration, on_copies
 from vitrim.errors import OutputError, RecipeError, VitrimError
 from vitrim.methods import Method, SiteMethod, find_method
 from vitrim.metrics.record import Metrics
@@ -181,6 +181,7 @@ class _Task:
     widths: Mapping[str, int]
     notes: tuple[str, ...]
     batches: Sequence[Tensor] | None
+    images: Mapping[str, int]
     memory_budget: str | int | None
     shard_bytes: int
 
@@ -208,13 +209,14 @@ def _open_task(
     calibrated = data is not None and looks_at_images(recipe)
     if calibrated:  # else each tensor is checked when it is read, to pick units or to be copied
         check_values(job)
-    batches, said = _batches(job, recipe, data) if calibrated else (None, [])
+    drawn, said = _drawn(job, recipe, data) if calibrated else (None, [])
     return _Task(
         job=job,
         recipe=recipe,
         widths=widths,
         notes=(*job.notes, *notes, *said),
-        batches=batches,
+        batches=None if drawn is None else drawn.batches,
+        images={} if drawn is None else drawn.counts(),
         memory_budget=memory_budget,
         shard_bytes=parse_bytes(shard_size),
     )
@@ -240,14 +242,14 @@ def _meta_inputs(job: CheckpointJob) -> Tensor | None:
     return None if inputs is None else inputs.to("meta")
 
 
-def _batches(job: CheckpointJob, recipe: Recipe, data: Any) -> tuple[list[Tensor], list[str]]:
-    """Draw calibration images in the same way as `compress`; return them in batches, and notes on them."""
+def _drawn(job: CheckpointJob, recipe: Recipe, data: Any) -> tuple[Calibration, list[str]]:
+    """Draw calibration images in the same way as `compress`; return them, and notes on them."""
     options = recipe.calibrate
     images = open_inputs(data, job.origin)
     if isinstance(images, ImageStream):
         images, _ = images.take(options.num_images, seed=recipe.seed)
     drawn = draw_calibration(images, options, recipe.seed, max(site.d_hidden for site in job.sites_in_encoder))
-    return drawn.batches, [*images.remarks(), *on_copies(drawn.num_repeated, 0)]
+    return drawn, [*images.remarks(), *on_copies(drawn.num_repeated, 0)]
 
 
 def _run(task: _Task, context: RunContext, place: Place) -> Result:
@@ -284,7 +286,7 @@ def _metrics(
         encoder=origin.encoder,
         before=written.before,
         after=written.after,
-        images={} if task.batches is None else {"calibration": sum(map(len, task.batches))},
+        images=task.images,
         cut_errors={path: errors for path, errors in journal.errors.items() if errors},
         stock=written.stock,
         loads_with=loads_with(origin, place.out, stock=written.stock),

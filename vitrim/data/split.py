@@ -105,9 +105,8 @@ def _split(
     held_out = _without_copies(read, drawn.images)
     counts: dict[str, Any] = {
         "train": len(train) if isinstance(source, ImageSet) else None,
-        "calibration": sum(map(len, drawn.images)),
+        **drawn.counts(),
         "held_out": _num_images(held_out),
-        **({"views": drawn.num_views} if drawn.num_views > 1 else {}),
         "skipped": drawn.num_skipped + sum(batch.num_skipped for batch in read),
     }
     modes = {kind: count for kind, count in images.kinds().items() if kind != UNREADABLE}
@@ -131,6 +130,11 @@ class Calibration(NamedTuple):
     num_views: int
     num_skipped: int
     num_repeated: int
+
+    def counts(self) -> dict[str, int]:
+        """Return how many images there are, and views of each where it is not the image alone."""
+        found = {"calibration": sum(map(len, self.images))}
+        return {**found, "views": self.num_views} if self.num_views > 1 else found
 
 
 def draw_calibration(images: ImageSet, options: CalibrateOptions, seed: int, num_units: int = 0) -> Calibration:
