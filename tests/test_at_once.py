@@ -19,7 +19,7 @@ from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.data import open_images
-from vitrim.errors import Interrupted, RecipeError
+from vitrim.errors import Interrupted, ModelError, RecipeError
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.features import first_tensor
 from vitrim.recover import at_once, distill
@@ -226,3 +226,12 @@ def test_what_does_not_fit_is_refused_beforehand(build):
         Recipe.parse({"at_once": {"fsdp": True}})
     with pytest.raises(RecipeError, match="needs images"):
         vitrim.compress(build("timm-vit").model, recipe={"at_once": {}}, quiet=True)
+
+
+def test_a_block_that_runs_twice_is_refused(build):
+    model = build("timm-vit").copy()
+    model.blocks[1] = model.blocks[0]
+    with pytest.raises(ModelError, match=r"the 1 blocks of VisionTransformer run 2 times in a pass"):
+        train_at_once_(
+            copy.deepcopy(model), model, IMAGES, held_out=HELD_OUT, options=AtOnceOptions(steps=1), context=None
+        )

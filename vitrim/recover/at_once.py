@@ -23,6 +23,7 @@ from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream
 from vitrim.distributed.processes import join_
+from vitrim.errors import ModelError
 from vitrim.metrics.judging import FeatureModel
 from vitrim.models.features import device_of, features, first_tensor, kept_positions
 from vitrim.models.sites import find_mlps
@@ -61,6 +62,7 @@ def train_at_once_(
     Raises:
         Interrupted: stopped by Ctrl-C; with a work folder, the run can be resumed.
         OutputError: the state could not be written; the state before it is whole.
+        ModelError: a block runs more than once in a pass.
     """
     join_(device_of(student).type)
     context = context or RunContext()
@@ -111,6 +113,11 @@ class LocalRun(Run):
         """Return what the teacher's blocks put out, of the tokens that the student still has there."""
         with torch.no_grad(), recorded(self.teacher, self.local) as outputs:
             features(self.teacher, images_BCHW, at=self.options.features_at)
+        if len(outputs) != len(self.local):
+            raise ModelError(
+                f"at_once: the {len(self.local)} blocks of {type(self.teacher).__name__} run {len(outputs)} times in a "
+                "pass, and one that runs again has no output of its own to learn; drop at_once."
+            )
         return [
             output if kept is None else output[:, list(kept)] for output, kept in zip(outputs, self.kept, strict=True)
         ]
