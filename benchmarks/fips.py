@@ -84,7 +84,7 @@ def main() -> None:
     teacher, _ = open_model(f"local-dir:{SHARED / 'models' / 'cifar10-vit'}")
     teacher.requires_grad_(False)
     transform = transform_for(teacher)
-    train = open_images(CIFAR10 / "train.parquet", transform=transform, split="train")
+    train = open_images(CIFAR10 / "train.parquet", transform=transform)
     batches, _ = first_images(train, arguments.num_images, seed=0)
     test = list(
         open_images(CIFAR10 / "test.parquet", transform=transform, limit=arguments.num_test).loader(batch_size=100)

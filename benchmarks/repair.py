@@ -108,9 +108,10 @@ def errors(name: str, ratio: float, num_images: int) -> dict[str, float]:
     teacher, _ = open_model(source)
     teacher.requires_grad_(False)
     sites, transform = find_mlps(teacher), transform_for(teacher)
-    images = open_images(train, transform=transform, split="train")
+    splits = ("train", "test") if train == test else (None, None)  # CIFAR-10's are files of their own
+    images = open_images(train, transform=transform, split=splits[0])
     batches, _ = first_images(images, num_images, seed=0)
-    judged = list(open_images(test, transform=transform, split="test", limit=2000).loader(batch_size=200))
+    judged = list(open_images(test, transform=transform, split=splits[1], limit=2000).loader(batch_size=200))
     found = {}
     for row, (method, options, repair) in ROWS.items():
         student = copy.deepcopy(teacher)
