@@ -7,6 +7,7 @@ writes, which takes longer than collectives between GPUs may. Gradients and shar
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -38,6 +39,13 @@ def join_(device: str) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         PartialState(cpu=device == "cpu")
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Leave the group at the end: threads of a group that is still there may abort a process that has done its work."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def num_processes() -> int:
