@@ -239,14 +239,14 @@ def catch_call(model: nn.Module, block: str, images: Tensor) -> Call:
     return caught[0]
 
 
-def _record(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str, tuple[Call, Tensor]]:
+def block_calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str, tuple[Call, Any]]:
     """Return arguments and output of each block in one forward pass, in the order in which they run."""
-    seen: dict[str, tuple[Call, Tensor]] = {}
+    seen: dict[str, tuple[Call, Any]] = {}
     handles = []
     for block in blocks:
 
         def note(_: nn.Module, args: Any, kwargs: Any, output: Any, block: str = block) -> None:
-            seen[block] = ((args, kwargs), first_tensor(output))
+            seen[block] = ((args, kwargs), output)
 
         handles.append(submodule(model, block).register_forward_hook(note, with_kwargs=True))
     try:
@@ -261,7 +261,7 @@ def _record(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str
 def forward_order(model: nn.Module, sites: Sequence[MlpSite | AttentionSite], images: Tensor) -> list[str]:
     """Return the paths of the blocks that hold sites, in forward order."""
     device = next(model.parameters()).device
-    return list(_record(model, list(dict.fromkeys(site.block for site in sites)), images.to(device)))
+    return list(block_calls(model, list(dict.fromkeys(site.block for site in sites)), images.to(device)))
 
 
 def activation_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[int, int]:
@@ -273,8 +273,9 @@ def activation_bytes(model: nn.Module, blocks: Sequence[str], images: Tensor) ->
         images: a few images; data that a batch holds once for all its images makes the result too large, never too
             small.
     """
-    seen = _record(model, blocks, images.to(device_of(model))).values()
-    calls, outputs = (max(map(_num_bytes, values)) for values in zip(*seen, strict=True))
+    seen = block_calls(model, blocks, images.to(device_of(model))).values()
+    pairs = [(call, first_tensor(output)) for call, output in seen]
+    calls, outputs = (max(map(_num_bytes, values)) for values in zip(*pairs, strict=True))
     return -(-calls // len(images)), -(-outputs // len(images))
 
 
@@ -285,12 +286,14 @@ def _num_bytes(value: Any) -> int:
 
 def _links(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[bool]:
     """For each block, whether its arguments are those of the previous block with the first replaced by its output."""
-    seen = _record(model, blocks, images)
+    seen = block_calls(model, blocks, images)
     links = [False]
     for before, after in pairwise(blocks):
         (old_args, old_kwargs), output = seen[before]
         (args, kwargs), _ = seen[after]
-        links.append(bool(args) and _same((args[0], args[1:], kwargs), (output, old_args[1:], old_kwargs)))
+        links.append(
+            bool(args) and _same((args[0], args[1:], kwargs), (first_tensor(output), old_args[1:], old_kwargs))
+        )
     return links
 
 

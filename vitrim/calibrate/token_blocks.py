@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.calibrate.activations import block_calls
 from vitrim.calibrate.runs import with_edits
 from vitrim.errors import SiteNotFoundError
 from vitrim.layers.kept_tokens import KeptTokens
@@ -91,21 +92,10 @@ def _check_split(model: nn.Module, site: AttentionSite, calls: dict[str, tuple[T
 def _watched(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the tokens that go into each block and those that come out, of blocks that give nothing else."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-    for block in blocks:
-
-        def see(_: nn.Module, args: Any, kwargs: Any, output: Any, block: str = block) -> None:
-            came = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(came, Tensor) and isinstance(output, Tensor) and came.ndim == 3:
-                seen[block] = (came, output)
-
-        handles.append(submodule(model, block).register_forward_hook(see, with_kwargs=True))
-    try:
-        with evaluating(model):
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for block, ((args, kwargs), output) in block_calls(model, blocks, images).items():
+        came = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(came, Tensor) and isinstance(output, Tensor) and came.ndim == 3:
+            seen[block] = (came, output)
     return seen
 
 
