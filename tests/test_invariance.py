@@ -132,6 +132,11 @@ def trained(vit: str, name: str, how: str) -> float:
     return fidelity(student, model, HELD_OUT)["relative_error"] / before
 
 
+@pytest.mark.parametrize("name", ["values x 0.015625", "values x 64"])
+def test_block_by_block_sees_gates_and_values_of_one_layer_apart(name):
+    assert trained("swiglu", name, "blockwise") == pytest.approx(trained("swiglu", "", "blockwise"), rel=0.02)
+
+
 @pytest.mark.parametrize("name", ["norms x 64", "stream x 0.015625"])
 @pytest.mark.parametrize("how", ["blockwise", "at once", "distillation"])
 def test_training_does_not_depend_on_how_weights_are_scaled(how, name):

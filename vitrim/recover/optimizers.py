@@ -13,7 +13,7 @@ from vitrim.errors import SiteNotFoundError
 from vitrim.models.features import features
 from vitrim.models.sites import find_mlps
 from vitrim.recover.adapters import without_decay
-from vitrim.repair.relative_steps import RelativeSteps
+from vitrim.repair.relative_steps import RelativeSteps, gated_weights
 from vitrim.types import FeaturesAt
 
 
@@ -40,10 +40,10 @@ def relative_steps(
         at: where features are read.
     """
     try:
-        values = [f"{site.value}.weight" for site in find_mlps(model) if site.kind == "packed_gated"]
+        sites = find_mlps(model)
     except SiteNotFoundError:
-        values = []
-    gated = [parameters[name] for name in values if name in parameters]
+        sites = []
+    gated = gated_weights(sites, parameters)
     steps = RelativeSteps(model, list(parameters.values()), gated=gated, mean=mean)
     with torch.no_grad():
         features(model, images_BCHW, at=at)

@@ -35,6 +35,7 @@ from vitrim.progress import Progress, progress
 from vitrim.repair.block_data import BlockData, BlockTask, Share, disk_bytes
 from vitrim.repair.finished_blocks import Errors, FinishedBlocks, Parts, exchange_, is_mine
 from vitrim.repair.refit import improve_
+from vitrim.repair.relative_steps import gated_weights
 from vitrim.surgery import submodule
 from vitrim.types import MlpSite
 
@@ -119,7 +120,7 @@ def recover_blocks_(
             data = BlockData(student, teacher, list(parts), sites, images, **given)
         for index in todo:
             block, task = list(parts)[index], data.enter(index)
-            errors[block] = _train_(submodule(student, block), parts[block], task, options, (seed, index), bar)
+            errors[block] = _train_(submodule(student, block), parts[block], sites, task, options, (seed, index), bar)
             finished.keep(index, parts[block], errors[block], spread)
     if spread:
         exchange_(parts, errors, spread)
@@ -171,6 +172,7 @@ def _trained(student: nn.Module, block: str, sites: Sequence[MlpSite], train: st
 def _train_(
     block: nn.Module,
     parameters: Mapping[str, nn.Parameter],
+    sites: Sequence[MlpSite],
     task: BlockTask,
     options: BlockwiseOptions,
     seed: tuple[int, int],
@@ -192,6 +194,7 @@ def _train_(
             num_steps=options.steps,
             lr=options.lr,
             where=next(iter(parameters), "").rpartition(".")[0],
+            gated=gated_weights(sites, parameters),
             average_=_average_ if task.share.num > 1 else None,
             mean=mean if task.share.num > 1 else float,
         )

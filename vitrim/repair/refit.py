@@ -24,7 +24,7 @@ from vitrim.calibrate.walk import Sums
 from vitrim.distributed.precision import has_fast_bf16
 from vitrim.errors import ModelError
 from vitrim.ops.least_squares import fit_output, ridge_for
-from vitrim.repair.relative_steps import RelativeSteps, descend_
+from vitrim.repair.relative_steps import RelativeSteps, descend_, gated_weights
 from vitrim.surgery import hidden_and_output, mlp_output, read_weights, submodule, weight_of
 from vitrim.types import MlpSite
 
@@ -63,7 +63,7 @@ def refit_(
     """
     site, inputs, targets = visit.site, visit.fit.inputs_ND, visit.fit.targets_ND
     weights = dict(_site_parameters(student, site))
-    value, output = weights[f"{site.value}.weight"], weights[f"{site.output}.weight"]
+    output = weights[f"{site.output}.weight"]
     device = output.device
     scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(device)
     energy = float((targets.to(device) * scale_D).square().sum(1).mean())
@@ -87,7 +87,7 @@ def refit_(
         lr=lr,
         exact=EXACT * energy,
         where=site.path,
-        gated=[value] if site.kind == "packed_gated" else [],
+        gated=gated_weights([site], weights),
         scales_M=None if visit.scale_D is None else {output: visit.scale_D},
         dtype=torch.bfloat16 if coarse else torch.float32,
         finish_=partial(_solve_output_, student, visit, ridge),

@@ -12,7 +12,7 @@ layer scale into the projection before it, a unit's value into its output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.ops.orthogonal import orthogonalized
+from vitrim.types import MlpSite
 
 MOMENTUM = 0.95
 # Of vectors, as in Adam; and their steps as a share of those of matrices.
@@ -195,6 +196,12 @@ class _Vector:
         mean, squares = mean / (1 - VECTOR_MOMENTUM**num_steps), squares / (1 - VECTOR_SQUARES**num_steps)
         tiny = torch.finfo(squares.dtype).tiny
         self.vector.sub_(mean / squares.clamp(min=tiny).sqrt() * (share * VECTOR_SHARE * float(kept["size"])))
+
+
+def gated_weights(sites: Iterable[MlpSite], parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Return, of parameters by full name, the weights of MLPs that hold gates and values in one matrix."""
+    names = (f"{site.value}.weight" for site in sites if site.kind == "packed_gated")
+    return [parameters[name] for name in names if name in parameters]
 
 
 def _number(value: float) -> Tensor:
