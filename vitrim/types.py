@@ -304,6 +304,10 @@ class ModelView(Protocol):
         """Return every linear and convolution layer, replaceable or not; with `factors` also factors of low rank."""
         ...
 
+    def blocks(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Return the blocks around the MLPs in forward order: by path, the shapes of their tensors by name within."""
+        ...
+
     def track(self, items: Sequence[T], words: str) -> Iterator[T]:
         """Yield the items one by one and show the user the progress, described by `words`."""
         ...

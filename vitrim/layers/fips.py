@@ -55,15 +55,8 @@ class SharedBasisLinear(nn.Module):
 
     @property
     def basis_DR(self) -> Tensor:
-        """The shared basis (D, R), the layer's own or its owner's.
-
-        Raises:
-            RecipeError: the owner's block is sharded (FSDP), so its basis is complete only while that block runs.
-        """
-        basis_DR = (self.others or (self,))[0].basis
-        if isinstance(basis_DR, DTensor):
-            raise RecipeError("recover.fsdp: blocks that share a basis can't be gathered one at a time; drop fsdp.")
-        return basis_DR
+        """The shared basis (D, R), the layer's own or its owner's."""
+        return whole((self.others or (self,))[0].basis)
 
     @property
     def coeff_RC(self) -> Tensor:
@@ -93,6 +86,17 @@ class SharedBasisLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"num_values={len(self.values)}, {'shares a basis' if self.others else 'owns its basis'}"
         )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that another block owns.
+
+    Raises:
+        RecipeError: that block is sharded (FSDP), so its tensors are complete only while it runs.
+    """
+    if isinstance(tensor, DTensor):
+        raise RecipeError("recover.fsdp: blocks that share tensors can't be gathered one at a time; drop fsdp.")
+    return tensor
 
 
 def pack(mask: Tensor) -> Tensor:

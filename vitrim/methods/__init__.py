@@ -12,6 +12,7 @@ from vitrim.methods.magnitude import Magnitude
 from vitrim.methods.moefication import Moefication
 from vitrim.methods.patch_slimming import PatchSlimming
 from vitrim.methods.random_units import Random
+from vitrim.methods.recursive import Recursive
 from vitrim.methods.registry import METHODS, Method, ModelMethod, SiteMethod, find_method, make_method, register
 from vitrim.methods.relufy import Relufy
 from vitrim.methods.replace_me import ReplaceMe
@@ -40,6 +41,7 @@ __all__ = [
     "Moefication",
     "PatchSlimming",
     "Random",
+    "Recursive",
     "Relufy",
     "ReplaceMe",
     "SiteMethod",

@@ -15,6 +15,7 @@ from vitrim.surgery.mixed_heads import mix_heads, turned
 from vitrim.surgery.modules import hidden_and_output, mlp_output, read_weights, site_weights, submodule, weight_of
 from vitrim.surgery.moefication import ToMoefication
 from vitrim.surgery.plan import Plan
+from vitrim.surgery.recursive import ToRecursive
 from vitrim.surgery.replace_activation import ReplaceActivation
 from vitrim.surgery.top_k import TopKActivation
 from vitrim.surgery.verify_site import verify_site
@@ -34,6 +35,7 @@ __all__ = [
     "ToInt8",
     "ToLowRank",
     "ToMoefication",
+    "ToRecursive",
     "TopKActivation",
     "apply_",
     "edit_of",
