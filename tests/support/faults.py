@@ -82,6 +82,14 @@ PLANNED = (
         "d_model": 32,
         "rank": 8,
     },
+    {
+        "edit": "recursive",
+        "paths": ["blocks.0", "blocks.1"],
+        "layers": ["mlp.fc1"],
+        "sizes": [[32, 128]],
+        "ranks": [[2], [0]],
+        "tied": ["norm1.weight", "norm1.bias"],
+    },
 )
 LEADERBOARD = {
     "format": "vitrim-leaderboard/1",

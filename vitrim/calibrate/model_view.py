@@ -91,7 +91,9 @@ class LiveModelView:
     def blocks(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Return the shapes of each block's tensors."""
         paths = dict.fromkeys(site.block for site in self.sites)
-        return {path: {n: tuple(t.shape) for n, t in submodule(self.model, path).state_dict().items()} for path in paths}
+        return {
+            path: {n: tuple(t.shape) for n, t in submodule(self.model, path).state_dict().items()} for path in paths
+        }
 
     def attentions(self, *, padded: bool = False, own: bool = False) -> list[AttentionSite]:
         """Return every self-attention that ours reproduces on real tokens; note the others.

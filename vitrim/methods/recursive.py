@@ -10,7 +10,7 @@ Shapes: M outputs, N inputs, K = min(M, N), R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -175,18 +175,25 @@ class _Loop:
         inside = [n for n in view.layers() if n.path.startswith(start) and n.kind != "conv" and not n.fixed]
         layers = [layer.within(blocks[0]) for layer in inside]
         if not layers:
-            raise SiteNotFoundError(f"{blocks[0]}: has no linear layer left to share; put recursive before what cut it.")
+            raise SiteNotFoundError(
+                f"{blocks[0]}: has no linear layer left to share; put recursive before what cut it."
+            )
         weights = {f"{layer.path}.weight" for layer in layers}
-        others, own = [], []
-        for name in first:
-            holder = name.rpartition(".")[0]
-            alone = bool(holder) and not any(other.startswith(f"{holder}.") and "." in other[len(holder) + 1 :]
-                                             for other in first)
-            if name not in weights:
-                (others if alone else own).append(name)
+        others = [name for name in first if name not in weights and _stands_alone(name, first)]
+        own = [name for name in first if name not in weights and name not in others]
         if own:
-            view.note(f"each block keeps its own {', '.join(own[:3])}{', …' if len(own) > 3 else ''}: no layer is there.")
+            view.note(
+                f"each block keeps its own {', '.join(own[:3])}{', …' if len(own) > 3 else ''}: no layer is there."
+            )
         return cls(blocks=blocks, layers=layers, others=others)
+
+
+def _stands_alone(name: str, names: Iterable[str]) -> bool:
+    """Return whether the module that holds a tensor holds no other module, so that another can stand for it."""
+    holder = name.rpartition(".")[0]
+    return bool(holder) and not any(
+        "." in other.removeprefix(f"{holder}.") and other.startswith(f"{holder}.") for other in names
+    )
 
 
 def _shared(view: ModelView, loop: _Loop, start: str, count: int, number: int) -> dict[str, Tensor]:

@@ -26,7 +26,12 @@ from vitrim.data.inputs import open_set, random_inputs
 from vitrim.errors import ModelError, OutputError, RecipeError, reason_of
 from vitrim.layers.fips import SharedBasisLinear
 from vitrim.layers.moefication import ExpertMlp
+<<<<<<< HEAD
 from vitrim.models.features import are_names, evaluating, features, first_tensor, kept_patches
+=======
+from vitrim.layers.recursive import RecursiveLinear, Shared
+from vitrim.models.features import are_names, evaluating, features, first_tensor
+>>>>>>> 92580aa (Recursive: tests, recipe, export, plan, benchmark)
 from vitrim.models.live import with_its_classes
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, require
@@ -176,9 +181,11 @@ def _describe(path: Path, origin: Origin, outputs: Sequence[str], kept: Sequence
 
 
 def _multiplied_out(model: nn.Module) -> nn.Module:
-    """Replace each layer with a shared basis by a plain one, since a graph would multiply it out at every run."""
+    """Replace each layer that shares its matrix by a plain one, since a graph would multiply it out at every run."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, SharedBasisLinear):
+        if isinstance(module, Shared):
+            replace_(model, path, copy.deepcopy(module.others[0]))
+        elif isinstance(module, SharedBasisLinear | RecursiveLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             tensors = {"weight": module.weight.detach(), "bias": module.bias}
             plain.load_state_dict({name: t for name, t in tensors.items() if t is not None}, assign=True)
