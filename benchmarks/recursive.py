@@ -1,8 +1,8 @@
 """Relaxed Recursive Transformers on the CIFAR-10 ViT of ../shared, by start and rank, before and after training.
 
 Six blocks become three, each looped twice. Rows: three starts at several ranks; factors that start from zero; ranks by
-singular values; norms tied; and `dgmr`, closed form alone, at as many parameters. All get the same distillation. Relative
-squared error of all output tokens (0 is identical, 1 is the mean) and top-1 on test images.
+singular values; norms tied; and `dgmr`, closed form alone, at as many parameters. All get the same distillation.
+Relative squared error of all output tokens (0 is identical, 1 is the mean) and top-1 on test images.
 
     nice python benchmarks/recursive.py              # three seeds
     nice python benchmarks/recursive.py --quick      # a few minutes
@@ -58,7 +58,7 @@ class Bench:
         self.teacher, _ = open_model(f"local-dir:{SHARED / 'models' / 'cifar10-vit'}")
         self.teacher.requires_grad_(False)
         transform = transform_for(self.teacher)
-        self.train = open_images(CIFAR10 / "train.parquet", transform=transform, split="train")
+        self.train = open_images(CIFAR10 / "train.parquet", transform=transform)
         test = open_images(CIFAR10 / "test.parquet", transform=transform, limit=arguments.num_test)
         self.test = list(test.loader(batch_size=100))
         self.size = model_size(self.teacher)["num_parameters"]

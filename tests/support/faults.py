@@ -66,7 +66,9 @@ ATTENTION = {"path": "blocks.0.attn", "output": "blocks.0.attn.proj", "fused": T
 ATTENTION |= dict.fromkeys(("query", "key", "value"), "blocks.0.attn.qkv")
 ATTENTION |= {"head_dim": 16, "scale": 0.25, "as_tuple": False}
 LAYER = {"path": "blocks.1.mlp.fc1", "kind": "linear", "num_in": 32, "num_out": 128}
+LOOP = {"paths": ["blocks.0", "blocks.1"], "layers": ["mlp.fc1"], "sizes": [[32, 128]], "ranks": [[2], [0]]}
 PLANNED = (
+    {"edit": "recursive", **LOOP},
     {"edit": "keep_units", "site": MLP, "keep": [5, 3, 1]},
     {"edit": "low_rank", "layer": LAYER, "rank": 4},
     {"edit": "moefication", "site": MLP, "order": list(range(128)), "num_experts": 4, "num_active": 2},
@@ -81,14 +83,6 @@ PLANNED = (
         "counts": [64, 64],
         "d_model": 32,
         "rank": 8,
-    },
-    {
-        "edit": "recursive",
-        "paths": ["blocks.0", "blocks.1"],
-        "layers": ["mlp.fc1"],
-        "sizes": [[32, 128]],
-        "ranks": [[2], [0]],
-        "tied": ["norm1.weight", "norm1.bias"],
     },
 )
 LEADERBOARD = {

@@ -1,9 +1,9 @@
 """Relaxed Recursive Transformers (arXiv 2410.20672): a few blocks looped, with LoRA of its own for each depth.
 
-Block l of L uses the matrices of block l mod K. What it was beyond them, W - W', is kept as a truncated SVD: B = U S and
-A = V'. Where nothing is left, B is zero and A Gaussian, the usual start of LoRA. Nothing is trained here: `recover` does
-that, on all weights. Ours are norms, biases and layer scales that may stay each block's own, a rank that follows from
-the budget, and ranks allotted by singular values.
+Block l of L uses the matrices of block l mod K. What it was beyond them, W - W', is kept as a truncated SVD: B = U S
+and A = V'. Where nothing is left, B is zero and A Gaussian, the usual start of LoRA. Nothing is trained here: `recover`
+does that, on all weights. Ours are norms, biases and layer scales that may stay each block's own, a rank that follows
+from the budget, and ranks allotted by singular values.
 
 Shapes: M outputs, N inputs, K = min(M, N), R rank.
 """
@@ -169,7 +169,7 @@ class _Loop:
         odd = next((path for path in blocks if every[path] != first), None)
         if odd is not None:
             raise SiteNotFoundError(
-                f"{odd}: has other shapes than {blocks[0]}, so they can't be one; cut all blocks alike, or use low-rank."
+                f"{odd}: has other shapes than {blocks[0]}, so they can't be one; cut all alike, or use low-rank."
             )
         start = f"{blocks[0]}."
         inside = [n for n in view.layers() if n.path.startswith(start) and n.kind != "conv" and not n.fixed]
