@@ -4,8 +4,8 @@ Six blocks become three, each looped twice. Rows: three starts at several ranks;
 singular values; norms tied; and `dgmr`, closed form alone, at as many parameters. All get the same distillation.
 Relative squared error of all output tokens (0 is identical, 1 is the mean) and top-1 on test images.
 
-    nice python benchmarks/recursive.py              # three seeds
-    nice python benchmarks/recursive.py --quick      # a few minutes
+    nice python benchmarks/recursive.py              # three seeds; not timed yet
+    nice python benchmarks/recursive.py --quick      # one seed, three ranks; not timed yet
 """
 
 from __future__ import annotations
