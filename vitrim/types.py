@@ -257,10 +257,7 @@ class SiteView:
 
 
 class ModelView(Protocol):
-    """What a method that decides about a whole model can see and ask for.
-
-    Every answer is about the model after all edits that the method has returned so far.
-    """
+    """What a method that decides about a whole model can see, of the model after all edits that it has returned."""
 
     @property
     def sites(self) -> Sequence[MlpSite]:
@@ -362,9 +359,8 @@ class ModelView(Protocol):
     def pooled(self, silenced: Mapping[str, Tensor] | None = None, *, num_images: int | None = None) -> list[Tensor]:
         """Return the pooled features (B, D) of each batch of calibration images, always in the same batches.
 
-        Args:
-            silenced: by path of a module, positions along the last dimension of its input to set to zero.
-            num_images: stop after the batch that reaches this many images; None runs all.
+        `silenced` gives, by a module's path, positions along the last dimension of its input to set to zero. With
+        `num_images` it stops after the batch that reaches this many.
         """
         ...
 

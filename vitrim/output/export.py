@@ -26,12 +26,8 @@ from vitrim.data.inputs import open_set, random_inputs
 from vitrim.errors import ModelError, OutputError, RecipeError, reason_of
 from vitrim.layers.fips import SharedBasisLinear
 from vitrim.layers.moefication import ExpertMlp
-<<<<<<< HEAD
-from vitrim.models.features import are_names, evaluating, features, first_tensor, kept_patches
-=======
 from vitrim.layers.recursive import RecursiveLinear, Shared
-from vitrim.models.features import are_names, evaluating, features, first_tensor
->>>>>>> 92580aa (Recursive: tests, recipe, export, plan, benchmark)
+from vitrim.models.features import are_names, evaluating, features, first_tensor, kept_patches
 from vitrim.models.live import with_its_classes
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, require
