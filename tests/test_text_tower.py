@@ -67,11 +67,10 @@ def test_the_mean_of_the_parts_is_the_loss_of_the_whole(bias):
 PROCESS = """
 import sys
 import torch
-from accelerate import PartialState
 from tests.support.text_tuning import state_of, tuned
-from vitrim.distributed.processes import is_main, num_processes
+from vitrim.distributed.processes import is_main, join_, num_processes
 torch.set_num_threads(1)
-PartialState(cpu=True)
+join_("cpu")
 gradients = []
 class Watched(torch.optim.AdamW):
     def step(self, closure=None):

@@ -26,7 +26,7 @@ from vitrim.config.options import Precision
 from vitrim.config.published import TEXT, filled
 from vitrim.config.run_context import RunContext
 from vitrim.distributed.precision import autocast
-from vitrim.distributed.processes import any_process, is_main, mean, num_processes, rank
+from vitrim.distributed.processes import any_process, is_main, join_, mean, num_processes, rank
 from vitrim.errors import DataError, Interrupted
 from vitrim.metrics.zero_shot import embed_all
 from vitrim.models.features import restored
@@ -180,6 +180,7 @@ class _Run:
         from accelerate import Accelerator
 
         self.pair, self.train, self.held_out, self.options, self.context = pair, train, held_out, options, context
+        join_(pair.device.type)
         self.accelerator = Accelerator(cpu=pair.device.type == "cpu")
         self.share = min(len(train), options.batch_size) // num_processes()
         self.batch = self.share * num_processes()

@@ -8,6 +8,7 @@ writes, which takes longer than collectives between GPUs may. Gradients and shar
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -43,7 +44,14 @@ def join_(device: str) -> None:
 
 
 def _leave() -> None:
-    """Leave the group at the end: threads of a group that is still there may abort a process that has done its work."""
+    """Leave the group before Python ends, so that its threads are joined.
+
+    A thread of gloo that lets go of a tensor then waits for Python's lock, is ended by Python, and takes the process
+    with it ("terminate called without an active exception"), though all work is done. The groups end when the last
+    reference to them goes: those of the cache, and those of trained models in cycles.
+    """
+    _control_beside.cache_clear()
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

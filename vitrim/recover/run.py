@@ -19,7 +19,7 @@ from vitrim.config.options import RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream
 from vitrim.distributed.precision import attention_in_float32, is_bf16
-from vitrim.distributed.processes import mean, num_processes
+from vitrim.distributed.processes import join_, mean, num_processes
 from vitrim.distributed.sharding import block_paths, checkpointed, full, local, shard
 from vitrim.errors import RecipeError
 from vitrim.metrics.judging import FeatureModel
@@ -81,6 +81,7 @@ class Run:
         cache = cache_folder(options, context.work)
         self.student, self.teacher, self.options, self.widths = student, teacher, options, widths
         self.context, self.device = context, next(student.parameters()).device
+        join_(self.device.type)
         # A step at one width gives no gradient to the output weights of the others.
         some_unused = DistributedDataParallelKwargs(find_unused_parameters=widths is not None)
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[some_unused])
