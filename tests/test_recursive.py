@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import vitrim
+from tests.support.distillation import assert_equal, weights
+from tests.support.distillation import run as distil
 from tests.support.models import timm_vit
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
@@ -18,6 +20,7 @@ from vitrim.errors import BudgetError, CheckpointError, RecipeError, SiteNotFoun
 from vitrim.layers.recursive import RecursiveLinear, Shared
 from vitrim.models.sites import find_mlps
 from vitrim.output.export import _multiplied_out
+from vitrim.repair.relative_steps import RelativeSteps
 from vitrim.surgery import ToRecursive, apply_
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -195,6 +198,42 @@ def test_blocks_in_shards_are_refused():
             student(IMAGES)
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("given", [{"optimizer": "relative", "lr": 0.003}, {}, {"lr": None, "optimizer": "relative"}])
+def test_stopped_distillation_behind_it_goes_on_bit_for_bit(tmp_path, given):
+    model = timm_vit(depth=4, img_size=16)
+    start, _ = cut(model, num_blocks=2, rank=2, start="lower", norms="own")
+    options = {"steps": 9, "num_validations": 9, **given}
+    whole, stopped, again = (copy.deepcopy(start) for _ in range(3))
+    expected = distil(whole, model, options=options)
+
+    def interrupt(found):
+        if found.step == 4:
+            raise KeyError("stopped")
+
+    with pytest.raises(KeyError, match="stopped"):
+        distil(stopped, model, options=options, work=tmp_path, on_validation=interrupt)
+    found = distil(again, model, options=options, work=tmp_path, resume=True)
+    assert_equal(weights(whole), weights(again))
+    assert found.curve == expected.curve and found.improved
+    layer, before = whole.blocks[0].mlp.fc1, start.blocks[0].mlp.fc1
+    assert not before.up.any() and layer.up.any() and not torch.equal(layer.shared, before.shared)
+
+
+def test_a_step_of_factors_is_a_share_of_what_they_are_added_to():
+    layer = cut(deep(), num_blocks=3, rank=4, factors="zero")[0].blocks[4].mlp.fc1
+    with torch.no_grad():
+        layer.down.copy_(torch.linalg.qr(torch.randn(32, 4))[0].T)
+        expected = float(layer.shared.norm()) * (4 / 32) ** 0.5
+        assert layer.norms()[layer.up] == pytest.approx(expected)
+        layer.down.mul_(3)
+    assert layer.norms()[layer.up] == pytest.approx(expected / 3)
+    steps = RelativeSteps(layer, [layer.up, layer.down], norms=layer.norms())
+    layer.up.grad, layer.down.grad = torch.randn_like(layer.up), torch.zeros_like(layer.down)
+    steps.param_groups[0]["lr"] = 0.01
+    steps.step()
+    assert float((layer.up @ layer.down).detach().norm()) == pytest.approx(0.01 * expected, rel=0.05)
 
 
 @pytest.mark.fresh

@@ -68,6 +68,17 @@ class RecursiveLinear(nn.Module):
             outputs = outputs + functional.linear(functional.linear(inputs, self.down), self.up)
         return outputs
 
+    def norms(self) -> dict[nn.Parameter, float]:
+        """Return `up` with the norm of which a training step is a share, since its own may be zero.
+
+        It makes a step of B A as large along each direction as the same share makes one of W, however A is scaled.
+        """
+        if not self.rank:
+            return {}
+        down = max(float(self.down.detach().norm()), torch.finfo(torch.float32).tiny)
+        most = min(self.in_features, self.out_features)
+        return {self.up: float(self.shared.detach().norm()) * self.rank / (most**0.5 * down)}
+
     def extra_repr(self) -> str:
         """Return the sizes in the form of torch's own layers."""
         return (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitrim.config.options import AdapterOptions
 from vitrim.distributed.processes import mean
 from vitrim.errors import SiteNotFoundError
+from vitrim.layers.recursive import RecursiveLinear
 from vitrim.models.features import features
 from vitrim.models.sites import find_mlps
 from vitrim.recover.adapters import without_decay
@@ -44,7 +45,10 @@ def relative_steps(
     except SiteNotFoundError:
         sites = []
     gated = gated_weights(sites, parameters)
-    steps = RelativeSteps(model, list(parameters.values()), gated=gated, mean=mean)
+    # Factors may start at zero; a step of theirs is a share of the matrix that they are added to.
+    looped = [layer for layer in model.modules() if isinstance(layer, RecursiveLinear)]
+    norms = {up: norm for layer in looped for up, norm in layer.norms().items()}
+    steps = RelativeSteps(model, list(parameters.values()), gated=gated, norms=norms, mean=mean)
     with torch.no_grad():
         features(model, images_BCHW, at=at)
     return steps

@@ -38,6 +38,7 @@ class RelativeSteps:
         parameters: the parameters of the module that are trained.
         gated: weights that hold gates in their first half of rows and values in the other: two matrices.
         scales_M: by weight, factors (M,) that the layer's outputs meet behind it; steps are measured behind them.
+        norms: by weight without a bias, the norm to take in place of its own, which may be zero.
         dtype: type in which directions are computed.
         mean: joins a number over the processes that share the data.
     """
@@ -49,6 +50,7 @@ class RelativeSteps:
         *,
         gated: Sequence[nn.Parameter] = (),
         scales_M: Mapping[nn.Parameter, Tensor] | None = None,
+        norms: Mapping[nn.Parameter, float] | None = None,
         dtype: torch.dtype = torch.float32,
         mean: Callable[[float], float] = float,
     ) -> None:
@@ -70,7 +72,9 @@ class RelativeSteps:
             for p in own.values():
                 if p.ndim > 1:
                     num_parts = 2 if id(p) in halved else 1
-                    self.matrices.append(_Matrix(p, self.state, num_parts=num_parts, scale_M=scales.get(id(p))))
+                    matrix = _Matrix(p, self.state, num_parts=num_parts, scale_M=scales.get(id(p)))
+                    matrix.norm = (norms or {}).get(p)
+                    self.matrices.append(matrix)
                 else:  # a norm's bias is added to what its gain scales
                     beside = weight if p is bias and weight is not None else p
                     self.vectors.append(_Vector(p, self.state, beside=beside))
@@ -109,7 +113,10 @@ class RelativeSteps:
 
 @dataclass(eq=False)
 class _Matrix:
-    """A layer's weight with its bias as one more column; `size_in` is the mean square of the layer's inputs."""
+    """A layer's weight with its bias as one more column; `size_in` is the mean square of the layer's inputs.
+
+    `norm` is what its steps are shares of, None for its own.
+    """
 
     weight: nn.Parameter
     state: dict[nn.Parameter, dict[str, Tensor]]
@@ -118,6 +125,7 @@ class _Matrix:
     transposed: bool = False
     scale_M: Tensor | None = None
     size_in: float | None = None
+    norm: float | None = None
 
     def measure(self, mean: Callable[[float], float]) -> None:
         """Settle, before the first step, how large the layer's inputs and its weights are."""
@@ -125,7 +133,8 @@ class _Matrix:
             return
         size = 1.0 if self.bias is None else math.sqrt(mean(self.size_in or 0.0)) or 1.0
         values = self._parts(self.weight, self.bias, self._scales()[0], 1 / size)
-        kept = {f"norm{number}": _number(float(part.norm())) for number, part in enumerate(values)}
+        given = None if self.norm is None else self.norm / math.sqrt(self.num_parts)
+        kept = {f"norm{n}": _number(float(part.norm()) if given is None else given) for n, part in enumerate(values)}
         self.state[self.weight] = {"size": _number(size), **kept, "momentum": torch.zeros_like(torch.cat(list(values)))}
 
     def step_(self, share: float, dtype: torch.dtype) -> None:
