@@ -273,7 +273,14 @@ def test_a_damaged_shard_is_noted_and_counts_as_not_there(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"batch_size": 4, "gradient_accumulation_steps": 2}, {"lr": None}, {"features_at": "pre_norm"}]
+    "options",
+    [
+        {},
+        {"batch_size": 4, "gradient_accumulation_steps": 2},
+        {"lr": None},
+        {"features_at": "pre_norm"},
+        {"features_at": "logits"},
+    ],
 )
 def test_training_on_a_full_float32_cache_equals_training_on_the_teacher_bit_for_bit(tmp_path, options):
     live, cached = make_student(make_teacher()), make_student(make_teacher())
@@ -284,7 +291,8 @@ def test_training_on_a_full_float32_cache_equals_training_on_the_teacher_bit_for
     assert_equal(weights(live), weights(cached))
     assert result.curve == expected.curve and result.rate_test == expected.rate_test
     assert sum(seen) == len(HELD_OUT[0]) + 48  # and nothing in the second and third epoch
-    size = f"{48 * (8 + 8 + 4 * 32 * 17) / 10**6:.1f} MB for 48 images x 1 views"
+    values = 3 if options.get("features_at") == "logits" else 32 * 17
+    size = f"{48 * (8 + 8 + 4 * values) / 10**6:.1f} MB for 48 images x 1 views"
     assert result.notes == [f"teacher cache: {size} in {tmp_path / 'cache'}"] and expected.notes == []
 
 

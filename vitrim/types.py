@@ -20,7 +20,8 @@ T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
 RunInputs = Literal["output", "hidden"]  # what stands for a run of blocks is made of: a layer's output, or its input
-FeaturesAt = Literal["final", "pre_norm"]  # where features are read: after the final norm, or before it
+# Where features are read: after the final norm, before it, or behind the head, as class scores.
+FeaturesAt = Literal["final", "pre_norm", "logits"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from vitrim.data import ImageSet, ImageStream
 from vitrim.data.images import check_workers
 from vitrim.data.inputs import check_repeatable, match_labels, open_inputs, random_inputs
 from vitrim.errors import RecipeError
+from vitrim.models.features import num_classes
 from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
 from vitrim.models.sites import resolve_scope
@@ -85,6 +86,8 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
         raise RecipeError("recover, at_once, blockwise: distillation needs images; pass data.")
     if recipe.recover is not None:
         check_trackers(recipe.recover.report_to, folder=out)
+        if recipe.recover.features_at == "logits" and not num_classes(whole.get_submodule(encoder)):
+            raise RecipeError("recover.features_at: logits needs a model with a class head; use final.")
         if isinstance(images, ImageStream):
             check_stream(images, recipe.recover)
     notes = (*origin.notes, *(() if note is None else (note,)))

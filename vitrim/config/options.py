@@ -193,7 +193,8 @@ class RecoverOptions(Checked):
     flip: bool = False
     """Also flip images at random."""
     features_at: FeaturesAt = "final"
-    """Where features are compared: after the final norm, or before it."""
+    """Where features are compared: after the final norm, before it, or as class scores (`logits`): then the loss is the
+    divergence of the student's class probabilities from the teacher's."""
     num_validations: int = Field(default=10, ge=1)
     """How often the student is evaluated on held-out images during the run."""
     num_workers: int = Field(default=0, ge=0)

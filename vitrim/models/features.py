@@ -38,13 +38,14 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
         model: an encoder of timm, transformers, open_clip or torchvision, or a module that returns a (B, D) or
             (B, N, D) tensor.
         inputs: preprocessed images (B, C, H, W), or token ids (B, N) for a text encoder, on the model's device.
-        at: `final` reads the tokens after the final norm, `pre_norm` before it.
+        at: `final` reads the tokens after the final norm, `pre_norm` before it; `logits` reads class scores, less their
+            mean over the classes, which no probability depends on, as the pooled vector.
 
     Returns:
         Pooled vector (B, D), the CLS token if there is one, and patch tokens (B, N, D) or None.
 
     Raises:
-        ModelError: the output holds no tensor of features, or `pre_norm` was asked of a model without final norm.
+        ModelError: the output holds no tensor of features, or the model has no final norm or head to read at.
 
     Example:
         >>> import timm, torch
@@ -93,6 +94,11 @@ def _read(model: nn.Module, inputs: Tensor, at: FeaturesAt) -> Features:
     """Return features after or in front of the final norm."""
     if at == "final":
         return _features(model, inputs)
+    if at == "logits":
+        scores_BC = logits(model, inputs)
+        if scores_BC is None:
+            raise ModelError(f"{type(model).__name__}: has no head for class scores; use features_at='final'.")
+        return Features(pooled_BD=scores_BC - scores_BC.mean(1, keepdim=True), taken="class scores, less their mean")
     norm = final_norm(model)
     if norm is None:
         raise ModelError(f"{type(model).__name__}: no final norm found; use features_at='final'.")

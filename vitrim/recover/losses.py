@@ -66,6 +66,12 @@ def feature_loss(student: Features, teacher: Features) -> Tensor:
     return loss
 
 
+def class_loss(student: Features, teacher: Features) -> Tensor:
+    """Compute KL(teacher, student) of the class probabilities, the mean over the images, from features at `logits`."""
+    mine, theirs = (log_softmax(found.pooled_BD.float(), dim=1) for found in (student, teacher))
+    return kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+
 def space_loss(student: Features, teacher: Features, space: EmbeddingSpace) -> Tensor:
     """Compute the feature loss in the space of a pair, plus the divergence of the similarities to its bank of texts.
 

@@ -27,7 +27,7 @@ from vitrim.models.features import features, kept_patches, restored
 from vitrim.recover.adapters import adapted, notes_on
 from vitrim.recover.elastic import Widths, at_width
 from vitrim.recover.judge import Judge, score
-from vitrim.recover.losses import EmbeddingSpace, feature_loss, patches_at, space_loss
+from vitrim.recover.losses import EmbeddingSpace, class_loss, feature_loss, patches_at, space_loss
 from vitrim.recover.optimizers import adamw, relative_steps
 from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.sampler import MicroBatch, open_sampler
@@ -151,7 +151,7 @@ class Run:
         """Return the loss of two images."""
         probe, target = self.judge.held_out[0]
         found = features(self.student, probe[:2].to(self.device), at=self.options.features_at)
-        return feature_loss(found, _first(target, 2, self.device))
+        return self._compared(found, _first(target, 2, self.device))
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -275,9 +275,13 @@ class Run:
             pooled, patches = self.model(batch.images_BCHW.to(self.device))
         found = Features(pooled_BD=pooled, patches_BND=patches, token_positions=self.kept_patches)
         found = patches_at(found, target.positions_BP)
-        if self.space is not None:
-            return space_loss(found, target.features, self.space)
-        return feature_loss(found, target.features)
+        return self._compared(found, target.features)
+
+    def _compared(self, found: Features, target: Features) -> Tensor:
+        """Return the loss of a student's features: of class probabilities, in a pair's space, or of all tokens."""
+        if self.options.features_at == "logits":
+            return class_loss(found, target)
+        return feature_loss(found, target) if self.space is None else space_loss(found, target, self.space)
 
     def _stood_in(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch, or zeros in its place where no image of it could be read."""
