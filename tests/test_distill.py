@@ -7,10 +7,8 @@ import signal
 import textwrap
 
 import pytest
-import timm
 import torch
 
-import vitrim
 from tests.support.distillation import (
     HELD_OUT,
     Broken,
@@ -27,9 +25,8 @@ from vitrim.config.options import RecoverOptions
 from vitrim.config.published import family_of
 from vitrim.data import open_images
 from vitrim.errors import Interrupted, OutputError, RecipeError
-from vitrim.models.features import features
 from vitrim.recover.distill import recover_
-from vitrim.recover.losses import class_loss, feature_loss
+from vitrim.recover.losses import feature_loss
 from vitrim.recover.range_test import RATES
 from vitrim.recover.result import Recovery
 from vitrim.recover.schedule import rate_shape
@@ -50,28 +47,6 @@ def test_the_loss_is_the_sum_of_two_means_and_zero_for_equal_features():
     )
     assert float(feature_loss(mine, theirs)) == pytest.approx(slow, rel=1e-6)
     assert float(feature_loss(mine, mine)) == 0
-
-
-def test_class_scores_are_compared_by_the_divergence_of_probabilities():
-    teacher, images = make_teacher(), HELD_OUT[0]
-    student = make_student(teacher)
-    with torch.no_grad():
-        found = [features(model, images, at="logits") for model in (student, teacher)]
-        mine, theirs = (torch.softmax(model(images).double(), dim=1) for model in (student, teacher))
-        before = float((theirs * (theirs.log() - mine.log())).sum() / len(images))
-        assert float(class_loss(*found)) == pytest.approx(before, rel=1e-4)
-    start = weights(student)
-    result = run(student, teacher, options={"steps": 40, "features_at": "logits"})
-    assert result.best_error < 0.8 * result.curve[0]["relative_error"]
-    with torch.no_grad():
-        assert float(class_loss(features(student, images, at="logits"), found[1])) < 0.8 * before
-    assert not torch.equal(start["head.weight"], student.head.weight)
-
-
-def test_class_scores_need_a_head():
-    recipe = {"mlp_ratio": 1, "recover": {"steps": 1, "features_at": "logits"}}
-    with pytest.raises(RecipeError, match=r"recover\.features_at: logits needs a model with a class head; use final"):
-        vitrim.compress(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0), data="digits", recipe=recipe)
 
 
 def test_recovery_brings_the_student_closer_and_leaves_the_teacher_alone():
