@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitrim.compression.allocate import allocate, compare_with_uniform
+from vitrim.compression.allocate import EQUAL, FOUND, LEAST_GAIN, allocate
 from vitrim.compression.budget import near_stock, solve_widths
 from vitrim.compression.cut import CutReport, cut_
 from vitrim.compression.dtypes import check_result, is_float32, too_large, typed_copy
 from vitrim.compression.job import Job
 from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.compression.share import find_share
+from vitrim.compression.trials import Settled, settle
 from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
@@ -34,7 +35,7 @@ from vitrim.metrics.record import Closeness, ModelCost
 from vitrim.models.features import device_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
-from vitrim.models.stock import why_not_stock
+from vitrim.models.stock import stock_origin, why_not_stock
 from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import OnValidation, recover_
 from vitrim.recover.elastic import Slice, Widths
@@ -42,7 +43,7 @@ from vitrim.recover.elastic_fit import Fitting, serving
 from vitrim.recover.factors import TrainingSource
 from vitrim.recover.result import Recovery
 from vitrim.repair.blockwise import Blockwise, follow_cut_
-from vitrim.surgery import Edit, Plan
+from vitrim.surgery import Edit, KeepUnits, Plan, apply_
 from vitrim.types import MlpSite
 
 
@@ -82,13 +83,15 @@ class Models:
 class ChosenWidths:
     """Hidden units that stay in each MLP, by path.
 
-    `elastic` holds all widths of a result that serves several; `about` describes how unequal widths were found.
+    `elastic` holds all widths of a result that serves several; `about` describes how unequal widths were found, and
+    `cut` is the cut to them if that is made already, on the main process alone.
     """
 
     units: Mapping[str, int]
     elastic: Widths | None = None
     notes: tuple[str, ...] = ()
     about: Mapping[str, Any] | None = None
+    cut: CutReport | None = None
 
 
 def prepare(job: Job, context: RunContext) -> Models:
@@ -129,8 +132,22 @@ def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths
     check_memory(models.teacher, sites, units.values(), job.recipe, models.batches)
     if step.allocate is None:
         return ChosenWidths(units=units, elastic=elastic, notes=notes)
-    found = on_main(allocate, job.recipe, units, models.teacher, sites, models.batches, context=context)
-    return ChosenWidths(units=found.units, notes=(*notes, *found.notes), about=found.about)
+    made: list[Settled] = []
+    on_main(lambda: made.append(_allocated(job, models, units, context)))
+    found = from_main(replace(made[0], cut=None) if made else None)
+    assert found is not None
+    cut = made[0].cut if made else None
+    return ChosenWidths(units=found.units, notes=found.notes, about=found.about, cut=cut)
+
+
+def _allocated(job: Job, models: Models, uniform: Mapping[str, int], context: RunContext) -> Settled:
+    """Find widths that cost no more than equal ones, and keep the best; equal ones by preference if these are stock."""
+    recipe, sites, teacher = job.recipe, models.sites, models.teacher
+    equal = [KeepUnits.first(site.below(job.origin.encoder), uniform[site.path]) for site in sites]
+    gain = 0.0 if stock_origin(job.origin, equal) is None else LEAST_GAIN
+    found = allocate(recipe, uniform, teacher, sites, models.batches, context=context, least_gain=gain)
+    assert models.split is not None
+    return settle(found, recipe, teacher, sites, models.split, least_gain=gain, quiet=context.quiet)
 
 
 def _solve(job: Job, models: Models, context: RunContext) -> dict[str, int]:
@@ -147,11 +164,11 @@ def _solve(job: Job, models: Models, context: RunContext) -> dict[str, int]:
 def _may_round(recipe: Recipe) -> bool:
     """Return whether widths may be rounded to what a library can load.
 
-    They may if all MLPs get equal widths and the one method cuts units of each MLP.
+    They may if all MLPs get equal widths, which allocated ones go by, and the one method cuts units of each MLP.
     """
     step = recipe.steps[0]
     elastic = recipe.recover is not None and recipe.recover.elastic is not None
-    chosen = step.exact or step.widths is not None or step.allocate is not None or elastic
+    chosen = step.exact or step.widths is not None or elastic
     method = step.make_method()
     return len(recipe.steps) == 1 and isinstance(method, SiteMethod) and method.cuts() == "mlp" and not chosen
 
@@ -169,17 +186,21 @@ def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunCont
     cut = _from_main(kept[0] if kept else None, models.student)
     if cut is not None:
         return cut
-    cut = cut_(
-        models.student,
-        models.teacher,
-        models.sites,
-        recipe,
-        models.batches,
-        widths=widths.units,
-        quiet=context.quiet,
-        source=_source(models, job, context),
-    )
-    cut = _from_main(cut, models.student) or cut
+    if widths.cut is not None:
+        apply_(models.student, widths.cut.plan.edits)
+    cut = _from_main(widths.cut, models.student)
+    if cut is None:
+        cut = cut_(
+            models.student,
+            models.teacher,
+            models.sites,
+            recipe,
+            models.batches,
+            widths=widths.units,
+            quiet=context.quiet,
+            source=_source(models, job, context),
+        )
+        cut = _from_main(cut, models.student) or cut
     if work is not None and recipe.training:
         on_main(save_cut, models.student, cut, recipe, work)
     return cut
@@ -228,16 +249,13 @@ def judging_notes(judged: Closeness | None) -> tuple[str, ...]:
     return () if judged is None else too_few(judged.num_images)
 
 
-def beside_equal_widths(
-    widths: ChosenWidths, judged: Closeness | None, job: Job, models: Models, context: RunContext
-) -> ChosenWidths:
-    """Add the result of equal widths of the same cost, by a second cut, if widths were allocated."""
-    if widths.about is None or judged is None or models.split is None:
-        return widths
-    uniform = _solve(job, models, context)
-    equal, note = compare_with_uniform(job.recipe, uniform, judged, models.teacher, models.sites, models.split)
-    about = {**widths.about, "relative_error": {"allocated": judged.relative_error, "uniform": equal}}
-    return replace(widths, about=about, notes=(*widths.notes, note))
+def beside_equal_widths(widths: ChosenWidths, judged: Closeness | None) -> Mapping[str, Any] | None:
+    """Return how widths were found, with the errors on held-out images: of the result, and of equal widths."""
+    if widths.about is None or judged is None:
+        return widths.about
+    tried = widths.about.get("tried", {}).get(EQUAL, {})
+    errors = {FOUND: judged.relative_error, EQUAL: tried.get("held_out", judged.relative_error)}
+    return {**widths.about, "relative_error": errors}
 
 
 @dataclass(frozen=True, kw_only=True)

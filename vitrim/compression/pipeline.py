@@ -165,7 +165,6 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     widths = choose_widths(job, models, context)
     cut = cut_models_(models, job, widths, context)
     after_cut, wide = on_main(judge, models, job, cut.plan)
-    widths = on_main(beside_equal_widths, widths, after_cut, job, models, context)
     trained = train_(models, job, widths.elastic, context, on_validation)
     after_recovery = None
     if trained.anything:
@@ -186,7 +185,7 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
         after_recovery=after_recovery,
         images=models.counts,
         cut_errors=cut.errors,
-        allocation=widths.about,
+        allocation=beside_equal_widths(widths, after_cut),
         stock=stock is not None,
         notes=(*job.notes, *models.notes, *widths.notes, *cut.notes, *trained.notes, *judging_notes(after_cut), *why),
         environment=environment(),
