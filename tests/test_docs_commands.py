@@ -11,6 +11,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -62,6 +63,7 @@ def here(models, tmp_path, monkeypatch):
     small = {"embed_dim": 192, "depth": 3, "num_classes": 0}  # what tensors tell
     trained = timm.create_model("vit_base_patch16_224", img_size=(224, 448), global_pool="avg", **small)
     torch.save({"model": trained.state_dict(), "args": {"num_heads": 12}}, tmp_path / "best.pth")
+    np.save(tmp_path / "photos.npy", torch.randn(30, VIT["embed_dim"], generator=generator).numpy())
     (tmp_path / "notes.txt").write_text("\n".join(" ".join(WORDS) for _ in range(60)))
     return tmp_path
 
@@ -69,6 +71,7 @@ def here(models, tmp_path, monkeypatch):
 def prepared(words: list[str], page: Path, here: Path, models: Path) -> list[str]:
     """A command with stand-ins for its models, the recipe that it reads in place, and nothing where it writes."""
     ready = [_stand_in(word, models) for word in words]
+    ready = ["cosine=-1" if before == "--fail-under" else word for before, word in pairwise(["", *ready])]
     written = {word for before, word in pairwise(ready) if before == "--out" or word == "EVA-CLIP-E-small/"}
     for word in written:
         if (here / word).is_dir():

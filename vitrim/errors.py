@@ -60,6 +60,10 @@ class CheckpointError(VitrimError):
     """A checkpoint or a plan on disk is damaged or does not fit the model."""
 
 
+class BelowLimitError(VitrimError):
+    """A measure is below the limit that the user set for it; the command line exits with 1, not 2."""
+
+
 class Interrupted(VitrimError):
     """The user stopped a run; the message says where everything needed to continue was saved."""
 

@@ -15,11 +15,14 @@ from vitrim.data import Batch, ImageSet, split_indices
 from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs
 from vitrim.data.labels import Classes
 from vitrim.distributed.devices import resolve_device
+from vitrim.errors import DataError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
 from vitrim.metrics.fidelity import compare, too_few
+from vitrim.metrics.limits import below_limits
+from vitrim.metrics.old_index import OldIndex, read_old_index
 from vitrim.metrics.outputs import Outputs
 from vitrim.metrics.record import ModelCost, relative_latency
-from vitrim.models.features import num_classes
+from vitrim.models.features import evaluating, features, inputs_for, num_classes
 from vitrim.models.origin import Origin, Reading
 from vitrim.output.load import Model, open_encoder
 from vitrim.output.result import aligned, html_table
@@ -58,6 +61,7 @@ class Evaluation:
         num_images: number of images used.
         num_skipped: number of images that could not be read.
         learned_from: the images from which kNN and the linear probe learned, in words.
+        notes: what else has to be known to read the numbers.
     """
 
     fidelity: Mapping[str, float]
@@ -66,6 +70,7 @@ class Evaluation:
     num_images: int
     num_skipped: int
     learned_from: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -75,7 +80,20 @@ class Evaluation:
             "teacher": self.teacher.to_json(),
             "num_images": self.num_images,
             "num_skipped": self.num_skipped,
+            "notes": list(self.notes),
         }
+
+    def below(self, limits: Mapping[str, float]) -> list[str]:
+        """Return a line for each limit that the small model does not keep: none, if it keeps them all.
+
+        Args:
+            limits: smallest values by name: of cosines, agreement and recalls (0..1), and of `top1`, `knn` and
+                `linear_probe`, which are the small model's less the original's in points of percent.
+
+        Raises:
+            DataError: something limited was not measured.
+        """
+        return below_limits(limits, self.fidelity, self.student.scores, self.teacher.scores)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return rows of measure, original, small and number of images as text; fidelity is that of the small model."""
@@ -126,6 +144,7 @@ def evaluate(
     data: Any,
     *,
     index: Any = None,
+    old_index: Any = None,
     limit: int | None = None,
     batch_size: int = 64,
     latency: bool = True,
@@ -141,6 +160,9 @@ def evaluate(
         teacher: the model to compare with.
         data: images to evaluate on, of any kind that `compress` takes; labels are used if there are any.
         index: labelled images for kNN and the linear probe to learn from; by default a seeded 80% of `data`.
+        old_index: vectors of an index that the original built earlier, in which the student's pooled features are
+            searched: a .npy file or an array, row i that of image i of `data`; rows of other images may follow. Not
+            with `limit`, which takes other images than the first ones.
         limit: use at most this many images of each; required for a stream.
         batch_size: images per forward pass.
         latency: also time both models.
@@ -153,7 +175,7 @@ def evaluate(
         Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
 
     Raises:
-        ModelError, DataError: a model or the images can't be read, or they don't fit each other.
+        ModelError, DataError: a model, the images or an index can't be read, or they don't fit each other.
 
     Example:
         >>> from importlib.resources import files
@@ -163,33 +185,66 @@ def evaluate(
         >>> found.fidelity["relative_error"], found.num_images
         (0.0, 20)
     """
+    if old_index is not None and limit is not None:
+        raise DataError("old_index: its rows are those of all images; leave out limit.")
     student_model, its_origin = open_encoder(student, Reading(weights=weights))
     teacher_model, origin = open_encoder(teacher, Reading(model_args=model_args or {}, weights=weights))
     for model, built in ((student_model, its_origin), (teacher_model, origin)):
         check_repeatable(model.to(resolve_device(device)), built, random_inputs(built, 2))
+    old = None if old_index is None else read_old_index(old_index, width=_pooled_width(teacher_model, origin))
     images = open_set(data, origin, split=split, limit=limit, default="test")
     images, fits, note = match_labels(images, teacher_model)
     batches = list(images.loader(batch_size=batch_size))
-    images.tell(*([] if note is None else [note]))
     check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
     known = None if index is None else _like(images, open_set(index, origin, limit=limit))
     learn = None if known is None else list(known.loader(batch_size=batch_size))
     found, *outputs = compare(student_model, teacher_model, batches)
+    num_skipped = sum(batch.num_skipped for batch in batches)
+    searched, its_note = ({}, None) if old is None else _search(old, outputs[0], outputs[1], num_skipped)
+    images.tell(*(notes := tuple(text for text in (note, its_note) if text is not None)))
     costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency)
     mine, theirs = (
         quality_of(cost, model, own, learn, top1=fits)
         for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
     )
     return Evaluation(
-        fidelity=found,
+        fidelity={**found, **searched},
         student=mine,
         teacher=theirs,
         num_images=len(outputs[0]),
-        num_skipped=sum(batch.num_skipped for batch in batches),
+        num_skipped=num_skipped,
         learned_from="four fifths of them"
         if learn is None
         else f"{sum(len(b.labels_B) for b in learn):,} images of index",
+        notes=notes,
+    )
+
+
+def _pooled_width(model: nn.Module, origin: Origin) -> int | None:
+    """Return how many numbers a model's pooled features have, if it is known what goes in."""
+    sample = random_inputs(origin, 1)
+    if sample is None:
+        return None
+    with evaluating(model):
+        return features(model, inputs_for(model, sample)).pooled_BD.shape[1]
+
+
+def _search(old: OldIndex, student: Outputs, teacher: Outputs, num_skipped: int) -> tuple[dict[str, float], str]:
+    """Return recall of the student in an old index, and a note on how the teacher does there.
+
+    Raises:
+        DataError: images are missing, so that nobody knows which row is whose, or there are too few rows.
+    """
+    if num_skipped:
+        raise DataError(
+            f"old_index: {num_skipped:,} images can't be read, so rows are not theirs; take them out of both."
+        )
+    found, theirs = old.recall(student.pooled_ND), old.recall(teacher.pooled_ND)
+    own = ", ".join(f"{share:.4g} for {name.rpartition('_')[2]}" for name, share in theirs.items())
+    return found, (
+        f"old_index: of its own images the original finds {own} in {len(old.vectors_MD):,} rows; where that is low, "
+        "rows are in another order than the images, or not of its pooled features."
     )
 
 

@@ -1,6 +1,7 @@
 """The app itself: runs a command line, sets exit codes and shows the log. It does not import torch.
 
-Wrong input gives one line on standard error and exit code 2; a run stopped by Ctrl-C exits with 130.
+Wrong input gives one line on standard error and exit code 2; a run stopped by Ctrl-C exits with 130,
+and a model below a limit that was set for it with 1.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.help import PlainFormatter
 
 from vitrim.cli.console import on_terminal, print_help
-from vitrim.errors import Interrupted, VitrimError
+from vitrim.errors import BelowLimitError, Interrupted, VitrimError
 
 app = App(
     name="vitrim",
     help="Make pretrained Vision Transformers smaller and keep their features.",
-    help_epilogue="Exit codes: 0 done, 2 wrong input (one line on standard error), 130 stopped by Ctrl-C.",
+    help_epilogue="Exit codes: 0 done, 1 below a limit of --fail-under, 2 wrong input (one line on standard error), "
+    "130 stopped by Ctrl-C.",
     suppress_keyboard_interrupt=False,  # `run` says a line
 )
 app.register_install_completion_command()
@@ -61,6 +63,8 @@ def run(arguments: Sequence[str]) -> int:
         return fail(error, 130)
     except KeyboardInterrupt:
         return fail("stopped; --resume goes on from the last state that was kept, if there is one", 130)
+    except BelowLimitError as error:
+        return fail(error, 1)
     except CycloptsError as error:
         return fail(str(error).strip().split("\n")[0], 2)
     except VitrimError as error:

@@ -9,6 +9,7 @@ from vitrim.catalog import COLUMNS, method_rows
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import number, print_json, print_notes, print_table, say
 from vitrim.cli.options import BudgetOptions, SourceOptions
+from vitrim.errors import BelowLimitError
 
 NO_BUDGET, AS_NAMED = BudgetOptions(), SourceOptions()
 
@@ -63,6 +64,8 @@ def evaluate(
     data: str,
     reading: SourceOptions = AS_NAMED,
     index: str | None = None,
+    old_index: Path | None = None,
+    fail_under: tuple[str, ...] = (),
     limit: int | None = None,
     split: str | None = None,
     device: str = "auto",
@@ -77,18 +80,39 @@ def evaluate(
         against: the model to compare with.
         data: images to evaluate on; with labels, kNN, linear probe and top-1 are measured too.
         index: labelled images for kNN and the linear probe to learn from; by default 80% of data.
+        old_index: a .npy file of vectors that the original made earlier, a row for each image of data in its order
+            (more may follow), in which the small model's queries are searched.
+        fail_under: NAME=VALUE, may be given several times: exit with code 1 if the small model is below it. Cosines and
+            recalls are 0 to 1; top1, knn and linear_probe are the small model's less the original's. A number alone
+            is a limit on cosine.
         limit: use at most this many images.
         split: the part to use of a data source that has several, by default test, or val if there is none.
         device: auto, cpu, cuda or mps.
     """
     from vitrim.evaluation import HEADER
     from vitrim.evaluation import evaluate as measure
+    from vitrim.metrics.limits import parse_limits
 
-    found = measure(student, against, data, index=index, limit=limit, split=split, device=device, **reading.given())
+    limits = parse_limits(fail_under)
+    found = measure(
+        student,
+        against,
+        data,
+        index=index,
+        old_index=old_index,
+        limit=limit,
+        split=split,
+        device=device,
+        **reading.given(),
+    )
+    below = found.below(limits)
     if as_json:
-        return print_json(found.to_json())
-    print_table(HEADER, found.rows())
-    say(found.judged_on)
+        print_json({**found.to_json(), "below": below})
+    else:
+        print_table(HEADER, found.rows())
+        say(found.judged_on)
+    if below:
+        raise BelowLimitError("; ".join(below))
 
 
 @app.command

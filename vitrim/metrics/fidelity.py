@@ -31,6 +31,9 @@ from vitrim.types import Features, FeaturesAt
 # Of fewer images, shares such as recall and agreement say nothing, so they are not given.
 MIN_IMAGES = 50
 
+# Similarities held at a time, in numbers: 64 million take 256 MB in float32.
+CHUNK_NUMBERS = 64_000_000
+
 
 class TokenComparison:
     """Running relative error and mean cosine of a student's tokens S against a teacher's tokens T.
@@ -208,27 +211,30 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Search an index built by the teacher with the student's queries; row i should find row i, by cosine.
 
+    An index may have more rows than there are queries: they are of other images.
+
     Rows that tie count as in a random order of the tie, so features that collapsed to one point get the
     recall of guessing.
 
     Args:
         student_BD: one query per image.
-        teacher_BD: one entry per image, in the same order.
+        teacher_BD: one entry per image, in the same order, and any number of others behind them.
         ks: how many results to look at.
-        chunk_size: queries compared at a time.
+        chunk_size: queries compared at a time, fewer where the index is large.
 
     Returns:
         `recall@k` in 0..1 for each k.
 
     Raises:
-        DataError: the shapes differ or there is no row.
+        DataError: the widths differ, there is no row, or fewer than there are queries.
     """
-    if student_BD.shape != teacher_BD.shape or not len(teacher_BD):
+    if student_BD.shape[1:] != teacher_BD.shape[1:] or not 0 < len(student_BD) <= len(teacher_BD):
         shapes = f"{tuple(student_BD.shape)} and {tuple(teacher_BD.shape)}"
         raise DataError(f"retrieval: got features of shapes {shapes}; pass the same images to both models.")
     index_BD = normalize(teacher_BD.float(), dim=1)
+    chunk_size = max(1, min(chunk_size, CHUNK_NUMBERS // len(index_BD)))
     hits = dict.fromkeys(ks, 0.0)
-    for start in range(0, len(index_BD), chunk_size):
+    for start in range(0, len(student_BD), chunk_size):
         queries_QD = normalize(student_BD[start : start + chunk_size].float().to(index_BD.device), dim=1)
         similar_QB = queries_QD @ index_BD.T
         own_Q1 = similar_QB.diagonal(start)[:, None]
@@ -236,7 +242,7 @@ def retrieval_recall(
         num_tied_Q = (similar_QB == own_Q1).sum(1)  # itself included
         for k in ks:
             hits[k] += float(((k - num_better_Q) / num_tied_Q).clamp(0, 1).sum())
-    return {f"recall@{k}": hits[k] / len(index_BD) for k in ks}
+    return {f"recall@{k}": hits[k] / len(student_BD) for k in ks}
 
 
 def _kinds(model: nn.Module, found: Features) -> dict[str, list[Tensor]]:

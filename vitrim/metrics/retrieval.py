@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import DataError
+from vitrim.metrics.fidelity import CHUNK_NUMBERS
 from vitrim.models.features import evaluating
 from vitrim.models.towers import embed_images, unit
 
-# Similarities held at a time, in numbers: 64 million take 256 MB in float32.
-CHUNK_NUMBERS = 64_000_000
 MAX_QUERIES = 1024
 
 
