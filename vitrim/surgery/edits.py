@@ -43,7 +43,8 @@ class Edit(ABC):
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
-        KINDS[cls.KIND] = cls
+        if hasattr(cls, "KIND"):  # what several edits share is none itself
+            KINDS[cls.KIND] = cls
 
     @abstractmethod
     def affected_tensors(self) -> list[str]:
