@@ -15,6 +15,7 @@ from vitrim.config.options import (
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
+    ExitOptions,
     RecoverOptions,
     RepairOptions,
 )
@@ -27,6 +28,7 @@ OPTIONS = (
     AdapterOptions,
     AllocateOptions,
     AtOnceOptions,
+    ExitOptions,
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
@@ -54,10 +56,17 @@ SPELLED = {
     "refit": (RepairOptions, "refit"),
     "blockwise": (BlockwiseOptions, "train"),
     "at_once_steps": (AtOnceOptions, "steps"),
+    "exit_steps": (ExitOptions, "steps"),
     "select_on": (Dgmr, "select_on"),
 }
 ELSEWHERE = {"recipe", "option", "effort"}  # a file, what a method takes, and a word for several fields
-OTHER_FORM = {"method", "repair", "blockwise", "at_once_steps"}  # of these the help says something for itself
+OTHER_FORM = {
+    "method",
+    "repair",
+    "blockwise",
+    "at_once_steps",
+    "exit_steps",
+}  # of these the help says something for itself
 
 
 @pytest.mark.parametrize("options", [BudgetOptions, CutOptions, TrainOptions], ids=lambda kind: kind.__name__)

@@ -26,6 +26,7 @@ from vitrim.config.options import (
     BlockwiseOptions,
     CacheOptions,
     CalibrateOptions,
+    ExitOptions,
     RecoverOptions,
     RepairOptions,
 )
@@ -81,6 +82,7 @@ def test_the_reference_has_every_key_of_a_recipe_with_its_default():
     assert recipe.steps[0].repair == RepairOptions()
     assert recipe.steps[0].allocate == AllocateOptions()
     assert recipe.blockwise == BlockwiseOptions() and recipe.at_once == AtOnceOptions()
+    assert recipe.exits == ExitOptions()
     assert recipe.recover == RecoverOptions(epochs=2, cache_teacher=CacheOptions(), adapter=AdapterOptions())
     fields = {**Recipe.model_fields, **Step.model_fields}
     assert {"round_to", "exact", "seed", "device", "scope", "method"} <= {

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         BlockwiseOptions,
         CacheOptions,
         CalibrateOptions,
+        ExitOptions,
         RecoverOptions,
         RepairOptions,
     )
@@ -60,6 +61,7 @@ _HOMES = {
     "AdapterOptions": "config.options",
     "AllocateOptions": "config.options",
     "AtOnceOptions": "config.options",
+    "ExitOptions": "config.options",
     "BlockwiseOptions": "config.options",
     "BudgetError": "errors",
     "CacheOptions": "config.options",
@@ -111,6 +113,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "Evaluation",
+    "ExitOptions",
     "Inspection",
     "Interrupted",
     "Metrics",

@@ -149,7 +149,7 @@ class CutOptions:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What is trained after the cut; nothing is, without one of the first five."""
+    """What is trained after the cut; nothing is, without one of the first six."""
 
     recover_steps: Annotated[int | None, _help(RECOVER["steps"])] = None
     recover_epochs: Annotated[float | None, _help(RECOVER["epochs"])] = None
@@ -160,6 +160,7 @@ class TrainOptions:
     at_once_steps: Annotated[
         int | None, _help("Then train all blocks at once for so many steps, each by its own error.")
     ] = None
+    exit_steps: Annotated[int | None, _help("Last, train early exits at the ends of loops for so many steps.")] = None
     lr: Annotated[float | None, _help(RECOVER["lr"])] = None
     batch_size: Annotated[int | None, _help(RECOVER["batch_size"])] = None
     gradient_accumulation_steps: Annotated[int | None, _help(RECOVER["gradient_accumulation_steps"])] = None
@@ -180,11 +181,12 @@ class TrainOptions:
             values["report_to"] = self.report_to.split(",")
         if self.elastic is not None:
             values["elastic"] = _values(f"[{self.elastic}]", where=f"--elastic {self.elastic!r}: give ratios, as 0.5,1")
-        for name in ("recover_steps", "recover_epochs", "blockwise", "at_once_steps"):
+        for name in ("recover_steps", "recover_epochs", "blockwise", "at_once_steps", "exit_steps"):
             del values[name]
         recover = {name: value for name, value in values.items() if value is not None}
         found: dict[str, Any] = {"recover": recover} if recover else {}
         found |= {} if self.blockwise is None else {"blockwise": {"train": self.blockwise}}
+        found |= {} if self.exit_steps is None else {"exits": {"steps": self.exit_steps}}
         return found if self.at_once_steps is None else {**found, "at_once": {"steps": self.at_once_steps}}
 
 

@@ -83,13 +83,12 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     images = None if data is None else open_inputs(data, origin)
     _check_labels(recipe, images, whole.get_submodule(encoder))
     if images is None and recipe.training:
-        raise RecipeError("recover, at_once, blockwise: distillation needs images; pass data.")
+        raise RecipeError("recover, at_once, blockwise, exits: distillation needs images; pass data.")
     if recipe.recover is not None:
         check_trackers(recipe.recover.report_to, folder=out)
-        if recipe.recover.features_at == "logits" and not num_classes(whole.get_submodule(encoder)):
-            raise RecipeError("recover.features_at: logits needs a model with a class head; use final.")
         if isinstance(images, ImageStream):
             check_stream(images, recipe.recover)
+    _check_head(recipe, whole.get_submodule(encoder))
     notes = (*origin.notes, *(() if note is None else (note,)))
     return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space, notes=notes)
 
@@ -108,6 +107,17 @@ def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder
     if not (fits := match_labels(images, encoder))[1]:
         why = "the model has no head" if fits[2] is None else fits[2].removesuffix(", so top-1 is not measured.")
         raise RecipeError(f"options.loss=labels: {why}; pass labels of the model's classes, or use features.")
+
+
+def _check_head(recipe: Recipe, encoder: nn.Module) -> None:
+    """Check that there is a head, if class scores are to be compared.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    for name, options in (("recover", recipe.recover), ("exits", recipe.exits)):
+        if options is not None and options.features_at == "logits" and not num_classes(encoder):
+            raise RecipeError(f"{name}.features_at: logits needs a model with a class head; use final.")
 
 
 def _with_published(recipe: Recipe, origin: Origin) -> tuple[Recipe, str | None]:

@@ -40,6 +40,7 @@ from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import OnValidation, recover_
 from vitrim.recover.elastic import Slice, Widths
 from vitrim.recover.elastic_fit import Fitting, serving
+from vitrim.recover.exits import train_exits_
 from vitrim.recover.factors import TrainingSource
 from vitrim.recover.result import Recovery
 from vitrim.repair.blockwise import Blockwise, follow_cut_
@@ -111,7 +112,7 @@ def prepare(job: Job, context: RunContext) -> Models:
         num_units = max(site.d_hidden for site in sites)
         split = split_images(job.images, job.recipe, work=seen, model=teacher, num_units=num_units)
     if split is not None and not split.held_out and job.recipe.training:
-        raise DataError(f"recover, at_once, blockwise: {split.notes[-1]}")
+        raise DataError(f"recover, at_once, blockwise, exits: {split.notes[-1]}")
     noise = random_inputs(job.origin) if split is None else None  # costs are measured on it
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
@@ -260,22 +261,23 @@ def beside_equal_widths(widths: ChosenWidths, judged: Closeness | None) -> Mappi
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Results of training after the cut, blockwise, at once and end to end, and the other widths of an elastic run."""
+    """Results of training after the cut, in order, and the other widths of an elastic run."""
 
     blocks: Blockwise | None = None
     at_once: Recovery | None = None
     recovery: Recovery | None = None
+    exits: Recovery | None = None
     slices: Mapping[float, Slice] = field(default_factory=dict)
 
     @property
     def anything(self) -> bool:
         """Whether anything was trained."""
-        return any(step is not None for step in (self.blocks, self.at_once, self.recovery))
+        return any(step is not None for step in (self.blocks, self.at_once, self.recovery, self.exits))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user."""
-        steps = (self.blocks, self.at_once, self.recovery)
+        steps = (self.blocks, self.at_once, self.recovery, self.exits)
         return tuple(note for step in steps if step is not None for note in step.notes)
 
     def describe(self) -> dict[str, Any]:
@@ -284,6 +286,7 @@ class Trained:
             "blockwise": None if self.blocks is None else dict(self.blocks.__dict__),
             "at_once": None if self.at_once is None else dict(self.at_once.__dict__),
             "recovery": None if self.recovery is None else dict(self.recovery.__dict__),
+            "exits": None if self.exits is None else dict(self.exits.__dict__),
             "elastic": {f"{ratio:g}": dict(found.errors) for ratio, found in self.slices.items()} or None,
         }
 
@@ -291,22 +294,23 @@ class Trained:
 def train_(
     models: Models, job: Job, widths: Widths | None, context: RunContext, on_validation: OnValidation | None
 ) -> Trained:
-    """Train the student block by block, all blocks at once and end to end, as far as the recipe asks for it."""
+    """Train the student by block, all blocks at once, end to end and at exits, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
     blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
     at_once = None if split is None or recipe.at_once is None else _train_at_once_(models, job, split, context)
-    if split is None or recipe.recover is None:
-        return Trained(blocks=blocks, at_once=at_once)
-    fitting = Fitting(
-        teacher=models.teacher,
-        batches=split.calibration,
-        held_out=[batch.images_BCHW for batch in split.held_out],
-        options=recipe.steps[0].repair_options(),
-        at=recipe.recover.features_at,
-    )
-    with serving(models.student, widths, fitting) as slices:
-        recovery = _distil_(models, job, split, widths, context, on_validation)
-    return Trained(blocks=blocks, at_once=at_once, recovery=recovery, slices=slices)
+    recovery, slices = None, {}
+    if split is not None and recipe.recover is not None:
+        fitting = Fitting(
+            teacher=models.teacher,
+            batches=split.calibration,
+            held_out=[batch.images_BCHW for batch in split.held_out],
+            options=recipe.steps[0].repair_options(),
+            at=recipe.recover.features_at,
+        )
+        with serving(models.student, widths, fitting) as slices:
+            recovery = _distil_(models, job, split, widths, context, on_validation)
+    exits = _train_exits_(models, job, context)
+    return Trained(blocks=blocks, at_once=at_once, recovery=recovery, exits=exits, slices=slices)
 
 
 def _train_at_once_(models: Models, job: Job, split: Split, context: RunContext) -> Recovery:
@@ -314,6 +318,21 @@ def _train_at_once_(models: Models, job: Job, split: Split, context: RunContext)
     options = job.recipe.at_once
     assert options is not None
     return train_at_once_(
+        models.student,
+        models.teacher,
+        _augmented(job, split, options, context),
+        held_out=[batch.images_BCHW for batch in split.held_out],
+        options=options,
+        context=context,
+    )
+
+
+def _train_exits_(models: Models, job: Job, context: RunContext) -> Recovery | None:
+    """Train early exits on the training images, if the recipe asks for it, augmented as in distillation."""
+    options, split = job.recipe.exits, models.split
+    if options is None or split is None:
+        return None
+    return train_exits_(
         models.student,
         models.teacher,
         _augmented(job, split, options, context),

@@ -130,7 +130,8 @@ def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inp
     step, width = recipe.steps[0], recipe.width()
     if inputs is None:
         raise BudgetError(f"{width.kind}: {step.method} is tried on images to meet it; pass data, or give keep_ratio.")
-    alone = recipe.model_copy(update={"steps": (step,), "recover": None, "blockwise": None, "at_once": None})
+    untrained = dict.fromkeys(("recover", "blockwise", "at_once", "exits"))
+    alone = recipe.model_copy(update={"steps": (step,), **untrained})
     trials = Trials(teacher=teacher, sites=sites, images_BCHW=inputs[:NUM_IMAGES], base=alone)
     counted: Counted = "params" if width.kind == "params_ratio" else "macs"
     found = trials.meet(step.method, [counted], width.value)

@@ -107,6 +107,15 @@ class AtOnceOptions(Checked):
     """Save a state to resume from every this many steps, in addition to those at validations."""
 
 
+class ExitOptions(AtOnceOptions):
+    """Trains early exits at the ends of loops: the last one learns from the teacher, and the others from the last."""
+
+    weight: float = Field(default=0.1, gt=0)
+    """Weight of the loss of each exit before the last, beside 1 for the last."""
+    features_at: FeaturesAt = "final"
+    """Where exits are compared: after the final norm, before it, or as class scores (`logits`)."""
+
+
 class CacheOptions(Checked):
     """Where and how the teacher's targets are stored, so that later epochs need not run the teacher."""
 

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from vitrim.checked import Checked, explain, known_keys
 from vitrim.config.effort import EFFORT, with_effort
-from vitrim.config.options import AtOnceOptions, BlockwiseOptions, CalibrateOptions, RecoverOptions
+from vitrim.config.options import AtOnceOptions, BlockwiseOptions, CalibrateOptions, ExitOptions, RecoverOptions
 from vitrim.config.steps import Step
 from vitrim.config.widths import BUDGETS, Width
 from vitrim.config.yaml_files import read_yaml_file, write_yaml
@@ -22,11 +22,11 @@ from vitrim.errors import RecipeError
 from vitrim.methods import Method, find_method
 from vitrim.models.origin import Reading
 from vitrim.storage.training_files import Which
-from vitrim.surgery import DropBlocks, KeepTokens, MergeTokens
+from vitrim.surgery import DropBlocks, KeepTokens, MergeTokens, ToRecursive
 
 LENGTHS = {"steps", "epochs"}
 MAX_STEPS = 16  # each is a pass over the whole model
-MERGED = ("model_args", "repair", "allocate", "blockwise", "at_once", "recover", "calibrate", "options")
+MERGED = ("model_args", "repair", "allocate", "blockwise", "at_once", "recover", "exits", "calibrate", "options")
 
 
 class Recipe(Checked):
@@ -56,6 +56,8 @@ class Recipe(Checked):
     """Train all blocks at once, each by its own error, after the cut."""
     recover: RecoverOptions | None = None
     """Distil without labels, once, at the end."""
+    exits: ExitOptions | None = None
+    """Train early exits at the ends of loops, after distillation."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Random seed; equal recipes and seeds give equal results."""
     device: str = "auto"
@@ -96,6 +98,7 @@ class Recipe(Checked):
                 f"drop {by_block}, recover trains the whole model"
             )
         self._check_fewer_tokens()
+        self._check_exits()
         return self
 
     def _check_fewer_tokens(self) -> None:
@@ -116,10 +119,17 @@ class Recipe(Checked):
                 f"recover.elastic: fits widths on all tokens, and {fewer[0]} keeps some; drop one of the two"
             )
 
+    def _check_exits(self) -> None:
+        """Refuse exits of models that won't have any, or that have several widths."""
+        if self.exits is not None and not any(ToRecursive in find_method(step.method).edits for step in self.steps):
+            raise ValueError("exits: are at the ends of loops, and no step loops blocks; use recursive, or drop exits")
+        if self.exits is not None and self.recover is not None and self.recover.elastic is not None:
+            raise ValueError("exits: are trained at one width; drop exits or recover.elastic")
+
     @property
     def training(self) -> tuple[BlockwiseOptions | AtOnceOptions | RecoverOptions, ...]:
         """What is trained after the cut, in order."""
-        return tuple(part for part in (self.blockwise, self.at_once, self.recover) if part is not None)
+        return tuple(part for part in (self.blockwise, self.at_once, self.recover, self.exits) if part is not None)
 
     def _check_elastic(self, ratios: tuple[float, ...]) -> None:
         """Refuse options that conflict with several widths in one result."""

@@ -100,6 +100,7 @@ class Metrics:
         blockwise: what block-by-block training did; None where there was none.
         at_once: what training all blocks at once did; None where there was none.
         recovery: what distillation did; None where there was none.
+        exits: what training early exits did; None where there was none.
         elastic: errors at each width of an elastic result.
         text_tuning: what tuning the text tower did.
         sliced_from: the output that was sliced.
@@ -126,6 +127,7 @@ class Metrics:
     blockwise: Row | None = None
     at_once: Row | None = None
     recovery: Row | None = None
+    exits: Row | None = None
     elastic: Row | None = None
     text_tuning: Row | None = None
     sliced_from: str | None = None

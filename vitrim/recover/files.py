@@ -6,6 +6,8 @@ from __future__ import annotations
 RECOVERY_STATE = "recover.state"
 # Folder for the state and the log of training all blocks at once.
 AT_ONCE = "at-once"
+# The same for training early exits.
+EXITS = "exits"
 # One JSON line a step.
 RECOVERY_LOG = "recovery.jsonl"
 # Folder for the files of the trackers in `options.report_to`.

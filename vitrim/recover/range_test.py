@@ -6,7 +6,6 @@ import math
 
 from vitrim.config.options import RecoverOptions
 from vitrim.progress import progress
-from vitrim.recover.judge import score
 from vitrim.recover.result import Validation
 from vitrim.recover.run import Run
 from vitrim.recover.schedule import rate_shape
@@ -63,7 +62,7 @@ def find_rate(run: Run) -> float:
             for batches in run.batches(0, num_steps):
                 run.train_step(batches, lr=rate * rate_shape(run.step, num_steps, run.options.warmup_ratio))
             run.result.num_test_steps += num_steps
-            errors[rate] = score(run.judge.errors(run.judged), run.result.curve[0])
+            errors[rate] = run.score(run.judge.errors(run.judged))
             run.start_over_(start)
             bar.advance(1, f"rate {rate:g}: error {errors[rate]:.4f}")
             if chosen is not None and errors[rate] >= errors[chosen]:

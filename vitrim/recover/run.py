@@ -22,8 +22,8 @@ from vitrim.distributed.precision import attention_in_float32, is_bf16
 from vitrim.distributed.processes import join_, mean, num_processes
 from vitrim.distributed.sharding import block_paths, checkpointed, full, local, shard
 from vitrim.errors import RecipeError
-from vitrim.metrics.judging import FeatureModel
-from vitrim.models.features import features, kept_patches, restored
+from vitrim.metrics.judging import FeatureModel, read_features
+from vitrim.models.features import kept_patches, restored
 from vitrim.recover.adapters import adapted, notes_on
 from vitrim.recover.elastic import Widths, at_width
 from vitrim.recover.judge import Judge, score
@@ -147,17 +147,21 @@ class Run:
         """Return whether the parameter of a name is trained where the loss reaches it."""
         return True
 
+    def _reader(self) -> FeatureModel:
+        """Return the student as it is trained and judged: a call gives its features."""
+        return FeatureModel(self.student, self.options.features_at)
+
     def _probe(self) -> Tensor:
         """Return the loss of two images."""
         probe, target = self.judge.held_out[0]
-        found = features(self.student, probe[:2].to(self.device), at=self.options.features_at)
+        found = read_features(self._reader(), probe[:2].to(self.device), self.options.features_at)
         return self._compared(found, _first(target, 2, self.device))
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
         """Build what trains, the student or a copy of it in shards, with its optimizer; it is judged unwrapped."""
         at = self.options.features_at
-        self.judged = FeatureModel(self.student, at)
+        self.judged = self._reader()
         if self.spread:
             self.judged = shard(self.student, self.blocks, device=self.device, at=at)
         self.trained = self.judged.model
@@ -297,7 +301,7 @@ class Run:
         errors = self._judge()
         if self.ema:
             with self._averaged():
-                errors = min(errors, self._judge(), key=self._score)
+                errors = min(errors, self._judge(), key=self.score)
         error = errors["relative_error"]
         point = {"step": self.step, **errors}
         self.result.curve.append(point if math.isnan(loss) else {**point, "loss": loss})
@@ -312,13 +316,14 @@ class Run:
     def _judge(self) -> dict[str, float]:
         """Return the errors of the student as it is now, and keep it if it is the best."""
         errors = self.judge.errors(self.judged)
-        value = self._score(errors)
+        value = self.score(errors)
         if value < self.best_score:
             self.best_score, self.result.best_step = value, self.step
             self.result.best_error, self.best = errors["relative_error"], self.values()
         return errors
 
-    def _score(self, errors: Mapping[str, float]) -> float:
+    def score(self, errors: Mapping[str, float]) -> float:
+        """Return the number by which states are compared, the lower the better."""
         return score(errors, self.result.curve[0] if self.result.curve else errors)
 
     @contextmanager

@@ -1,0 +1,175 @@
+"""Early exits of looped blocks: what is read at them, their training, and leaving once a class is sure."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import vitrim
+from tests.support.distillation import HELD_OUT, assert_equal, make_images, weights
+from tests.support.models import timm_vit
+from vitrim.compression.cut import cut_
+from vitrim.config.options import ExitOptions
+from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
+from vitrim.errors import ModelError, RecipeError
+from vitrim.metrics.judging import FeatureModel, read_features
+from vitrim.models.exits import Loops, UntilSure
+from vitrim.models.features import features
+from vitrim.models.sites import find_mlps
+from vitrim.recover.exits import ExitModel, ExitRun, train_exits_
+from vitrim.recover.losses import feature_loss
+
+IMAGES = HELD_OUT[0]
+
+
+def make_pair(num_blocks=2):
+    """A teacher of six blocks and a student of two that are looped three times."""
+    torch.manual_seed(0)
+    teacher = timm_vit(depth=6, img_size=16, init_values=0.5).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    student = copy.deepcopy(teacher)
+    options = {"num_blocks": num_blocks, "rank": 2, "norms": "own"}
+    recipe = Recipe.parse({"method": "recursive", "options": options})
+    cut_(student, teacher, find_mlps(student), recipe, None, quiet=True)
+    return teacher, student
+
+
+def shorter(model, depth):
+    """The slow reference: a copy without the blocks behind a depth."""
+    short = copy.deepcopy(model)
+    del short.blocks[depth:]
+    return short
+
+
+def test_an_exit_is_the_model_without_the_blocks_behind_it(run):
+    _, student = make_pair()
+    loops = Loops(student)
+    assert loops.blocks == [[f"blocks.{n}", f"blocks.{n + 1}"] for n in (0, 2, 4)]
+    runs = []
+    for block in student.blocks:
+        block.register_forward_pre_hook(lambda *_: None)
+        block.attn.register_forward_hook(lambda *_: runs.append(1))
+    every = loops.exits(lambda: run(student, IMAGES))
+    assert len(runs) == 6  # no block ran twice
+    for number, found in enumerate(every, 1):
+        expected = run(shorter(student, 2 * number), IMAGES)
+        with loops.up_to(number):
+            torch.testing.assert_close(run(student, IMAGES), expected)
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad(), loops.up_to(1) as seen:
+        student(IMAGES)
+    with torch.no_grad(), loops.up_to(2, seen["output"]):
+        runs.clear()
+        torch.testing.assert_close(student(IMAGES), every[1])
+        assert len(runs) == 2
+    torch.testing.assert_close(run(student, IMAGES), every[-1])
+    assert not any("forward" in vars(block) for block in student.blocks)
+
+
+def test_there_are_no_exits_without_loops_and_none_beyond():
+    teacher, student = make_pair()
+    with pytest.raises(ModelError, match="its blocks are not looped"):
+        Loops(teacher)
+    for number in (0, 4):
+        with pytest.raises(RecipeError, match=rf"exit: {number} is no loop of this model; use 1\.\.3"):
+            with Loops(student).up_to(number):
+                pass
+    with pytest.raises(RecipeError, match=r"confidence: is 1\.5"):
+        UntilSure(student, 1.5)
+    student.reset_classifier(0)
+    with pytest.raises(ModelError, match="has no class head to be sure by"):
+        UntilSure(student, 0.5)
+
+
+def test_an_image_leaves_at_the_first_exit_that_is_sure():
+    _, student = make_pair()
+    with torch.no_grad():
+        student.head.weight.mul_(3)
+        scores = torch.stack(Loops(student).exits(lambda: student(IMAGES)))
+        sure = scores.softmax(-1).amax(-1)
+        threshold = float(sure[:-1].median())
+        slow = [next((e for e in range(2) if sure[e, n] >= threshold), 2) for n in range(len(IMAGES))]
+        assert len(set(slow)) > 1
+        leaving = UntilSure(student, threshold)
+        found = leaving(IMAGES)
+        assert leaving.depths == [2 * (number + 1) for number in slow]
+        assert leaving.first_sure(scores).tolist() == slow
+        torch.testing.assert_close(found, torch.stack([scores[number, n] for n, number in enumerate(slow)]))
+        UntilSure(student, 0.0)(IMAGES)
+        assert leaving.first_sure(scores).shape == (len(IMAGES),)
+
+
+def test_the_loss_weighs_exits_and_lets_only_the_last_see_the_teacher():
+    teacher, student = make_pair()
+    options = ExitOptions(steps=1, batch_size=8, weight=0.1)
+    recover = vitrim.RecoverOptions(**options.model_dump(exclude={"weight"}), optimizer="relative")
+    given = {"images": make_images(16), "held_out": HELD_OUT, "options": recover, "context": RunContext(quiet=True)}
+    run = ExitRun(student, teacher, weight=0.1, **given)
+    found = read_features(ExitModel(student, "final"), IMAGES, "final")
+    with torch.no_grad():
+        target = features(teacher, IMAGES)
+    loss = run._compared(found, target)
+    parts = [features(shorter(student, depth), IMAGES) for depth in (2, 4, 6)]
+    slow = feature_loss(parts[2], target)
+    for part in parts[:2]:
+        patches = ((part.patches_BND - parts[2].patches_BND.detach()) ** 2).mean()
+        slow = slow + 0.1 * (((part.pooled_BD - parts[2].pooled_BD.detach()) ** 2).mean() + patches)
+    torch.testing.assert_close(loss, slow)
+    errors = run.judge.errors(FeatureModel(student, "final"))
+    assert {*errors} == {"relative_error", "exit=1", "exit=2", "exit=3"}
+    weighted = (0.1 * errors["exit=1"] + 0.1 * errors["exit=2"] + errors["exit=3"]) / 1.2
+    assert errors["relative_error"] == pytest.approx(weighted)
+
+
+def train(student, teacher, *, work=None, resume=False, on_validation=None, **values):
+    options = ExitOptions(**{"steps": 12, "batch_size": 8, "num_validations": 4, "lr": 0.003, **values})
+    context = RunContext(work=work, resume=resume, quiet=True)
+    return train_exits_(student, teacher, make_images(), held_out=HELD_OUT, options=options, context=context)
+
+
+@pytest.mark.parametrize("at", ["final", "logits"])
+def test_training_brings_exits_closer(at):
+    teacher, student = make_pair()
+    found = train(student, teacher, steps=30, features_at=at, weight=0.5)
+    first, best = found.curve[0], min(found.curve, key=lambda point: point["relative_error"])
+    assert best["exit=1"] < 0.9 * first["exit=1"] and found.improved
+    assert all(math.isfinite(point["exit=3"]) for point in found.curve)
+
+
+def test_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    teacher, whole = make_pair()
+    stopped, again = copy.deepcopy(whole), copy.deepcopy(whole)
+    expected = train(whole, teacher)
+    real = ExitRun.train_step
+
+    def stop(run, *given):
+        if run.step == 7:
+            raise KeyError("stopped")
+        return real(run, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitRun, "train_step", stop)
+        with pytest.raises(KeyError, match="stopped"):
+            train(stopped, teacher, work=tmp_path)
+    found = train(again, teacher, work=tmp_path, resume=True)
+    assert_equal(weights(whole), weights(again))
+    assert found.curve == expected.curve
+
+
+def test_a_recipe_trains_exits_last():
+    teacher, _ = make_pair()
+    recipe = {"method": "recursive", "options": {"num_blocks": 2, "rank": 2}, "recover": {"steps": 2, "lr": 1e-4}}
+    exits = {"steps": 3, "batch_size": 8, "lr": 0.003, "num_validations": 1}
+    found = vitrim.compress(teacher, data=make_images(), recipe={**recipe, "exits": exits}, quiet=True)
+    assert {"exit=1", "exit=2", "exit=3"} < {*found.metrics.exits["curve"][-1]}
+    assert found.metrics.recovery is not None
+    for other, message in (
+        ({"method": "dgmr"}, "exits: are at the ends of loops, and no step loops blocks"),
+        ({"recover": {"steps": 2, "elastic": (1, 2)}}, "exits: are trained at one width"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Recipe.parse({**recipe, "options": {}, "exits": {}, **other})
