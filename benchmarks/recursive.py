@@ -1,11 +1,16 @@
-"""Relaxed Recursive Transformers on the CIFAR-10 ViT of ../shared, by start and rank, before and after training.
+"""Relaxed Recursive Transformers by start and rank, before and after equal training; and early exits.
 
-Six blocks become three, each looped twice. Rows: three starts at several ranks; factors that start from zero; ranks by
+Half of the blocks stay, each looped twice. Rows: three starts at several ranks; factors that start from zero; ranks by
 singular values; norms tied; and `dgmr`, closed form alone, at as many parameters. All get the same distillation.
-Relative squared error of all output tokens (0 is identical, 1 is the mean) and top-1 on test images.
+Relative squared error of all output tokens (0 is identical, 1 is the mean) and, where there is a head, top-1 on test
+images. `exits` trains early exits behind one of the rows, and says what leaving once the class is sure saves. Rows are
+written as they come, and a stopped run goes on behind the last of them.
 
-    nice python benchmarks/recursive.py              # three seeds; not timed yet
-    nice python benchmarks/recursive.py --quick      # one seed, three ranks; not timed yet
+    nice python benchmarks/recursive.py                     # CIFAR-10 ViT of ../shared, one seed
+    nice python benchmarks/recursive.py --seeds 0 1 2       # goes on from the same file
+    nice python benchmarks/recursive.py --quick             # two ranks, few images and steps, a file of its own
+    nice python benchmarks/recursive.py --model deep        # of deep_vit.py
+    nice python benchmarks/recursive.py --model minilm      # on the text that comes with Python's help
 """
 
 from __future__ import annotations
@@ -14,114 +19,203 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
-from vitrim.config.options import RecoverOptions
+from vitrim.config.options import ExitOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import model_size
-from vitrim.data import augment_for, first_images, open_images, transform_for
-from vitrim.evaluation import top1_of
+from vitrim.data import ImageSet, augment_for, first_images, split_indices
+from vitrim.data.inputs import open_set
+from vitrim.evaluation import evaluate, top1_of
 from vitrim.metrics.fidelity import fidelity
+from vitrim.models.features import num_classes
 from vitrim.models.sites import find_mlps
-from vitrim.output.load import open_model
+from vitrim.output.load import open_encoder
 from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
+from vitrim.recover.exits import train_exits_
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-CIFAR10 = SHARED / "data" / "cifar10"
-FULL = 192  # of every matrix of this model
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+MODELS = {
+    "cifar10": f"local-dir:{SHARED / 'models' / 'cifar10-vit'}",
+    "deep": f"local-dir:{ROOT / 'benchmarks' / 'models' / 'deep-vit'}",
+    "minilm": str(SHARED / "models" / "minilm"),
+}
+QUICK = {"ranks": [0, 32], "steps": 20, "num_test": 500, "num_images": 200}
+CONFIDENCES = (0.5, 0.8, 0.9, 0.95)
+EXITS_BEHIND = 32  # the rank of the row behind which exits are trained
 
 
-def rows(ranks: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows(ranks: list[int], full: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and options of the method, at each rank."""
     for rank in ranks:
         for start in ("stepwise", "average", "lower"):
             yield f"{start}, rank {rank}", {"start": start, "rank": rank, "norms": "own"}
         if rank:
             yield f"average from zero, rank {rank}", {"rank": rank, "norms": "own", "factors": "zero"}
-        if 0 < rank < FULL:
+        if 0 < rank < full:
             yield f"average by singular values, rank {rank}", {"rank": rank, "norms": "own", "ranks": "singular"}
         yield f"average, norms tied, rank {rank}", {"rank": rank, "norms": "tied"}
 
 
 class Bench:
-    """The model, its images, and what is done to every row."""
+    """The model, its inputs, and what is done to every row."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.teacher, _ = open_model(f"local-dir:{SHARED / 'models' / 'cifar10-vit'}")
-        self.teacher.requires_grad_(False)
-        transform = transform_for(self.teacher)
-        self.train = open_images(CIFAR10 / "train.parquet", transform=transform)
-        test = open_images(CIFAR10 / "test.parquet", transform=transform, limit=arguments.num_test)
+        self.teacher, self.origin = open_encoder(arguments.source or MODELS[arguments.model])
+        self.teacher = self.teacher.float().eval().requires_grad_(False)
+        sites = find_mlps(self.teacher)
+        self.num_blocks, self.full = len({site.block for site in sites}) // 2, min(site.d_model for site in sites)
+        self.train, test = self.inputs()
         self.test = list(test.loader(batch_size=100))
         self.size = model_size(self.teacher)["num_parameters"]
 
-    def judged(self, student: nn.Module) -> dict[str, float]:
+    def inputs(self) -> tuple[ImageSet, ImageSet]:
+        """Training and test inputs: CIFAR-10's, or for a text encoder four fifths of a text and the rest."""
+        limit = self.arguments.num_test
+        if self.arguments.model != "minilm":
+            folder = SHARED / "data" / "cifar10"
+            test = open_set(folder / "test.parquet", self.origin, limit=limit)
+            return open_set(folder / "train.parquet", self.origin), test
+        every = open_set([str(text) for text in topics.values()], self.origin)
+        rest, held = split_indices(len(every), num_held_out=min(limit, len(every) // 5), seed=0)
+        return every.subset(rest), every.subset(held)
+
+    def judged(self, student: nn.Module) -> dict[str, Any]:
         """Error and top-1 of a student."""
         images = [batch.images_BCHW for batch in self.test]
-        return {"error": fidelity(student, self.teacher, images)["relative_error"], **top1_of(student, self.test)}
+        return {"error": fidelity(student, self.teacher, images)["relative_error"], "top1": top1_of(student, self.test)}
 
-    def row(self, recipe: dict[str, Any], seed: int) -> dict[str, Any]:
-        """One row: cut, judge, distil, judge."""
+    def row(self, recipe: dict[str, Any], seed: int) -> tuple[dict[str, Any], nn.Module]:
+        """One row: cut, judge, distil, judge; and the student."""
         started, student = time.monotonic(), copy.deepcopy(self.teacher).requires_grad_(True)
         batches = self.calibration(seed)
         cut_(student, self.teacher, find_mlps(student), Recipe.parse({**recipe, "seed": seed}), batches, quiet=True)
         found = {"parameters": model_size(student)["num_parameters"] / self.size, "before": self.judged(student)}
-        if self.arguments.steps:
-            recover_(
-                student,
-                self.teacher,
-                self.train.augmented(augment_for(self.teacher, "light", flip=True), seed),
-                held_out=batches[:2],
-                options=RecoverOptions(steps=self.arguments.steps, batch_size=32, num_validations=2, flip=True),
-                context=RunContext(quiet=True, seed=seed),
-            )
-            found["after"] = self.judged(student)
-        return {**found, "seconds": time.monotonic() - started}
+        recover_(
+            student,
+            self.teacher,
+            self.training(seed),
+            held_out=batches[:2],
+            options=RecoverOptions(steps=self.arguments.steps, batch_size=self.arguments.batch_size, num_validations=2),
+            context=RunContext(quiet=True, seed=seed),
+        )
+        return {**found, "after": self.judged(student), "seconds": time.monotonic() - started}, student
+
+    def exits(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Error and top-1 of each exit before and after its training, and of leaving once sure."""
+        started = time.monotonic()
+        _, student = self.row(self.looped(options), seed)
+        found: dict[str, Any] = {"before": self.left(student)}
+        train_exits_(
+            student,
+            self.teacher,
+            self.training(seed),
+            held_out=self.calibration(seed)[:2],
+            options=ExitOptions(steps=self.arguments.steps, batch_size=self.arguments.batch_size, num_validations=2),
+            context=RunContext(quiet=True, seed=seed),
+        )
+        return {**found, "after": self.left(student), "seconds": time.monotonic() - started}
+
+    def left(self, student: nn.Module) -> dict[str, Any]:
+        """What `vitrim evaluate` says of a student at its exits, and, if it has a head, of leaving once sure."""
+        ways: list[dict[str, Any]] = [{"exit": 1}, {"exit": 2}]
+        if num_classes(student):
+            ways += [{"confidence": confidence} for confidence in CONFIDENCES]
+        found = {}
+        for way in ways:
+            seen = evaluate(student, self.teacher, self.test_set(), latency="confidence" in way, **way).to_json()
+            ((name, value),) = way.items()
+            exit = {"error": seen["fidelity"]["relative_error"], "top1": seen["student"].get("top1")}
+            found[f"{name} {value:g}"] = seen.get("sure", exit)
+        return found
+
+    def test_set(self) -> Any:
+        """The test inputs with labels, as a list."""
+        pairs = [(batch.images_BCHW, batch.labels_B) for batch in self.test]
+        return [(image, int(label)) for images, labels in pairs for image, label in zip(images, labels, strict=True)]
+
+    def training(self, seed: int) -> ImageSet:
+        """The training inputs; images are augmented."""
+        known = self.origin.preprocessing
+        augment = augment_for(known, "light", flip=True) if "mean" in known else None
+        return self.train.augmented(augment, seed)
 
     def calibration(self, seed: int) -> list[Tensor]:
-        """A thousand training images."""
-        return list(first_images(self.train, 1000, seed=seed)[0])
+        """Some training inputs."""
+        return list(first_images(self.train, self.arguments.num_images, seed=seed)[0])
+
+    def looped(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The recipe of a row of this method."""
+        return {"method": "recursive", "options": {"num_blocks": self.num_blocks, **options}}
 
     @staticmethod
-    def cut_at(share: float) -> dict[str, Any]:
+    def narrower(share: float) -> dict[str, Any]:
         """The recipe of `dgmr` that leaves a share of the parameters."""
-        return {"method": "dgmr", "repair": {"refit": False}, "params_ratio": share}
+        return {"method": "dgmr", "repair": {"refit": False}, "params_ratio": share, "exact": True}
+
+
+class Rows:
+    """The rows of a file, written as they come; those that it has are not run again."""
+
+    def __init__(self, path: Path, arguments: dict[str, Any]) -> None:
+        self.path, self.found = path, {"arguments": arguments, "rows": {}}
+        if path.exists():
+            self.found = json.loads(path.read_text())
+            if self.found["arguments"] != arguments:
+                raise SystemExit(f"{path}: holds rows of {self.found['arguments']}; give another --out.")
+
+    def get(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row, which is run and written if it is not there."""
+        if name not in self.found["rows"]:
+            self.found["rows"][name] = run()
+            self.found["environment"] = environment()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+            print(name, json.dumps(self.found["rows"][name]), flush=True)
+        return self.found["rows"][name]
 
 
 def main() -> None:
     """Run every row with every seed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, three ranks, few images and steps")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[0, 8, 32, 64, FULL])
-    parser.add_argument("--steps", type=int, default=300)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="cifar10")
+    parser.add_argument("--source", help="where the model is, if it is elsewhere")
+    parser.add_argument("--quick", action="store_true", help=", ".join(f"{k} {v}" for k, v in QUICK.items()))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--ranks", type=int, nargs="+", help="by default 0, 8, 32, 64 and the full one")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-test", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recursive.json"))
+    parser.add_argument("--num-images", type=int, default=1000, help="for the calibration of dgmr")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.seeds, arguments.ranks = arguments.seeds[:1], [0, 8, 32]
-        arguments.steps, arguments.num_test = 60, 1000
-    bench, table = Bench(arguments), {}
-    table["original"] = top1_of(bench.teacher, bench.test)
+        vars(arguments).update(QUICK)
+    name = f"recursive-{arguments.model}{'-quick' if arguments.quick else ''}.json"
+    out = arguments.out or ROOT / "benchmarks" / "results" / name
+    same = ("model", "steps", "batch_size", "num_test", "num_images")
+    bench, table = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
+    table.get("original", lambda: {"top1": top1_of(bench.teacher, bench.test)})
+    ranks = arguments.ranks or [0, 8, 32, 64, bench.full]
     for seed in arguments.seeds:
-        for name, options in rows(arguments.ranks):
-            recipe = {"method": "recursive", "options": {"num_blocks": 3, **options}}
-            table[f"{name}, seed {seed}"] = found = bench.row(recipe, seed)
-            print(name, seed, found, flush=True)
-            if options == {"start": "average", "rank": options["rank"], "norms": "own"} and found["parameters"] < 1:
-                table[f"dgmr beside rank {options['rank']}, seed {seed}"] = found = bench.row(
-                    bench.cut_at(found["parameters"]), seed
-                )
-                print("dgmr", seed, found, flush=True)
-            arguments.out.write_text(json.dumps({"environment": environment(), "table": table}, indent=1) + "\n")
+        for name, options in rows(ranks, bench.full):
+            found = table.get(f"{name}, seed {seed}", lambda: bench.row(bench.looped(options), seed)[0])  # noqa: B023
+            if name.startswith("average, rank") and found["parameters"] < 1:
+                recipe = bench.narrower(found["parameters"])
+                beside = f"dgmr beside rank {options['rank']}, seed {seed}"
+                table.get(beside, lambda: bench.row(recipe, seed)[0])  # noqa: B023
+        options = {"rank": EXITS_BEHIND, "norms": "own"}
+        table.get(f"exits, rank {EXITS_BEHIND}, seed {seed}", lambda: bench.exits(options, seed))  # noqa: B023
 
 
 if __name__ == "__main__":

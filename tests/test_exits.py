@@ -14,6 +14,7 @@ from vitrim.config.options import ExitOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.errors import ModelError, RecipeError
+from vitrim.metrics.exits import at_confidence
 from vitrim.metrics.judging import FeatureModel, read_features
 from vitrim.models.exits import Loops, UntilSure
 from vitrim.models.features import features
@@ -173,3 +174,51 @@ def test_a_recipe_trains_exits_last():
     ):
         with pytest.raises(RecipeError, match=message):
             Recipe.parse({**recipe, "options": {}, "exits": {}, **other})
+
+
+def test_leaving_once_sure_is_judged_image_by_image():
+    teacher, student = make_pair()
+    with torch.no_grad():
+        student.head.weight.mul_(3)
+    labels = torch.arange(8) % 5
+    batches = [(IMAGES[:5], labels[:5]), (IMAGES[5:], labels[5:])]
+    for confidence, exits in ((0.0, {1}), (0.55, {1, 2, 3}), (1.0, {3})):
+        leaving = UntilSure(student, confidence)
+        found = at_confidence(leaving, teacher, batches, top1=True)
+        with torch.no_grad():
+            scores = leaving(IMAGES)
+            parts = [features(shorter(student, depth), IMAGES[n : n + 1]) for n, depth in enumerate(leaving.depths)]
+            target = features(teacher, IMAGES)
+        assert {depth // 2 for depth in leaving.depths} <= exits
+        assert found["blocks"] == pytest.approx(sum(leaving.depths) / 8)
+        assert found["top1"] == pytest.approx(100 * float((scores.argmax(1) == labels).double().mean()))
+        assert found["exit=1"] == pytest.approx(leaving.depths.count(2) / 8)
+        mine = torch.cat([torch.cat([part.pooled_BD[:, None], part.patches_BND], 1) for part in parts])
+        theirs = torch.cat([target.pooled_BD[:, None], target.patches_BND], 1)
+        spread = (theirs - theirs.mean((0, 1))).square().sum()
+        assert found["relative_error"] == pytest.approx(float((mine - theirs).square().sum() / spread), rel=1e-4)
+    assert "top1" not in at_confidence(leaving, teacher, [IMAGES], top1=True)
+
+
+def test_evaluate_leaves_at_an_exit_or_once_sure(run):
+    teacher, student = make_pair()
+    data = make_images(12)
+    whole = vitrim.evaluate(student, teacher, data, latency=False)
+    first = vitrim.evaluate(student, teacher, data, latency=False, exit=1)
+    assert first.student.cost.macs < 0.5 * whole.student.cost.macs and "left behind loop 1" in first.judged_on
+    assert first.to_json()["exit"] == 1 and "exit" not in whole.to_json()
+    again = vitrim.evaluate(student, teacher, data, latency=False, exit=3)
+    assert again.fidelity == whole.fidelity
+    sure = vitrim.evaluate(student, teacher, data, confidence=1.0)
+    assert sure.sure["relative_error"] == pytest.approx(whole.fidelity["relative_error"])
+    assert sure.sure["blocks"] == 6 and sure.sure["latency"]["ratio"] > 0
+    assert any(row[0] == "sure: blocks" for row in sure.rows())
+    for given, error, message in (
+        ({"exit": 4}, RecipeError, r"exit: 4 is no loop of this model; use 1\.\.3"),
+        ({"exit": 1, "confidence": 0.5}, RecipeError, "give one of the two"),
+        ({"confidence": 2.0}, RecipeError, "confidence: is 2"),
+    ):
+        with pytest.raises(error, match=message):
+            vitrim.evaluate(student, teacher, data, **given)
+    with pytest.raises(ModelError, match="its blocks are not looped"):
+        vitrim.evaluate(teacher, teacher, data, exit=1)

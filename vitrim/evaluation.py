@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrim.cost.count import count_macs, num_parameters, peak_memory_mib
 from vitrim.cost.latency import measure_latency
+from vitrim.cost.sure import judge_sure
 from vitrim.data import Batch, ImageSet, split_indices
 from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs
 from vitrim.data.labels import Classes
@@ -22,6 +23,7 @@ from vitrim.metrics.limits import below_limits
 from vitrim.metrics.old_index import OldIndex, read_old_index
 from vitrim.metrics.outputs import Outputs
 from vitrim.metrics.record import ModelCost, relative_latency
+from vitrim.models.exits import leaving_at
 from vitrim.models.features import evaluating, features, inputs_for, num_classes
 from vitrim.models.origin import Origin, Reading
 from vitrim.output.load import Model, open_encoder
@@ -62,6 +64,9 @@ class Evaluation:
         num_skipped: number of images that could not be read.
         learned_from: the images from which kNN and the linear probe learned, in words.
         notes: what else has to be known to read the numbers.
+        exit: the loop behind which the student was left; None for the last.
+        sure: what becomes of a student that each image leaves once its class is sure: the `confidence`, the mean number
+            of `blocks`, `relative_error`, `top1`, shares of images by exit, and `latency` for one image.
     """
 
     fidelity: Mapping[str, float]
@@ -71,6 +76,8 @@ class Evaluation:
     num_skipped: int
     learned_from: str = ""
     notes: tuple[str, ...] = ()
+    exit: int | None = None
+    sure: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
@@ -81,6 +88,8 @@ class Evaluation:
             "num_images": self.num_images,
             "num_skipped": self.num_skipped,
             "notes": list(self.notes),
+            **({} if self.exit is None else {"exit": self.exit}),
+            **({"sure": dict(self.sure)} if self.sure else {}),
         }
 
     def below(self, limits: Mapping[str, float]) -> list[str]:
@@ -107,6 +116,11 @@ class Evaluation:
             else:
                 images = f"{counts[name]:,}" if name in counts else ""
                 rows.append((name, _number(theirs[name]), _number(mine.get(name)), images))
+        for name, value in self.sure.items():
+            if name == "latency":
+                rows.append((f"sure: {latency_name(1)}", "1", relative_latency(value), ""))
+            else:
+                rows.append((f"sure: {name}", "", f"{value:.4g}", f"{self.num_images:,}"))
         return rows
 
     @property
@@ -114,7 +128,8 @@ class Evaluation:
         """What the images were, in a sentence."""
         learned = f" kNN and the probe learned from {self.learned_from}." if self.teacher.scores else ""
         warned = "".join(f" Note: {note}" for note in too_few(self.num_images))
-        return f"{self.num_images:,} images, as they were given; none was held out.{learned}{warned}"
+        left = "" if self.exit is None else f" The small model was left behind loop {self.exit}."
+        return f"{self.num_images:,} images, as they were given; none was held out.{left}{learned}{warned}"
 
     def summary(self) -> str:
         """Return the table as text."""
@@ -152,6 +167,8 @@ def evaluate(
     split: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     weights: Which = "auto",
+    exit: int | None = None,
+    confidence: float | None = None,
 ) -> Evaluation:
     """Compare two models on images.
 
@@ -170,12 +187,16 @@ def evaluate(
         split: the part to use of a data source that has several; by default "test", or "val" if there is none.
         model_args: arguments of the teacher's architecture, if it is a `timm/NAME@FILE`, as for `compress`.
         weights: which weights of training checkpoints, as for `compress`.
+        exit: leave a looped student behind this loop, the first is 1; see the method `recursive`.
+        confidence: also measure a looped classifier that each image leaves at the first loop whose largest class
+            probability is this or more.
 
     Returns:
         Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
 
     Raises:
         ModelError, DataError: a model, the images or an index can't be read, or they don't fit each other.
+        RecipeError: there is no such exit, or the confidence is no probability.
 
     Example:
         >>> from importlib.resources import files
@@ -192,6 +213,7 @@ def evaluate(
     for model, built in ((student_model, its_origin), (teacher_model, origin)):
         check_repeatable(model.to(resolve_device(device)), built, random_inputs(built, 2))
     old = None if old_index is None else read_old_index(old_index, width=_pooled_width(teacher_model, origin))
+    leaving, sure = leaving_at(student_model, exit, confidence)
     images = open_set(data, origin, split=split, limit=limit, default="test")
     images, fits, note = match_labels(images, teacher_model)
     batches = list(images.loader(batch_size=batch_size))
@@ -199,15 +221,16 @@ def evaluate(
     check_inputs(teacher_model, origin, batches)
     known = None if index is None else _like(images, open_set(index, origin, limit=limit))
     learn = None if known is None else list(known.loader(batch_size=batch_size))
-    found, *outputs = compare(student_model, teacher_model, batches)
+    with leaving:
+        found, *outputs = compare(student_model, teacher_model, batches)
+        costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency)
+        mine, theirs = (
+            quality_of(cost, model, own, learn, top1=fits)
+            for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
+        )
     num_skipped = sum(batch.num_skipped for batch in batches)
     searched, its_note = ({}, None) if old is None else _search(old, outputs[0], outputs[1], num_skipped)
     images.tell(*(notes := tuple(text for text in (note, its_note) if text is not None)))
-    costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency)
-    mine, theirs = (
-        quality_of(cost, model, own, learn, top1=fits)
-        for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
-    )
     return Evaluation(
         fidelity={**found, **searched},
         student=mine,
@@ -218,6 +241,8 @@ def evaluate(
         if learn is None
         else f"{sum(len(b.labels_B) for b in learn):,} images of index",
         notes=notes,
+        exit=exit,
+        sure={} if sure is None else judge_sure(sure, teacher_model, batches, top1=fits, latency=latency),
     )
 
 

@@ -69,6 +69,8 @@ def evaluate(
     limit: int | None = None,
     split: str | None = None,
     device: str = "auto",
+    exit: int | None = None,
+    confidence: float | None = None,
     as_json: Json = False,
 ) -> None:
     """Compare a model with the one it was made from.
@@ -88,6 +90,8 @@ def evaluate(
         limit: use at most this many images.
         split: the part to use of a data source that has several, by default test, or val if there is none.
         device: auto, cpu, cuda or mps.
+        exit: leave a looped model behind this loop, the first is 1.
+        confidence: also measure a looped classifier that each image leaves once its class is this probable.
     """
     from vitrim.evaluation import HEADER
     from vitrim.evaluation import evaluate as measure
@@ -103,6 +107,8 @@ def evaluate(
         limit=limit,
         split=split,
         device=device,
+        exit=exit,
+        confidence=confidence,
         **reading.given(),
     )
     below = found.below(limits)

@@ -112,7 +112,7 @@ def fidelity(
             pairs = [(model, inputs_for(model, images)) for model in (student, teacher)]
             found = [features(model, moved, at=at) for model, moved in pairs]
             found[1] = same_patches(found[1], found[0])
-            mine, theirs = (_kinds(model, own) for model, own in zip((student, teacher), found, strict=True))
+            mine, theirs = (kinds(model, own) for model, own in zip((student, teacher), found, strict=True))
             _check_shapes(mine, theirs)
             for kind in theirs:
                 for one, other in zip(mine[kind], theirs[kind], strict=True):
@@ -245,7 +245,7 @@ def retrieval_recall(
     return {f"recall@{k}": hits[k] / len(student_BD) for k in ks}
 
 
-def _kinds(model: nn.Module, found: Features) -> dict[str, list[Tensor]]:
+def kinds(model: nn.Module, found: Features) -> dict[str, list[Tensor]]:
     """Return tokens (B, tokens, D) by the prefix of their results; a pooled vector that is a mean is no token."""
     pooled = [found.pooled_BD[:, None]]
     if found.patches_BND is None:

@@ -8,7 +8,7 @@ and behind them runs as always, so that every exit has the model's own final nor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -46,6 +46,15 @@ class Loops:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def check(self, number: int) -> None:
+        """Check that there is a loop of this number, the first is 1.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        if not 1 <= number <= len(self):
+            raise RecipeError(f"exit: {number} is no loop of this model; use 1..{len(self)}.")
+
     @contextmanager
     def up_to(self, number: int, before: Any = None) -> Iterator[dict[str, Any]]:
         """Leave the model behind a loop, the first is 1; what this puts out is then under "output".
@@ -55,8 +64,7 @@ class Loops:
         Raises:
             RecipeError: there is no such loop.
         """
-        if not 1 <= number <= len(self):
-            raise RecipeError(f"exit: {number} is no loop of this model; use 1..{len(self)}.")
+        self.check(number)
         seen: dict[str, Any] = {}
         end = self.model.get_submodule(self.blocks[number - 1][-1])
         earlier = [] if before is None else self.blocks[: number - 1]
@@ -143,6 +151,24 @@ class UntilSure(nn.Module):
                 self.depths.append(number * self.loops.length)
                 return scores_1C
             before, number = seen["output"], number + 1
+
+
+def leaving_at(
+    model: nn.Module, exit: int | None, confidence: float | None
+) -> tuple[AbstractContextManager[Any], UntilSure | None]:
+    """Return what holds a model at an exit, and the model as it is left once it is sure, as far as they are asked for.
+
+    Raises:
+        ModelError: the model has no exits, or no head.
+        RecipeError: there is no such exit, the confidence is no probability, or both were given.
+    """
+    if exit is not None and confidence is not None:
+        raise RecipeError("exit, confidence: one leaves at a loop, the other where it is sure; give one of the two.")
+    if exit is None:
+        return nullcontext(), None if confidence is None else UntilSure(model, confidence)
+    loops = Loops(model)
+    loops.check(exit)
+    return loops.up_to(exit), None
 
 
 def _looped(model: nn.Module) -> tuple[set[str], set[str]]:

@@ -1,0 +1,73 @@
+"""What it costs in quality that each image leaves a looped classifier at the first exit whose class is sure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import DataError
+from vitrim.metrics.fidelity import TokenComparison, kinds
+from vitrim.metrics.outputs import images_and_labels
+from vitrim.models.exits import UntilSure
+from vitrim.models.features import evaluating, features, inputs_for, logits, same_patches
+from vitrim.types import Features
+
+
+def at_confidence(student: UntilSure, teacher: nn.Module, batches: Iterable[Any], *, top1: bool) -> dict[str, float]:
+    """Judge a student that is left once it is sure; all exits are read, and of each image the one that it would take.
+
+    Args:
+        student: the looped model with its confidence.
+        teacher: the model to compare features with.
+        batches: tensors (B, C, H, W), or tuples that start with one and its labels (such as `Batch`).
+        top1: whether the labels are those of the student's head.
+
+    Returns:
+        `confidence`; `blocks`, how many run for an image in the mean; `exit=N`, the share of images (0..1) that leave
+        behind loop N; `relative_error` of the features, as `fidelity` has it; and `top1` in percent, if it is asked for
+        and there are labels.
+
+    Raises:
+        DataError: there was no image.
+    """
+    compared, taken, right = TokenComparison(), list[Tensor](), list[Tensor]()
+    with evaluating(student, teacher):
+        for images, labels in images_and_labels(batches):
+            inputs = inputs_for(student.model, images)
+            scores_EBC = torch.stack([_scores(s) for s in student.loops.exits(lambda: logits(student.model, inputs))])
+            exit_B = student.first_sure(scores_EBC)
+            every = student.loops.exits(lambda: features(student.model, inputs))
+            found = _picked(every, exit_B)
+            target = same_patches(features(teacher, inputs_for(teacher, images)), found)
+            for one, other in zip(kinds(student.model, found)[""], kinds(teacher, target)[""], strict=True):
+                compared.update(one, other)
+            taken.append(exit_B.cpu())
+            classes_B = scores_EBC.argmax(-1).gather(0, exit_B[None])[0].cpu()
+            right.append((classes_B == labels)[labels >= 0])
+    if not taken:
+        raise DataError("confidence: no images to compare on; pass at least one batch.")
+    exit_N, right_N = torch.cat(taken), torch.cat(right)
+    numbers = range(len(student.loops))
+    result = {"confidence": student.confidence, "blocks": float((exit_N + 1).double().mean()) * student.loops.length}
+    result |= {f"exit={number + 1}": float((exit_N == number).double().mean()) for number in numbers}
+    result |= {"relative_error": compared.relative_error}
+    return {**result, "top1": 100 * float(right_N.double().mean())} if top1 and len(right_N) else result
+
+
+def _scores(scores_BC: Tensor | None) -> Tensor:
+    assert scores_BC is not None  # the student was refused without a head
+    return scores_BC
+
+
+def _picked(every: list[Features], exit_B: Tensor) -> Features:
+    """Return the features of each image at its exit."""
+    rows_B = torch.arange(len(exit_B), device=exit_B.device)
+    pooled_BD = torch.stack([found.pooled_BD for found in every])[exit_B, rows_B]
+    patches = [found.patches_BND for found in every if found.patches_BND is not None]
+    return replace(
+        every[-1], pooled_BD=pooled_BD, patches_BND=torch.stack(patches)[exit_B, rows_B] if patches else None
+    )
