@@ -37,17 +37,12 @@ def at_confidence(student: UntilSure, teacher: nn.Module, batches: Iterable[Any]
     compared, taken, right = TokenComparison(), list[Tensor](), list[Tensor]()
     with evaluating(student, teacher):
         for images, labels in images_and_labels(batches):
-            inputs = inputs_for(student.model, images)
-            scores_EBC = torch.stack([_scores(s) for s in student.loops.exits(lambda: logits(student.model, inputs))])
-            exit_B = student.first_sure(scores_EBC)
-            every = student.loops.exits(lambda: features(student.model, inputs))
-            found = _picked(every, exit_B)
+            exit_B, classes_B, found = _left(student, inputs_for(student.model, images))
             target = same_patches(features(teacher, inputs_for(teacher, images)), found)
             for one, other in zip(kinds(student.model, found)[""], kinds(teacher, target)[""], strict=True):
                 compared.update(one, other)
             taken.append(exit_B.cpu())
-            classes_B = scores_EBC.argmax(-1).gather(0, exit_B[None])[0].cpu()
-            right.append((classes_B == labels)[labels >= 0])
+            right.append((classes_B.cpu() == labels)[labels >= 0])
     if not taken:
         raise DataError("confidence: no images to compare on; pass at least one batch.")
     exit_N, right_N = torch.cat(taken), torch.cat(right)
@@ -58,16 +53,14 @@ def at_confidence(student: UntilSure, teacher: nn.Module, batches: Iterable[Any]
     return {**result, "top1": 100 * float(right_N.double().mean())} if top1 and len(right_N) else result
 
 
-def _scores(scores_BC: Tensor | None) -> Tensor:
-    assert scores_BC is not None  # the student was refused without a head
-    return scores_BC
-
-
-def _picked(every: list[Features], exit_B: Tensor) -> Features:
-    """Return the features of each image at its exit."""
-    rows_B = torch.arange(len(exit_B), device=exit_B.device)
-    pooled_BD = torch.stack([found.pooled_BD for found in every])[exit_B, rows_B]
+def _left(student: UntilSure, inputs: Tensor) -> tuple[Tensor, Tensor, Features]:
+    """Return the exit, the class and the features of each image of a batch."""
+    scores = student.loops.exits(lambda: logits(student.model, inputs))
+    scores_EBC = torch.stack([scores_BC for scores_BC in scores if scores_BC is not None])  # all are there
+    every = student.loops.exits(lambda: features(student.model, inputs))
+    exit_B = student.first_sure(scores_EBC)
+    at_B = (exit_B, torch.arange(len(exit_B), device=exit_B.device))
     patches = [found.patches_BND for found in every if found.patches_BND is not None]
-    return replace(
-        every[-1], pooled_BD=pooled_BD, patches_BND=torch.stack(patches)[exit_B, rows_B] if patches else None
-    )
+    patches_BND = torch.stack(patches)[at_B] if patches else None
+    pooled_BD = torch.stack([found.pooled_BD for found in every])[at_B]
+    return exit_B, scores_EBC.argmax(-1)[at_B], replace(every[-1], pooled_BD=pooled_BD, patches_BND=patches_BND)
