@@ -85,8 +85,8 @@ class Bench:
         if self.arguments.model != "minilm":
             folder = SHARED / "data" / "cifar10"
             test = open_set(folder / "test.parquet", self.origin, limit=limit)
-            return open_set(folder / "train.parquet", self.origin), test
-        every = open_set([str(text) for text in topics.values()], self.origin)
+            return open_set(folder / "train.parquet", self.origin, limit=None), test
+        every = open_set([str(text) for text in topics.values()], self.origin, limit=None)
         rest, held = split_indices(len(every), num_held_out=min(limit, len(every) // 5), seed=0)
         return every.subset(rest), every.subset(held)
 

@@ -317,14 +317,9 @@ def _train_at_once_(models: Models, job: Job, split: Split, context: RunContext)
     """Train all blocks at once on the training images, augmented as in distillation."""
     options = job.recipe.at_once
     assert options is not None
-    return train_at_once_(
-        models.student,
-        models.teacher,
-        _augmented(job, split, options, context),
-        held_out=[batch.images_BCHW for batch in split.held_out],
-        options=options,
-        context=context,
-    )
+    images, held_out = _augmented(job, split, options, context), [batch.images_BCHW for batch in split.held_out]
+    given = {"held_out": held_out, "options": options, "context": context}
+    return train_at_once_(models.student, models.teacher, images, **given)
 
 
 def _train_exits_(models: Models, job: Job, context: RunContext) -> Recovery | None:
@@ -332,14 +327,9 @@ def _train_exits_(models: Models, job: Job, context: RunContext) -> Recovery | N
     options, split = job.recipe.exits, models.split
     if options is None or split is None:
         return None
-    return train_exits_(
-        models.student,
-        models.teacher,
-        _augmented(job, split, options, context),
-        held_out=[batch.images_BCHW for batch in split.held_out],
-        options=options,
-        context=context,
-    )
+    images, held_out = _augmented(job, split, options, context), [batch.images_BCHW for batch in split.held_out]
+    given = {"held_out": held_out, "options": options, "context": context}
+    return train_exits_(models.student, models.teacher, images, **given)
 
 
 def _source(models: Models, job: Job, context: RunContext) -> TrainingSource | None:
