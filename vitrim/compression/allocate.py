@@ -1,7 +1,7 @@
-"""Widths that differ between MLPs, under one budget for all of them together.
+"""Widths that differ between MLPs, and sizes between attentions, under one budget for all of them together.
 
-The widths of all MLPs are chosen together, optimally for what `curves` has measured of each alone. Errors of several
-MLPs are assumed to add up, and the effects of feedback, refit and recovery are not modelled; so what is found here are
+All are chosen together, optimally for what `curves` has measured of each place alone. Errors of several places are
+assumed to add up, and the effects of feedback, refit and recovery are not modelled; so what is found here are
 candidates, which `trials` judges by whole cuts. Where equal widths are foreseen to lose little, they stay.
 """
 
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitrim.compression.curves import Measured, Request, key_of, measure_, shape_of, time_
+from vitrim.compression.head_curves import STEPS
+from vitrim.compression.heads import HeadsCut, equal_share
 from vitrim.config.options import Counted
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
+from vitrim.config.steps import Step
 from vitrim.cost.count import site_macs, site_parameters
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
@@ -32,7 +35,9 @@ EQUAL, HALFWAY, FOUND = "uniform", "halfway", "allocated"
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """Widths to choose from, by name and path of the MLP, equal ones first, and how they were found (`about`).
+    """Widths to choose from, by name and path of the MLP or attention, equal ones first, and how they were found.
+
+    Equal ones name no attention: it keeps the share that its block's MLPs keep.
 
     `measured` is the record that they were found from.
     """
@@ -72,23 +77,26 @@ def allocate(
     assert options is not None
     if not isinstance(method, SiteMethod):
         raise RecipeError(f"allocate: {method.name} decides about the whole model by itself; use allocate=uniform.")
-    if method.cuts() != "mlp":
-        raise RecipeError("allocate: finds widths of MLPs alone; use allocate=uniform, or options.parts='mlp'.")
     if batches is None:
         raise RecipeError("allocate: error curves need calibration images; pass data, or use allocate=uniform.")
+    if method.cuts() != "mlp" and options.cost == "latency":
+        raise RecipeError("allocate.cost: latency is measured for MLPs alone; use params or macs, or parts='mlp'.")
     request = Request(method=method, repair=step.repair_options(), seed=recipe.seed)
     folder, key = options.cache or context.work, key_of(request, teacher, sites, batches)
     found = Measured.kept_at(None if folder is None else folder / f"curves-{key[:16]}.json")
     if not found.errors:
         measure_(found, request, teacher, sites, batches, context.quiet)
-    return _solved(
-        _places(options.cost, step.round_to, uniform, teacher, sites, found), options.cost, found, least_gain
-    )
+    places = [] if method.cuts() == "attention" else _mlps(step, uniform, teacher, sites, found)
+    if method.cuts() != "mlp":
+        heads = HeadsCut.of(teacher, sites, batches, method, request.repair, {})
+        equal = heads.sizes_at(equal_share(step, uniform, sites))
+        places += [_attention(path, equal[path], options.cost, found) for path in equal]
+    return _solved(places, uniform, options.cost, found, least_gain)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One MLP with the sizes that it may have: what each costs, and the error that is foreseen; `equal` is one's index.
+    """An MLP or attention with sizes that it may have: each one's cost and foreseen error; `equal` is an index.
 
     Shapes: J sizes.
     """
@@ -124,7 +132,9 @@ def halfway(places: Sequence[Place], allowed: int, sizes: Mapping[str, int]) -> 
     return best_sizes([place.between(sizes[place.path]) for place in places], allowed)
 
 
-def _solved(places: Sequence[Place], counted: Counted, found: Measured, least_gain: float) -> Allocation:
+def _solved(
+    places: Sequence[Place], uniform: Mapping[str, int], counted: Counted, found: Measured, least_gain: float
+) -> Allocation:
     """Return equal widths, and where these are foreseen to lose enough, the best for the measurements and others."""
     equal = {place.path: place.sizes[place.equal] for place in places}
     allowed = int(_sum(places, equal, "costs_J"))
@@ -136,12 +146,12 @@ def _solved(places: Sequence[Place], counted: Counted, found: Measured, least_ga
         "cost": int(_sum(places, best, "costs_J")),
         "predicted": errors,
     }
-    candidates, notes = {EQUAL: equal}, list(found.notes)
+    candidates, notes = {EQUAL: dict(uniform)}, list(found.notes)
     if errors[FOUND] > (1 - least_gain) * errors[EQUAL]:
         said = f"{errors[EQUAL]:.4g}, with others {errors[FOUND]:.4g}"
         notes.append(f"allocate: equal widths stay: the error foreseen with them is {said}, under a tenth less.")
     elif best != equal:
-        candidates |= {HALFWAY: halfway(places, allowed, best), FOUND: best}
+        candidates |= {HALFWAY: {**uniform, **halfway(places, allowed, best)}, FOUND: {**uniform, **best}}
     return Allocation(candidates=candidates, about=about, measured=found, notes=tuple(notes))
 
 
@@ -150,16 +160,13 @@ def _sum(places: Sequence[Place], sizes: Mapping[str, int], what: str) -> float:
     return sum(getattr(place, what)[place.sizes.index(sizes[place.path])].item() for place in places)
 
 
-def _places(
-    counted: Counted,
-    round_to: int,
-    uniform: Mapping[str, int],
-    teacher: nn.Module,
-    sites: Sequence[MlpSite],
-    found: Measured,
+def _mlps(
+    step: Step, uniform: Mapping[str, int], teacher: nn.Module, sites: Sequence[MlpSite], found: Measured
 ) -> list[Place]:
     """Return every MLP with its widths to choose from; times that are not known yet are measured."""
-    grids = [_grid(site, uniform[site.path], round_to, timed=counted == "latency") for site in sites]
+    assert step.allocate is not None
+    counted = step.allocate.cost
+    grids = [_grid(site, uniform[site.path], step.round_to, timed=counted == "latency") for site in sites]
     if counted == "latency":
         for site, grid in zip(sites, grids, strict=True):
             time_(found, teacher, site, grid)
@@ -174,6 +181,20 @@ def _places(
         )
         for site, grid in zip(sites, grids, strict=True)
     ]
+
+
+def _attention(path: str, equal: int, counted: Counted, found: Measured) -> Place:
+    """Return an attention with its sizes to choose from, each with what it costs beyond the smallest."""
+    whole, costs = len(found.errors[path]), np.array(found.costs[path][counted])
+    grid = sorted({*range(max(1, whole // STEPS), whole + 1, max(1, whole // STEPS)), equal, whole})
+    at = np.array(grid) - 1
+    return Place(
+        path=path,
+        sizes=grid,
+        costs_J=costs[at] - costs.min(),
+        errors_J=np.array(found.errors[path])[at],
+        equal=grid.index(equal),
+    )
 
 
 def _cost(counted: Counted, site: MlpSite, width: int, found: Measured) -> int:

@@ -1,4 +1,4 @@
-"""What is measured for an allocation: each MLP's error at all widths, and the time that widths take.
+"""What is measured for an allocation: each MLP's error at all widths, what `head_curves` finds of attentions, times.
 
 One calibration pass on the uncut model gives each MLP's error at all widths at once. How such an error affects the
 final features is measured by cutting only that MLP, at a few widths. All measurements are kept in a file, so another
@@ -13,7 +13,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,27 +24,29 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, num_held_out, walk
+from vitrim.calibrate.runs import with_edits
 from vitrim.compression.cut import metrics_for, select
+from vitrim.compression.head_curves import HeadCurves
+from vitrim.compression.heads import HeadsCut
 from vitrim.config.options import RepairOptions
 from vitrim.cost.latency import import_timer
 from vitrim.errors import CheckpointError, RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.features import device_of, evaluating
-from vitrim.ops.allocation import Values, dropped_energy, explained_energy
+from vitrim.ops.allocation import Values, dropped_energy, explained_energy, through
 from vitrim.ops.least_squares import fit_output, moments, ridge_for
 from vitrim.ops.output_metric import weighed
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.storage.hashes import tensor_sha256
 from vitrim.storage.sealed import read_sealed, write_sealed
-from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
+from vitrim.surgery import Edit, KeepUnits, apply_, read_weights, submodule
 from vitrim.surgery.modules import run_mlp
 from vitrim.types import MlpSite, MlpWeights
 
 PROBED = (0.5, 0.25, 0.125)  # shares of an MLP's units at which its effect on the final features is measured
 NUM_PROBE_IMAGES = 32
-TINY = 1e-9  # share of an MLP's energy below which an error is rounding error
 WORST = 1e6  # replaces a relative error that is infinite or not a number
 TIMED_IMAGES, TIMED_ROUNDS = 8, 15
 
@@ -53,13 +55,15 @@ log = logging.getLogger("vitrim")
 
 @dataclass(kw_only=True)
 class Measured:
-    """Measurements: by site, final error at widths 1..H and tokens per image; by shape and width, times in ns.
+    """Measurements: by site, final error at sizes 1 to the whole and tokens per image; by shape and width, times in ns.
 
+    `costs` are those of attentions, as parameters and MACs of the whole model at the same sizes.
     `trials` are errors behind whole cuts, by a digest of what was cut to. All is kept in a file, unless `path` is None.
     """
 
     path: Path | None
     errors: dict[str, list[float]] = field(default_factory=dict)
+    costs: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
     times: dict[str, dict[str, int]] = field(default_factory=dict)
     trials: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -71,8 +75,8 @@ class Measured:
         if path is None or not path.exists():
             return cls(path=path)
         try:
-            kinds = {"errors": dict, "tokens": dict, "times": dict, "trials": dict, "notes": list}
-            return cls(path=path, **read_sealed(path, kinds))
+            names = ("errors", "costs", "tokens", "times", "trials")
+            return cls(path=path, **read_sealed(path, {**dict.fromkeys(names, dict), "notes": list}))
         except CheckpointError as error:
             log.warning("%s The errors are measured again.", error)
             return cls(path=path)
@@ -119,20 +123,31 @@ def measure_(
     batches: Sequence[Tensor],
     quiet: bool,
 ) -> None:
-    """Measure all MLPs in one pass over the calibration images; each MLP sees an uncut model."""
-    num_judging = num_held_out(batches)
+    """Measure all places in one pass over the calibration images; each sees an uncut model."""
+    images, num_judging = batches[-1][:NUM_PROBE_IMAGES], num_held_out(batches)
     num_images = sum(map(len, batches[: len(batches) - num_judging]))
-    images = batches[-1][:NUM_PROBE_IMAGES]
     judged = [(images, features_on_cpu(teacher, images, "final"))]
 
-    def judge(edit: KeepUnits) -> float:
+    def judge(edit: Edit) -> float:
         """Return the error of the final features if this is the only cut."""
-        student = copy.deepcopy(teacher)
-        apply_(student, [edit])
-        return min(WORST, relative_error(student, judged, "final"))
+        return min(WORST, relative_error(with_edits(teacher, [edit]), judged, "final"))
 
-    metrics = metrics_for(request.method, teacher, sites, batches)
-    visits = walk(teacher, copy.deepcopy(teacher), sites, batches, feedback=0.0, num_held_out=num_judging, max_tokens=0)
+    method, student = request.method, copy.deepcopy(teacher)
+    metrics: dict[str, Tensor] = {}
+    heads = heads_to_measure(request, student, teacher, sites, batches, metrics, judge)
+    places = [*sites, *(heads.cut.sites if heads else ())]
+    metrics |= metrics_for(method, teacher, places, batches)
+    visits = walk(
+        teacher,
+        student,
+        sites,
+        batches,
+        feedback=0.0,
+        num_held_out=num_judging,
+        max_tokens=0,
+        skip=[site.path for site in sites] if method.cuts() == "attention" else (),
+        entered=None if heads is None else heads.enter_,
+    )
     with progress("allocate", len(sites), quiet=quiet) as bar:
         for visit in visits:
             weighing = replace(visit, metric_DD=metrics.get(visit.site.output))
@@ -141,10 +156,29 @@ def measure_(
             found.tokens[visit.site.path] = visit.stats.num_tokens / num_images
             if bar.done == 0 and not picks.nested():
                 found.notes.append(
-                    f"allocate: {request.method.name} picks units in another order at each width; the curves are rough."
+                    f"allocate: {method.name} picks units in another order at each width; the curves are rough."
                 )
             bar.advance(1, visit.site.path)
+    for path, curve in heads.curves.items() if heads else ():
+        found.errors[path], found.costs[path] = curve.errors, {"params": curve.params, "macs": curve.macs}
     found.save()
+
+
+def heads_to_measure(
+    request: Request,
+    student: nn.Module,
+    teacher: nn.Module,
+    sites: Sequence[MlpSite],
+    batches: Sequence[Tensor],
+    metrics: Mapping[str, Tensor],
+    judge: Callable[[Edit], float],
+) -> HeadCurves | None:
+    """Return what measures attentions on the way, None if the method cuts none; arguments as for `HeadCurves`."""
+    if request.method.cuts() == "mlp":
+        return None
+    cut = HeadsCut.of(student, sites, batches, request.method, request.repair, metrics)
+    cut = replace(cut, feedback=0.0)
+    return HeadCurves(cut=cut, teacher=teacher, judge=judge, probed=PROBED, image=batches[0][:1], curves={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,20 +237,6 @@ class _Picks:
         ridge = ridge_for(stats.num_tokens, len(keep), repair.ridge)
         weight_DK, bias_D = fit_output(stats, index, start_DK, weights.output_bias_D, ridge=ridge, where=where)
         return edit.with_output(weight_DK, bias_D)
-
-
-def through(own_H: Values, own_P: Values, final_P: Values) -> Values:
-    """Interpolate final errors at all widths: piecewise linear in the MLP's own error, through zero and the measured.
-
-    Args:
-        own_H: the MLP's error at widths 1..H.
-        own_P: the MLP's error at the widths where the final error was measured.
-        final_P: the final error there; where it falls although the MLP's own error rises, it is held constant.
-    """
-    rising = np.argsort(own_P, kind="stable")
-    x = np.concatenate([[0.0], np.maximum(own_P[rising], TINY)])
-    y = np.concatenate([[0.0], np.maximum.accumulate(final_P[rising])])
-    return np.where(own_H > x[-1], own_H * (y[-1] / x[-1]), np.interp(own_H, x, y))
 
 
 def shape_of(site: MlpSite, found: Measured) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView, SiteVisit, final_metrics, num_held_out, walk
+from vitrim.calibrate.activations import Activations
 from vitrim.compression.budget import solve_widths
-from vitrim.compression.heads import HeadsCut, heads_in_blocks
+from vitrim.compression.heads import HeadsCut, equal_share
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.steps import Step
@@ -30,6 +32,7 @@ from vitrim.repair.closed_form import repair_, visit_notes
 from vitrim.surgery import DropBlocks, Edit, KeepUnits, Plan, apply_, read_weights
 from vitrim.types import AttentionSite, MlpSite, MlpWeights, SiteView
 
+Entered = Callable[[str, Activations, Activations], None]
 WHOLE = "every hidden unit stays, so nothing was cut or repaired."
 
 
@@ -65,7 +68,8 @@ def cut_(
         sites: MLPs to cut.
         recipe: steps and seed.
         batches: calibration images, or None: then only methods that need weights alone can run, without repair.
-        widths: hidden units that the first step keeps of each MLP, by path; by default from the recipe's budget.
+        widths: hidden units that the first step keeps of each MLP, by path, and for a method that cuts attention also
+            dimensions of each head, or heads; by default from the recipe's budget.
         quiet: show no progress.
         done: edits already made to the student by a run that was stopped; for a recipe of one step.
         keep_edit: called with each cut of an MLP and its errors; its result replaces the cut in the plan.
@@ -210,7 +214,8 @@ class _StepRun:
         """
         if self._keeps_all(chosen):
             return self._leave_whole_()
-        heads, notes = self._heads()
+        heads = self._heads()
+        notes = [] if heads is None else heads.notes
         sites = [*self.sites, *(heads.sites if heads else ())]
         self.metrics |= metrics_for(self.method, self.teacher, sites, self.batches)
         with progress("cut", len(chosen) or len(self.sites), quiet=quiet) as bar:
@@ -232,7 +237,8 @@ class _StepRun:
         """Return whether all units of an unchanged student stay, and nobody asked for them in pick order."""
         widths = {path: edit.width for path, edit in chosen.items()} or self.widths
         unchanged = all(isinstance(edit, KeepUnits) and edit.is_whole for edit in self.edits)
-        return unchanged and not self.in_pick_order and keeps_all(self.sites, widths)
+        others = self.widths.keys() - {site.path for site in self.sites}  # attentions with sizes of their own
+        return unchanged and not self.in_pick_order and not others and keeps_all(self.sites, widths)
 
     def _leave_whole_(self) -> list[str]:
         """Record cuts that change nothing, so that the result is the original bit for bit; return a note."""
@@ -247,32 +253,23 @@ class _StepRun:
         weights, seed = read_weights(self.student, site), self.seed + len(self.edits)
         return select(weights, site, visit, self.widths[site.path], self.method, seed)
 
-    def _heads(self) -> tuple[HeadsCut | None, list[str]]:
-        """Return how attention is cut on the way, None if it is not, and notes on attentions that are left alone."""
+    def _heads(self) -> HeadsCut | None:
+        """Return how attention is cut on the way, None if it is not."""
         method = self.method
         if not isinstance(method, SiteMethod) or method.cuts() == "mlp":
-            return None, []
-        sites, notes = heads_in_blocks(self.student, self.sites, self.batches, whole_heads=method.whole_heads())
-        kept = sum(self.widths.values()) / sum(site.d_hidden for site in self.sites)
-        share = self.step.keep_ratio or kept  # widths are rounded
+            return None
+        return HeadsCut.of(self.student, self.sites, self.batches, method, self.repair, self.metrics)
+
+    def _entered(self, heads: HeadsCut) -> Entered:
+        """Return what is done in a block before its MLPs are visited: its attentions are cut, and kept in the plan."""
+        sizes = heads.sizes_at(equal_share(self.step, self.widths, self.sites))
+        own = {path: size for path, size in self.widths.items() if path in sizes}
 
         def keep(edit: Edit, errors: Mapping[str, float]) -> None:
             self.edits.append(edit)
             self.errors[edit.where] = dict(errors)
 
-        heads = HeadsCut(
-            student=self.student,
-            method=method,
-            repair=self.repair,
-            share=share,
-            num_fit=len(self.batches or ()) - num_held_out(self.batches or ()),
-            sites=sites,
-            notes=notes,
-            metrics=self.metrics,
-            outputs={block: [s.output for s in self.sites if s.block == block] for block in {s.block for s in sites}},
-            keep=keep,
-        )
-        return heads, notes
+        return partial(heads.enter_, sizes={**sizes, **own}, keep=keep)
 
     def _visits(
         self, chosen: Mapping[str, KeepUnits], heads: HeadsCut | None
@@ -295,7 +292,7 @@ class _StepRun:
             skip=self.behind if mlps else [site.path for site in sites],
             offload=self.offload,
             moments=self.moments,
-            entered=None if heads is None else heads.enter_,
+            entered=None if heads is None else self._entered(heads),
         ):
             yield visit.site, replace(visit, metric_DD=self.metrics.get(visit.site.output))
             del visit

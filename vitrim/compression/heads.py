@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from vitrim.calibrate import HeadVisit, LiveModelView
+from vitrim.calibrate import HeadVisit, LiveModelView, num_held_out
 from vitrim.calibrate.activations import Activations
 from vitrim.config.options import RepairOptions
+from vitrim.config.steps import Step
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.repair.heads import cut_heads_, pick_heads_
@@ -19,7 +20,7 @@ from vitrim.types import AttentionSite, MlpSite
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsCut:
-    """How the attentions of a student are cut: `share` of each head's dimensions or of the heads stays, one at least.
+    """How the attentions of a student are cut, and what is needed to do so.
 
     `sites` are the attentions to cut; `outputs` are, by block, the output projections of its MLPs.
     `metrics` are those on outputs, by path of a projection. `notes` grows as attentions are cut.
@@ -28,35 +29,84 @@ class HeadsCut:
     student: nn.Module
     method: SiteMethod
     repair: RepairOptions | None
-    share: float
+    feedback: float
     num_fit: int
     sites: Sequence[AttentionSite]
     outputs: Mapping[str, Sequence[str]]
     metrics: Mapping[str, Tensor]
     notes: list[str]
-    keep: Callable[[Edit, Mapping[str, float]], None]
 
-    def enter_(self, block: str, teacher: Activations, student: Activations) -> None:
-        """Cut what is in a block that both models have come to."""
+    @classmethod
+    def of(
+        cls,
+        student: nn.Module,
+        mlps: Sequence[MlpSite],
+        batches: Sequence[Tensor] | None,
+        method: SiteMethod,
+        repair: RepairOptions | None,
+        metrics: Mapping[str, Tensor],
+    ) -> HeadsCut:
+        """Find the attentions in the blocks of these MLPs.
+
+        Raises:
+            RecipeError: there are no images, or there is no attention to cut.
+        """
+        sites, notes = heads_in_blocks(student, mlps, batches, whole_heads=method.whole_heads())
+        outputs = {block: [s.output for s in mlps if s.block == block] for block in {s.block for s in sites}}
+        num_fit = len(batches or ()) - num_held_out(batches or ())
+        feedback = 0.0 if repair is None else repair.feedback
+        given = {"student": student, "method": method, "repair": repair, "metrics": metrics, "notes": notes}
+        return cls(**given, feedback=feedback, num_fit=num_fit, sites=sites, outputs=outputs)
+
+    def size_of(self, site: AttentionSite) -> int:
+        """Return how much an uncut attention has of what is cut: heads, or dimensions of each."""
+        return site.num_heads if self.method.whole_heads() else site.head_dim
+
+    def sizes_at(self, share: float) -> dict[str, int]:
+        """Return the size of each attention, by path, at a share of its whole size."""
+        return {site.path: max(1, round(share * self.size_of(site))) for site in self.sites}
+
+    def visit(self, site: AttentionSite, teacher: Activations, student: Activations) -> HeadVisit:
+        """Return an attention with both models at its block."""
+        return HeadVisit(
+            site=site,
+            teacher=teacher,
+            student=student,
+            silent=self.outputs[site.block],
+            feedback=self.feedback,
+            num_fit=self.num_fit,
+            metric_DD=self.metrics.get(site.output),
+        )
+
+    def cut_(self, visit: HeadVisit, size: int) -> tuple[Edit, dict[str, float]]:
+        """Cut an attention of the student to a size; return the edit and its errors per token."""
+        ridge = None if self.repair is None else self.repair.ridge
+        cut_ = pick_heads_ if self.method.whole_heads() else cut_heads_
+        return cut_(self.student, visit, self.method, size, ridge)
+
+    def enter_(
+        self,
+        block: str,
+        teacher: Activations,
+        student: Activations,
+        *,
+        sizes: Mapping[str, int],
+        keep: Callable[[Edit, Mapping[str, float]], None],
+    ) -> None:
+        """Cut what is in a block that both models have come to, to `sizes` by path, and hand each edit to `keep`."""
         for site in [site for site in self.sites if site.block == block]:
-            whole = self.method.whole_heads()
-            total = site.num_heads if whole else site.head_dim
-            if (num_keep := max(1, round(self.share * total))) == total:
+            if sizes[site.path] == self.size_of(site):
                 continue
-            visit = HeadVisit(
-                site=site,
-                teacher=teacher,
-                student=student,
-                silent=self.outputs[block],
-                feedback=0.0 if self.repair is None else self.repair.feedback,
-                num_fit=self.num_fit,
-                metric_DD=self.metrics.get(site.output),
-            )
-            ridge = None if self.repair is None else self.repair.ridge
+            visit = self.visit(site, teacher, student)
             if visit.scale_D is None and visit.feedback > 0:
                 self.notes.append(f"{site.path}: no fixed layer scale behind the attention, so it has no feedback.")
-            cut_ = pick_heads_ if whole else cut_heads_
-            self.keep(*cut_(self.student, visit, self.method, num_keep, ridge))
+            keep(*self.cut_(visit, sizes[site.path]))
+
+
+def equal_share(step: Step, widths: Mapping[str, int], mlps: Sequence[MlpSite]) -> float:
+    """Return the share of each attention that stays at equal sizes: what was asked for, or what the MLPs keep."""
+    kept = sum(widths[site.path] for site in mlps) / sum(site.d_hidden for site in mlps)
+    return step.keep_ratio or kept  # widths are rounded
 
 
 def heads_in_blocks(

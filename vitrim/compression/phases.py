@@ -145,7 +145,8 @@ def _allocated(job: Job, models: Models, uniform: Mapping[str, int], context: Ru
     """Find widths that cost no more than equal ones, and keep the best; equal ones by preference if these are stock."""
     recipe, sites, teacher = job.recipe, models.sites, models.teacher
     equal = [KeepUnits.first(site.below(job.origin.encoder), uniform[site.path]) for site in sites]
-    gain = 0.0 if stock_origin(job.origin, equal) is None else LEAST_GAIN
+    stock = recipe.steps[0].make_method().goes_by() == "widths" and stock_origin(job.origin, equal) is not None
+    gain = LEAST_GAIN if stock else 0.0
     found = allocate(recipe, uniform, teacher, sites, models.batches, context=context, least_gain=gain)
     assert models.split is not None
     return settle(found, recipe, teacher, sites, models.split, least_gain=gain, quiet=context.quiet)

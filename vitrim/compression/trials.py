@@ -123,7 +123,8 @@ def settle(
         quiet: show no progress.
     """
     if len(found.candidates) == 1:
-        return Settled(units=found.candidates[EQUAL], about={**found.about, "kept": EQUAL}, notes=found.notes)
+        equal = found.candidates[EQUAL]
+        return Settled(units=equal, about={**found.about, "kept": EQUAL, "sizes": equal}, notes=found.notes)
     given = {"recipe": recipe, "teacher": teacher, "sites": sites, "split": split}
     trials = Trials(**given, measured=found.measured, quiet=quiet)
     tried = {name: trials.errors(name, units) for name, units in found.candidates.items()}
@@ -136,7 +137,7 @@ def settle(
     )
     return Settled(
         units=found.candidates[kept],
-        about={**found.about, "tried": tried, "kept": kept},
+        about={**found.about, "tried": tried, "kept": kept, "sizes": found.candidates[kept]},
         notes=(*found.notes, note),
         cut=trials.cuts.get(kept) if len(recipe.steps) == 1 else None,  # later steps may train, on other images
     )

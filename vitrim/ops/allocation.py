@@ -19,6 +19,7 @@ from torch import Tensor
 from vitrim.errors import BudgetError
 
 Values = NDArray[np.float64]
+TINY = 1e-9  # share of an MLP's energy below which an error is rounding error
 BISECTIONS = 100  # halvings of the price of a unit of cost: to the last bit of a float64
 
 
@@ -61,6 +62,20 @@ def dropped_energy(gram_HH: Tensor, weight_DH: Tensor, order_H: Tensor) -> Tenso
     pairs_HH = gram_HH[order_H][:, order_H] * (weight_DH.T @ weight_DH)
     last_H = pairs_HH.flip(0, 1).cumsum(0).cumsum(1).diagonal()  # of the last 1..H units together
     return torch.cat([last_H.flip(0)[1:], last_H.new_zeros(1)])
+
+
+def through(own_H: Values, own_P: Values, final_P: Values) -> Values:
+    """Interpolate final errors at all widths: piecewise linear in the MLP's own error, through zero and the measured.
+
+    Args:
+        own_H: the MLP's error at widths 1..H.
+        own_P: the MLP's error at the widths where the final error was measured.
+        final_P: the final error there; where it falls although the MLP's own error rises, it is held constant.
+    """
+    rising = np.argsort(own_P, kind="stable")
+    x = np.concatenate([[0.0], np.maximum(own_P[rising], TINY)])
+    y = np.concatenate([[0.0], np.maximum.accumulate(final_P[rising])])
+    return np.where(own_H > x[-1], own_H * (y[-1] / x[-1]), np.interp(own_H, x, y))
 
 
 @dataclass(frozen=True, kw_only=True)

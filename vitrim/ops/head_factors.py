@@ -78,6 +78,20 @@ def factor_logits(sums: LogitSums, num_keep: int, *, ridge: float) -> tuple[Tens
     return torch.linalg.solve(root_q, both[0].mT).mT, torch.linalg.solve(root_k, both[1].mT).mT
 
 
+def lost_logits(sums: LogitSums, left_GKF: Tensor, right_GKF: Tensor) -> float:
+    """Return the share of the logits' energy that is missing where mixtures take the place of queries and keys.
+
+    Args:
+        sums: second moments of queries and keys; what they are is what they should be.
+        left_GKF: mixtures of queries.
+        right_GKF: mixtures of keys.
+    """
+    query_GFF, key_GFF = sums.query_GFF, sums.key_GFF
+    lost_GFF = torch.eye(query_GFF.shape[-1]).to(query_GFF) - (left_GKF.mT @ right_GKF).to(query_GFF)
+    lost = ((lost_GFF @ key_GFF) * (query_GFF @ lost_GFF)).sum()
+    return float(lost / (query_GFF * key_GFF).sum().clamp(min=torch.finfo(query_GFF.dtype).tiny))
+
+
 def _regressed(gram_GFF: Tensor, cross_GFF: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return the map to the wanted vectors by ridge regression, and the square root of the regularised moments."""
     penalty_G = ridge * gram_GFF.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(gram_GFF.dtype).tiny)

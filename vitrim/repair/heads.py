@@ -24,7 +24,7 @@ def pick_heads_(
     student: nn.Module, visit: HeadVisit, method: SiteMethod, num_keep: int, ridge: float | None
 ) -> tuple[KeepHeads, dict[str, float]]:
     """Drop whole heads of one attention in place; arguments and result as for `cut_heads_`."""
-    site, sums = visit.site, _value_sums(student, visit, visit.site)
+    site, sums = visit.site, value_sums(student, visit, visit.site)
     heads = tuple(sorted(int(head) for head in method.pick_heads(sums, num_keep)))
     keep = torch.tensor([head * site.head_dim + dim for head in heads for dim in range(site.head_dim)])
     start_DP = sums.output_DA[:, keep.to(sums.output_DA.device)]
@@ -56,7 +56,7 @@ def cut_heads_(
         mixtures["q"], mixtures["k"] = method.mix_logits(visit.logits(), num_keep)
     edit = mix_heads(whole, site, mixtures, {})
     apply_(student, [edit])  # for the probabilities that are left
-    sums = _value_sums(student, visit, edit.after)
+    sums = value_sums(student, visit, edit.after)
     replace_(student, site.path, whole)
     mixtures["v"] = method.mix_values(sums, num_keep)
     small, start_DP = mixed(sums.stats, sums.output_DA, mixtures["v"])
@@ -67,7 +67,7 @@ def cut_heads_(
     return edit, errors
 
 
-def _value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> ValueSums:
+def value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> ValueSums:
     """Return the sums of the student's mixed values, which are now at `site`, with its output projection."""
     output = cast(nn.Linear, submodule(student, site.output))
     return ValueSums(
