@@ -33,8 +33,8 @@ from vitrim.config.run_context import RunContext
 from vitrim.cost.count import model_size
 from vitrim.data import ImageSet, augment_for, first_images, split_indices
 from vitrim.data.inputs import open_set
-from vitrim.evaluation import evaluate, top1_of
-from vitrim.metrics.fidelity import fidelity
+from vitrim.evaluation import evaluate, own_top1, top1_of
+from vitrim.metrics.fidelity import compare
 from vitrim.models.features import num_classes
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_encoder
@@ -49,7 +49,7 @@ MODELS = {
     "deep": f"local-dir:{ROOT / 'benchmarks' / 'models' / 'deep-vit'}",
     "minilm": str(SHARED / "models" / "minilm"),
 }
-QUICK = {"ranks": [0, 32], "steps": 20, "num_test": 500, "num_images": 200}
+QUICK = {"ranks": [0, 32], "steps": 10, "lr": 0.003, "num_test": 200, "num_images": 100}
 CONFIDENCES = (0.5, 0.8, 0.9, 0.95)
 EXITS_BEHIND = 32  # the rank of the row behind which exits are trained
 
@@ -77,6 +77,8 @@ class Bench:
         self.num_blocks, self.full = len({site.block for site in sites}) // 2, min(site.d_model for site in sites)
         self.train, test = self.inputs()
         self.test = list(test.loader(batch_size=100))
+        given = {"steps": arguments.steps, "batch_size": arguments.batch_size, "lr": arguments.lr}
+        self.trained: dict[str, Any] = {**given, "num_validations": 2}
         self.size = model_size(self.teacher)["num_parameters"]
 
     def inputs(self) -> tuple[ImageSet, ImageSet]:
@@ -92,8 +94,8 @@ class Bench:
 
     def judged(self, student: nn.Module) -> dict[str, Any]:
         """Error and top-1 of a student."""
-        images = [batch.images_BCHW for batch in self.test]
-        return {"error": fidelity(student, self.teacher, images)["relative_error"], "top1": top1_of(student, self.test)}
+        found, outputs, _ = compare(student, self.teacher, self.test)
+        return {"error": found["relative_error"], "top1": own_top1(student, outputs)}
 
     def row(self, recipe: dict[str, Any], seed: int) -> tuple[dict[str, Any], nn.Module]:
         """One row: cut, judge, distil, judge; and the student."""
@@ -106,7 +108,7 @@ class Bench:
             self.teacher,
             self.training(seed),
             held_out=batches[:2],
-            options=RecoverOptions(steps=self.arguments.steps, batch_size=self.arguments.batch_size, num_validations=2),
+            options=RecoverOptions(**self.trained, optimizer="relative"),
             context=RunContext(quiet=True, seed=seed),
         )
         return {**found, "after": self.judged(student), "seconds": time.monotonic() - started}, student
@@ -121,7 +123,7 @@ class Bench:
             self.teacher,
             self.training(seed),
             held_out=self.calibration(seed)[:2],
-            options=ExitOptions(steps=self.arguments.steps, batch_size=self.arguments.batch_size, num_validations=2),
+            options=ExitOptions(**self.trained),
             context=RunContext(quiet=True, seed=seed),
         )
         return {**found, "after": self.left(student), "seconds": time.monotonic() - started}
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ranks", type=int, nargs="+", help="by default 0, 8, 32, 64 and the full one")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--lr", type=float, help="step as a share of each weight's norm; by default some are tried")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-test", type=int, default=2000)
     parser.add_argument("--num-images", type=int, default=1000, help="for the calibration of dgmr")
@@ -203,7 +206,7 @@ def main() -> None:
         vars(arguments).update(QUICK)
     name = f"recursive-{arguments.model}{'-quick' if arguments.quick else ''}.json"
     out = arguments.out or ROOT / "benchmarks" / "results" / name
-    same = ("model", "steps", "batch_size", "num_test", "num_images")
+    same = ("model", "steps", "batch_size", "lr", "num_test", "num_images")
     bench, table = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
     table.get("original", lambda: {"top1": top1_of(bench.teacher, bench.test)})
     ranks = arguments.ranks or [0, 8, 32, 64, bench.full]

@@ -15,6 +15,7 @@ from vitrim.data import ImageSet, ImageStream
 from vitrim.data.images import check_workers
 from vitrim.data.inputs import check_repeatable, match_labels, open_inputs, random_inputs
 from vitrim.errors import RecipeError
+from vitrim.methods import find_method
 from vitrim.models.features import num_classes
 from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
@@ -23,6 +24,7 @@ from vitrim.output.load import open_model
 from vitrim.recover.losses import EmbeddingSpace
 from vitrim.recover.sampler import check_stream
 from vitrim.recover.trackers import check_trackers
+from vitrim.surgery import ToRecursive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     recipe, note = _with_published(recipe, origin)
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
     check_repeatable(whole.get_submodule(encoder), origin, random_inputs(origin, 2))  # before the first image is read
+    _check_training(recipe, whole.get_submodule(encoder))
     images = None if data is None else open_inputs(data, origin)
     _check_labels(recipe, images, whole.get_submodule(encoder))
     if images is None and recipe.training:
@@ -88,7 +91,6 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
         check_trackers(recipe.recover.report_to, folder=out)
         if isinstance(images, ImageStream):
             check_stream(images, recipe.recover)
-    _check_head(recipe, whole.get_submodule(encoder))
     notes = (*origin.notes, *(() if note is None else (note,)))
     return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space, notes=notes)
 
@@ -109,12 +111,15 @@ def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder
         raise RecipeError(f"options.loss=labels: {why}; pass labels of the model's classes, or use features.")
 
 
-def _check_head(recipe: Recipe, encoder: nn.Module) -> None:
-    """Check that there is a head, if class scores are to be compared.
+def _check_training(recipe: Recipe, encoder: nn.Module) -> None:
+    """Check that there will be exits, if they are to be trained, and a head, if class scores are to be compared.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there are none, or there is none.
     """
+    looped = any(ToRecursive in find_method(step.method).edits for step in recipe.steps)
+    if recipe.exits is not None and not looped:
+        raise RecipeError("exits: are at the ends of loops, and no step loops blocks; use recursive, or drop exits.")
     for name, options in (("recover", recipe.recover), ("exits", recipe.exits)):
         if options is not None and options.features_at == "logits" and not num_classes(encoder):
             raise RecipeError(f"{name}.features_at: logits needs a model with a class head; use final.")

@@ -22,7 +22,7 @@ from vitrim.errors import RecipeError
 from vitrim.methods import Method, find_method
 from vitrim.models.origin import Reading
 from vitrim.storage.training_files import Which
-from vitrim.surgery import DropBlocks, KeepTokens, MergeTokens, ToRecursive
+from vitrim.surgery import DropBlocks, KeepTokens, MergeTokens
 
 LENGTHS = {"steps", "epochs"}
 MAX_STEPS = 16  # each is a pass over the whole model
@@ -98,7 +98,8 @@ class Recipe(Checked):
                 f"drop {by_block}, recover trains the whole model"
             )
         self._check_fewer_tokens()
-        self._check_exits()
+        if self.exits is not None and self.recover is not None and self.recover.elastic is not None:
+            raise ValueError("exits: are trained at one width; drop exits or recover.elastic")
         return self
 
     def _check_fewer_tokens(self) -> None:
@@ -118,13 +119,6 @@ class Recipe(Checked):
             raise ValueError(
                 f"recover.elastic: fits widths on all tokens, and {fewer[0]} keeps some; drop one of the two"
             )
-
-    def _check_exits(self) -> None:
-        """Refuse exits of models that won't have any, or that have several widths."""
-        if self.exits is not None and not any(ToRecursive in find_method(step.method).edits for step in self.steps):
-            raise ValueError("exits: are at the ends of loops, and no step loops blocks; use recursive, or drop exits")
-        if self.exits is not None and self.recover is not None and self.recover.elastic is not None:
-            raise ValueError("exits: are trained at one width; drop exits or recover.elastic")
 
     @property
     def training(self) -> tuple[BlockwiseOptions | AtOnceOptions | RecoverOptions, ...]:
