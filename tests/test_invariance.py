@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.rescaled import FACTORS, KINDS, original_units, rescalings, tiny_vit
+from tests.support.rescaled import FACTORS, KINDS, images, original_units, rescalings, tiny_vit
 from vitrim.calibrate import walk
 from vitrim.compression.cut import cut_
 from vitrim.config.options import AtOnceOptions, BlockwiseOptions, RecoverOptions
@@ -45,14 +45,6 @@ DIFFERS = {
 }
 WAYS = [(vit, name) for vit in KINDS for name in rescalings(tiny_vit(vit, depth=1))]
 EXTREME = [f" x {factor:g}" for factor in (min(FACTORS), max(FACTORS))]
-
-
-def images(num_images: int, seed: int) -> list[torch.Tensor]:
-    """Correlated images in batches of 16."""
-    mix = torch.randn(24, 3 * 16 * 16, generator=torch.Generator().manual_seed(0)) / 24**0.5
-    generator = torch.Generator().manual_seed(seed)
-    parts = torch.randn(num_images, 24, generator=generator) @ mix, torch.randn(num_images, 768, generator=generator)
-    return list((parts[0] + 0.2 * parts[1]).view(-1, 3, 16, 16).split(16))
 
 
 CALIBRATION, HELD_OUT = images(48, 1), images(32, 2)

@@ -39,6 +39,14 @@ def tiny_vit(kind: str, *, depth: int = 3) -> nn.Module:
     return model
 
 
+def images(num_images: int, seed: int) -> list[torch.Tensor]:
+    """Correlated images in batches of 16."""
+    mix = torch.randn(24, 3 * 16 * 16, generator=torch.Generator().manual_seed(0)) / 24**0.5
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randn(num_images, 24, generator=generator) @ mix, torch.randn(num_images, 768, generator=generator)
+    return list((parts[0] + 0.2 * parts[1]).view(-1, 3, 16, 16).split(16))
+
+
 def rescalings(model: nn.Module, factors: tuple[float, ...] = FACTORS) -> dict[str, Rescale]:
     """Return all ways to write a model anew that it has the parts for, by name."""
     block = model.blocks[0]

@@ -9,6 +9,7 @@ Shapes: N tokens, H hidden units, D model width.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,9 @@ class SiteVisit:
     """The calibration results of one MLP.
 
     `scale_D` is the layer scale behind it, None if there is no fixed one. `stands_alone`: the MLP can be run on tokens
-    by
-    itself, outside its block. `again` measures once more, with the student as it is at that time. `metric_DD` is the
-    metric on its outputs, where a caller has one.
+    by itself, outside its block. `again` measures once more, with the student as it is at that time. `metric_DD` is the
+    metric on its outputs, where a caller has one. `half` are the sums over the first half of the batches in `stats`,
+    where they were asked for and there are two.
     """
 
     site: MlpSite
@@ -54,6 +55,12 @@ class SiteVisit:
     held_out: Tokens
     again: Callable[[], SiteVisit]
     metric_DD: Tensor | None = None
+    half: Stats | None = None
+
+
+def num_in_half(num_fit: int) -> int:
+    """Return how many of the batches in the sums make their first half; 0 of a single one."""
+    return num_fit // 2
 
 
 def walk(
@@ -68,6 +75,7 @@ def walk(
     skip: Collection[str] = (),
     offload: Path | None = None,
     moments: torch.dtype = torch.float64,
+    halves: bool = False,
     entered: Callable[[str, Activations, Activations], None] | None = None,
 ) -> Iterator[SiteVisit]:
     """Visit each MLP in forward order; the caller cuts the student's MLP before asking for the next visit.
@@ -83,6 +91,7 @@ def walk(
         skip: paths of sites that are finished; their blocks run, but they are not visited.
         offload: folder for the activations, one file per batch; None keeps them in memory.
         moments: dtype of the hidden second moments, summed in float64 tile by tile; float32 halves their memory.
+        halves: also give the sums over the first half of the batches.
         entered: called with each block and both models' activations at it before its MLPs are visited, to cut what is
             in front of them.
 
@@ -100,7 +109,7 @@ def walk(
         if entered is not None:
             entered(block, *both)
         for site in [site for site in sites if site.block == block and site.path not in skip]:
-            yield _visit(site, both[0], both[1], feedback, num_held_out, max_tokens, moments)
+            yield _visit(site, *both, feedback, num_held_out, max_tokens, moments, halves)
 
 
 def layer_scale(model: nn.Module, block: str, output: str, call: Call) -> Tensor | None:
@@ -211,9 +220,10 @@ def _visit(
     num_held_out: int,
     max_tokens: int,
     moments: torch.dtype,
+    halves: bool,
 ) -> SiteVisit:
     """Sum up one MLP over all batches."""
-    sums, samples = Sums(moments), {"fit": [], "held_out": []}
+    half, sums, samples = None, Sums(moments), {"fit": [], "held_out": []}
     scale_D = layer_scale(student.model, site.block, site.output, student.call(0))
     num_fit = max(1, len(student.batches) - num_held_out)
     limits = {"fit": max_tokens // num_fit, "held_out": max_tokens // 4 // max(1, num_held_out)}
@@ -222,6 +232,8 @@ def _visit(
         theirs, ours = teacher.observe(site, index), student.observe(site, index)
         target_ND = corrected(theirs, ours, scale_D, feedback)
         part = "fit" if index < num_fit else "held_out"
+        if halves and index == num_in_half(num_fit) > 0:
+            half = copy.deepcopy(sums)
         if part == "fit":
             sums.add(ours["hidden"], target_ND)
         if index == 0:
@@ -240,7 +252,8 @@ def _visit(
         stands_alone=alone,
         fit=pools["fit"],
         held_out=pools["held_out"],
-        again=lambda: _visit(site, teacher, student, feedback, num_held_out, max_tokens, moments),
+        again=lambda: _visit(site, teacher, student, feedback, num_held_out, max_tokens, moments, halves),
+        half=None if half is None else half.done(site.path),
     )
 
 

@@ -58,6 +58,7 @@ def cut_(
     keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None = None,
     offload: Path | None = None,
     moments: torch.dtype = torch.float64,
+    halves: bool = False,
     source: TrainingSource | None = None,
 ) -> CutReport:
     """Cut a student in place, applying a recipe's steps in turn.
@@ -75,6 +76,7 @@ def cut_(
         keep_edit: called with each cut of an MLP and its errors; its result replaces the cut in the plan.
         offload: folder for calibration activations; None keeps them in memory.
         moments: type in which second moments are stored.
+        halves: also fit each MLP on half of the images, for what more of them would bring; takes sums twice.
         source: images for a method that trains, and where its state is kept; None trains on `batches`.
 
     Returns:
@@ -107,6 +109,7 @@ def cut_(
             keep_edit=keep_edit,
             offload=offload,
             moments=moments,
+            halves=halves,
             in_pick_order=recipe.recover is not None and recipe.recover.elastic is not None,
             number=number,
             source=source,
@@ -157,6 +160,7 @@ class _StepRun:
     keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None
     offload: Path | None
     moments: torch.dtype
+    halves: bool
     in_pick_order: bool
     number: int
     source: TrainingSource | None
@@ -292,6 +296,7 @@ class _StepRun:
             skip=self.behind if mlps else [site.path for site in sites],
             offload=self.offload,
             moments=self.moments,
+            halves=self.halves and self.repair is not None,
             entered=None if heads is None else self._entered(heads),
         ):
             yield visit.site, replace(visit, metric_DD=self.metrics.get(visit.site.output))

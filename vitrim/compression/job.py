@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.clip.embedding_space import embedding_space_of
 from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
-from vitrim.data import ImageSet, ImageStream
+from vitrim.data import ImageSet, ImageStream, Split
 from vitrim.data.images import check_workers
 from vitrim.data.inputs import check_repeatable, match_labels, open_inputs, random_inputs
 from vitrim.errors import RecipeError
@@ -25,6 +26,7 @@ from vitrim.recover.losses import EmbeddingSpace
 from vitrim.recover.sampler import check_stream
 from vitrim.recover.trackers import check_trackers
 from vitrim.surgery import ToRecursive
+from vitrim.types import MlpSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,38 @@ class Job:
     def scope_in_encoder(self) -> str:
         """Path of the part to cut, from the encoder."""
         return self.scope.removeprefix(self.origin.encoder).removeprefix(".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Both encoders on the device, in float32, and the data to compare them on.
+
+    Attributes:
+        teacher: the original, frozen.
+        student: a copy, which the phases change.
+        sites: MLPs to cut, by paths from the encoder.
+        split: images for calibration, training and evaluation; None if there are none.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    sites: Sequence[MlpSite]
+    split: Split | None
+
+    @property
+    def batches(self) -> Sequence[Tensor] | None:
+        """Calibration images, None if there are none."""
+        return None if self.split is None else self.split.calibration
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes on the images."""
+        return () if self.split is None else self.split.notes
+
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        """Number of images for each purpose."""
+        return {} if self.split is None else self.split.counts
 
 
 def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | None) -> Job:

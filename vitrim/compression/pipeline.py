@@ -12,18 +12,17 @@ from torch import nn
 
 from vitrim.checked import NOT_GIVEN, NotGiven
 from vitrim.compression.job import Job, open_job
+from vitrim.compression.judging import judge, judging_notes, learn
 from vitrim.compression.phases import (
     beside_equal_widths,
     choose_widths,
     cut_models_,
-    judge,
-    judging_notes,
     measure_costs,
     prepare,
     stock_notes,
-    train_,
     with_bytes,
 )
+from vitrim.compression.training import train_
 from vitrim.compression.write import Finished, Place, look_at_both, put_together, write_output
 from vitrim.config.options import RecoverOptions, RepairOptions
 from vitrim.config.recipe import LENGTHS, Recipe
@@ -164,16 +163,16 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     models = prepare(job, context)
     widths = choose_widths(job, models, context)
     cut = cut_models_(models, job, widths, context)
+    learning = learn(models, cut)
     after_cut, wide = on_main(judge, models, job, cut.plan)
     trained = train_(models, job, widths.elastic, context, on_validation)
-    after_recovery = None
-    if trained.anything:
-        after_recovery, wide = on_main(judge, models, job, cut.plan)
+    after_recovery, wide = on_main(judge, models, job, cut.plan) if trained.anything else (None, wide)
     before, after = on_main(measure_costs, models, job, after_recovery or after_cut)
     plan = cut.plan.below(job.origin.encoder)
     stock = stock_origin(job.origin, plan.edits)
     seen = look_at_both(models, job) if place is not None else NOTHING
     whole = put_together(job, models, stock, widened=wide is not None)
+    said = judging_notes(after_cut, learning)
     why = [*([] if wide is None else [wide]), *stock_notes(job.origin, plan.edits, stock)]
     metrics = Metrics(
         model=job.origin.name,
@@ -185,9 +184,10 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
         after_recovery=after_recovery,
         images=models.counts,
         cut_errors=cut.errors,
+        learning=learning and learning.describe(),
         allocation=beside_equal_widths(widths, after_cut),
         stock=stock is not None,
-        notes=(*job.notes, *models.notes, *widths.notes, *cut.notes, *trained.notes, *judging_notes(after_cut), *why),
+        notes=(*job.notes, *models.notes, *widths.notes, *cut.notes, *trained.notes, *said, *why),
         environment=environment(),
         seconds=round(time.monotonic() - started, 1),
         **plan.describe(),
@@ -195,10 +195,9 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     )
     if place is None:
         return Result(model=whole, plan=plan, metrics=from_main(metrics), out=None)
-    done = Finished(
-        job=job, models=models, whole=whole, cut=cut, plan=plan, metrics=metrics, trained=trained, seen=seen
-    )
-    return Result(model=whole, plan=plan, metrics=write_output(done, place, context), out=place.out)
+    done = {"cut": cut, "plan": plan, "metrics": metrics, "trained": trained, "seen": seen}
+    written = write_output(Finished(job=job, models=models, whole=whole, **done), place, context)
+    return Result(model=whole, plan=plan, metrics=written, out=place.out)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Trials:
 
     def _cut(self, name: str, units: Mapping[str, int]) -> dict[str, float]:
         student, held_out, batches = copy.deepcopy(self.teacher), self.split.held_out, self.split.calibration
-        report = cut_(student, self.teacher, self.sites, self.recipe, batches, widths=units, quiet=self.quiet)
+        given = {"widths": units, "quiet": self.quiet, "halves": True}
+        report = cut_(student, self.teacher, self.sites, self.recipe, batches, **given)
         found = {"judged": min(WORST, relative_error(student, self.judged, "final"))}
         if held_out:
             found["held_out"] = fidelity(student, self.teacher, held_out)["relative_error"]

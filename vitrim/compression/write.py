@@ -11,8 +11,8 @@ from torch import nn
 
 from vitrim.compression.cut import CutReport
 from vitrim.compression.dtypes import typed_as
-from vitrim.compression.job import Job
-from vitrim.compression.phases import Models, Trained
+from vitrim.compression.job import Job, Models
+from vitrim.compression.training import Trained
 from vitrim.config.run_context import RunContext
 from vitrim.data.inputs import random_inputs
 from vitrim.distributed.processes import on_main

@@ -161,7 +161,8 @@ def check_memory(
         estimate = estimate_memory(
             sites, widths, repair, encoder, batches[0][0], num_images=num_images, batch_size=size
         )
-        bytes_of["calibration"] = replace(estimate, resident=0).bytes(offloaded=False, moments=torch.float64)
+        halves = 0 if repair is None else 8 * estimate.hidden**2  # the sums over half of the images
+        bytes_of["calibration"] = halves + replace(estimate, resident=0).bytes(offloaded=False, moments=torch.float64)
     if not bytes_of or device.type not in ("cpu", "cuda"):
         return
     most = max(bytes_of, key=lambda step: bytes_of[step])

@@ -55,12 +55,14 @@ class Closeness:
 
     `fidelity` holds `relative_error`, cosines and recall, and `num_images`, on which all of them are; `blocks` one row
     a block, with `block` and `relative_error`; `top1` is the student's, in percent, on the `num_labelled` with a label.
+    `fitted` has the `relative_error` on `num_images` of the images that the repair was fitted on; empty without repair.
     """
 
     fidelity: Mapping[str, float]
     blocks: Sequence[Row] = ()
     top1: float | None = None
     num_labelled: int = 0
+    fitted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -70,9 +72,11 @@ class Closeness:
     @classmethod
     def from_json(cls, data: Row) -> Closeness:
         """Return the inverse of `Metrics.to_json` for what was judged; a number that was not finite is NaN."""
-        rows = [data["fidelity"], *data["blocks"]]
-        found, *blocks = ({key: math.nan if value is None else value for key, value in row.items()} for row in rows)
-        return cls(**{**data, "fidelity": found, "blocks": blocks})
+        rows = [data["fidelity"], data.get("fitted", {}), *data["blocks"]]
+        found, own, *blocks = (
+            {key: math.nan if value is None else value for key, value in row.items()} for row in rows
+        )
+        return cls(**{**data, "fidelity": found, "fitted": own, "blocks": blocks})
 
     @property
     def relative_error(self) -> float:
@@ -96,6 +100,7 @@ class Metrics:
         edits: every other edit in words (`edit`, `where`, `what`).
         images: how many images stand behind each number (`calibration`, `held_out`, `train`, `skipped`).
         cut_errors: errors of each MLP during the cut, by path.
+        learning: the closed form fitted on half of the images and on all, as `repair.learning` describes it.
         allocation: how widths were found; None for equal widths.
         blockwise: what block-by-block training did; None where there was none.
         at_once: what training all blocks at once did; None where there was none.
@@ -123,6 +128,7 @@ class Metrics:
     edits: Sequence[Row] = ()
     images: Mapping[str, Any] = field(default_factory=dict)
     cut_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    learning: Row | None = None
     allocation: Row | None = None
     blockwise: Row | None = None
     at_once: Row | None = None

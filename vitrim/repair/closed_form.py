@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitrim.calibrate import SiteVisit
 from vitrim.config.options import RepairOptions
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
+from vitrim.repair.learning import judged_halves
 from vitrim.repair.refit import refit_, site_tensors
 from vitrim.surgery import KeepUnits, apply_, read_weights
 from vitrim.types import Stats
@@ -28,6 +29,9 @@ def repair_(
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
     fitted_DK, fitted_D, errors = fitted(visit.stats, keep, start_DK, bias_D, repair.ridge, site.path)
     apply_(student, [edit.with_output(fitted_DK, fitted_D)])
+    if visit.half is not None and visit.stands_alone:
+        half_DK, half_D, _ = fitted(visit.half, keep, start_DK, bias_D, repair.ridge, site.path)
+        errors |= judged_halves(student, visit, (half_DK, half_D))
     if repair.refit and visit.stands_alone:
         given = {"num_steps": repair.refit_steps, "lr": repair.refit_lr, "ridge": repair.ridge}
         before, after = refit_(student, visit, **given, seed=seed)

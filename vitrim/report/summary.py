@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitrim.metrics.record import Metrics, ModelCost, relative_latency
+from vitrim.metrics.record import Closeness, Metrics, ModelCost, relative_latency
 
 WEIGHTS = "weights (MB)"  # as written: masks and other buffers count, each tensor in its own type
 Cells = dict[str, float | None]
@@ -49,6 +49,13 @@ def _megabytes(cost: ModelCost) -> float | None:
     return None if cost.num_bytes is None else cost.num_bytes / 1e6
 
 
+def _fitted_row(held_out: Cells, cut: Closeness, end: Closeness | None) -> dict[str, Cells]:
+    """Return the row on the relative error, and that on the images that repair was fitted on below it."""
+    after = end.fitted.get("relative_error") if end is not None else None
+    cells = {"before": 0.0, "after_cut": cut.fitted["relative_error"], "after": after}
+    return {"relative error": held_out, "relative error, fitted images": {**cells, "images": cut.fitted["num_images"]}}
+
+
 def _closeness_rows(metrics: Metrics) -> dict[str, Cells]:
     """Return the rows on closeness of features, and on top-1."""
     cut, end = metrics.after_cut, metrics.after_recovery
@@ -60,6 +67,8 @@ def _closeness_rows(metrics: Metrics) -> dict[str, Cells]:
             value = None if end is None else end.fidelity[key]
             rows[name] = {"before": exact.get(key, 1.0), "after_cut": cut.fidelity[key], "after": value}
             rows[name]["images"] = cut.num_images
+    if cut.fitted:
+        rows = _fitted_row(rows.pop("relative error"), cut, end) | rows
     if cut.top1 is not None:
         rows["top-1 (%)"] = {
             "before": metrics.before.top1,

@@ -1,0 +1,84 @@
+"""How close a cut student is, on images that were held out and on some of those that its repair was fitted on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.calibrate import num_held_out
+from vitrim.compression.cut import CutReport
+from vitrim.compression.dtypes import check_result, is_float32, too_large, typed_copy
+from vitrim.compression.job import Job, Models
+from vitrim.config.recipe import Recipe
+from vitrim.data import Split
+from vitrim.evaluation import own_top1
+from vitrim.metrics.fidelity import block_fidelity, compare, fidelity, too_few
+from vitrim.metrics.record import Closeness
+from vitrim.repair.learning import Learning, learning_curve
+from vitrim.surgery import Plan
+
+# So many fitted images are judged on even where they are more than a tenth.
+FEW = 16
+
+
+def judge(models: Models, job: Job, plan: Plan) -> tuple[Closeness | None, str | None]:
+    """Measure how close the student, as it is returned, is on held-out images, overall and for each block.
+
+    Returns:
+        The closeness, None without images; and why the result has to be in float32, None where the original's types
+        can hold it.
+
+    Raises:
+        ModelError: a tensor of the student is not finite.
+    """
+    check_result(job.encoder, models.student)
+    why = too_large(job.encoder, models.student)
+    if why is None:
+        found = _closeness(models, typed_copy(job.encoder, models.student), plan, job.recipe)
+        if found is None or math.isfinite(found.relative_error) or is_float32(job.encoder):
+            return found, None
+        why = "features overflow in the original's type, so the result is in float32; load it in that or in bfloat16."
+    return _closeness(models, models.student, plan, job.recipe), why
+
+
+def _closeness(models: Models, student: nn.Module, plan: Plan, recipe: Recipe) -> Closeness | None:
+    if models.split is None or not models.split.held_out:
+        return None
+    fitted = fitted_images(models.split, recipe)
+    found, outputs, _ = compare(student, models.teacher, models.split.held_out)
+    every = {site.block: plan.new_path(site.block) for site in models.sites}
+    left = {block: new for block, new in every.items() if new is not None}
+    rows = block_fidelity(student, models.teacher, models.split.held_out, list(left), new_names=left)
+    own = own_top1(student, outputs)
+    seen = fidelity(student, models.teacher, fitted) if fitted else {}
+    own_fit = {key: seen[key] for key in ("relative_error", "num_images") if seen}
+    return Closeness(fidelity=found, blocks=rows, top1=own, num_labelled=outputs.num_labelled, fitted=own_fit)
+
+
+def fitted_images(split: Split, recipe: Recipe) -> list[Tensor]:
+    """Return some of the images that repair was fitted on, without their views: no more than are held out.
+
+    Of many they are a tenth at most, so that judging on them stays cheap beside fitting; without repair, none.
+    """
+    if not any(step.repair_options() for step in recipe.steps):
+        return []
+    batches, num_views = split.calibration, split.counts.get("views", 1)
+    fitted = torch.cat([batch[: len(batch) // num_views] for batch in batches[: len(batches) - num_held_out(batches)]])
+    most = min(split.counts["held_out"], max(FEW, len(fitted) // 10))
+    return list(fitted[:most].split(len(batches[0])))
+
+
+def learn(models: Models, cut: CutReport) -> Learning | None:
+    """Return what half of the calibration images gave beside all, None where no MLP was fitted on both."""
+    if models.split is None:
+        return None
+    batches, num_views = models.split.calibration, models.split.counts.get("views", 1)
+    return learning_curve(cut.errors, batches, num_held_out=num_held_out(batches), num_views=num_views)
+
+
+def judging_notes(judged: Closeness | None, learning: Learning | None) -> tuple[str, ...]:
+    """Return a warning where too few images judged the student, and what is to be said of more calibration images."""
+    few = () if judged is None else too_few(judged.num_images)
+    return few if learning is None or learning.note is None else (*few, learning.note)

@@ -1,0 +1,137 @@
+"""Training behind the cut: block by block, all blocks at once, end to end, and the images that all of them see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vitrim.compression.job import Job, Models
+from vitrim.config.options import AtOnceOptions, RecoverOptions
+from vitrim.config.run_context import RunContext
+from vitrim.data import ImageSet, ImageStream, Split, augment_for
+from vitrim.distributed.processes import num_processes, rank
+from vitrim.recover.at_once import train_at_once_
+from vitrim.recover.distill import OnValidation, recover_
+from vitrim.recover.elastic import Slice, Widths
+from vitrim.recover.elastic_fit import Fitting, serving
+from vitrim.recover.exits import train_exits_
+from vitrim.recover.factors import TrainingSource
+from vitrim.recover.result import Recovery
+from vitrim.repair.blockwise import Blockwise, follow_cut_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Results of training after the cut, in order, and the other widths of an elastic run."""
+
+    blocks: Blockwise | None = None
+    at_once: Recovery | None = None
+    recovery: Recovery | None = None
+    exits: Recovery | None = None
+    slices: Mapping[float, Slice] = field(default_factory=dict)
+
+    @property
+    def anything(self) -> bool:
+        """Whether anything was trained."""
+        return any(step is not None for step in (self.blocks, self.at_once, self.recovery, self.exits))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user."""
+        steps = (self.blocks, self.at_once, self.recovery, self.exits)
+        return tuple(note for step in steps if step is not None for note in step.notes)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of `Metrics` about training."""
+        return {
+            "blockwise": None if self.blocks is None else dict(self.blocks.__dict__),
+            "at_once": None if self.at_once is None else dict(self.at_once.__dict__),
+            "recovery": None if self.recovery is None else dict(self.recovery.__dict__),
+            "exits": None if self.exits is None else dict(self.exits.__dict__),
+            "elastic": {f"{ratio:g}": dict(found.errors) for ratio, found in self.slices.items()} or None,
+        }
+
+
+def train_(
+    models: Models, job: Job, widths: Widths | None, context: RunContext, on_validation: OnValidation | None
+) -> Trained:
+    """Train the student by block, all blocks at once, end to end and at exits, as far as the recipe asks for it."""
+    recipe, split = job.recipe, models.split
+    blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
+    at_once = None if split is None or recipe.at_once is None else _train_at_once_(models, job, split, context)
+    recovery, slices = None, {}
+    if split is not None and recipe.recover is not None:
+        fitting = Fitting(
+            teacher=models.teacher,
+            batches=split.calibration,
+            held_out=[batch.images_BCHW for batch in split.held_out],
+            options=recipe.steps[0].repair_options(),
+            at=recipe.recover.features_at,
+        )
+        with serving(models.student, widths, fitting) as slices:
+            recovery = _distil_(models, job, split, widths, context, on_validation)
+    exits = _train_exits_(models, job, context)
+    return Trained(blocks=blocks, at_once=at_once, recovery=recovery, exits=exits, slices=slices)
+
+
+def _train_at_once_(models: Models, job: Job, split: Split, context: RunContext) -> Recovery:
+    """Train all blocks at once on the training images, augmented as in distillation."""
+    options = job.recipe.at_once
+    assert options is not None
+    images, held_out = _augmented(job, split, options, context), [batch.images_BCHW for batch in split.held_out]
+    given = {"held_out": held_out, "options": options, "context": context}
+    return train_at_once_(models.student, models.teacher, images, **given)
+
+
+def _train_exits_(models: Models, job: Job, context: RunContext) -> Recovery | None:
+    """Train early exits on the training images, if the recipe asks for it, augmented as in distillation."""
+    options, split = job.recipe.exits, models.split
+    if options is None or split is None:
+        return None
+    images, held_out = _augmented(job, split, options, context), [batch.images_BCHW for batch in split.held_out]
+    given = {"held_out": held_out, "options": options, "context": context}
+    return train_exits_(models.student, models.teacher, images, **given)
+
+
+def training_source(models: Models, job: Job, context: RunContext) -> TrainingSource | None:
+    """Return the images that a method which trains sees, augmented as for recovery; None if there are none."""
+    if models.split is None:
+        return None
+    options = job.recipe.recover or RecoverOptions(steps=1)
+    images = _augmented(job, models.split, options, context)
+    ranks = {"rank": rank(), "num_processes": num_processes()}
+    return TrainingSource(images=images, context=context, made=job.recipe.dump(), **ranks)
+
+
+def _augmented(
+    job: Job, split: Split, options: AtOnceOptions | RecoverOptions, context: RunContext
+) -> ImageSet | ImageStream:
+    """Return the training images, augmented where the model's preprocessing is known."""
+    known = job.origin.preprocessing
+    augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
+    return split.train.augmented(augment, context.seed)
+
+
+def _distil_(
+    models: Models,
+    job: Job,
+    split: Split,
+    widths: Widths | None,
+    context: RunContext,
+    on_validation: OnValidation | None,
+) -> Recovery:
+    """Distil on the training images, augmented; tensors are used as they are."""
+    options = job.recipe.recover
+    assert options is not None
+    return recover_(
+        models.student,
+        models.teacher,
+        _augmented(job, split, options, context),
+        held_out=[batch.images_BCHW for batch in split.held_out],
+        options=options,
+        context=context,
+        widths=widths,
+        space=job.space,
+        on_validation=on_validation,
+    )
