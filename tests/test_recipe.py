@@ -284,3 +284,25 @@ def test_effort_is_written_out_and_what_the_recipe_says_wins(given, written):
 def test_an_effort_that_does_not_exist_is_refused():
     with pytest.raises(RecipeError, match="effort: 'hard' is none of fast, default, max"):
         Recipe.parse({"effort": "hard"})
+
+
+@pytest.mark.parametrize("former", ["fast", "default", "max"])
+@pytest.mark.parametrize("effort", ["fast", "default", "max"])
+def test_an_effort_on_top_of_a_written_recipe_wins_over_the_former(tmp_path, former, effort):
+    file = tmp_path / "recipe.yaml"
+    for written in (Recipe.parse({"effort": former}), Recipe.parse({"effort": former, "keep_ratio": 0.5})):
+        file.write_text(written.dump())
+        expected = written.updated({"effort": effort})
+        assert Recipe.load(file).updated({"effort": effort}).dump() == expected.dump()
+        step, again = expected.steps[0], Recipe.parse({"effort": effort})
+        assert (step.repair_options(), expected.at_once) == (again.steps[0].repair_options(), again.at_once)
+
+
+def test_an_effort_on_top_leaves_what_no_effort_writes_and_yields_to_what_is_given_beside_it():
+    recipe = Recipe.parse({"effort": "fast", "repair": {"refit_steps": 50, "ridge": 1e-3}, "at_once": {"steps": 5}})
+    found = recipe.updated({"effort": "max"})
+    assert found.steps[0].repair == RepairOptions(refit_steps=50, ridge=1e-3, refit=True)
+    assert found.at_once.steps == 5
+    beside = recipe.updated({"effort": "max", "repair": {"refit": False}})
+    assert not beside.steps[0].repair.refit
+    assert Recipe.parse({"repair": False}).updated({"effort": "max"}).steps[0].repair is False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from vitrim.checked import Checked, explain, known_keys
-from vitrim.config.effort import EFFORT, with_effort
+from vitrim.config.effort import EFFORT, with_effort, without_effort
 from vitrim.config.options import AtOnceOptions, BlockwiseOptions, CalibrateOptions, ExitOptions, RecoverOptions
 from vitrim.config.steps import Step
 from vitrim.config.widths import BUDGETS, Width
@@ -195,6 +195,7 @@ class Recipe(Checked):
             RecipeError: the result is not a valid recipe.
         """
         base = self.model_dump(exclude_unset=True)
+        base = base if given.get(EFFORT) is None else without_effort(base)
         steps = [dict(step) for step in base.pop("steps", ({},))]
         if "steps" in given:
             return self.parse({**_merged(base, given)})
