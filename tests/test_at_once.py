@@ -9,12 +9,14 @@ import signal
 import textwrap
 
 import pytest
+import timm
 import torch
 
 import vitrim
 from tests.support.blocks import IMAGES, cut
 from tests.support.distillation import Broken, assert_equal, make_student, make_teacher, train, weights
 from tests.support.processes import run_python
+from vitrim.compression import phases
 from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
@@ -235,3 +237,18 @@ def test_a_block_that_runs_twice_is_refused(build):
         train_at_once_(
             copy.deepcopy(model), model, IMAGES, held_out=HELD_OUT, options=AtOnceOptions(steps=1), context=None
         )
+
+
+@pytest.mark.parametrize("size_is_known", [True, False])
+def test_a_block_that_runs_twice_is_refused_before_anything_is_cut(monkeypatch, size_is_known):
+    def too_late(*_, **__):
+        raise AssertionError("images were read, or the model was cut")
+
+    monkeypatch.setattr(phases, "split_images" if size_is_known else "cut_", too_late)
+    if not size_is_known:
+        monkeypatch.setattr(phases, "random_inputs", lambda _: None)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0)
+    model.blocks[1] = model.blocks[0]
+    data = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ModelError, match="the 1 blocks of VisionTransformer run 2 times"):
+        vitrim.compress(model, data=data, recipe={"at_once": {}, "device": "cpu"}, quiet=True)

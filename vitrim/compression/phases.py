@@ -33,6 +33,7 @@ from vitrim.models.features import device_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
 from vitrim.models.stock import stock_origin, why_not_stock
+from vitrim.recover.at_once import check_blocks
 from vitrim.recover.elastic import Widths
 from vitrim.surgery import Edit, KeepUnits, apply_
 
@@ -62,15 +63,19 @@ def prepare(job: Job, context: RunContext) -> Models:
     student = copy.deepcopy(job.encoder).to(device).float().eval()  # moments and small steps need more than bf16
     teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=job.scope_in_encoder)
+    noise = random_inputs(job.origin)
+    if job.recipe.at_once is not None and noise is not None:
+        check_blocks(teacher, noise)
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None
     if job.images is not None:
         num_units = max(site.d_hidden for site in sites)
         split = split_images(job.images, job.recipe, work=seen, model=teacher, num_units=num_units)
+        if job.recipe.at_once is not None and noise is None:
+            check_blocks(teacher, split.sample)
     if split is not None and not split.held_out and job.recipe.training:
         raise DataError(f"recover, at_once, blockwise, exits: {split.notes[-1]}")
-    noise = random_inputs(job.origin) if split is None else None  # costs are measured on it
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
 

@@ -73,6 +73,23 @@ def train_at_once_(
     )
 
 
+def check_blocks(teacher: nn.Module, images_BCHW: Tensor) -> None:
+    """Check, on any images, that each block has one output to learn.
+
+    Raises:
+        ModelError: a block runs more than once in a pass.
+    """
+    images_BCHW = images_BCHW[:2].to(device_of(teacher))
+    blocks = forward_order(teacher, find_mlps(teacher), images_BCHW)
+    with torch.no_grad(), recorded(teacher, blocks) as outputs:
+        features(teacher, images_BCHW)
+    if len(outputs) != len(blocks):
+        raise ModelError(
+            f"at_once: the {len(blocks)} blocks of {type(teacher).__name__} run {len(outputs)} times in a pass, and "
+            "one that runs again has no output of its own to learn; drop at_once."
+        )
+
+
 class LocalRun(Run):
     """A run whose loss is the mean over blocks of the error of a block's output, relative to the teacher's energy."""
 
@@ -82,6 +99,7 @@ class LocalRun(Run):
         super().__init__(student, teacher, **given)
         self.sites = find_mlps(teacher)
         probe = self.judge.held_out[0][0].to(self.device)
+        check_blocks(teacher, probe)
         self.local = forward_order(teacher, self.sites, probe[:2])
         kept = kept_positions(student)  # a block that lets tokens end does so for those behind it
         self.kept = list(accumulate((kept.get(block) for block in self.local), lambda last, own: own or last))
@@ -113,11 +131,6 @@ class LocalRun(Run):
         """Return what the teacher's blocks put out, of the tokens that the student still has there."""
         with torch.no_grad(), recorded(self.teacher, self.local) as outputs:
             features(self.teacher, images_BCHW, at=self.options.features_at)
-        if len(outputs) != len(self.local):
-            raise ModelError(
-                f"at_once: the {len(self.local)} blocks of {type(self.teacher).__name__} run {len(outputs)} times in a "
-                "pass, and one that runs again has no output of its own to learn; drop at_once."
-            )
         return [
             output if kept is None else output[:, list(kept)] for output, kept in zip(outputs, self.kept, strict=True)
         ]
