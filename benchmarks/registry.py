@@ -347,7 +347,7 @@ def _grouped(
 
 def _reason(row: dict[str, Any]) -> str:
     """Return a line without the model's own name and sizes, in a cell of a table."""
-    line = re.sub(r"no MLP found in \w+ \(\d+ modules seen\); vitrim knows .*", "no MLP found", row["why"])
+    line = re.sub(r"no MLP found in \w+ \(\d+ modules seen\): .*", "no MLP found", row["why"])
     line = re.sub(r"^(FOLDER|\w+)( [\w.]+)?: |\w+\.(?=forward\(\))", "", line)
     return re.sub(r"\(\d+(, \d+)+\)", "(C, H, W)", line).replace("|", "\\|")
 

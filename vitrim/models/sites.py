@@ -1,20 +1,21 @@
-"""Find the MLPs of a model by structure and naming, and verify each by a dead-unit test.
+"""Find the MLPs of a model by naming or by structure, and verify each by a dead-unit test.
 
-Foreign classes are never named: an MLP is a pair (or triple) of linear layers with known names whose shapes fit.
-Whether it behaves like one is then checked by running it.
+Foreign classes are never named: an MLP is a pair (or triple) of linear layers whose shapes fit. Known names are the
+quick way; layers of other names are found by what feeds what. Whether they behave like an MLP is checked by running it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vitrim.errors import ModelError, SiteNotFoundError
+from vitrim.errors import ModelError, SiteNotFoundError, reason_of
 from vitrim.layers.moefication import ExpertMlp
+from vitrim.models.structure import Found, containers, is_computed, linear_at, traced
 from vitrim.surgery import verify_site, weight_of
 from vitrim.types import MlpKind, MlpSite
 
@@ -43,6 +44,9 @@ NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "0", "3"),
     (None, "0", "2"),
 )
+# What stands behind an encoder: its MLPs are left alone, unless there are no others or the scope is in there.
+OUTSIDE = ("decoder", "decoders", "predictor", "merger", "merger_list", "deepstack_merger_list", "projector")
+OUTSIDE += ("multi_modal_projector", "mask_head", "decode_head")
 log = logging.getLogger("vitrim")
 NORM_NAMES = ("norm", "ffn_ln", "sub_ln", "ln")
 
@@ -55,7 +59,8 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
         scope: dotted path of the subtree to search, such as the vision tower of a VLM.
 
     Returns:
-        One site per MLP, each verified by a dead-unit test (once for each distinct kind of container and shape).
+        One site per MLP, each verified by a dead-unit test (once for each distinct kind of container and shape). Those
+        behind the encoder (`OUTSIDE`) are only there if the scope is in such a part, or if there are no others.
 
     Raises:
         SiteNotFoundError: the scope does not exist, or holds no MLP; if modules look like one and can't be run, the
@@ -74,53 +79,113 @@ def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, .
     except AttributeError:
         children = ", ".join(name for name, _ in model.named_children())
         raise SiteNotFoundError(f"scope {prefix!r}: no such module; the top level has {children}.") from None
-    found: list[MlpSite] = []
-    claimed: set[str] = set()
-    verdicts: dict[tuple, bool | str] = {}
-    failed: list[str] = []
-    split = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertMlp))
-    for name, module in root.named_modules(prefix=prefix):
-        if name.startswith(split):  # the units of experts can't be cut without their router
-            continue
-        site, reasons = _confirmed(model, module, name, claimed, verdicts)
-        if site is None:
-            failed += reasons
-        else:
-            claimed.add(site.output)
-            found.append(site)
+    search = _Search(model, root, prefix)
+    search.by_name_()
+    search.by_structure_()
+    found, failed = search.in_order(), list(search.failed.values())
     if failed and not found:
         raise SiteNotFoundError(f"no MLP confirmed in {type(model).__name__}, {len(failed)} left open: {failed[0]}")
     for said in dict.fromkeys(failed):
         log.warning("%s It is left as it is.", said)
     if not found:
-        num_modules = sum(1 for _ in root.modules())
-        raise SiteNotFoundError(
-            f"no MLP found in {type(model).__name__} ({num_modules} modules seen); vitrim knows linear layers named "
-            f"{', '.join('/'.join(part for part in names if part) for names in NAMES)}."
-        )
+        raise SiteNotFoundError(f"no MLP found in {type(model).__name__} {_why_none(root, search.not_run)}")
     mlp_weights = {f"{name}.weight" for site in found for name in (site.value, site.gate, site.output) if name}
     return tuple(replace(site, block=_block_of(model, site, mlp_weights)) for site in found)
 
 
-def _confirmed(
-    model: nn.Module, container: nn.Module, path: str, claimed: set[str], verdicts: dict[tuple, bool | str]
-) -> tuple[MlpSite | None, list[str]]:
-    """Return a container's site that passes the dead-unit test, or None and why the test could not be made."""
-    types, reasons = tuple(type(part) for part in container.modules()), []
-    for site in _matches(container, path):
-        if site.output in claimed:
-            continue
-        signature = (types, site.output.removeprefix(path), site.d_model, site.d_hidden)
-        if signature not in verdicts:
+class _Search:
+    """What is found below a module of a model: sites by path, and why MLPs were left open, by their last layer."""
+
+    def __init__(self, model: nn.Module, root: nn.Module, prefix: str) -> None:
+        self.model, self.root, self.prefix = model, root, prefix
+        self.found: dict[str, MlpSite] = {}
+        self.failed: dict[str, str] = {}
+        self.not_run: dict[str, str] = {}
+        self._verdicts: dict[tuple, bool | str] = {}
+        self._split = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertMlp))
+
+    def in_order(self) -> list[MlpSite]:
+        """Return the sites in the order of the model's modules, without those behind the encoder."""
+        found = [self.found[name] for name, _ in self.root.named_modules(prefix=self.prefix) if name in self.found]
+        inside = [site for site in found if not set(self._local(site.path).split(".")) & {*OUTSIDE}]
+        return inside or found
+
+    def by_name_(self) -> None:
+        """Find linear layers of known names."""
+        for path, container in self.root.named_modules(prefix=self.prefix):
+            claimed = {site.output for site in self.found.values()}
+            for site in [] if path.startswith(self._split) else _matches(container, path):
+                if site.output not in claimed and self._confirmed_(container, site):
+                    break
+
+    def by_structure_(self) -> None:
+        """Find linear layers that feed each other, among those that no site has yet."""
+        claimed = [path for site in self.found.values() for path in (site.value, site.gate, site.output) if path]
+        results: dict[tuple, list[Found] | str] = {}
+        for local, layers, outputs in containers(self.root, [self._local(path) for path in claimed]):
+            container, path = self.root.get_submodule(local), f"{self.prefix}.{local}".strip(".")
+            if f"{path}.".startswith(self._split):  # the units of experts can't be cut without their router
+                continue
+            shapes = tuple((name, tuple(layer.weight.shape)) for name, layer in layers.items())
+            signature = (tuple(type(part) for part in container.modules()), shapes, tuple(outputs))
+            if signature not in results:
+                try:
+                    results[signature] = traced(container, layers, outputs)
+                except Exception as error:  # foreign code that wants more than tokens may raise anything
+                    results[signature] = f"{type(error).__name__}: {reason_of(error)}"
+            result = results[signature]
+            if isinstance(result, str):
+                self.not_run[path] = result
+                continue
+            for found in result:
+                self._take_(container, path, found)
+
+    def _take_(self, container: nn.Module, path: str, found: Found) -> None:
+        """Confirm what was traced in a container; of several MLPs in one, only the first can be told by its path."""
+        gate, value, output, norm = found
+        site = _site(container, path, (gate, value, output), norm)
+        if path in self.found:
+            self.failed[site.output] = f"{site.output}: is the end of one more MLP in {path or 'the model'}."
+        elif self._confirmed_(container, site):
+            self.failed.pop(site.output, None)
+
+    def _local(self, path: str) -> str:
+        return path if not self.prefix else path.removeprefix(f"{self.prefix}.")
+
+    def _confirmed_(self, container: nn.Module, site: MlpSite) -> bool:
+        """Keep a site if it passes the dead-unit test; note why if that could not be made."""
+        types = tuple(type(part) for part in container.modules())
+        names = (self._within(site, site.output), self._within(site, site.norm), site.kind)
+        signature = (types, *names, site.d_model, site.d_hidden)
+        if signature not in self._verdicts:
             try:
-                verdicts[signature] = verify_site(model, site)
+                self._verdicts[signature] = verify_site(self.model, site)
             except ModelError as error:
-                verdicts[signature] = str(error)
-        verdict = verdicts[signature]
+                self._verdicts[signature] = str(error)
+        verdict = self._verdicts[signature]
         if verdict is True:
-            return site, []
-        reasons += [verdict] if isinstance(verdict, str) else []
-    return None, reasons
+            self.found[site.path] = site
+        elif isinstance(verdict, str):
+            self.failed.setdefault(site.output, verdict)
+        return verdict is True
+
+    def _within(self, site: MlpSite, path: str | None) -> str:
+        return (path or "").removeprefix(site.path)
+
+
+def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
+    """Return in words why a module holds no MLP: it is convolutional, or no linear layers form one."""
+    kernels = sum(p.numel() for p in root.parameters() if p.ndim > 3)
+    matrices = sum(p.numel() for p in root.parameters() if p.ndim == 2)
+    said = f"({sum(1 for _ in root.modules())} modules seen)"
+    if kernels > matrices:
+        share = kernels / (kernels + matrices)
+        return f"{said}: it is convolutional ({share:.0%} of its weights), and MLPs are cut in linear layers alone."
+    said += ": no linear layer feeds another, of fitting shape, through a function of single units."
+    if not_run:
+        path, reason = next(iter(not_run.items()))
+        said += f" {len(not_run)} parts with linear layers can't be run on noise alone, such as {path} ({reason:.150})."
+    return said
 
 
 def resolve_scope(model: nn.Module, scope: str | None, encoder: str) -> tuple[str, str]:
@@ -153,7 +218,7 @@ def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
     """Yield the sites that a container's linear layers may form; names alone leave several if all layers are square."""
     for gate_name, value_name, output_name in NAMES:
         names = [name for name in (gate_name, value_name, output_name) if name]
-        layers = [_linear(container, name) for name in names]
+        layers = [linear_at(container, name) for name in names]
         if any(layer is None for layer in layers):
             continue
         *firsts, output = [weight_of(container, name).shape for name in names]
@@ -163,21 +228,29 @@ def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
         kind = _kind([height for height, _ in firsts], d_hidden)
         if kind is None or (value_name == "0" and not _is_sequential_mlp(container, output_name)):
             continue
-        for name, layer in zip(names, layers, strict=True):
-            _refuse_computed(layer, f"{path}.{name}".strip("."))
-        full = {name: f"{path}.{name}" if path else name for name in names}
-        norm = _inner_norm(container, d_hidden)
-        yield MlpSite(
-            path=path,
-            kind=kind,
-            d_model=d_out,
-            d_hidden=d_hidden,
-            gate=full[gate_name] if gate_name else None,
-            value=full[value_name],
-            output=full[output_name],
-            has_bias=getattr(layers[-2], "bias", None) is not None,
-            norm=None if norm is None else (f"{path}.{norm}" if path else norm),
-        )
+        yield _site(container, path, (gate_name, value_name, output_name), _inner_norm(container, d_hidden))
+
+
+def _site(container: nn.Module, path: str, names: tuple[str | None, str, str], norm: str | None) -> MlpSite:
+    """Return the site of linear layers whose shapes fit, by their names (gate, value, output) within a container."""
+    gate, value, output = names
+    for name in [name for name in names if name]:
+        _refuse_computed(linear_at(container, name), f"{path}.{name}".strip("."))
+    heights = [weight_of(container, name).shape[0] for name in names[:2] if name]
+    d_model, d_hidden = weight_of(container, output).shape
+    kind = _kind(heights, d_hidden)
+    assert kind is not None
+    return MlpSite(
+        path="",
+        kind=kind,
+        d_model=d_model,
+        d_hidden=d_hidden,
+        gate=gate,
+        value=value,
+        output=output,
+        has_bias=getattr(linear_at(container, value), "bias", None) is not None,
+        norm=norm,
+    ).below(path)
 
 
 def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
@@ -189,35 +262,13 @@ def _kind(heights: list[int], d_hidden: int) -> MlpKind | None:
     return "packed_gated" if heights == [2 * d_hidden] else None
 
 
-def _linear(container: nn.Module, name: str) -> nn.Module | None:
-    """Return a linear layer below a container by name, or None.
-
-    Its weight must be (out, in) and a parameter of its own, not a product of others.
-    """
-    try:
-        layer = container.get_submodule(name)
-    except AttributeError:
-        return None
-    weight, features = (
-        getattr(layer, "weight", None),
-        (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)),
-    )
-    plain = isinstance(weight, nn.Parameter) or _is_computed(layer)
-    return layer if plain and weight is not None and tuple(weight.shape) == features else None
-
-
-def _is_computed(layer: nn.Module) -> bool:
-    """Whether a parametrization of torch, such as weight norm, makes a layer's weight out of other tensors."""
-    return is_parametrized(layer, "weight") or isinstance(getattr(layer, "weight_g", None), nn.Parameter)
-
-
 def _refuse_computed(layer: nn.Module | None, path: str) -> None:
     """Refuse a layer of an MLP whose weight can't be cut.
 
     Raises:
         ModelError: a parametrization computes its weight.
     """
-    if layer is not None and _is_computed(layer):
+    if layer is not None and is_computed(layer):
         new = is_parametrized(layer, "weight")
         line = "parametrize.remove_parametrizations" if new else "remove_weight_norm"
         given = f'model.get_submodule("{path}")' + (', "weight"' if new else "")
@@ -251,10 +302,10 @@ def _block_of(model: nn.Module, site: MlpSite, mlp_weights: set[str]) -> str:
     for depth in range(len(parts), 0, -1):
         path = ".".join(parts[:depth])
         parent = model.get_submodule(".".join(parts[: depth - 1]))
-        if not isinstance(parent, nn.ModuleList | nn.Sequential):
-            continue
-        nearest = nearest or path
         module = model.get_submodule(path)
+        if not isinstance(parent, nn.ModuleList | nn.Sequential) or isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue  # a list in a list is not run
+        nearest = nearest or path
         if any(p.ndim > 1 and f"{path}.{name}" not in mlp_weights for name, p in module.named_parameters()):
             return path
     return nearest or site.path

@@ -18,7 +18,7 @@ from vitrim.surgery.plan import Plan
 from vitrim.surgery.recursive import ToRecursive
 from vitrim.surgery.replace_activation import ReplaceActivation
 from vitrim.surgery.top_k import TopKActivation
-from vitrim.surgery.verify_site import verify_site
+from vitrim.surgery.verify_site import noises, verify_site
 
 __all__ = [
     "DropBlocks",
@@ -42,6 +42,7 @@ __all__ = [
     "hidden_and_output",
     "mix_heads",
     "mlp_output",
+    "noises",
     "read_weights",
     "reshape_",
     "site_weights",

@@ -239,7 +239,8 @@ def resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
     """
     for name, old in list(module.named_parameters(recurse=False)):
         if dim < old.ndim:
-            shape = [*old.shape[:dim], size, *old.shape[dim + 1 :]]
+            shape = list(old.shape)
+            shape[dim] = size
             fresh = torch.empty(shape, dtype=old.dtype, device=old.device)
             setattr(module, name, nn.Parameter(fresh, requires_grad=old.requires_grad))
     if hasattr(module, attribute):

@@ -78,7 +78,7 @@ class KeepUnits(Edit):
                 resize_(submodule(model, name), dim=0, size=self.width * site.num_groups, attribute="out_features")
         resize_(submodule(model, site.output), dim=1, size=self.width, attribute="in_features")
         if site.norm is not None:
-            resize_(submodule(model, site.norm), dim=0, size=self.width, attribute="normalized_shape")
+            resize_(submodule(model, site.norm), dim=-1, size=self.width, attribute="normalized_shape")
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield one tensor of the MLP without the removed units."""
@@ -92,10 +92,8 @@ class KeepUnits(Edit):
     def _cut(self, name: str, tensor: Tensor) -> Tensor:
         self._check_units()
         site = self.site
-        dim, num_groups = (
-            int(name == f"{site.output}.weight"),
-            site.num_groups if name.startswith(f"{site.value}.") else 1,
-        )
+        is_value, is_norm = (path is not None and name.startswith(f"{path}.") for path in (site.value, site.norm))
+        dim, num_groups = -1 if is_norm else int(name == f"{site.output}.weight"), site.num_groups if is_value else 1
         if tensor.shape[dim] != num_groups * site.d_hidden:
             units = tensor.shape[dim] // num_groups
             raise BudgetError(

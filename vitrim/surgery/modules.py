@@ -105,11 +105,18 @@ def hidden_and_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> tup
 def run_mlp(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
     """Run an MLP on tokens; the parts of one that is spread over two modules (`intermediate`, `output`) in turn.
 
-    The second part of these adds the residual itself (BERT), or leaves it to the block (Swin).
+    The second part of these adds the residual itself (BERT), or leaves it to the block (Swin). Of a `Sequential` the
+    members between the two layers are run, without a norm in front.
     """
     if site.value.startswith("intermediate."):
         hidden, output = container.get_submodule("intermediate")(tokens), container.get_submodule("output")
         return output(hidden, tokens) if len(inspect.signature(output.forward).parameters) > 1 else output(hidden)
+    if isinstance(container, nn.Sequential):
+        names = [name for name, _ in container.named_children()]
+        first, last = (names.index(path.partition(".")[0]) for path in (site.value, site.output))
+        for member in list(container)[first : last + 1]:
+            tokens = member(tokens)
+        return tokens
     output = container(tokens)
     return output[0] if isinstance(output, tuple) else output
 

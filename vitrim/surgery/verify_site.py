@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from vitrim.surgery.edits import apply_
 from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.modules import run_mlp, weight_of
 from vitrim.types import MlpSite
+
+
+def noises(width: int) -> Iterator[Tensor]:
+    """Yield noise as an MLP may take it: tokens (1, 4, D), then a map with channels first, then with channels last."""
+    for shape in ((1, 4, width), (1, width, 2, 2), (1, 2, 2, width)):
+        yield torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 
 
 def verify_site(model: nn.Module, site: MlpSite) -> bool:
@@ -31,17 +38,31 @@ def verify_site(model: nn.Module, site: MlpSite) -> bool:
     local = site.within(site.path)
     if local.norm is not None:
         container.get_submodule(local.norm).register_forward_hook(lambda _, args, output: args[0])
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(1, 4, site.d_model, generator=generator, dtype=torch.float32).to(weight.device)
     keep = tuple(range(0, site.d_hidden, 2))
     with torch.no_grad():
         weight_of(container, local.output)[:, 1::2] = 0
-        masked = _run(container, local, tokens, site.path, "on noise")
+        tokens, masked = _first_run(container, local, site.path)
         _check_values(masked, container, site.path)
         apply_(container, [KeepUnits(site=local, keep=keep)])
         cut = _run(container, local, tokens, site.path, "with half of its hidden units")
     scale = masked.abs().max().clamp(min=1e-6)
     return masked.shape == cut.shape and bool((masked - cut).abs().max() <= 1e-4 * scale)
+
+
+def _first_run(container: nn.Module, site: MlpSite, path: str) -> tuple[Tensor, Tensor]:
+    """Return the first kind of noise that a container takes, and its output.
+
+    Raises:
+        ModelError: it takes none; the reason is that of the first, tokens.
+    """
+    failed = []
+    for noise in noises(site.d_model):
+        noise = noise.to(weight_of(container, site.output).device)
+        try:
+            return noise, _run(container, site, noise, path, "on noise")
+        except ModelError as error:
+            failed.append(error)
+    raise failed[0]
 
 
 def _run(container: nn.Module, site: MlpSite, tokens: Tensor, path: str, how: str) -> Tensor:
