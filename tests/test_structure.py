@@ -163,7 +163,7 @@ def test_what_is_no_mlp_is_not_found(module):
 def test_what_can_not_be_run_on_noise_is_named():
     module = Own(lambda m, t: m.b(gelu(m.a(t["tokens"]))), a=(16, 24), b=(24, 16))
     with pytest.raises(
-        SiteNotFoundError, match=r"1 parts with linear .* such as layers\.0\.mlp \(\w+: .*\)\.$"
+        SiteNotFoundError, match=r"1 of its parts with linear .* such as layers\.0\.mlp \(\w+: .*\)\.$"
     ) as caught:
         find_mlps(Tower(Residual(module, 16)))
     assert "\n" not in str(caught.value)

@@ -180,11 +180,12 @@ def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
     said = f"({sum(1 for _ in root.modules())} modules seen)"
     if kernels > matrices:
         share = kernels / (kernels + matrices)
-        return f"{said}: it is convolutional ({share:.0%} of its weights), and MLPs are cut in linear layers alone."
-    said += ": no linear layer feeds another, of fitting shape, through a function of single units."
+        said += f": it is convolutional ({share:.0%} of its weights), and MLPs are cut in linear layers alone."
+    else:
+        said += ": no linear layer feeds another, of fitting shape, through a function of single units."
     if not_run:
         path, reason = next(iter(not_run.items()))
-        said += f" {len(not_run)} parts with linear layers can't be run on noise alone, such as {path} ({reason:.150})."
+        said += f" {len(not_run)} of its parts with linear layers can't be run on noise alone, such as {path} ({reason:.150})."
     return said
 
 
