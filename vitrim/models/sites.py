@@ -126,7 +126,7 @@ class _Search:
             container, path = self.root.get_submodule(local), f"{self.prefix}.{local}".strip(".")
             if f"{path}.".startswith(self._split):  # the units of experts can't be cut without their router
                 continue
-            shapes = tuple((name, tuple(layer.weight.shape)) for name, layer in layers.items())
+            shapes = tuple((name, tuple(weight_of(container, name).shape)) for name in layers)
             signature = (tuple(type(part) for part in container.modules()), shapes, tuple(outputs))
             if signature not in results:
                 try:

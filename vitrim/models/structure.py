@@ -58,7 +58,9 @@ def containers(root: nn.Module, claimed: Collection[str]) -> Iterator[tuple[str,
     below: dict[str, dict[str, nn.Module]] = {}
     for path in [name for name, _ in root.named_modules() if name]:
         layer = linear_at(root, path)
-        for around in _ancestors(path) if layer is not None else ():
+        if layer is None:
+            continue
+        for around in _ancestors(path):
             below.setdefault(around, {})[path.removeprefix(f"{around}.") if around else path] = layer
     lists = [path for path in below if _is_list_of_blocks(root, path, below)]
     too_large = {around for path in lists for around in (path, *_ancestors(path))}
