@@ -185,7 +185,8 @@ def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
         said += ": no linear layer feeds another, of fitting shape, through a function of single units."
     if not_run:
         path, reason = next(iter(not_run.items()))
-        said += f" {len(not_run)} of its parts with linear layers can't be run on noise alone, such as {path} ({reason:.150})."
+        parts = f"{len(not_run)} of its parts with linear layers"
+        said += f" {parts} can't be run on noise alone, such as {path} ({reason:.150})."
     return said
 
 
