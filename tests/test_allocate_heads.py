@@ -8,12 +8,12 @@ import torch
 
 import vitrim
 from tests.support.models import timm_vit
+from vitrim.compression import timing
 from vitrim.compression.allocate import EQUAL, FOUND, allocate
 from vitrim.compression.head_curves import at_all_sizes
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import count_macs, num_parameters
-from vitrim.errors import RecipeError
 from vitrim.models.sites import find_mlps
 from vitrim.ops.head_factors import LogitSums, factor_logits, lost_logits
 from vitrim.surgery import KeepHeadDims, KeepHeads, KeepUnits, apply_
@@ -159,6 +159,13 @@ def test_values_alone_are_allocated_where_nothing_else_can_be_cut(build):
     assert found.about["cost"] <= found.about["allowed"]
 
 
-def test_what_can_not_be_measured_is_refused(build):
-    with pytest.raises(RecipeError, match="latency is measured for MLPs alone"):
-        allocated(recipe_of(allocate={"cost": "latency"}), build("timm-vit"))
+@pytest.mark.parametrize("heads", ["dims", "whole"])
+def test_times_are_measured_for_attentions_too_and_are_kept(build, heads, tmp_path, monkeypatch):
+    case, recipe = build("timm-vit"), recipe_of(heads=heads, allocate={"cost": "latency", "cache": str(tmp_path)})
+    found = allocated(recipe, case)
+    about, times = found.about, found.measured.times
+    assert about["cost"] <= about["allowed"]
+    (key,) = [key for key in times if key.startswith("attention")]  # both have one shape
+    assert all(time > 0 for time in times[key].values()) and len(times[key]) == (8 if heads == "dims" else 2)
+    monkeypatch.setattr(timing, "import_timer", lambda: lambda *_, **__: 1 / 0)
+    assert allocated(recipe, case).candidates == found.candidates

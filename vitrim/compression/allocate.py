@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitrim.compression.curves import Measured, Request, key_of, measure_, shape_of, time_
+from vitrim.compression.curves import Measured, Request, key_of, measure_
 from vitrim.compression.head_curves import STEPS
 from vitrim.compression.heads import HeadsCut, equal_share
+from vitrim.compression.timing import time_attention_, time_mlp_
 from vitrim.config.options import Counted
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
@@ -26,7 +27,7 @@ from vitrim.cost.count import site_macs, site_parameters
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.ops.allocation import Values, best_choices
-from vitrim.types import MlpSite
+from vitrim.types import AttentionSite, MlpSite
 
 MAX_TIMED = 24  # widths of an MLP that are timed
 LEAST_GAIN = 0.1  # share of equal widths' error that others have to save to be worth it
@@ -79,8 +80,6 @@ def allocate(
         raise RecipeError(f"allocate: {method.name} decides about the whole model by itself; use allocate=uniform.")
     if batches is None:
         raise RecipeError("allocate: error curves need calibration images; pass data, or use allocate=uniform.")
-    if method.cuts() != "mlp" and options.cost == "latency":
-        raise RecipeError("allocate.cost: latency is measured for MLPs alone; use params or macs, or parts='mlp'.")
     request = Request(method=method, repair=step.repair_options(), seed=recipe.seed)
     folder, key = options.cache or context.work, key_of(request, teacher, sites, batches)
     found = Measured.kept_at(None if folder is None else folder / f"curves-{key[:16]}.json")
@@ -90,7 +89,10 @@ def allocate(
     if method.cuts() != "mlp":
         heads = HeadsCut.of(teacher, sites, batches, method, request.repair, {})
         equal = heads.sizes_at(equal_share(step, uniform, sites))
-        places += [_attention(path, equal[path], options.cost, found) for path in equal]
+        for site in heads.sites:
+            places.append(_attention(heads, site, equal[site.path], options.cost, teacher, batches[0], found))
+    if options.cost == "latency":
+        found.save()
     return _solved(places, uniform, options.cost, found, least_gain)
 
 
@@ -163,47 +165,45 @@ def _sum(places: Sequence[Place], sizes: Mapping[str, int], what: str) -> float:
 def _mlps(
     step: Step, uniform: Mapping[str, int], teacher: nn.Module, sites: Sequence[MlpSite], found: Measured
 ) -> list[Place]:
-    """Return every MLP with its widths to choose from; times that are not known yet are measured."""
+    """Return every MLP with its widths to choose from; with latency as cost they are timed."""
     assert step.allocate is not None
-    counted = step.allocate.cost
-    grids = [_grid(site, uniform[site.path], step.round_to, timed=counted == "latency") for site in sites]
+    places, counted = [], step.allocate.cost
+    for site in sites:
+        grid = _grid(site, uniform[site.path], step.round_to, timed=counted == "latency")
+        if counted == "latency":
+            times = time_mlp_(found, teacher, site, grid)
+            costs = [times[str(width)] for width in grid]
+        elif counted == "macs":
+            costs = [round(site_macs(site, width) * found.tokens[site.path]) for width in grid]
+        else:
+            costs = [site_parameters(site, width) for width in grid]
+        places.append(_place(site.path, grid, costs, uniform[site.path], found))
+    return places
+
+
+def _attention(
+    heads: HeadsCut,
+    site: AttentionSite,
+    equal: int,
+    counted: Counted,
+    teacher: nn.Module,
+    batch: Tensor,
+    found: Measured,
+) -> Place:
+    """Return an attention with its sizes to choose from, each with its time, or what it costs beyond the smallest."""
+    whole = heads.size_of(site)
+    step = max(1, whole // STEPS)
+    grid = sorted({*range(step, whole + 1, step), equal, whole})
     if counted == "latency":
-        for site, grid in zip(sites, grids, strict=True):
-            time_(found, teacher, site, grid)
-        found.save()
-    return [
-        Place(
-            path=site.path,
-            sizes=grid,
-            costs_J=np.array([_cost(counted, site, width, found) for width in grid]),
-            errors_J=np.array(found.errors[site.path])[np.array(grid) - 1],
-            equal=grid.index(uniform[site.path]),
-        )
-        for site, grid in zip(sites, grids, strict=True)
-    ]
+        times = time_attention_(found, teacher, heads, site, grid, batch)
+        return _place(site.path, grid, [times[str(size)] for size in grid], equal, found)
+    costs = found.costs[site.path][counted]
+    return _place(site.path, grid, [costs[size - 1] - costs[0] for size in grid], equal, found)
 
 
-def _attention(path: str, equal: int, counted: Counted, found: Measured) -> Place:
-    """Return an attention with its sizes to choose from, each with what it costs beyond the smallest."""
-    whole, costs = len(found.errors[path]), np.array(found.costs[path][counted])
-    grid = sorted({*range(max(1, whole // STEPS), whole + 1, max(1, whole // STEPS)), equal, whole})
-    at = np.array(grid) - 1
-    return Place(
-        path=path,
-        sizes=grid,
-        costs_J=costs[at] - costs.min(),
-        errors_J=np.array(found.errors[path])[at],
-        equal=grid.index(equal),
-    )
-
-
-def _cost(counted: Counted, site: MlpSite, width: int, found: Measured) -> int:
-    """Return what an MLP of a width costs: parameters, multiply-accumulates per image, or nanoseconds."""
-    if counted == "params":
-        return site_parameters(site, width)
-    if counted == "macs":
-        return round(site_macs(site, width) * found.tokens[site.path])
-    return found.times[shape_of(site, found)][str(width)]
+def _place(path: str, grid: list[int], costs: Sequence[int], equal: int, found: Measured) -> Place:
+    errors_J = np.array(found.errors[path])[np.array(grid) - 1]
+    return Place(path=path, sizes=grid, costs_J=np.array(costs), errors_J=errors_J, equal=grid.index(equal))
 
 
 def _grid(site: MlpSite, uniform: int, round_to: int, *, timed: bool) -> list[int]:

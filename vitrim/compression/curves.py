@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -29,11 +28,10 @@ from vitrim.compression.cut import metrics_for, select
 from vitrim.compression.head_curves import HeadCurves
 from vitrim.compression.heads import HeadsCut
 from vitrim.config.options import RepairOptions
-from vitrim.cost.latency import import_timer
-from vitrim.errors import CheckpointError, RecipeError
+from vitrim.errors import CheckpointError
 from vitrim.methods import SiteMethod
 from vitrim.metrics.judging import features_on_cpu, relative_error
-from vitrim.models.features import device_of, evaluating
+from vitrim.models.features import device_of
 from vitrim.ops.allocation import Values, dropped_energy, explained_energy, through
 from vitrim.ops.least_squares import fit_output, moments, ridge_for
 from vitrim.ops.output_metric import weighed
@@ -41,14 +39,12 @@ from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.storage.hashes import tensor_sha256
 from vitrim.storage.sealed import read_sealed, write_sealed
-from vitrim.surgery import Edit, KeepUnits, apply_, read_weights, submodule
-from vitrim.surgery.modules import run_mlp
+from vitrim.surgery import Edit, KeepUnits, read_weights
 from vitrim.types import MlpSite, MlpWeights
 
 PROBED = (0.5, 0.25, 0.125)  # shares of an MLP's units at which its effect on the final features is measured
 NUM_PROBE_IMAGES = 32
 WORST = 1e6  # replaces a relative error that is infinite or not a number
-TIMED_IMAGES, TIMED_ROUNDS = 8, 15
 
 log = logging.getLogger("vitrim")
 
@@ -237,41 +233,3 @@ class _Picks:
         ridge = ridge_for(stats.num_tokens, len(keep), repair.ridge)
         weight_DK, bias_D = fit_output(stats, index, start_DK, weights.output_bias_D, ridge=ridge, where=where)
         return edit.with_output(weight_DK, bias_D)
-
-
-def shape_of(site: MlpSite, found: Measured) -> str:
-    """Return a key of all that determines an MLP's time, so that MLPs of one shape are timed once."""
-    return f"{site.label}, {site.d_model}, {site.d_hidden}, {_timed_tokens(site, found)} tokens"
-
-
-def _timed_tokens(site: MlpSite, found: Measured) -> int:
-    return max(1, round(TIMED_IMAGES * found.tokens[site.path]))
-
-
-def time_(found: Measured, teacher: nn.Module, site: MlpSite, widths: Sequence[int]) -> None:
-    """Time an MLP at widths not yet timed, in alternating rounds, so that a slow moment affects all alike.
-
-    Raises:
-        RecipeError: the MLP can't be run by itself.
-    """
-    known, make_timer = found.times.setdefault(shape_of(site, found), {}), import_timer()
-    device, timers = device_of(teacher), {}
-    tokens = torch.randn(1, _timed_tokens(site, found), site.d_model, generator=torch.Generator().manual_seed(0))
-    inner = site.within(site.path)
-    for width in [width for width in widths if str(width) not in known]:
-        holder = nn.Sequential(copy.deepcopy(submodule(teacher, site.path)))
-        apply_(holder, [KeepUnits.first(inner.below("0"), width)])
-        names = {"run": run_mlp, "mlp": holder[0], "site": inner, "tokens": tokens.to(device)}
-        timers[width] = make_timer("run(mlp, site, tokens)", globals=names, num_threads=torch.get_num_threads())
-    seen: dict[int, list[float]] = {width: [] for width in timers}
-    with evaluating(teacher):
-        for _ in range(TIMED_ROUNDS + 1):  # the first is a warm-up
-            for width, timer in timers.items():
-                try:
-                    seen[width].append(timer.timeit(1).mean)
-                except Exception as error:  # a foreign module that needs more inputs than tokens may raise anything
-                    reason = f"{type(error).__name__}: {error}"
-                    raise RecipeError(
-                        f"allocate.cost: {site.path} can't be timed by itself ({reason:.100}); use macs."
-                    ) from error
-    known |= {str(width): round(1e9 * median(times[1:])) for width, times in seen.items()}

@@ -14,7 +14,7 @@ from vitrim.config.steps import Step
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.repair.heads import cut_heads_, pick_heads_
-from vitrim.surgery import Edit
+from vitrim.surgery import Edit, KeepHeadDims, KeepHeads, KeepPaddedDims
 from vitrim.types import AttentionSite, MlpSite
 
 
@@ -65,6 +65,15 @@ class HeadsCut:
     def sizes_at(self, share: float) -> dict[str, int]:
         """Return the size of each attention, by path, at a share of its whole size."""
         return {site.path: max(1, round(share * self.size_of(site))) for site in self.sites}
+
+    def first(self, site: AttentionSite, size: int) -> KeepHeads | KeepHeadDims | KeepPaddedDims:
+        """Return an edit to a size with no values of its own, for its shapes."""
+        if self.method.whole_heads():
+            return KeepHeads(site=site, keep=tuple(range(size)))
+        if site.mixes:
+            return KeepPaddedDims(site=site, num_qk=site.head_dim if site.mixes == "values" else size, num_v=size)
+        kept = (tuple(range(size)),) * site.num_heads
+        return KeepHeadDims(site=site, keep_qk=kept, keep_v=kept)
 
     def visit(self, site: AttentionSite, teacher: Activations, student: Activations) -> HeadVisit:
         """Return an attention with both models at its block."""

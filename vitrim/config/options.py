@@ -57,7 +57,7 @@ class AllocateOptions(Checked):
     """Widths that differ between MLPs, and sizes between attentions where these are cut, at the cost of equal ones."""
 
     cost: Counted = "params"
-    """What counts as cost: parameters, multiply-accumulates, or time of the MLPs measured on the device."""
+    """What counts as cost: parameters, multiply-accumulates, or time measured on the device."""
     cache: Path | None = None
     """Folder for the measured error curves, to reuse them for other widths and costs. Without it they are not saved."""
 
