@@ -15,7 +15,7 @@ class Recovery:
         curve: one point per validation: `step`, `relative_error` on held-out images, `loss` of the step (not at the
             start), and with several widths `mlp_ratio=R` for the error of each.
         optimizer: what took the steps: `relative`, whose rate is a share of each weight's norm, or `adamw`.
-        lr: peak learning rate, given or found; lower after a divergence.
+        lr: peak learning rate, given or found; lower after a divergence or a restart.
         best_step: step whose state the student ended with; 0 is the untrained start.
         best_error: relative error of that state.
         rate_test: error at the end of the short run at each learning rate, where no rate was given.
@@ -23,6 +23,8 @@ class Recovery:
         num_test_steps: steps of the range test, in addition to those.
         num_images: images that all steps saw, those of the range test and repeated ones included.
         seconds: time that it took.
+        restarts: steps at which it went back to its best state, with a lower rate and a schedule for the steps left.
+        ended_at: step at which it ended, because restarts gained nothing either; None if it went to its end.
         notes: sentences for the user.
         adapter: counts and sizes of the adapters, where there were any.
     """
@@ -37,6 +39,8 @@ class Recovery:
     num_test_steps: int = 0
     num_images: int = 0
     seconds: float = 0.0
+    restarts: list[int] = field(default_factory=list)
+    ended_at: int | None = None
     notes: list[str] = field(default_factory=list)
     adapter: dict[str, Any] | None = None
 
@@ -69,7 +73,9 @@ class Recovery:
     def cost(self) -> str:
         """Return what the recovery cost, in words."""
         tests = f" and {self.num_test_steps:,} of the range test" if self.num_test_steps else ""
-        return f"{self.num_steps:,} steps{tests}, {self.num_images:,} images seen, {self.seconds:.0f} s"
+        return (
+            f"{self.ended_at or self.num_steps:,} steps{tests}, {self.num_images:,} images seen, {self.seconds:.0f} s"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

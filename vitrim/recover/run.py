@@ -182,11 +182,22 @@ class Run:
             return relative_steps(self.trained, self.named_parameters(), probe, self.options.features_at)
         return adamw(self.trained, self.named_parameters(), self.options.adapter)
 
-    def start_over_(self, values: Mapping[str, Tensor]) -> None:
-        """Go back to before the first step, with these values of all tensors and a fresh optimizer."""
+    def start_over_(self, values: Mapping[str, Tensor], *, step: int = 0) -> None:
+        """Start anew before the first step, or at another, with these values of all tensors and a fresh optimizer."""
         self.trained.load_state_dict(values)
         self.optimizer.state.clear()
-        self.step, self.usual = 0, {}
+        self.step, self.usual = step, {}
+
+    @property
+    def started(self) -> int:
+        """Step at which the schedule began."""
+        return self.result.restarts[-1] if self.result.restarts else 0
+
+    def gains_nothing(self) -> bool:
+        """Return whether a found rate has had half of the steps that were left at its start, and bettered nothing."""
+        late = 2 * (self.step - self.started) >= self.num_steps - self.started
+        found = bool(self.result.rate_test)  # a rate that was asked for is kept
+        return found and late and self.step < self.num_steps and self.result.best_step <= self.started
 
     def is_due(self) -> bool:
         """Return whether held-out images are judged after this step."""
@@ -223,7 +234,8 @@ class Run:
             The mean loss over the images of all processes. `diverged` says whether it was too bad to step on.
         """
         floor = min(1.0, self.options.min_lr / self.result.lr) if lr is None else 0.0
-        shape = rate_shape(self.step, self.num_steps, self.options.warmup_ratio, floor=floor)
+        done, length = self.step - self.started, self.num_steps - self.started
+        shape = rate_shape(done, length, self.options.warmup_ratio, floor=floor)
         decay = cosine_between(*self.options.weight_decay, self.step / self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.result.lr * shape if lr is None else lr

@@ -16,6 +16,8 @@ from vitrim.recover.run import Run
 
 # Factor on the rate after going back to an earlier state, and how often a run may do so.
 SLOWER, MAX_ROLLBACKS = 0.5, 8
+# The same for a run that gains nothing at a rate that was found.
+LOWER, MAX_RESTARTS = 0.3, 2
 
 
 def take_snapshot(run: Run) -> dict[str, Any]:
@@ -52,7 +54,8 @@ def restore_(run: Run, saved: Mapping[str, Any]) -> None:
     run.best_score = saved["best_score"]
     run.ema = {name: average.to(run.device, copy=True) for name, average in saved["ema"].items()}
     kept = saved["result"]
-    run.result = Recovery(**{**kept, "curve": list(kept["curve"]), "notes": list(kept["notes"])})
+    lists: dict[str, Any] = {name: list(value) for name, value in kept.items() if isinstance(value, list)}
+    run.result = Recovery(**{**kept, **lists})
 
 
 def roll_back_(run: Run, saved: Mapping[str, Any], loss: float) -> bool:
@@ -78,6 +81,27 @@ def roll_back_(run: Run, saved: Mapping[str, Any], loss: float) -> bool:
     said = f"loss {loss:.3g} at step {failed}: went back to step {run.step} with the rate lowered to {rate:.3g}."
     run.result.notes = [*notes, said]
     return True
+
+
+def restart_(run: Run) -> None:
+    """Go back to the best state seen, with a lower rate and a schedule of its own for the steps left; or end the run.
+
+    It is the found rate that was too high: a range test of few steps can't tell how noise adds up. After MAX_RESTARTS
+    there is nothing to gain, and the run ends.
+    """
+    result = run.result
+    if len(result.restarts) >= MAX_RESTARTS:
+        result.ended_at = run.step
+        left = run.num_steps - run.step
+        said = f"no gain by step {run.step} at a rate of {result.lr:.3g} either: ended there, {left:,} steps early."
+    else:
+        run.start_over_(run.best, step=run.step)
+        run.ema = {name: p.detach().clone() for name, p in run.named_parameters().items()} if run.ema else {}
+        result.lr *= LOWER
+        result.restarts.append(run.step)
+        back = f"went back to step {result.best_step} with the rate lowered to {result.lr:.3g}."
+        said = f"no gain by step {run.step}: {back}"
+    result.notes = [*result.notes, said]
 
 
 def place_tensor(run: Run, keys: Sequence[Any], tensor: Tensor) -> Tensor:
