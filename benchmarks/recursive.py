@@ -31,10 +31,12 @@ from vitrim.config.options import ExitOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import model_size
+from vitrim.cost.sure import judge_sure
 from vitrim.data import ImageSet, augment_for, first_images, split_indices
 from vitrim.data.inputs import open_set
-from vitrim.evaluation import evaluate, own_top1, top1_of
+from vitrim.evaluation import own_top1, top1_of
 from vitrim.metrics.fidelity import compare
+from vitrim.models.exits import Loops, UntilSure
 from vitrim.models.features import num_classes
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_encoder
@@ -129,22 +131,15 @@ class Bench:
         return {**found, "after": self.left(student), "seconds": time.monotonic() - started}
 
     def left(self, student: nn.Module) -> dict[str, Any]:
-        """What `vitrim evaluate` says of a student at its exits, and, if it has a head, of leaving once sure."""
-        ways: list[dict[str, Any]] = [{"exit": 1}, {"exit": 2}]
-        if num_classes(student):
-            ways += [{"confidence": confidence} for confidence in CONFIDENCES]
-        found = {}
-        for way in ways:
-            seen = evaluate(student, self.teacher, self.test_set(), latency="confidence" in way, **way).to_json()
-            ((name, value),) = way.items()
-            exit = {"error": seen["fidelity"]["relative_error"], "top1": seen["student"].get("top1")}
-            found[f"{name} {value:g}"] = seen.get("sure", exit)
+        """Error and top-1 of a student at its exits, and, if it has a head, of leaving once sure."""
+        loops, found = Loops(student), {}
+        for number in range(1, len(loops) + 1):
+            with loops.up_to(number):
+                found[f"exit {number}"] = self.judged(student)
+        for confidence in CONFIDENCES if num_classes(student) else ():
+            sure = UntilSure(student, confidence)
+            found[f"confidence {confidence:g}"] = judge_sure(sure, self.teacher, self.test, top1=True, latency=True)
         return found
-
-    def test_set(self) -> Any:
-        """The test inputs with labels, as a list."""
-        pairs = [(batch.images_BCHW, batch.labels_B) for batch in self.test]
-        return [(image, int(label)) for images, labels in pairs for image, label in zip(images, labels, strict=True)]
 
     def training(self, seed: int) -> ImageSet:
         """The training inputs; images are augmented."""
