@@ -128,9 +128,9 @@ class Bench:
             options=ExitOptions(**self.trained),
             context=RunContext(quiet=True, seed=seed),
         )
-        return {**found, "after": self.left(student), "seconds": time.monotonic() - started}
+        return {**found, "after": self.left(student, latency=True), "seconds": time.monotonic() - started}
 
-    def left(self, student: nn.Module) -> dict[str, Any]:
+    def left(self, student: nn.Module, *, latency: bool = False) -> dict[str, Any]:
         """Error and top-1 of a student at its exits, and, if it has a head, of leaving once sure."""
         loops, found = Loops(student), {}
         for number in range(1, len(loops) + 1):
@@ -138,7 +138,7 @@ class Bench:
                 found[f"exit {number}"] = self.judged(student)
         for confidence in CONFIDENCES if num_classes(student) else ():
             sure = UntilSure(student, confidence)
-            found[f"confidence {confidence:g}"] = judge_sure(sure, self.teacher, self.test, top1=True, latency=True)
+            found[f"confidence {confidence:g}"] = judge_sure(sure, self.teacher, self.test, top1=True, latency=latency)
         return found
 
     def training(self, seed: int) -> ImageSet:
