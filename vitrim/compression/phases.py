@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vitrim.compression.ahead import say_ahead
 from vitrim.compression.allocate import EQUAL, FOUND, LEAST_GAIN, allocate
 from vitrim.compression.budget import near_stock, solve_widths
 from vitrim.compression.cut import CutReport, cut_
@@ -150,6 +151,7 @@ def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunCont
     cut = _from_main(kept[0] if kept else None, models.student)
     if cut is not None:
         return cut
+    on_main(say_ahead, models, widths.units, recipe, context)
     if widths.cut is not None:
         apply_(models.student, widths.cut.plan.edits)
     cut = _from_main(widths.cut, models.student)

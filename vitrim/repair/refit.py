@@ -33,6 +33,7 @@ log = logging.getLogger("vitrim")
 EXACT = 1e-9
 # Below this share, what bfloat16 rounds is no longer small beside the error, so products stay in float32.
 COARSE = 1e-3
+BATCH_TOKENS = 4096  # tokens of a step
 # Step sizes to try, as shares of each weight's norm, and the part of the steps that each trial takes.
 SHARES, TRIAL = (0.03, 0.01, 0.003, 0.001), 0.1
 
@@ -42,7 +43,7 @@ def refit_(
     visit: SiteVisit,
     *,
     num_steps: int = 300,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     lr: float | None = None,
     ridge: float = 1e-4,
     seed: int = 0,

@@ -1,0 +1,164 @@
+"""Says, before anything is cut, what a run will take: each stage's work in epochs of distillation, from counts alone.
+
+A pass is the original's forward pass of one image, and a backward pass counts as two. An epoch of distillation is one
+pass of the teacher and three of the student over the calibration images; students count as if nothing were cut. No
+clock is read: what a machine does in a second differs between products, passes and short steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitrim.compression.job import Models
+from vitrim.config.options import AtOnceOptions, BlockwiseOptions, RecoverOptions
+from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
+from vitrim.config.steps import Step
+from vitrim.cost.count import count_macs, site_macs
+from vitrim.models.features import device_of
+from vitrim.recover.range_test import SHARE
+from vitrim.repair.refit import BATCH_TOKENS
+from vitrim.surgery import submodule
+from vitrim.types import MlpSite
+
+LOG = logging.getLogger("vitrim")
+
+# Passes over the images of a walk: the teacher's, the student's in front of each cut, and its again behind it.
+WALK = 3
+# Passes of an image in a step of distillation: teacher, student, and back.
+DISTIL, TRAIN = 4, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of a run: what it does, in words, and its work in passes."""
+
+    words: str
+    passes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """Counts from which the work of a run follows.
+
+    Attributes:
+        sites: MLPs to cut, and `widths` that stay of them by path.
+        tokens: tokens of an image at each MLP, by path.
+        macs: multiply-accumulates of a pass.
+        num_images: calibration images, each with `num_views` views.
+        num_train: training images; None for a stream.
+    """
+
+    sites: Sequence[MlpSite]
+    widths: Mapping[str, int]
+    tokens: Mapping[str, float]
+    macs: int
+    num_images: int
+    num_views: int
+    num_train: int | None
+
+    def stages(self, recipe: Recipe) -> Iterator[Stage]:
+        """Yield the stages of a recipe in order; the work of a selection itself is not counted."""
+        for step in recipe.steps:
+            yield from self._cut(step)
+        if recipe.blockwise is not None:
+            yield self._blockwise(recipe.blockwise)
+        if recipe.at_once is not None:
+            yield self._steps("all blocks at once", recipe.at_once)
+        if recipe.recover is not None:
+            yield from self._distillation(recipe.recover)
+        if recipe.exits is not None:
+            yield self._steps("exits", recipe.exits)
+
+    def _steps(self, name: str, options: AtOnceOptions) -> Stage:
+        """Return a stage of a given number of steps, with those of its range test."""
+        passes = DISTIL * options.steps * options.batch_size * (1 if options.lr else 1 + SHARE)
+        return Stage(words=f"{name}, {options.steps:,} steps of {options.batch_size:,} images", passes=passes)
+
+    def _cut(self, step: Step) -> Iterator[Stage]:
+        """Yield the walk with its sums, and the refit."""
+        repair, num_seen = step.repair_options(), self.num_images * self.num_views
+        if repair is None:
+            return
+        sums = sum(self.tokens[s.path] * s.d_hidden * (s.d_hidden / 2 + s.d_model) for s in self.sites) / self.macs
+        views = "" if self.num_views == 1 else f" in {self.num_views} views"
+        words = f"closed form, {WALK} passes over {self.num_images:,} images{views} and sums worth {sums:.1f} more"
+        yield Stage(words=words, passes=num_seen * (WALK + sums))
+        if repair.refit:
+            macs = sum(site_macs(s, self.widths.get(s.path, s.d_hidden)) for s in self.sites)
+            passes = TRAIN * repair.refit_steps * min(BATCH_TOKENS, repair.max_tokens) * macs / self.macs
+            words = f"refit, {repair.refit_steps:,} steps of {BATCH_TOKENS:,} tokens at each of {len(self.sites)} MLPs"
+            yield Stage(words=words, passes=passes)
+
+    def _blockwise(self, options: BlockwiseOptions) -> Stage:
+        """Return the walk over the images, and each block's steps."""
+        num_images = min(options.num_images, self.num_train or options.num_images)
+        mlps = sum(self.tokens[s.path] * site_macs(s, self.widths.get(s.path, s.d_hidden)) for s in self.sites)
+        part = 1.0 if options.train == "block" else mlps / self.macs
+        passes = WALK * num_images + TRAIN * options.steps * options.batch_size * part
+        words = f"block by block, {options.steps:,} steps of {options.batch_size:,} images at each block"
+        return Stage(words=words, passes=passes)
+
+    def _distillation(self, options: RecoverOptions) -> Iterator[Stage]:
+        """Yield distillation of the whole model; nothing where its length is not known yet."""
+        size = options.batch_size * options.gradient_accumulation_steps
+        epoch = self.num_train or options.epoch_images
+        if options.steps is None and (epoch is None or options.epochs is None):
+            return
+        num_steps = options.steps or max(1, round((options.epochs or 0) * math.ceil((epoch or 0) / size)))
+        finds = 1 if options.peak_lr(size) else 1 + SHARE
+        yield Stage(
+            words=f"distillation, {num_steps:,} steps of {size:,} images", passes=DISTIL * num_steps * size * finds
+        )
+
+    def line(self, recipe: Recipe) -> str:
+        """Return the stages in a line, each in epochs of distillation on the calibration images; "" without any."""
+        epoch, stages = DISTIL * self.num_images, list(self.stages(recipe))
+        if not stages:
+            return ""
+        said = "; ".join(f"{stage.words}: {stage.passes / epoch:.1f}" for stage in stages)
+        total = sum(stage.passes for stage in stages) / epoch
+        return f"ahead, in epochs of distillation on {self.num_images:,} images: {said}; in all {total:.1f}"
+
+
+def say_ahead(models: Models, widths: Mapping[str, int], recipe: Recipe, context: RunContext) -> None:
+    """Log what a run will take, where there are images and progress is shown."""
+    if models.split is None or context.quiet:
+        return
+    counts = models.split.counts
+    tokens, macs = _tokens_and_macs(models.teacher, models.sites, models.split.sample[:1].to(device_of(models.teacher)))
+    ahead = Ahead(
+        sites=models.sites,
+        widths=widths,
+        tokens=tokens,
+        macs=macs,
+        num_images=counts["calibration"],
+        num_views=counts.get("views", 1),
+        num_train=counts["train"],
+    )
+    if line := ahead.line(recipe):
+        LOG.info("%s.", line)
+
+
+def _tokens_and_macs(model: nn.Module, sites: Sequence[MlpSite], images_BCHW: Tensor) -> tuple[dict[str, float], int]:
+    """Return the tokens of an image at each MLP, and the multiply-accumulates of a pass, by one pass."""
+    seen: dict[str, float] = {site.path: 0.0 for site in sites}
+
+    def see(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen[path] += output.numel() / output.shape[-1] / len(images_BCHW)
+
+        return add
+
+    handles = [submodule(model, site.output).register_forward_hook(see(site.path)) for site in sites]
+    try:
+        return seen, count_macs(model, images_BCHW)
+    finally:
+        for handle in handles:
+            handle.remove()
