@@ -168,3 +168,10 @@ def test_equal_widths_that_no_stock_config_can_say_have_no_preference(build, mon
     about = compress(build("timm-vit").copy(), recipe_of(round_to=1)).metrics.allocation
     assert about["predicted"][FOUND] > 0.9 * about["predicted"][EQUAL]
     assert about["tried"][about["kept"]]["judged"] == min(errors["judged"] for errors in about["tried"].values())
+
+
+def test_nothing_is_tried_twice(lopsided):
+    """With multiples of 32, no width lies halfway between 48 and 64 or 32."""
+    found = compress(lopsided, recipe_of(round_to=32))
+    assert list(found.metrics.allocation["tried"]) == [EQUAL, FOUND]
+    assert "halfway" not in str(found.metrics.notes)

@@ -153,7 +153,9 @@ def _solved(
         said = f"{errors[EQUAL]:.4g}, with others {errors[FOUND]:.4g}"
         notes.append(f"allocate: equal widths stay: the error foreseen with them is {said}, under a tenth less.")
     elif best != equal:
-        candidates |= {HALFWAY: {**uniform, **halfway(places, allowed, best)}, FOUND: {**uniform, **best}}
+        middle = halfway(places, allowed, best)
+        others = {HALFWAY: middle, FOUND: best} if middle not in (equal, best) else {FOUND: best}
+        candidates |= {name: {**uniform, **sizes} for name, sizes in others.items()}
     return Allocation(candidates=candidates, about=about, measured=found, notes=tuple(notes))
 
 
