@@ -114,3 +114,10 @@ def test_below_a_limit_the_table_is_printed_and_the_exit_code_is_1(capsys):
 def test_a_limit_on_what_was_not_measured_is_an_error_of_its_own(capsys):
     assert run([*EVALUATE, "--limit", "20", "--fail-under", "recall@1=0.9"]) == 2
     assert "recall@1" in capsys.readouterr().err
+
+
+def test_a_result_that_is_far_from_the_original_says_so():
+    far = vitrim.compress(DIGITS, data="digits", method="recursive", keep_ratio=0.5, quiet=True)
+    assert [note for note in far.metrics.notes if note.startswith("far from the original: relative error 0.")]
+    near = vitrim.compress(DIGITS, data="digits", keep_ratio=0.9, recipe={"effort": "fast"}, quiet=True)
+    assert not [note for note in near.metrics.notes if note.startswith("far")]

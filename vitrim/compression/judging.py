@@ -22,6 +22,9 @@ from vitrim.surgery import Plan
 # So many fitted images are judged on even where they are more than a tenth.
 FEW = 16
 
+# Relative error above which a result is of little use, whatever it is for.
+FAR = 0.5
+
 
 def judge(models: Models, job: Job, plan: Plan) -> tuple[Closeness | None, str | None]:
     """Measure how close the student, as it is returned, is on held-out images, overall and for each block.
@@ -78,7 +81,22 @@ def learn(models: Models, cut: CutReport) -> Learning | None:
     return learning_curve(cut.errors, batches, num_held_out=num_held_out(batches), num_views=num_views)
 
 
-def judging_notes(judged: Closeness | None, learning: Learning | None) -> tuple[str, ...]:
-    """Return a warning where too few images judged the student, and what is to be said of more calibration images."""
-    few = () if judged is None else too_few(judged.num_images)
-    return few if learning is None or learning.note is None else (*few, learning.note)
+def judging_notes(
+    after_cut: Closeness | None, after_recovery: Closeness | None, learning: Learning | None
+) -> tuple[str, ...]:
+    """Return what has to be known beside the errors: too few images, what more of them would do, a useless result."""
+    judged = after_recovery or after_cut
+    said = () if judged is None else (*too_few(judged.num_images), *_far(judged, trained=after_recovery is not None))
+    return said if learning is None or learning.note is None else (*said, learning.note)
+
+
+def _far(judged: Closeness, *, trained: bool) -> tuple[str, ...]:
+    """Return a warning where a student's features have little to do with the teacher's."""
+    error = judged.fidelity["relative_error"]
+    if error <= FAR:
+        return ()
+    then = "train it longer" if trained else "train it (recover, --recover-epochs)"
+    return (
+        f"far from the original: relative error {error:.2f} on {judged.num_images:,} held-out images, where a constant "
+        f"token has 1; keep more, or {then}.",
+    )

@@ -172,7 +172,7 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     stock = stock_origin(job.origin, plan.edits)
     seen = look_at_both(models, job) if place is not None else NOTHING
     whole = put_together(job, models, stock, widened=wide is not None)
-    said = judging_notes(after_cut, learning)
+    said = judging_notes(after_cut, after_recovery, learning)
     why = [*([] if wide is None else [wide]), *stock_notes(job.origin, plan.edits, stock)]
     metrics = Metrics(
         model=job.origin.name,

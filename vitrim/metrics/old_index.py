@@ -48,6 +48,9 @@ def read_old_index(source: Any, *, width: int | None) -> OldIndex:
         if not Path(source).is_file():
             raise DataError(f"{name}: no such file; give a .npy file of vectors, a row for each image.")
         try:
+            with Path(source).open("rb") as file:
+                if file.read(6) != b"\x93NUMPY":  # numpy would take it for a pickle, and say how to open that
+                    raise ValueError("it does not begin as one")
             found = np.load(source, allow_pickle=False, mmap_mode="r")
         except (*DAMAGED, EOFError) as error:
             raise DataError(f"{name}: not a .npy file of numbers ({reason_of(error)}).") from None
