@@ -16,7 +16,7 @@ ROWS = {
     "timm/resnet18": ("no MLP", None, "", None, "no MLP found"),
     "transformers/Gemma4VisionModel": ("cut without images", 2, "split gated", "transformers", "pixel_position_ids."),
     "transformers/Qwen3VLVisionModel": ("cut without images", 2, "plain", "transformers", GRID),  # linear_fc1
-    "transformers/Glm4vVisionModel": ("cut without images", 3, "split gated", "own", GRID),  # says it takes words
+    "transformers/Glm4vVisionModel": ("cut without images", 2, "split gated", "own", GRID),  # not its merger
     "open_clip/ViT-B-32": ("cut", 2, "plain", "open_clip", ""),
 }
 

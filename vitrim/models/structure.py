@@ -114,15 +114,23 @@ def traced(container: nn.Module, layers: Mapping[str, nn.Module], outputs: Seque
     Raises:
         Exception: whatever the container raises when it can't be run on noise alone.
     """
+    widths: dict[int, list[str]] = {}
+    for name in outputs:
+        widths.setdefault(_shape(layers[name])[0], []).append(name)
     found: dict[str, Found] = {}
+    failed: list[Exception] = []
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        for norm in [None, *_norms(container, layers, outputs)]:
-            stubs = _run(container, layers, norm, [_shape(layers[name])[0] for name in outputs])
-            for output in [name for name in outputs if name not in found]:
-                feeders = _feeders(stubs, output)
-                if feeders is not None:
-                    found[output] = (*feeders, output, norm)
+        for width, ends in widths.items():  # what is as wide as the container's own input
+            try:
+                for norm in [None, *_norms(container, layers, ends)]:
+                    stubs = _run(container, layers, norm, width)
+                    feeders = {end: _feeders(stubs, end) for end in ends if end not in found}
+                    found |= {end: (*feeding, end, norm) for end, feeding in feeders.items() if feeding is not None}
+            except Exception as error:  # foreign code that wants something else may raise anything
+                failed.append(error)
+    if len(failed) == len(widths):
+        raise failed[0]
     return list(found.values())
 
 
@@ -161,27 +169,23 @@ class _Grads:
         return bool((self.grad_NH - self.grad_NH[:1]).abs().max() <= 1e-6 * self.grad_NH.abs().max())
 
 
-def _run(
-    container: nn.Module, layers: Mapping[str, nn.Module], norm: str | None, widths: list[int]
-) -> dict[str, _Stub]:
+def _run(container: nn.Module, layers: Mapping[str, nn.Module], norm: str | None, width: int) -> dict[str, _Stub]:
     """Run a copy of a container with stubs in place of its linear layers, and return these.
 
     It is run on the first kind of noise that it takes; if it takes none, the first error is raised.
     """
-    failed: Exception | None = None
-    for noise in (noise for width in dict.fromkeys(widths) for noise in noises(width)):
+    failed: list[Exception] = []
+    for noise in noises(width):
         stubs = {name: _Stub(layer) for name, layer in layers.items()}
         module = _filled_(copy.deepcopy(container, {id(layer): stubs[name] for name, layer in layers.items()}))
         if norm is not None:
             module.get_submodule(norm).register_forward_hook(lambda _, args, output: args[0])
         try:
             module(noise.requires_grad_())  # torch's attention calls no layer where nothing needs gradients
-        except Exception as error:  # foreign code that wants something else may raise anything
-            failed = failed or error
-            continue
-        return stubs
-    assert failed is not None
-    raise failed
+            return stubs
+        except Exception as error:
+            failed.append(error)
+    raise failed[0]
 
 
 def _filled_(module: nn.Module) -> nn.Module:
