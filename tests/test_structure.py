@@ -271,7 +271,7 @@ class Both(nn.Module):
         return getattr(self, self.name)[0](self.encoder(images)[:, None])
 
 
-@pytest.mark.parametrize("name", ["decoder", "predictor", "merger"])
+@pytest.mark.parametrize("name", ["decoder", "predictor", "merger", "mask_head", "enc_out_bbox_embed"])
 def test_what_stands_behind_the_encoder_is_cut_if_asked(name):
     model = Both(name)
     assert [site.path for site in find_mlps(model)] == ["encoder.layers.0", "encoder.layers.1"]

@@ -115,7 +115,8 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
         origin = replace(origin, encoder=encoder, preprocessing={})
     recipe, note = _with_published(recipe, origin)
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
-    check_repeatable(whole.get_submodule(encoder), origin, random_inputs(origin, 2))  # before the first image is read
+    noise = random_inputs(origin, 1 if data is None else 2)  # one alone says nothing about batches
+    check_repeatable(whole.get_submodule(encoder), origin, noise)  # before the first image is read
     _check_training(recipe, whole.get_submodule(encoder))
     images = None if data is None else open_inputs(data, origin)
     _check_labels(recipe, images, whole.get_submodule(encoder))

@@ -187,9 +187,12 @@ def check_repeatable(model: nn.Module, origin: Origin, inputs: Tensor | None) ->
             f"{where}: is random: two runs on one input differ by {again:.0%} of its features{hint}; pass a model "
             "whose forward is the same each time."
         )
+    weights_alone = "pass no data, to cut it by its weights alone (magnitude, dgmr-paper)"
+    if len(together.pooled_BD) != len(few):
+        raise ModelError(f"{where}: puts all images of a batch into one row, where none can be told; {weights_alone}.")
     raise ModelError(
         f"{where}: the features of an input depend on the others in its batch (they differ by {mates:.0%}); pass a "
-        "model that treats each input by itself."
+        f"model that treats each input by itself, or {weights_alone}."
     )
 
 

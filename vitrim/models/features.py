@@ -371,9 +371,10 @@ def num_prefix_tokens(model: nn.Module) -> int:
 def takes_token_ids(model: nn.Module) -> bool:
     """Whether a model is a text encoder: transformers says it takes token ids, and it holds words and no image tower.
 
-    Image towers that don't say what they take inherit "input_ids" from the base of all models.
+    Image towers that don't say what they take inherit "input_ids" from the base of all models; their `forward` does.
     """
-    said = getattr(model, "main_input_name", None) == "input_ids"
+    first = next(iter(inspect.signature(model.forward).parameters), "")
+    said = getattr(model, "main_input_name", None) == "input_ids" and first != "pixel_values"
     return said and hasattr(getattr(model, "config", None), "vocab_size") and not encoder_path(model)
 
 

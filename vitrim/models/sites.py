@@ -7,6 +7,7 @@ quick way; layers of other names are found by what feeds what. Whether they beha
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from vitrim.errors import ModelError, SiteNotFoundError, reason_of
 from vitrim.layers.moefication import ExpertMlp
-from vitrim.models.structure import Found, containers, is_computed, linear_at, traced
+from vitrim.models.structure import Found, containers, is_computed, is_norm_over, linear_at, traced
 from vitrim.surgery import verify_site, weight_of
 from vitrim.types import MlpKind, MlpSite
 
@@ -44,11 +45,12 @@ NAMES: tuple[tuple[str | None, str, str], ...] = (
     (None, "0", "3"),
     (None, "0", "2"),
 )
-# What stands behind an encoder: its MLPs are left alone, unless there are no others or the scope is in there.
-OUTSIDE = ("decoder", "decoders", "predictor", "merger", "merger_list", "deepstack_merger_list", "projector")
-OUTSIDE += ("multi_modal_projector", "mask_head", "decode_head")
+# Names of what stands behind an encoder: its MLPs are left alone, unless there are no others or the scope is in there.
+OUTSIDE = re.compile(
+    r"(\w+_)?(decoder|predictor|merger|projector|classifier)s?|merger_list|\w+_(merger_list|head|heads|embed)"
+)
 log = logging.getLogger("vitrim")
-NORM_NAMES = ("norm", "ffn_ln", "sub_ln", "ln")
+NORM_NAMES = ("norm", "ffn_ln", "sub_ln", "ln", "grn")
 
 
 def find_mlps(model: nn.Module, *, scope: str | None = None) -> tuple[MlpSite, ...]:
@@ -107,7 +109,7 @@ class _Search:
     def in_order(self) -> list[MlpSite]:
         """Return the sites in the order of the model's modules, without those behind the encoder."""
         found = [self.found[name] for name, _ in self.root.named_modules(prefix=self.prefix) if name in self.found]
-        inside = [site for site in found if not set(self._local(site.path).split(".")) & {*OUTSIDE}]
+        inside = [site for site in found if not any(map(OUTSIDE.fullmatch, self._local(site.path).split(".")))]
         return inside or found
 
     def by_name_(self) -> None:
@@ -289,8 +291,7 @@ def _is_sequential_mlp(container: nn.Module, output_name: str) -> bool:
 def _inner_norm(container: nn.Module, d_hidden: int) -> str | None:
     """Return the name of the norm over the hidden units inside the MLP, or None."""
     for name in NORM_NAMES:
-        shape = getattr(getattr(container, name, None), "normalized_shape", None)
-        if shape is not None and tuple(shape) == (d_hidden,):
+        if is_norm_over(getattr(container, name, None), d_hidden):
             return name
     return None
 

@@ -44,6 +44,12 @@ def is_computed(layer: nn.Module) -> bool:
     return is_parametrized(layer, "weight") or isinstance(getattr(layer, "weight_g", None), nn.Parameter)
 
 
+def is_norm_over(module: nn.Module | None, d_hidden: int) -> bool:
+    """Whether a module may be a norm over hidden units: all of its parameters have one number for each."""
+    shapes = [] if module is None else [parameter.shape or (0,) for parameter in module.parameters()]
+    return bool(shapes) and all(math.prod(shape) == shape[-1] == d_hidden for shape in shapes)
+
+
 def containers(root: nn.Module, claimed: Collection[str]) -> Iterator[tuple[str, dict[str, nn.Module], list[str]]]:
     """Yield the smallest modules that hold two linear layers which may form an MLP, by their shapes.
 
@@ -196,13 +202,11 @@ def _filled_(module: nn.Module) -> nn.Module:
     return module.to("cpu", torch.float32).eval()
 
 
-def _norms(container: nn.Module, layers: Mapping[str, nn.Module], outputs: Sequence[str]) -> Iterator[str]:
-    """Yield the modules that may norm hidden units: all of their parameters have one number a unit."""
+def _norms(container: nn.Module, layers: Mapping[str, nn.Module], outputs: Sequence[str]) -> list[str]:
+    """Return the modules that may norm the hidden units in front of an output projection."""
     sizes = {_shape(layers[name])[1] for name in outputs}
-    for name, module in container.named_modules():
-        shapes = [parameter.shape or (0,) for parameter in module.parameters()]
-        if name and shapes and all(math.prod(shape) == shape[-1] in sizes for shape in shapes):
-            yield name
+    found = [name for name, module in container.named_modules() if any(is_norm_over(module, size) for size in sizes)]
+    return [name for name in found if name]
 
 
 def _feeders(stubs: Mapping[str, _Stub], output: str) -> tuple[str | None, str] | None:
