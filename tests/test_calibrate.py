@@ -288,7 +288,7 @@ def test_modes_and_hooks_are_put_back_whichever_forward_raises(build, which):
         nonlocal num_calls
         num_calls += 1
         if num_calls == fail_at:
-            raise ValueError("out of memory, say")
+            raise MemoryError("out of memory, say")
 
     models = prepared(case)
     for block in models[which].blocks:
@@ -299,7 +299,7 @@ def test_modes_and_hooks_are_put_back_whichever_forward_raises(build, which):
     assert total > 8
     for number in range(1, total + 1):
         num_calls, fail_at = 0, number
-        with pytest.raises(ValueError, match="out of memory"):
+        with pytest.raises(MemoryError, match="out of memory"):
             list(walk(*models, case.sites, case.batches))
         assert [state_of(model) for model in models] == before
 

@@ -282,6 +282,8 @@ def stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bo
     try:
         with evaluating(model):
             again_ND = mlp_output(model, site, seen["input"][:64].to(weight_of(model, site.output).dtype))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # foreign code that takes maps or more than tokens may raise anything
         return False
     expected_ND = seen["output"][:64]
