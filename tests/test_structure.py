@@ -254,6 +254,11 @@ def test_a_whole_model_goes_through(tmp_path, name):
     assert result.metrics.after.parameters < result.metrics.before.parameters
 
 
+def test_a_response_norm_is_folded_with_its_units():
+    result = vitrim.compress(WHOLE["ConvNeXt V2"][0](), data=IMAGES, method="grail", keep_ratio=0.5, quiet=True)
+    assert {site.label for site in find_mlps(result.model)} == {"plain + norm"}
+
+
 def test_a_sequential_with_a_norm_in_front_is_refitted():
     result = vitrim.compress(Rearranging(), data=IMAGES, keep_ratio=0.5, repair={"refit_steps": 2}, quiet=True)
     assert not any("not refitted" in note for note in result.metrics.notes)

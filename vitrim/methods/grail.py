@@ -101,6 +101,8 @@ def _merged(view: ModelView, site: MlpSite, weights: MlpWeights, merge_KH: Tenso
     found = {}
     for path, groups in parts.items():
         for name, tensors in zip(("weight", "bias"), zip(*groups, strict=True), strict=True):
-            merged = [merge_KH @ tensor.to(merge_KH) for tensor in tensors if tensor is not None]
+            present = [tensor.to(merge_KH) for tensor in tensors if tensor is not None]
+            # A response norm's tensors have units last, behind dimensions of 1; all others have them first.
+            merged = [tensor @ merge_KH.T if path == site.norm else merge_KH @ tensor for tensor in present]
             found |= {f"{path}.{name}": torch.cat(merged)} if merged else {}
     return found
