@@ -81,7 +81,9 @@ def test_every_command_has_an_example_that_parses(capsys):
         assert words[:2] == ["vitrim", name]
         app.parse_args(words[1:], exit_on_error=False, print_error=False)
     assert run(["--help"]) == 0
-    assert "Exit codes: 0 done, 2 wrong input" in " ".join(capsys.readouterr().out.split())
+    assert "Exit codes: 0 done, 1 below a limit of --fail-under, 2 wrong input" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_options_of_the_command_line_reach_the_recipe(tmp_path, monkeypatch, capsys):

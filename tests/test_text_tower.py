@@ -354,11 +354,11 @@ def test_a_bank_of_texts_takes_part_in_every_step(folders, tmp_path, monkeypatch
     assert vitrim.Recipe.parse(recipe.model_dump(mode="json")) == recipe
     small = vitrim.compress(str(folders[layout]), data=list(pictures(48)), recipe=recipe, quiet=True)
     curve = small.metrics.recovery["curve"]
-    assert curve[-1]["relative_error"] < curve[0]["relative_error"]
+    assert curve[-1]["relative_error"] < curve[0]["relative_error"]  # one more call finds what the loss reaches
     pair = opened(folders[layout])
     with torch.no_grad():
         expected = normalize(pair.embed_texts(pair.tokenize([f"the {name}" for name in NAMES])), dim=1)
-    assert len(seen) == 5 and all(torch.equal(space.bank_TE, expected) and space.weight == 2.0 for space in seen)
+    assert len(seen) == 6 and all(torch.equal(space.bank_TE, expected) and space.weight == 2.0 for space in seen)
     assert seen[0].scale == pytest.approx(float(pair.model.logit_scale.detach().exp()))
     assert (seen[0].project is None) == (layout == "open_clip")
 
