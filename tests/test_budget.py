@@ -106,7 +106,7 @@ def test_what_the_mlps_can_not_give_is_said_with_what_they_can(name, counted):
         solved(case, counted, 0.01)
     said = re.fullmatch(
         rf"{counted}=0\.01: the MLPs hold (\d+)% of the (parameters|MACs), so cutting them alone leaves (\S+) at "
-        r"least; use (\S+)\.\.1, or a method that cuts more, such as low-rank\.",
+        r"least; use (\S+)\.\.1, parts: both of dgmr or corp, or low-rank\.",
         str(caught.value),
     )
     assert said is not None and said[2] == {"params_ratio": "parameters", "macs_ratio": "MACs"}[counted]

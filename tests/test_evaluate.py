@@ -93,7 +93,9 @@ def test_limits_are_read(given, limits):
     assert parse_limits(given) == limits
 
 
-@pytest.mark.parametrize("given", ["cosin=0.9", "top1", "top1=x", "relative_error=0.1", "nan", "top1=inf", "=1"])
+@pytest.mark.parametrize(
+    "given", ["cosin=0.9", "top1", "top1=x", "relative_error=0.1", "nan", "top1=inf", "=1", "98", "recall@1=1.01"]
+)
 def test_limits_that_make_no_sense_are_refused_before_anything_is_read(given, capsys):
     with pytest.raises(RecipeError, match="fail-under"):
         parse_limits([given])
@@ -104,7 +106,7 @@ def test_limits_that_make_no_sense_are_refused_before_anything_is_read(given, ca
 def test_below_a_limit_the_table_is_printed_and_the_exit_code_is_1(capsys):
     held = ["--limit", "60", "--fail-under", "0.99", "--fail-under", "recall@1=0.9", "--fail-under", "top1=-0.1"]
     assert run([*EVALUATE, *held]) == 0
-    capsys.readouterr()
+    assert "Limits kept: cosine is not below 0.99, recall@1" in " ".join(capsys.readouterr().out.split())
     assert run([*EVALUATE, *held, "--fail-under", "knn=1", "--json"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["below"] == ["knn of small less original is 0, below 1"]

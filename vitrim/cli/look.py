@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from vitrim.catalog import COLUMNS, method_rows
 from vitrim.cli.app import Json, app, hush
@@ -65,7 +68,7 @@ def evaluate(
     reading: SourceOptions = AS_NAMED,
     index: str | None = None,
     old_index: Path | None = None,
-    fail_under: tuple[str, ...] = (),
+    fail_under: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     limit: int | None = None,
     split: str | None = None,
     device: str = "auto",
@@ -117,6 +120,8 @@ def evaluate(
     else:
         print_table(HEADER, found.rows())
         say(found.judged_on)
+        if limits and not below:
+            say(f"Limits kept: {', '.join(f'{name} is not below {limit:g}' for name, limit in limits.items())}.")
     if below:
         raise BelowLimitError("; ".join(below))
 

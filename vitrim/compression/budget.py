@@ -90,7 +90,7 @@ def _largest_within(width: Width, sites: Sequence[MlpSite], cost: _Cost) -> dict
         share, least = 1 - cost.fixed / cost.total, smallest / cost.total
         raise BudgetError(
             f"{width.kind}={width.value:g}: the MLPs hold {share:.0%} of the {cost.words}, so cutting them alone "
-            f"leaves {least:.3g} at least; use {_ceiling(least):g}..1, or a method that cuts more, such as low-rank."
+            f"leaves {least:.3g} at least; use {_ceiling(least):g}..1, parts: both of dgmr or corp, or low-rank."
         )
     if left(at(1.0)) <= allowed:
         return at(1.0)

@@ -79,6 +79,11 @@ class Recursive(ModelMethod):
         if count == len(loop.blocks):
             view.note(f"recursive: all {count} blocks stay, so nothing is looped.")
             return
+        left = (count * loop.cost + len(loop.blocks) * loop.factors(rank)) / (len(loop.blocks) * loop.cost)
+        if left >= 1:
+            view.note(
+                f"recursive: {count} blocks with factors of rank {rank} are {left:.0%} of the original; lower rank."
+            )
         shared = [_shared(view, loop, self.start, count, number) for number in range(count)]
         ranks = _ranks(view, loop, shared, rank, self.ranks)
         # Make all edits before carrying out the first, so that all are of the original blocks.

@@ -37,6 +37,9 @@ def parse_limits(given: Iterable[str]) -> dict[str, float]:
             limits[name] = math.nan
         if not math.isfinite(limits[name]):
             raise RecipeError(f"fail-under: {text!r} has no number; write NAME=VALUE, such as recall@1=0.9.")
+        most = 100 if name in SCORES else 1
+        if abs(limits[name]) > most:
+            raise RecipeError(f"fail-under: {text!r} can't be met; {name} is within {-most}..{most}.")
     return limits
 
 
