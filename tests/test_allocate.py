@@ -50,6 +50,23 @@ def test_a_unit_that_repeats_others_explains_nothing():
     torch.testing.assert_close(explained[5:], explained[5].expand(4), rtol=1e-6, atol=0)
 
 
+def test_sums_that_are_rounded_more_coarsely_than_the_ridge_are_no_error():
+    generator = torch.Generator().manual_seed(0)
+    hidden = (
+        torch.randn(200, 4, generator=generator, dtype=torch.float64) @ torch.randn(4, 9, generator=generator).double()
+    )
+    target = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    noise = torch.randn(9, 9, generator=generator, dtype=torch.float64)
+    gram = hidden.T @ hidden + 1e-4 * (noise + noise.T)
+    assert torch.linalg.eigvalsh(gram)[0] < -1e-5
+    found = explained_energy(gram, hidden.T @ target, torch.arange(9))
+    assert float(found[3]) == pytest.approx(
+        float(explained_energy(hidden.T @ hidden, hidden.T @ target, torch.arange(9))[3]), rel=1e-3
+    )
+    with pytest.raises(torch.linalg.LinAlgError):
+        explained_energy(gram - 100 * torch.eye(9, dtype=torch.float64), hidden.T @ target, torch.arange(9))
+
+
 def test_what_dropped_units_put_out_is_missing():
     hidden, _, order = measured()
     weight = torch.randn(4, 12, dtype=torch.float64)

@@ -28,7 +28,8 @@ def explained_energy(gram_HH: Tensor, cross_HD: Tensor, order_H: Tensor) -> Tens
 
     The leading K rows of the Gram matrix's Cholesky factor L are the factor of the first K units, so each row of
     L^-1 C adds what its unit explains beyond those before it. A ridge of the square root of the working precision,
-    relative to the mean energy, keeps the factor where units are linearly dependent.
+    relative to the mean energy, keeps the factor where units are linearly dependent; where sums are rounded more
+    coarsely than that, it grows tenfold until there is a factor, up to a thousandth.
 
     Args:
         gram_HH: second moments of the units, centred if a bias takes the mean, (H, H).
@@ -41,7 +42,11 @@ def explained_energy(gram_HH: Tensor, cross_HD: Tensor, order_H: Tensor) -> Tens
     order_H = order_H.to(gram_HH.device)
     gram_HH, cross_HD = gram_HH[order_H][:, order_H].to(cross_HD.dtype), cross_HD[order_H]
     energy = gram_HH.diagonal().mean().clamp(min=torch.finfo(gram_HH.dtype).tiny)
-    gram_HH.diagonal().add_(torch.finfo(gram_HH.dtype).eps ** 0.5 * energy)
+    ridge = torch.finfo(gram_HH.dtype).eps ** 0.5
+    gram_HH.diagonal().add_(ridge * energy)
+    while 10 * ridge <= 1e-3 and torch.linalg.cholesky_ex(gram_HH).info:
+        gram_HH.diagonal().add_(9 * ridge * energy)
+        ridge *= 10
     rows_HD = torch.linalg.solve_triangular(torch.linalg.cholesky(gram_HH), cross_HD, upper=False)
     return rows_HD.square().sum(1).cumsum(0)
 
