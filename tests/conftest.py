@@ -76,18 +76,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
-    return build_case(request.param).own()
+    return build_case(request.param)
 
 
 @pytest.fixture
 def kind(request: pytest.FixtureRequest) -> Case:
-    return build_case(request.param).own()
+    return build_case(request.param)
 
 
 @pytest.fixture
 def build() -> Callable[[str], Case]:
-    """Builds a case by name, with a model that no other test sees."""
-    return lambda name: build_case(name).own()
+    """Builds a case by name."""
+    return build_case
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import timm
@@ -152,10 +152,6 @@ class Case:
     def copy(self) -> nn.Module:
         """A model of the same values, free to be cut."""
         return copy.deepcopy(self.model)
-
-    def own(self) -> Case:
-        """The same with a model of its own, so that what a test leaves in it reaches no other test."""
-        return replace(self, model=self.copy(), batches=[batch.clone() for batch in self.batches])
 
 
 @cache
