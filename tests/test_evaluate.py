@@ -123,3 +123,11 @@ def test_a_result_that_is_far_from_the_original_says_so():
     assert [note for note in far.metrics.notes if note.startswith("far from the original: relative error 0.")]
     near = vitrim.compress(DIGITS, data="digits", keep_ratio=0.9, recipe={"effort": "fast"}, quiet=True)
     assert not [note for note in near.metrics.notes if note.startswith("far")]
+
+
+def test_an_old_index_that_does_not_fit_is_refused_before_a_model_runs(monkeypatch):
+    monkeypatch.setattr("vitrim.evaluation.compare", lambda *_: pytest.fail("ran"))
+    with pytest.raises(DataError, match="old_index: 3 rows for 360 images"):
+        vitrim.evaluate(DIGITS, DIGITS, "digits", old_index=torch.ones(3, 96))
+    with pytest.raises(DataError, match="2 images can't be read"):
+        OldIndex(torch.ones(9, 96)).check(7, 2)

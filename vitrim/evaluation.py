@@ -217,6 +217,9 @@ def evaluate(
     images = open_set(data, origin, split=split, limit=limit, default="test")
     images, fits, note = match_labels(images, teacher_model)
     batches = list(images.loader(batch_size=batch_size))
+    num_skipped = sum(batch.num_skipped for batch in batches)
+    if old is not None:
+        old.check(sum(len(batch.labels_B) for batch in batches), num_skipped)
     check_inputs(student_model, its_origin, batches)
     check_inputs(teacher_model, origin, batches)
     known = None if index is None else _like(images, open_set(index, origin, limit=limit))
@@ -228,8 +231,7 @@ def evaluate(
             quality_of(cost, model, own, learn, top1=fits)
             for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
         )
-    num_skipped = sum(batch.num_skipped for batch in batches)
-    searched, its_note = ({}, None) if old is None else _search(old, outputs[0], outputs[1], num_skipped)
+    searched, its_note = ({}, None) if old is None else _search(old, *outputs)
     images.tell(*(notes := tuple(text for text in (note, its_note) if text is not None)))
     return Evaluation(
         fidelity={**found, **searched},
@@ -255,16 +257,8 @@ def _pooled_width(model: nn.Module, origin: Origin) -> int | None:
         return features(model, inputs_for(model, sample)).pooled_BD.shape[1]
 
 
-def _search(old: OldIndex, student: Outputs, teacher: Outputs, num_skipped: int) -> tuple[dict[str, float], str]:
-    """Return recall of the student in an old index, and a note on how the teacher does there.
-
-    Raises:
-        DataError: images are missing, so that nobody knows which row is whose, or there are too few rows.
-    """
-    if num_skipped:
-        raise DataError(
-            f"old_index: {num_skipped:,} images can't be read, so rows are not theirs; take them out of both."
-        )
+def _search(old: OldIndex, student: Outputs, teacher: Outputs) -> tuple[dict[str, float], str]:
+    """Return recall of the student in an old index, and a note on how the teacher does there."""
     found, theirs = old.recall(student.pooled_ND), old.recall(teacher.pooled_ND)
     own = ", ".join(f"{share:.4g} for {name.rpartition('_')[2]}" for name, share in theirs.items())
     return found, (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vitrim.compression.job import Job, Models
@@ -59,7 +60,7 @@ def train_(
     """Train the student by block, all blocks at once, end to end and at exits, as far as the recipe asks for it."""
     recipe, split = job.recipe, models.split
     blocks = follow_cut_(models.student, models.teacher, models.sites, recipe, split, context=context)
-    at_once = None if split is None or recipe.at_once is None else _train_at_once_(models, job, split, context)
+    at_once = _trained_(train_at_once_, recipe.at_once, models, job, context)
     recovery, slices = None, {}
     if split is not None and recipe.recover is not None:
         fitting = Fitting(
@@ -69,29 +70,32 @@ def train_(
             options=recipe.steps[0].repair_options(),
             at=recipe.recover.features_at,
         )
+        distil_ = partial(recover_, widths=widths, space=job.space, on_validation=on_validation)
         with serving(models.student, widths, fitting) as slices:
-            recovery = _distil_(models, job, split, widths, context, on_validation)
-    exits = _train_exits_(models, job, context)
+            recovery = _trained_(distil_, recipe.recover, models, job, context)
+    exits = _trained_(train_exits_, recipe.exits, models, job, context)
     return Trained(blocks=blocks, at_once=at_once, recovery=recovery, exits=exits, slices=slices)
 
 
-def _train_at_once_(models: Models, job: Job, split: Split, context: RunContext) -> Recovery:
-    """Train all blocks at once on the training images, augmented as in distillation."""
-    options = job.recipe.at_once
-    assert options is not None
-    images, held_out = _augmented(job, split, options, context), [batch.images_BCHW for batch in split.held_out]
-    given = {"held_out": held_out, "options": options, "context": context}
-    return train_at_once_(models.student, models.teacher, images, **given)
-
-
-def _train_exits_(models: Models, job: Job, context: RunContext) -> Recovery | None:
-    """Train early exits on the training images, if the recipe asks for it, augmented as in distillation."""
-    options, split = job.recipe.exits, models.split
+def _trained_(
+    train_: Callable[..., Recovery],
+    options: AtOnceOptions | RecoverOptions | None,
+    models: Models,
+    job: Job,
+    context: RunContext,
+) -> Recovery | None:
+    """Train the student in one way on the training images, augmented, if the recipe has options for it."""
+    split = models.split
     if options is None or split is None:
         return None
-    images, held_out = _augmented(job, split, options, context), [batch.images_BCHW for batch in split.held_out]
-    given = {"held_out": held_out, "options": options, "context": context}
-    return train_exits_(models.student, models.teacher, images, **given)
+    return train_(
+        models.student,
+        models.teacher,
+        _augmented(job, split, options, context),
+        held_out=[batch.images_BCHW for batch in split.held_out],
+        options=options,
+        context=context,
+    )
 
 
 def training_source(models: Models, job: Job, context: RunContext) -> TrainingSource | None:
@@ -111,27 +115,3 @@ def _augmented(
     known = job.origin.preprocessing
     augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
     return split.train.augmented(augment, context.seed)
-
-
-def _distil_(
-    models: Models,
-    job: Job,
-    split: Split,
-    widths: Widths | None,
-    context: RunContext,
-    on_validation: OnValidation | None,
-) -> Recovery:
-    """Distil on the training images, augmented; tensors are used as they are."""
-    options = job.recipe.recover
-    assert options is not None
-    return recover_(
-        models.student,
-        models.teacher,
-        _augmented(job, split, options, context),
-        held_out=[batch.images_BCHW for batch in split.held_out],
-        options=options,
-        context=context,
-        widths=widths,
-        space=job.space,
-        on_validation=on_validation,
-    )

@@ -20,15 +20,27 @@ class OldIndex:
 
     vectors_MD: Tensor
 
+    def check(self, num_images: int, num_skipped: int = 0) -> None:
+        """Check that it is known which row is whose.
+
+        Raises:
+            DataError: there are fewer rows than images, or images that can't be read.
+        """
+        if num_skipped:
+            raise DataError(
+                f"old_index: {num_skipped:,} images can't be read, so rows are not theirs; take them out of both."
+            )
+        if len(self.vectors_MD) < num_images:
+            have = f"{len(self.vectors_MD):,} rows for {num_images:,} images"
+            raise DataError(f"old_index: {have}; row i must be the vector of image i, in the order of the data.")
+
     def recall(self, queries_ND: Tensor) -> dict[str, float]:
         """Return the share of queries that find their own row among the k nearest of all, 0..1, by cosine.
 
         Raises:
             DataError: there are fewer rows than queries.
         """
-        if len(self.vectors_MD) < len(queries_ND):
-            have = f"{len(self.vectors_MD):,} rows for {len(queries_ND):,} images"
-            raise DataError(f"old_index: {have}; row i must be the vector of image i, in the order of the data.")
+        self.check(len(queries_ND))
         return {f"old_index_{name}": share for name, share in retrieval_recall(queries_ND, self.vectors_MD).items()}
 
 

@@ -44,10 +44,12 @@ def explained_energy(gram_HH: Tensor, cross_HD: Tensor, order_H: Tensor) -> Tens
     energy = gram_HH.diagonal().mean().clamp(min=torch.finfo(gram_HH.dtype).tiny)
     ridge = torch.finfo(gram_HH.dtype).eps ** 0.5
     gram_HH.diagonal().add_(ridge * energy)
-    while 10 * ridge <= 1e-3 and torch.linalg.cholesky_ex(gram_HH).info:
+    factor_HH, failed = torch.linalg.cholesky_ex(gram_HH)
+    while failed:
         gram_HH.diagonal().add_(9 * ridge * energy)
         ridge *= 10
-    rows_HD = torch.linalg.solve_triangular(torch.linalg.cholesky(gram_HH), cross_HD, upper=False)
+        factor_HH, failed = torch.linalg.cholesky_ex(gram_HH, check_errors=10 * ridge > 1e-3)
+    rows_HD = torch.linalg.solve_triangular(factor_HH, cross_HD, upper=False)
     return rows_HD.square().sum(1).cumsum(0)
 
 

@@ -26,7 +26,7 @@ from vitrim.recover.files import EXITS
 from vitrim.recover.judge import Judge
 from vitrim.recover.result import Recovery
 from vitrim.recover.run import Run
-from vitrim.types import Features
+from vitrim.types import Features, FeaturesAt
 
 
 def train_exits_(
@@ -69,9 +69,13 @@ def train_exits_(
 class ExitModel(FeatureModel):
     """A looped model that returns the features of all exits, the last one last, one below the other."""
 
+    def __init__(self, model: nn.Module, at: FeaturesAt) -> None:
+        super().__init__(model, at)
+        self.loops = Loops(model)
+
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return pooled vectors (E B, D), and patch tokens (E B, N, D) where the model has any."""
-        found = Loops(self.model).exits(lambda: FeatureModel.forward(self, images_BCHW))
+        found = self.loops.exits(lambda: FeatureModel.forward(self, images_BCHW))
         patches = [part for _, part in found if part is not None]
         return torch.cat([pooled for pooled, _ in found]), torch.cat(patches) if patches else None
 
