@@ -20,6 +20,7 @@ from tests.support.models import (
     KINDS,
     Case,
     build_case,
+    changed_cases,
 )
 from vitrim.cost.latency import measure_latency
 from vitrim.output.verify import checking_with, in_fresh_process
@@ -82,6 +83,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture
 def kind(request: pytest.FixtureRequest) -> Case:
     return build_case(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cases_stay_as_they_are() -> Iterator[None]:
+    """Fail a file that changes a model which others see, too: what they find would depend on the order of files."""
+    yield
+    assert not changed_cases(), "change a copy: case.copy()"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
 from vitrim.models.sites import find_mlps
+from vitrim.storage.hashes import tensor_sha256
 from vitrim.types import MlpSite
 
 SIZE = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -153,6 +155,13 @@ class Case:
         """A model of the same values, free to be cut."""
         return copy.deepcopy(self.model)
 
+    def digest(self) -> str:
+        """A digest of all that tests could leave changed: tensors, and whether modules train."""
+        found = hashlib.sha256(str([module.training for module in self.model.modules()]).encode())
+        for tensor in (*self.model.state_dict().values(), *self.batches):
+            found.update(tensor_sha256(tensor).encode())
+        return found.hexdigest()
+
 
 @cache
 def build_case(name: str) -> Case:
@@ -164,4 +173,15 @@ def build_case(name: str) -> Case:
                 p.add_(0.1 * torch.randn_like(p))
         shape = (3, 7) if name in ("hf-bert", "hf-llama") else (3, 3, 32, 32)
         batches = [torch.randint(20, shape) if len(shape) == 2 else torch.randn(shape) for _ in range(4)]
-    return Case(name=name, model=model, sites=find_mlps(model), batches=batches)
+    case = Case(name=name, model=model, sites=find_mlps(model), batches=batches)
+    BUILT[name] = (case, case.digest())
+    return case
+
+
+# Every case that was built, with its digest then: all tests of a process see the same model.
+BUILT: dict[str, tuple[Case, str]] = {}
+
+
+def changed_cases() -> list[str]:
+    """Return the names of cases whose model a test has changed."""
+    return [name for name, (case, digest) in BUILT.items() if case.digest() != digest]
