@@ -34,7 +34,7 @@ from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.run import Run
 from vitrim.recover.sampler import StreamSampler
 from vitrim.recover.schedule import stop_on_interrupt
-from vitrim.recover.snapshot import place_tensor, restart_, restore_, roll_back_, take_snapshot
+from vitrim.recover.snapshot import intervene_, place_tensor, restore_, roll_back_, take_snapshot
 from vitrim.recover.state import clear_state, load_state, resumed_state, save_state
 from vitrim.recover.trackers import Trackers
 
@@ -149,8 +149,8 @@ def _loop(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None
                     break
                 if judged is not None and on_validation:
                     on_validation(judged)
-                if judged is not None and run.gains_nothing():
-                    restart_(run)
+                if judged is not None:
+                    intervene_(run)
                 speed = (run.step - first) * run.sampler.global_batch / max(1e-9, time.monotonic() - bar.started)
                 bar.advance(1, f"error {run.result.curve[-1]['relative_error']:.4f}, {speed:.0f} images/s")
                 keeper.note(loss, judged, speed)

@@ -24,7 +24,7 @@ class Recovery:
         num_images: images that all steps saw, those of the range test and repeated ones included.
         seconds: time that it took.
         restarts: steps at which it went back to its best state, with a lower rate and a schedule for the steps left.
-        ended_at: step at which it ended, because restarts gained nothing either; None if it went to its end.
+        ended_at: step at which it ended early, because restarts gained nothing either or gains had stopped; else None.
         notes: sentences for the user.
         adapter: counts and sizes of the adapters, where there were any.
     """

@@ -199,6 +199,20 @@ class Run:
         found = bool(self.result.rate_test)  # a rate that was asked for is kept
         return found and late and self.step < self.num_steps and self.result.best_step <= self.started
 
+    def gains_no_more(self) -> bool:
+        """Return whether, behind a gain, half of the schedule's steps bettered nothing, and the error is not falling.
+
+        It falls where the later half of what was judged since has something lower than the half before it: so does the
+        error of a run whose noise shrinks with its rate, which may yet gain.
+        """
+        best, length = self.result.best_step, self.num_steps - self.started
+        if best <= self.started or self.step == self.num_steps or 2 * (self.step - best) < length:
+            return False
+        points = [point for point in self.result.curve if point["step"] > best]
+        scores = [self.score({k: v for k, v in point.items() if k not in ("step", "loss")}) for point in points]
+        half = len(scores) // 2
+        return half > 0 and min(scores[half:]) >= min(scores[:half])
+
     def is_due(self) -> bool:
         """Return whether held-out images are judged after this step."""
         every = max(1, self.num_steps // self.options.num_validations)

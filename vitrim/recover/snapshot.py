@@ -83,7 +83,15 @@ def roll_back_(run: Run, saved: Mapping[str, Any], loss: float) -> bool:
     return True
 
 
-def restart_(run: Run) -> None:
+def intervene_(run: Run) -> None:
+    """Go back or end, where a run that has just been judged gains nothing or gains no more."""
+    if run.gains_nothing():
+        _restart_(run)
+    elif run.gains_no_more():
+        _end_(run)
+
+
+def _restart_(run: Run) -> None:
     """Go back to the best state seen, with a lower rate and a schedule of its own for the steps left; or end the run.
 
     It is the found rate that was too high: a range test of few steps can't tell how noise adds up. After MAX_RESTARTS
@@ -101,6 +109,15 @@ def restart_(run: Run) -> None:
         result.restarts.append(run.step)
         back = f"went back to step {result.best_step} with the rate lowered to {result.lr:.3g}."
         said = f"no gain by step {run.step}: {back}"
+    result.notes = [*result.notes, said]
+
+
+def _end_(run: Run) -> None:
+    """End a run that gains no more, with the best state seen, and note what that saves."""
+    result, left = run.result, run.num_steps - run.step
+    result.ended_at = run.step
+    saved = f"{left:,} of {run.num_steps:,} steps ({left * run.sampler.global_batch:,} images) were saved"
+    said = f"no gain since step {result.best_step}: ended at step {run.step} with the state of that one; {saved}."
     result.notes = [*result.notes, said]
 
 
