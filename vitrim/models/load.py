@@ -22,8 +22,17 @@ from vitrim.storage.tensor_files import find_weights, user_path
 from vitrim.surgery import reshape_
 
 # By prefix of a source; the module's name is also the `library` of its origins.
-PREFIXES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip", "torchvision": "torchvision"}
-SOURCES = "timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, local-dir:PATH, or a folder that vitrim wrote"
+PREFIXES = {
+    "timm": "timm",
+    "hf": "transformers",
+    "open_clip": "open_clip",
+    "torchvision": "torchvision",
+    "vitrim": "vitrim",
+}
+SOURCES = (
+    "timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, vitrim/NAME, local-dir:PATH, or a folder that "
+    "vitrim wrote"
+)
 # Files that hold the words of a tokenizer, under the names that transformers gives them.
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 PLAIN = Reading()
@@ -48,7 +57,8 @@ def load_model(source: str, *, weights: bool = True, reading: Reading = PLAIN) -
 
     Args:
         source: `timm/NAME`, `timm/NAME@FILE` (a bare state dict), `hf/ORG/NAME`, `open_clip/NAME/TAG`,
-            `torchvision/NAME`, or `local-dir:PATH` / a path to a folder in the layout of one of them.
+            `torchvision/NAME`, `vitrim/NAME` (a model of vitrim's own, untrained), or `local-dir:PATH` / a path to a
+            folder in the layout of one of them.
         weights: whether to load weights; without them only the architecture is built, on the meta device.
         reading: how to read a source whose name leaves that open.
 
@@ -70,7 +80,7 @@ def load_model(source: str, *, weights: bool = True, reading: Reading = PLAIN) -
         name = str(folder) if found == "transformers" else f"local-dir:{folder}"
     backend = backend_of(found)
     assert backend is not None
-    if found != "timm":
+    if found not in ("timm", "vitrim"):
         reading.refuse_model_args(source)
     with in_one_line(source):
         model, origin = backend.load(name, weights, reading)
@@ -134,8 +144,10 @@ def _library_of(folder: Path, source: str) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder / 'config.json'}: is no JSON ({error}); fetch it again.") from None
-    if not isinstance(config, dict) or not {"model_type", "architecture"} & config.keys():
+    if not isinstance(config, dict) or not {"model_type", "architecture", "vitrim_model"} & config.keys():
         raise ModelError(
             f"{folder / 'config.json'}: says neither model_type (transformers) nor architecture (timm); fetch it again."
         )
+    if "vitrim_model" in config:
+        return "vitrim"
     return "transformers" if "model_type" in config else "timm"

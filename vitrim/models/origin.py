@@ -32,8 +32,8 @@ MAX_MODULES = 100_000  # models have some thousands; a damaged config asks for a
 class Reading:
     """How to read a source, where its name leaves that open.
 
-    `model_args` are arguments of the architecture of `timm/NAME@FILE`, `weights` which ones to take of a training
-    checkpoint: "auto" takes averaged weights (EMA) where there are any, "raw" those that were trained.
+    `model_args` are arguments of the architecture of `timm/NAME@FILE` or `vitrim/NAME`, `weights` which ones to take of
+    a training checkpoint: "auto" takes averaged weights (EMA) where there are any, "raw" those that were trained.
     """
 
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +47,8 @@ class Reading:
         """
         if self.model_args:
             raise ModelError(
-                f"{source}: takes no model_args ({', '.join(self.model_args)}); they are for timm/NAME@FILE alone."
+                f"{source}: takes no model_args ({', '.join(self.model_args)}); they are for timm/NAME@FILE and "
+                "vitrim/NAME alone."
             )
 
 

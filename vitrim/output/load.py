@@ -19,7 +19,7 @@ from vitrim.storage.tensor_files import open_tensors, user_path
 from vitrim.surgery import Plan, reshape_
 from vitrim.torch_state import own_torch_state
 
-HUB = "hf-hub:"
+HUB, OWN = "hf-hub:", "vitrim/"
 WEIGHTS, ABOUT = "model.safetensors", "vitrim.json"
 
 
@@ -34,7 +34,8 @@ def load(
     """Load a model that vitrim wrote, whichever widths it has.
 
     Args:
-        source: the output folder, or `hf-hub:ORG/NAME` for one on the Hugging Face hub.
+        source: the output folder, `hf-hub:ORG/NAME` for one on the Hugging Face hub, or `vitrim/NAME` for a model of
+            vitrim's own, untrained.
         model: the uncut model, needed if no library can build it; it is reshaped in place.
         device: device for the model; by default the CPU.
         dtype: type of its parameters; by default the one in the file.
@@ -59,6 +60,8 @@ def load(
         349738
     """
     path = local_folder(source)
+    if model is None and str(source).startswith(OWN) and not is_output(path):
+        return _placed(load_model(str(source))[0], str(source), device, dtype)
     about = read_about(path)
     plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"]).placed_at(str(path))
     student = build_empty(origin) if model is None else unwrapped(model, in_place=True)
@@ -67,12 +70,17 @@ def load(
     _fill_(student, path, backend_of(origin.library))
     if origin.library != "transformers":  # which keeps such buffers in float32 even with bf16 weights
         match_buffers_(student)
+    return _placed(student, str(path), device, dtype)
+
+
+def _placed(model: nn.Module, name: str, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    """Return a model in eval mode, on a device and of a type where these are given."""
     if device is not None or dtype is not None:
         try:
-            student.to(device=device, dtype=dtype)
+            model.to(device=device, dtype=dtype)
         except (RuntimeError, TypeError) as error:
-            raise ModelError(f"{path}: can't go to device={device}, dtype={dtype} ({reason_of(error)}).") from None
-    return student.eval()
+            raise ModelError(f"{name}: can't go to device={device}, dtype={dtype} ({reason_of(error)}).") from None
+    return model.eval()
 
 
 def local_folder(source: str | Path) -> Path:
