@@ -159,7 +159,12 @@ def test_the_spread_of_latency_equals_that_of_ratios_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("quartiles", "said"), [((0.49, 0.54), "0.52 (0.49 to 0.54)"), ((0.49, 0.56), "noisy"), ((0.2, 0.9), "noisy")]
+    ("quartiles", "said"),
+    [
+        ((0.49, 0.54), "0.52 (0.49 to 0.54)"),
+        ((0.49, 0.56), "0.52 (noisy, 0.49 to 0.56)"),
+        ((0.2, 0.9), "0.52 (noisy, 0.20 to 0.90)"),
+    ],
 )
 def test_a_latency_of_wide_spread_is_no_number(quartiles, said):
     assert relative_latency({"ratio": 0.52, "ratio_quartiles": quartiles}) == said

@@ -13,7 +13,7 @@ from vitrim.compression.cut import cut_
 from vitrim.config.options import ExitOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
-from vitrim.errors import ModelError, RecipeError
+from vitrim.errors import BudgetError, ModelError, RecipeError
 from vitrim.metrics.exits import at_confidence
 from vitrim.metrics.judging import FeatureModel, read_features
 from vitrim.models.exits import Loops, UntilSure
@@ -172,6 +172,42 @@ def test_a_recipe_trains_exits_last():
         Recipe.parse({"recover": {"steps": 2, "elastic": (1, 2)}, "exits": {}})
     with pytest.raises(RecipeError, match="exits: are at the ends of loops, and no step loops blocks"):
         vitrim.compress(teacher, data=make_images(), recipe={"method": "magnitude", "mlp_ratio": 1, "exits": {}})
+
+
+@pytest.mark.parametrize(
+    ("cut", "error", "message"),
+    [
+        ({"options": {"num_blocks": 6, "rank": 2}}, RecipeError, "no step loops blocks; use recursive with fewer"),
+        ({"options": {"num_blocks": 6}, "params_ratio": 0.5}, RecipeError, "no step loops blocks"),
+        ({"keep_ratio": 1.0}, RecipeError, "no step loops blocks"),
+        ({"options": {"num_blocks": 4, "rank": 2}}, RecipeError, "4 does not divide 6 blocks; use one of 1, 2, 3, 6"),
+        ({"options": {"rank": 33}}, BudgetError, "33 is above the 32"),
+    ],
+)
+def test_what_leaves_no_loops_is_refused_before_the_first_image(cut, error, message, tmp_path):
+    class Images(torch.utils.data.Dataset):
+        def __getitem__(self, number):
+            raise AssertionError("an image was read")
+
+        def __len__(self):
+            return 8
+
+    recipe = {"method": "recursive", "exits": {"steps": 1}, **cut}
+    with pytest.raises(error, match=message):
+        vitrim.compress(make_pair()[0], data=Images(), recipe=recipe, out=tmp_path / "out", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_exits_that_turn_out_to_be_none_leave_no_state(tmp_path):
+    # Behind two dropped blocks four are left, and all of them stay.
+    steps = [
+        {"method": "replace-me", "options": {"num_blocks": 4}},
+        {"method": "recursive", "options": {"num_blocks": 4, "rank": 2}},
+    ]
+    recipe = {"steps": steps, "exits": {"steps": 1}}
+    with pytest.raises(ModelError, match="its blocks are not looped"):
+        vitrim.compress(make_pair()[0], data=make_images(), recipe=recipe, out=tmp_path / "out", quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_leaving_once_sure_is_judged_image_by_image():

@@ -675,7 +675,7 @@ def test_compress_factors_the_digits_model_and_it_loads_with_the_same_outputs(re
     assert metrics.after_recovery.fidelity["relative_error"] < 0.2
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(vitrim.load(result.out)(images), result.model(images))
-    assert any("has no config for low rank; the result loads with vitrim.load" in note for note in metrics.notes)
+    assert any("has no config for low-rank layers; the result loads with vitrim.load" in note for note in metrics.notes)
     assert {row["edit"] for row in metrics.edits} == {"low rank"}
 
 

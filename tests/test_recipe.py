@@ -281,6 +281,28 @@ def test_effort_is_written_out_and_what_the_recipe_says_wins(given, written):
     assert Recipe.parse(given) == Recipe.parse(written)
 
 
+def test_effort_is_an_argument_of_compress(asked):
+    assert asked(effort="fast", keep_ratio=0.5)[0].steps[0].repair == RepairOptions(refit=False)
+    assert asked(effort="fast", recipe={"effort": "max"})[0].at_once is None
+    with pytest.raises(RecipeError, match="effort: 'hard' is none of"):
+        asked(effort="hard")
+
+
+def test_what_ran_is_written_out(tmp_path):
+    for asked_for, expected in (
+        ({}, {"params_ratio": 0.5, "repair": {"refit": True, "refit_steps": 300}}),
+        ({"method": "magnitude", "mlp_ratio": 1}, {"params_ratio": None, "mlp_ratio": 1.0, "repair": False}),
+        ({"method": "int8"}, {"params_ratio": None, "repair": False}),
+        ({"recover": {"steps": 1, "elastic": [1, 2]}}, {"params_ratio": None, "mlp_ratio": 2.0}),
+    ):
+        written = Recipe.parse(asked_for).written_out()
+        (tmp_path / "recipe.yaml").write_text(written.dump())
+        [step] = Recipe.load(tmp_path / "recipe.yaml").model_dump()["steps"]
+        for key, value in expected.items():
+            assert value.items() <= step[key].items() if isinstance(value, dict) else step[key] == value
+        assert Recipe.load(tmp_path / "recipe.yaml").width() == Recipe.parse(asked_for).width()
+
+
 def test_an_effort_that_does_not_exist_is_refused():
     with pytest.raises(RecipeError, match="effort: 'hard' is none of fast, default, max"):
         Recipe.parse({"effort": "hard"})

@@ -172,6 +172,33 @@ def test_what_can_not_be_is_refused_in_a_line():
     assert not report.plan.edits and "nothing is looped" in report.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("method", "size", "message"),
+    [
+        ("recursive", {"mlp_ratio": 1}, "mlp_ratio: says nothing about what recursive cuts; give keep_ratio or params"),
+        ("recursive", {"macs_ratio": 0.5}, "macs_ratio: says nothing about what recursive cuts; give keep_ratio"),
+        ("recursive", {"widths": {"blocks.0.mlp": 16}}, "widths: says nothing about what recursive cuts"),
+        ("tome", {"hidden_dim": 16}, "hidden_dim: says nothing about what tome cuts; give keep_ratio"),
+        ("replace-me", {"mlp_ratio": 1}, "mlp_ratio: says nothing about what replace-me cuts; give keep_ratio"),
+    ],
+)
+def test_a_size_that_says_nothing_about_what_is_cut_is_refused(method, size, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse({"method": method, **size})
+
+
+def test_the_share_is_that_of_loops_and_no_mlp_rounds_it():
+    model, dense = deep(), 96 * 32 + 32 * 32 + 2 * 96 * 32
+    factors = 3 * (96 + 32) + 64  # of a rank, in a block
+    for rank in (1, 2, 3):
+        share = (3 * dense + 6 * rank * factors) / (6 * dense)  # widths in steps of 16 of 96 could not say it
+        recipe = Recipe.parse({"method": "recursive", "keep_ratio": share})
+        report = cut_(copy.deepcopy(model), model, find_mlps(model), recipe, None, quiet=True)
+        assert {ranks for edit in report.plan.edits for ranks in edit.ranks} == {(rank,) * 4}
+    found = vitrim.compress(model, method="recursive", params_ratio=0.6, quiet=True)
+    assert 0.59 < found.metrics.after.parameters / found.metrics.before.parameters <= 0.6
+
+
 def test_an_edit_that_does_not_fit_is_refused_and_changes_nothing():
     model = deep()
     edit = cut(model, num_blocks=3, rank=2)[1].plan.edits[0]

@@ -125,7 +125,11 @@ def test_originals_that_disagree_are_not_averaged_and_noise_is_no_number(folders
     metrics["before"]["peak_memory_mib"] = 3.0
     (noisy / "metrics.json").write_text(json.dumps(metrics))
     cells = dict(table(read_runs([folders[0], noisy]))[1])
-    assert [text for text, _ in cells["relative latency, batch 8"]] == ["1", "0.50 (0.49 to 0.51)", "noisy"]
+    assert [text for text, _ in cells["relative latency, batch 8"]] == [
+        "1",
+        "0.50 (0.49 to 0.51)",
+        "0.50 (noisy, 0.40 to 0.60)",
+    ]
     assert cells["peak memory (MiB)"] == [("1 to 3", False), ("1 (100%)", False), ("1 (33%)", False)]
     compare_runs([*folders, noisy], tmp_path / "o.html")
     (alt,) = [unescape(found) for found in re.findall(r'aria-label="(Points[^"]*)"', (tmp_path / "o.html").read_text())]

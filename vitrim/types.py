@@ -272,7 +272,7 @@ class ModelView(Protocol):
 
     @property
     def keep_ratio(self) -> float:
-        """Share of all hidden units that the budget keeps; a method that cuts something else uses it as its budget."""
+        """Share that stays by the budget: as it was asked for, or else that of all hidden units."""
         ...
 
     @property

@@ -51,12 +51,13 @@ class LiveModelView:
         batches: Sequence[Tensor] | None,
         *,
         seed: int,
+        share: float | None = None,
         repaired: bool = False,
         bar: Progress | None = None,
         trainer: Callable[..., Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model, self.sites, self.widths, self.batches = model, sites, widths, batches
-        self.repaired, self.trainer = repaired, trainer
+        self.share, self.repaired, self.trainer = share, repaired, trainer
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.notes: list[str] = []
         self.split: dict[str, KeptTokens] = {}
@@ -64,7 +65,9 @@ class LiveModelView:
 
     @property
     def keep_ratio(self) -> float:
-        """Share of all hidden units that stays by the budget."""
+        """The share that was asked for; else that of all hidden units which stays by the budget."""
+        if self.share is not None:
+            return self.share
         return sum(self.widths.values()) / max(1, sum(site.d_hidden for site in self.sites))
 
     @property

@@ -189,6 +189,7 @@ class _StepRun:
                 self.widths,
                 self.batches,
                 seed=self.seed,
+                share=self.step.keep_ratio,
                 repaired=self.repair is not None,
                 bar=bar,
                 trainer=self._train,

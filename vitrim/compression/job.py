@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitrim.calibrate import LiveModelView
 from vitrim.clip.embedding_space import embedding_space_of
 from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
@@ -20,7 +21,7 @@ from vitrim.methods import find_method
 from vitrim.models.features import num_classes
 from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
-from vitrim.models.sites import resolve_scope
+from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import open_model
 from vitrim.recover.losses import EmbeddingSpace
 from vitrim.recover.sampler import check_stream
@@ -117,7 +118,7 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
     noise = random_inputs(origin, 1 if data is None else 2)  # one alone says nothing about batches
     check_repeatable(whole.get_submodule(encoder), origin, noise)  # before the first image is read
-    _check_training(recipe, whole.get_submodule(encoder))
+    _check_training(recipe, whole.get_submodule(encoder), scope.removeprefix(encoder).removeprefix("."))
     images = None if data is None else open_inputs(data, origin)
     _check_labels(recipe, images, whole.get_submodule(encoder))
     if images is None and recipe.training:
@@ -146,18 +147,36 @@ def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder
         raise RecipeError(f"options.loss=labels: {why}; pass labels of the model's classes, or use features.")
 
 
-def _check_training(recipe: Recipe, encoder: nn.Module) -> None:
+def _check_training(recipe: Recipe, encoder: nn.Module, scope: str) -> None:
     """Check that there will be exits, if they are to be trained, and a head, if class scores are to be compared.
 
     Raises:
         RecipeError: there are none, or there is none.
     """
-    looped = any(ToRecursive in find_method(step.method).edits for step in recipe.steps)
+    looped = _loops_blocks(recipe, encoder, scope)
     if recipe.exits is not None and not looped:
-        raise RecipeError("exits: are at the ends of loops, and no step loops blocks; use recursive, or drop exits.")
+        raise RecipeError(
+            "exits: are at the ends of loops, and no step loops blocks; use recursive with fewer blocks, or drop exits."
+        )
     for name, options in (("recover", recipe.recover), ("exits", recipe.exits)):
         if options is not None and options.features_at == "logits" and not num_classes(encoder):
             raise RecipeError(f"{name}.features_at: logits needs a model with a class head; use final.")
+
+
+def _loops_blocks(recipe: Recipe, encoder: nn.Module, scope: str) -> bool:
+    """Return whether a step will loop blocks of an encoder, as far as is known before it is cut.
+
+    Raises:
+        VitrimError: the first step can't loop these blocks as it is asked to.
+    """
+    first, *later = recipe.steps
+    if any(ToRecursive in find_method(step.method).edits for step in later):
+        return True
+    if ToRecursive not in find_method(first.method).edits:
+        return False
+    share = first.keep_ratio or first.params_ratio
+    view = LiveModelView(encoder, find_mlps(encoder, scope=scope), {}, None, seed=recipe.seed, share=share)
+    return first.make_method().loops_blocks(view)
 
 
 def _with_published(recipe: Recipe, origin: Origin) -> tuple[Recipe, str | None]:

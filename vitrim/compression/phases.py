@@ -28,8 +28,9 @@ from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
 from vitrim.errors import DataError
 from vitrim.evaluation import measure
-from vitrim.methods import SiteMethod
+from vitrim.methods import ModelMethod, SiteMethod
 from vitrim.metrics.record import Closeness, ModelCost
+from vitrim.models.exits import Loops
 from vitrim.models.features import device_of
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps
@@ -43,11 +44,13 @@ from vitrim.surgery import Edit, KeepUnits, apply_
 class ChosenWidths:
     """Hidden units that stay in each MLP, by path.
 
-    `elastic` holds all widths of a result that serves several; `about` describes how unequal widths were found, and
+    `share` is what was found by trial for a method that goes by one. `elastic` holds all widths of a result that serves
+    several; `about` describes how unequal widths were found, and
     `cut` is the cut to them if that is made already, on the main process alone.
     """
 
     units: Mapping[str, int]
+    share: float | None = None
     elastic: Widths | None = None
     notes: tuple[str, ...] = ()
     about: Mapping[str, Any] | None = None
@@ -89,13 +92,13 @@ def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths
     """
     step, sites, notes = job.recipe.steps[0], models.sites, ()
     elastic = Widths.of(job.recipe, sites)
-    units = on_main(_solve, job, models, context)
+    units, share = on_main(_solve, job, models, context)
     if _may_round(job.recipe) and len(sites):
         units, note = near_stock(job.recipe.width(), units, job.origin, sites)
         notes = () if note is None else (note,)
     check_memory(models.teacher, sites, units.values(), job.recipe, models.batches)
     if step.allocate is None:
-        return ChosenWidths(units=units, elastic=elastic, notes=notes)
+        return ChosenWidths(units=units, share=share, elastic=elastic, notes=notes)
     made: list[Settled] = []
     on_main(lambda: made.append(_allocated(job, models, units, context)))
     found = from_main(replace(made[0], cut=None) if made else None)
@@ -115,15 +118,17 @@ def _allocated(job: Job, models: Models, uniform: Mapping[str, int], context: Ru
     return settle(found, recipe, teacher, sites, models.split, least_gain=gain, quiet=context.quiet)
 
 
-def _solve(job: Job, models: Models, context: RunContext) -> dict[str, int]:
-    """Return the widths that meet the budget; for a method that does not cut units, they are found by trial."""
+def _solve(job: Job, models: Models, context: RunContext) -> tuple[dict[str, int], float | None]:
+    """Return the widths that meet the budget, and the share that leads to them where it is found by trial."""
     width, method = job.recipe.width(), job.recipe.steps[0].make_method()
     inputs = models.split.sample if models.split is not None else random_inputs(job.origin)
     if method.goes_by() == "nothing":
-        return {site.path: site.d_hidden for site in models.sites}
+        return {site.path: site.d_hidden for site in models.sites}, None
+    share = None
     if method.goes_by() == "share" and width.is_of_the_model:
-        width = replace(width, kind="keep_ratio", value=find_share(job.recipe, models.teacher, models.sites, inputs))
-    return solve_widths(width, models.sites, models.teacher, inputs)
+        share = find_share(job.recipe, models.teacher, models.sites, inputs)
+        width = replace(width, kind="keep_ratio", value=share)
+    return solve_widths(width, models.sites, models.teacher, inputs), share
 
 
 def _may_round(recipe: Recipe) -> bool:
@@ -156,21 +161,29 @@ def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunCont
         apply_(models.student, widths.cut.plan.edits)
     cut = _from_main(widths.cut, models.student)
     if cut is None:
-        cut = cut_(
-            models.student,
-            models.teacher,
-            models.sites,
-            recipe,
-            models.batches,
-            widths=widths.units,
-            quiet=context.quiet,
-            halves=True,
-            source=training_source(models, job, context),
-        )
-        cut = _from_main(cut, models.student) or cut
+        cut = _cut_(models, job, widths, context)
+    if recipe.exits is not None:
+        Loops(models.student)  # else it says that there are none, and leaves no state behind
     if work is not None and recipe.training:
         on_main(save_cut, models.student, cut, recipe, work)
     return cut
+
+
+def _cut_(models: Models, job: Job, widths: ChosenWidths, context: RunContext) -> CutReport:
+    """Cut the student by the chosen widths, or the share that was found, and send it to every process."""
+    by_share = widths.share is not None and isinstance(job.recipe.steps[0].make_method(), ModelMethod)
+    cut = cut_(
+        models.student,
+        models.teacher,
+        models.sites,
+        job.recipe.updated({"keep_ratio": widths.share}) if by_share else job.recipe,
+        models.batches,
+        widths=widths.units,
+        quiet=context.quiet,
+        halves=True,
+        source=training_source(models, job, context),
+    )
+    return _from_main(cut, models.student) or cut
 
 
 def _from_main(cut: CutReport | None, student: nn.Module) -> CutReport | None:

@@ -24,6 +24,7 @@ from vitrim.compression.phases import (
 )
 from vitrim.compression.training import train_
 from vitrim.compression.write import Finished, Place, look_at_both, put_together, write_output
+from vitrim.config.effort import EFFORT, Effort
 from vitrim.config.options import RecoverOptions, RepairOptions
 from vitrim.config.recipe import LENGTHS, Recipe
 from vitrim.config.run_context import RunContext
@@ -54,6 +55,7 @@ def compress(
     keep_ratio: float | None = None,
     hidden_dim: int | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    effort: Effort | None = None,
     repair: RepairOptions | Mapping[str, Any] | bool | NotGiven | None = NOT_GIVEN,
     recover: RecoverOptions | Mapping[str, Any] | NotGiven | None = NOT_GIVEN,
     recover_steps: int | None = None,
@@ -90,6 +92,8 @@ def compress(
         keep_ratio: share of each MLP's hidden units that stays.
         hidden_dim: hidden units that stay in each MLP.
         recipe: a Recipe, a mapping of its keys, or a YAML file.
+        effort: how much work is spent on keeping the features: `fast` is the closed form alone, `default` refits each
+            MLP, `max` refits longer and then trains all blocks at once.
         repair: closed-form repair after the cut: True or options for yes, False for no, None for the method's default.
         recover: options of distillation; None for none.
         recover_steps: steps of distillation.
@@ -132,6 +136,7 @@ def compress(
         "mlp_ratio": mlp_ratio,
         "keep_ratio": keep_ratio,
         "hidden_dim": hidden_dim,
+        "effort": effort,
         "repair": repair,
         "recover": _recover(recover, recover_steps, recover_epochs),
         "seed": seed,
@@ -201,11 +206,11 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that were given; None means "not given" for a budget, and is a value for the others."""
+    """Return the arguments that were given; None means "not given" for a budget or effort, else a value."""
     return {
         key: value
         for key, value in values.items()
-        if value is not NOT_GIVEN and not (value is None and key in (*BUDGETS, "model"))
+        if value is not NOT_GIVEN and not (value is None and key in (*BUDGETS, EFFORT, "model"))
     }
 
 

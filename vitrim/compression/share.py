@@ -138,6 +138,7 @@ def find_share(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], inp
     if found is None:
         least = trials.at(step.method, trials.smallest(step.method)).shares[counted]
         least = math.ceil(least * 1000) / 1000  # rounded up, so that it can be met
-        advice = f"use {least:g}..1" if least < 1 else "give keep_ratio or macs_ratio, or use another method"
+        other = "macs_ratio" if counted == "params" else "params_ratio"
+        advice = f"use {least:g}..1" if least < 1 else f"give keep_ratio or {other}, or use another method"
         raise BudgetError(f"{width.kind}={width.value:g}: {step.method} leaves {least:g} at least; {advice}.")
     return found

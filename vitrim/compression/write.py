@@ -128,7 +128,7 @@ def _write_documents(done: Finished, folder: Path, teacher: nn.Module) -> None:
     from vitrim.report.page import write_report  # draws with matplotlib, which is slow to import
 
     job, metrics, recipe = done.job, done.metrics, done.job.recipe
-    (folder / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe.written_out().dump(), encoding="utf-8")
     write_json(folder / "metrics.json", metrics.to_json())
     page = collect(teacher, job.origin, done.cut.plan, recipe, metrics, done.seen)
     write_report(folder / "report.html", page)

@@ -225,6 +225,18 @@ class Recipe(Checked):
         elastic = None if self.recover is None else self.recover.elastic
         return step.width() if elastic is None else step.width(default=("mlp_ratio", elastic[-1]))
 
+    def written_out(self) -> Recipe:
+        """Return the recipe with the sizes and the repair of its steps in it, where these were left to defaults."""
+        steps = []
+        for number, step in enumerate(self.steps):
+            repair = step.repair_options()
+            found: dict[str, Any] = {"repair": False if repair is None else repair}
+            if step.budget is None and step.make_method().goes_by() != "nothing":
+                width = self.width(number)
+                found[width.kind] = width.value
+            steps.append(step.model_copy(update=found))
+        return self.model_copy(update={"steps": tuple(steps)})
+
     def dump(self) -> str:
         """Return the recipe as YAML, which `load` can read."""
         return write_yaml(self.model_dump(mode="json"))

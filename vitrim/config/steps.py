@@ -65,8 +65,12 @@ class Step(Checked):
             raise ValueError(f"give exactly one of {', '.join(BUDGETS)}, not {' and '.join(given)}")
         if self.widths is not None and self.allocate is not None:
             raise ValueError("allocate finds widths and widths gives them; drop one of the two")
-        if self.make_method().takes == "nothing" and given:
+        method = self.make_method()
+        if method.takes == "nothing" and given:
             raise ValueError(f"{given[0]}: {self.method} goes by no budget; drop it")
+        if senseless := [name for name in method.senseless if getattr(self, name) is not None]:
+            sizes = [name for name in ("keep_ratio", "params_ratio", "macs_ratio") if name not in method.senseless]
+            raise ValueError(f"{senseless[0]}: says nothing about what {self.method} cuts; give {' or '.join(sizes)}")
         return self
 
     @property

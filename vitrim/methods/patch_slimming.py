@@ -41,6 +41,7 @@ class PatchSlimming(ModelMethod):
     repairs = False
     edits = (KeepTokens,)
     takes = "share"
+    senseless = ("mlp_ratio", "hidden_dim", "widths")
 
     tolerance: float | None = Field(default=None, gt=0)
     """Relative squared error that a block's choice may cause in the tokens that the next one puts out (the paper's

@@ -25,8 +25,6 @@ from vitrim.ops.allocation import best_choices
 from vitrim.surgery import ToRecursive
 from vitrim.types import LayerSite, ModelView
 
-ROUNDING = 0.005  # widths are whole numbers, so that a share of a half may come as a little less
-
 
 @register
 class Recursive(ModelMethod):
@@ -44,6 +42,7 @@ class Recursive(ModelMethod):
     repairs = False
     edits = (ToRecursive,)
     takes = "share"
+    senseless = ("macs_ratio", "mlp_ratio", "hidden_dim", "widths")  # all blocks run, and MLPs stay as wide as they are
 
     num_blocks: int | None = Field(default=None, ge=1)
     """How many different blocks stay; it has to divide their number. None goes by the budget."""
@@ -62,6 +61,18 @@ class Recursive(ModelMethod):
     def goes_by(self) -> BudgetUse:
         """Return which part of the budget the method uses: none if both sizes are given."""
         return "nothing" if self.num_blocks is not None and self.rank is not None else self.takes
+
+    def loops_blocks(self, view: ModelView) -> bool:
+        """Return whether fewer blocks are left than there are; whether the budget pays for them shows in the cut.
+
+        Raises:
+            SiteNotFoundError, RecipeError, BudgetError: as `propose`.
+        """
+        loop = _Loop.of(view)
+        self._check(loop)
+        if self.goes_by() == "share" and view.keep_ratio >= 1:
+            return False
+        return self.num_blocks is None or self.num_blocks < len(loop.blocks)
 
     def propose(self, view: ModelView) -> Iterator[ToRecursive]:
         """Yield one edit for each block that is looped.
@@ -91,22 +102,13 @@ class Recursive(ModelMethod):
 
     def _sizes(self, loop: _Loop, share: float) -> tuple[int, int]:
         """Return how many blocks are different and the rank: as given, or the largest that the share pays for."""
-        total, fullest = len(loop.blocks), max(min(layer.num_in, layer.num_out) for layer in loop.layers)
-        divisors = [number for number in range(1, total + 1) if total % number == 0]
-        if self.num_blocks is not None and self.num_blocks not in divisors:
-            raise RecipeError(
-                f"options.num_blocks: {self.num_blocks} does not divide {total} blocks; use one of "
-                f"{', '.join(map(str, divisors))}."
-            )
-        if self.rank is not None and self.rank > fullest:
-            raise BudgetError(
-                f"options.rank: {self.rank} is above the {fullest} of the blocks' matrices; use 0..{fullest}."
-            )
+        self._check(loop)
+        total, fullest, divisors = len(loop.blocks), loop.fullest, loop.divisors
         if self.num_blocks is not None and self.rank is not None:
             return self.num_blocks, self.rank
         for count in reversed(divisors[:-1]) if self.num_blocks is None else [self.num_blocks]:
-            left = (share + ROUNDING) * total * loop.cost - count * loop.cost
-            paid = [r for r in range(fullest + 1) if total * loop.factors(r) <= left]
+            left = share * total * loop.cost - count * loop.cost
+            paid = [r for r in range(fullest + 1) if total * loop.factors(r) <= left + 1e-9 * total * loop.cost]
             if paid and self.rank is None:
                 return count, paid[-1]
             if self.rank is not None and self.rank in paid:
@@ -117,6 +119,18 @@ class Recursive(ModelMethod):
             f"{loop.blocks[0]}: a share of {share:.3g} does not pay for {count} of {total} blocks with rank {rank}; "
             f"use {least:.3g} or more."
         )
+
+    def _check(self, loop: _Loop) -> None:
+        """Check that the number of blocks divides theirs, and that no matrix is smaller than the rank."""
+        if self.num_blocks is not None and self.num_blocks not in loop.divisors:
+            raise RecipeError(
+                f"options.num_blocks: {self.num_blocks} does not divide {len(loop.blocks)} blocks; use one of "
+                f"{', '.join(map(str, loop.divisors))}."
+            )
+        if self.rank is not None and self.rank > loop.fullest:
+            raise BudgetError(
+                f"options.rank: {self.rank} is above the {loop.fullest} of the blocks' matrices; use 0..{loop.fullest}."
+            )
 
     def _edit(
         self, view: ModelView, loop: _Loop, number: int, shared: Sequence[dict[str, Tensor]], ranks: Ranks
@@ -158,6 +172,16 @@ class _Loop:
     def cost(self) -> int:
         """Values of one block's matrices."""
         return sum(layer.num_in * layer.num_out for layer in self.layers)
+
+    @property
+    def divisors(self) -> list[int]:
+        """Numbers of different blocks that divide their number."""
+        return [number for number in range(1, len(self.blocks) + 1) if len(self.blocks) % number == 0]
+
+    @property
+    def fullest(self) -> int:
+        """The largest rank of any matrix."""
+        return max(min(layer.num_in, layer.num_out) for layer in self.layers)
 
     def factors(self, rank: int) -> int:
         """Values of the factors of one block."""

@@ -43,6 +43,7 @@ class Method(Checked):
             it takes the place of that (`ModelView.repaired`).
         takes: which part of a budget it uses: hidden units of each MLP (`widths`), a `share` of something else, or
             `nothing`.
+        senseless: sizes of a step, by key, that say nothing about what it does; they are refused.
         trial_options: options with which it soon leaves the same sizes, where a share is found by trial.
     """
 
@@ -55,6 +56,7 @@ class Method(Checked):
     folds: ClassVar[bool] = False
     edits: ClassVar[tuple[type[Edit], ...]] = (KeepUnits,)
     takes: ClassVar[BudgetUse]
+    senseless: ClassVar[tuple[str, ...]] = ()
     trial_options: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
@@ -69,6 +71,10 @@ class Method(Checked):
     def goes_by(self) -> BudgetUse:
         """Return which part of a budget the method uses, given these options."""
         return self.takes
+
+    def loops_blocks(self, view: ModelView) -> bool:
+        """Return whether blocks of the model will be looped, given these options and the budget."""
+        return False
 
     def reads_labels(self) -> bool:
         """Return whether it reads labels of the images, given these options."""

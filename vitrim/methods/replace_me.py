@@ -48,6 +48,7 @@ class ReplaceMe(ModelMethod):
     repairs = False
     edits = (DropBlocks,)
     takes = "share"
+    senseless = ("mlp_ratio", "hidden_dim", "widths")
 
     num_blocks: int | None = Field(default=None, ge=1)
     """How many blocks stay; None goes by the budget."""

@@ -27,6 +27,7 @@ class Tome(ModelMethod):
     repairs = False
     edits = (MergeTokens,)
     takes = "share"
+    senseless = ("mlp_ratio", "hidden_dim", "widths")
 
     def propose(self, view: ModelView) -> Iterator[MergeTokens]:
         """Yield an edit for each block.

@@ -16,9 +16,9 @@ MOST_SPREAD = 0.1
 
 
 def relative_latency(row: Row) -> str:
-    """Return a latency as a share of the original's with its quartiles, or "noisy" where these are too far apart."""
+    """Return a latency as a share of the original's with its quartiles, and "noisy" where these are too far apart."""
     ratio, (low, high) = row["ratio"], row["ratio_quartiles"]
-    return f"{ratio:.2f} ({low:.2f} to {high:.2f})" if is_steady(row) else "noisy"
+    return f"{ratio:.2f} ({'' if is_steady(row) else 'noisy, '}{low:.2f} to {high:.2f})"
 
 
 def is_steady(row: Row) -> bool:

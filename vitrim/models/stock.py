@@ -98,7 +98,7 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
         return "no library can build this model, so the result loads with vitrim.load(path, model=...)."
     cuts = _cuts(plan_edits)
     if cuts is None:
-        others = {edit.KIND.replace("_", " ") for edit in plan_edits if not isinstance(edit, KeepUnits | DropBlocks)}
+        others = {edit.MAKES for edit in plan_edits if not isinstance(edit, KeepUnits | DropBlocks)}
         return (
             f"{origin.library} has no config for {', '.join(sorted(others))}; the result loads with vitrim.load(path)."
         )

@@ -25,7 +25,7 @@ class ReportData:
             many picks each fraction of "residual" holds (without it they are even from 0 to num_units).
         recovery: {"step", "relative_error"} and {"step", "loss"} points.
         latency: "before" and "after", each from batch size to milliseconds; without sizes whose times were noisy.
-        relative_latency: name of the row to the small model's latency as a share of the original's, or "noisy".
+        relative_latency: name of the row to the small model's latency as a share of the original's, "noisy" or not.
         images: pictures in 0..1, (B, 3, H, W), up to 8.
         teacher_patches: patch tokens of the original for these images, (B, N, D).
         student_patches: patch tokens of the smaller model, (B, N, D).

@@ -23,6 +23,7 @@ class DropBlocks(Edit):
     """
 
     KIND: ClassVar[str] = "drop_blocks"
+    MAKES: ClassVar[str] = "blocks taken out"
 
     run: BlockRun
 

@@ -32,11 +32,12 @@ class Edit(ABC):
 
     `tensors` maps full tensor names, as they are after the edit, to their values; a name that is not in it gets what
     `map_tensor` makes of the original. A field that names a module is a `Site`, or is called `path` or `paths`. A
-    subclass is a frozen dataclass with a KIND. In a plan ORDER never falls from one edit to the next, so that nothing
-    is cut that has been replaced.
+    subclass is a frozen dataclass with a KIND; MAKES says what a model then has. In a plan ORDER never falls from one
+    edit to the next, so that nothing is cut that has been replaced.
     """
 
     KIND: ClassVar[str]
+    MAKES: ClassVar[str]
     ORDER: ClassVar[int] = 0
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 

@@ -25,6 +25,7 @@ class ToFips(Edit):
     """
 
     KIND: ClassVar[str] = "fips"
+    MAKES: ClassVar[str] = "layers of a shared basis"
     ORDER: ClassVar[int] = 1
 
     paths: tuple[str, ...]

@@ -19,6 +19,7 @@ class ToInt8(Edit):
     """A linear layer's weight becomes int8 with a scale per output; with `activations` its inputs are rounded too."""
 
     KIND: ClassVar[str] = "int8"
+    MAKES: ClassVar[str] = "int8 layers"
     ORDER: ClassVar[int] = 3
 
     layer: LayerSite

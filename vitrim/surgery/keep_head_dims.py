@@ -27,6 +27,7 @@ class KeepHeadDims(Edit):
     """
 
     KIND: ClassVar[str] = "keep_head_dims"
+    MAKES: ClassVar[str] = "narrower heads"
 
     site: AttentionSite
     keep_qk: Dims

@@ -22,6 +22,7 @@ class KeepHeads(Edit):
     """
 
     KIND: ClassVar[str] = "keep_heads"
+    MAKES: ClassVar[str] = "fewer heads in some blocks"
 
     site: AttentionSite
     keep: tuple[int, ...]

@@ -25,6 +25,7 @@ class KeepPaddedDims(Edit):
     """
 
     KIND: ClassVar[str] = "keep_padded_dims"
+    MAKES: ClassVar[str] = "narrower heads"
 
     site: AttentionSite
     num_qk: int

@@ -22,6 +22,7 @@ class KeepTokens(SplitBlockEdit):
     """
 
     KIND: ClassVar[str] = "keep_tokens"
+    MAKES: ClassVar[str] = "tokens left out between blocks"
     ORDER: ClassVar[int] = 1
 
     keep: tuple[int, ...]

@@ -24,6 +24,7 @@ class KeepUnits(Edit):
     """
 
     KIND: ClassVar[str] = "keep_units"
+    MAKES: ClassVar[str] = "narrower MLPs"
 
     site: MlpSite
     keep: tuple[int, ...]

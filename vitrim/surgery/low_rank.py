@@ -27,6 +27,7 @@ class ToLowRank(Edit):
     """
 
     KIND: ClassVar[str] = "low_rank"
+    MAKES: ClassVar[str] = "low-rank layers"
     ORDER: ClassVar[int] = 1
 
     layer: LayerSite

@@ -18,6 +18,7 @@ class MergeTokens(SplitBlockEdit):
     """Merge `num_merged` of the `num_given` patches that come into a block, of `num_patches` in the image."""
 
     KIND: ClassVar[str] = "merge_tokens"
+    MAKES: ClassVar[str] = "merged tokens"
     ORDER: ClassVar[int] = 1
 
     num_prefix: int

@@ -25,6 +25,7 @@ class ToMoefication(Edit):
     """
 
     KIND: ClassVar[str] = "moefication"
+    MAKES: ClassVar[str] = "MLPs split into experts"
     ORDER: ClassVar[int] = 2
 
     site: MlpSite

@@ -27,6 +27,7 @@ class ToRecursive(Edit):
     """
 
     KIND: ClassVar[str] = "recursive"
+    MAKES: ClassVar[str] = "looped blocks"
     ORDER: ClassVar[int] = 1
 
     paths: tuple[str, ...]

@@ -20,6 +20,7 @@ class ReplaceActivation(Edit):
     """Replace an MLP's activation by a ReLU. No tensor changes, but the features do, so distil afterwards."""
 
     KIND: ClassVar[str] = "replace_activation"
+    MAKES: ClassVar[str] = "a ReLU in place of its activation"
 
     site: MlpSite
 

@@ -20,6 +20,7 @@ class TopKActivation(Edit):
     """An MLP's output projection reads only a token's `num_active` largest hidden activations. No tensor changes."""
 
     KIND: ClassVar[str] = "top_k"
+    MAKES: ClassVar[str] = "activations of which the largest stay"
     ORDER: ClassVar[int] = 2
 
     site: MlpSite
