@@ -56,6 +56,13 @@ def test_views_multiply_the_closed_form_alone():
     assert refit == list(ahead().stages(Recipe.parse({})))[1]
 
 
+def test_cuts_that_are_tried_are_counted_each():
+    recipe = Recipe.parse({"recover": {"epochs": 1, "batch_size": 20, "lr": 1e-3}})
+    once, tried = (list(ahead(num_cuts=number).stages(recipe)) for number in (1, 5))
+    assert [stage.passes for stage in tried] == [5 * once[0].passes, 5 * once[1].passes, once[2].passes]
+    assert tried[0].words == f"up to 5 times: {once[0].words}"
+
+
 class Counted:
     """Images that pass through a block."""
 

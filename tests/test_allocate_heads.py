@@ -40,7 +40,7 @@ def test_lost_logits_are_those_of_the_mixtures_over_all_pairs():
 def recipe_of(parts="both", heads="dims", **values):
     options = {"parts": parts, "heads": heads}
     given = {"method": "dgmr", "keep_ratio": 0.5, "round_to": 8, "repair": {"refit": False}, "options": options}
-    return Recipe.parse({**given, "allocate": "auto", "calibrate": {"batch_size": 16, "views": 1}, **values})
+    return Recipe.parse({**given, "allocate": "auto", "calibrate": {"batch_size": 18, "views": 1}, **values})
 
 
 def allocated(recipe, case, model=None, sites=None):

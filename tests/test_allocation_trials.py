@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 import vitrim
 from vitrim.compression import phases, trials
 from vitrim.compression.allocate import EQUAL, FOUND, HALFWAY, Place, best_sizes, halfway
+from vitrim.compression.judging import choosing_images, with_enough_to_choose
 from vitrim.compression.trials import best_of
 from vitrim.config.recipe import Recipe
+from vitrim.data import Split
 
 IMAGES = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -88,7 +90,7 @@ def test_what_is_kept_is_never_worse_than_equal_widths(equal, middle, found, lea
 
 def recipe_of(**values):
     given = {"method": "dgmr", "keep_ratio": 0.5, "round_to": 8, "repair": {"refit_steps": 20}, "allocate": "auto"}
-    return Recipe.parse({**given, "calibrate": {"batch_size": 16, "views": 1}, **values})
+    return Recipe.parse({**given, "calibrate": {"batch_size": 18, "views": 1}, **values})
 
 
 @pytest.fixture
@@ -98,6 +100,25 @@ def lopsided(build):
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight.mul_(1e-3)
     return model
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "num_views", "judging"),
+    [(160, 64, 1, 40), (720, 64, 1, 64), (256, 16, 1, 64), (100, 64, 4, 25), (1800, 64, 1, 72), (3, 64, 1, 3)],
+)
+def test_enough_images_stay_out_of_fits_to_choose_by(num_images, batch_size, num_views, judging):
+    """All images and views stay, each once and in order, in batches that are no larger; 64 or a quarter judge."""
+    size = batch_size // num_views
+    rows = torch.arange(num_images)
+    batches = [torch.cat([part + 10_000 * view for view in range(num_views)]) for part in rows.split(size)]
+    split = Split(train=None, calibration=batches, held_out=[], counts={"views": num_views})
+    found = with_enough_to_choose(split)
+    alone = [batch[: len(batch) // num_views] for batch in found.calibration]
+    assert torch.equal(torch.cat(alone), rows)
+    for batch, part in zip(found.calibration, alone, strict=True):
+        assert torch.equal(batch, torch.cat([part + 10_000 * view for view in range(num_views)]))
+        assert len(batch) <= batch_size
+    assert torch.equal(torch.cat(choosing_images(found)), rows[-judging:])
 
 
 def compress(model, recipe, **given):
@@ -114,7 +135,11 @@ def test_all_that_was_tried_is_told_and_the_recipe_gives_the_plan_again(lopsided
     assert about["kept"] == FOUND and list(about["tried"]) == [EQUAL, HALFWAY, FOUND]
     assert about["tried"][FOUND]["judged"] == min(errors["judged"] for errors in about["tried"].values())
     (note,) = [note for note in found.metrics.notes if note.startswith("allocate:")]
-    assert note.endswith("kept those found.") and f"{about['tried'][HALFWAY]['judged']:.4g}" in note
+    assert (
+        "on 18 calibration images" in note
+        and note.endswith("kept those found.")
+        and f"{about['tried'][HALFWAY]['judged']:.4g}" in note
+    )
     assert about["relative_error"] == {name: about["tried"][name]["held_out"] for name in (FOUND, EQUAL)}
     assert about["relative_error"][FOUND] == found.metrics.after_cut.fidelity["relative_error"]
     assert json.loads(Path(out / "metrics.json").read_text())["allocation"] == about

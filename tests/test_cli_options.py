@@ -53,6 +53,7 @@ SPELLED = {
     "recover_steps": (RecoverOptions, "steps"),
     "recover_epochs": (RecoverOptions, "epochs"),
     "allocate_cost": (AllocateOptions, "cost"),
+    "allocate_depth": (AllocateOptions, "depth"),
     "refit": (RepairOptions, "refit"),
     "blockwise": (BlockwiseOptions, "train"),
     "at_once_steps": (AtOnceOptions, "steps"),

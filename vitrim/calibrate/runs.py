@@ -55,8 +55,8 @@ def find_runs(
     if not found:
         why = reasons[0] if reasons else "a run has to leave a block of the same numbered list, and each to hold an MLP"
         raise BudgetError(
-            f"{type(model).__name__}: no run of {length} blocks can be taken out ({why}); keep more blocks, or use a "
-            "method that cuts widths."
+            f"{type(model).__name__}: no run of {length} blocks can be taken out ({why}); keep more blocks, or cut "
+            "widths alone."
         )
     for reason in reasons:
         note(f"{reason}.")

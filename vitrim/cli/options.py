@@ -96,6 +96,7 @@ class CutOptions:
     method: Annotated[str | None, _help("One of `vitrim methods` (default dgmr).")] = None
     allocate: Annotated[Literal["auto", "uniform"] | None, _help(STEP["allocate"])] = None
     allocate_cost: Annotated[Counted | None, _help(ALLOCATE["cost"])] = None
+    allocate_depth: Annotated[bool | None, _help(ALLOCATE["depth"], switch=True)] = None
     select_on: Annotated[SelectOn | None, _help(DGMR["select_on"])] = None
     option: Annotated[
         list[str] | None, Parameter(negative="", help="An option of the method, as KEY=VALUE; may be given again.")
@@ -133,11 +134,11 @@ class CutOptions:
 
     def _allocate(self) -> Any:
         """Return the recipe's allocation; `{}` means its default options."""
-        if self.allocate_cost is not None and self.allocate == "uniform":
-            raise RecipeError("--allocate-cost goes with --allocate auto; drop one of the two.")
-        if self.allocate_cost is not None:
-            return {"cost": self.allocate_cost}
-        return {} if self.allocate == "auto" else self.allocate
+        given = {"cost": self.allocate_cost, "depth": self.allocate_depth}
+        own = {name: value for name, value in given.items() if value is not None}
+        if own and self.allocate == "uniform":
+            raise RecipeError(f"--allocate-{next(iter(own))} goes with --allocate auto; drop one of the two.")
+        return own if own or self.allocate == "auto" else self.allocate
 
     def _repair(self) -> Any:
         """Return the recipe's repair from the two switches; `{}` means its default options."""

@@ -53,6 +53,7 @@ class Ahead:
         macs: multiply-accumulates of a pass.
         num_images: calibration images, each with `num_views` views.
         num_train: training images; None for a stream.
+        num_cuts: cuts at most, where widths are chosen by trying several.
     """
 
     sites: Sequence[MlpSite]
@@ -62,11 +63,14 @@ class Ahead:
     num_images: int
     num_views: int
     num_train: int | None
+    num_cuts: int = 1
 
     def stages(self, recipe: Recipe) -> Iterator[Stage]:
         """Yield the stages of a recipe in order; the work of a selection itself is not counted."""
         for step in recipe.steps:
-            yield from self._cut(step)
+            for stage in self._cut(step):
+                times = "" if self.num_cuts == 1 else f"up to {self.num_cuts} times: "
+                yield Stage(words=times + stage.words, passes=self.num_cuts * stage.passes)
         if recipe.blockwise is not None:
             yield self._blockwise(recipe.blockwise)
         if recipe.at_once is not None:
@@ -127,8 +131,10 @@ class Ahead:
         return f"ahead, in epochs of distillation on {self.num_images:,} images: {said}; in all {total:.1f}"
 
 
-def say_ahead(models: Models, widths: Mapping[str, int], recipe: Recipe, context: RunContext) -> None:
-    """Log what a run will take, where there are images and progress is shown."""
+def say_ahead(
+    models: Models, widths: Mapping[str, int], recipe: Recipe, context: RunContext, *, num_cuts: int = 1
+) -> None:
+    """Log what a run will take, where there are images and progress is shown; `num_cuts` as in `Ahead`."""
     if models.split is None or context.quiet:
         return
     counts = models.split.counts
@@ -141,6 +147,7 @@ def say_ahead(models: Models, widths: Mapping[str, int], recipe: Recipe, context
         num_images=counts["calibration"],
         num_views=counts.get("views", 1),
         num_train=counts["train"],
+        num_cuts=num_cuts,
     )
     if line := ahead.line(recipe):
         LOG.info("%s.", line)

@@ -40,12 +40,13 @@ class Allocation:
 
     Equal ones name no attention: it keeps the share that its block's MLPs keep.
 
-    `measured` is the record that they were found from.
+    `measured` is the record that they were found from, and `places` are all that were chosen for.
     """
 
     candidates: Mapping[str, Mapping[str, int]]
     about: Mapping[str, Any]
     measured: Measured
+    places: Sequence[Place]
     notes: tuple[str, ...] = ()
 
 
@@ -139,13 +140,13 @@ def _solved(
 ) -> Allocation:
     """Return equal widths, and where these are foreseen to lose enough, the best for the measurements and others."""
     equal = {place.path: place.sizes[place.equal] for place in places}
-    allowed = int(_sum(places, equal, "costs_J"))
+    allowed = int(total(places, equal, "costs_J"))
     best = best_sizes(places, allowed)
-    errors = {name: _sum(places, sizes, "errors_J") for name, sizes in ((FOUND, best), (EQUAL, equal))}
+    errors = {name: total(places, sizes, "errors_J") for name, sizes in ((FOUND, best), (EQUAL, equal))}
     about = {
         "counted": counted,
         "allowed": allowed,
-        "cost": int(_sum(places, best, "costs_J")),
+        "cost": int(total(places, best, "costs_J")),
         "predicted": errors,
     }
     candidates, notes = {EQUAL: dict(uniform)}, list(found.notes)
@@ -156,10 +157,10 @@ def _solved(
         middle = halfway(places, allowed, best)
         others = {HALFWAY: middle, FOUND: best} if middle not in (equal, best) else {FOUND: best}
         candidates |= {name: {**uniform, **sizes} for name, sizes in others.items()}
-    return Allocation(candidates=candidates, about=about, measured=found, notes=tuple(notes))
+    return Allocation(candidates=candidates, about=about, measured=found, places=places, notes=tuple(notes))
 
 
-def _sum(places: Sequence[Place], sizes: Mapping[str, int], what: str) -> float:
+def total(places: Sequence[Place], sizes: Mapping[str, int], what: str) -> float:
     """Return the sum over all places of one value at the sizes that were chosen."""
     return sum(getattr(place, what)[place.sizes.index(sizes[place.path])].item() for place in places)
 

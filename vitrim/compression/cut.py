@@ -23,7 +23,7 @@ from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.steps import Step
 from vitrim.errors import BudgetError, RecipeError, SiteNotFoundError
-from vitrim.methods import Method, ModelMethod, SiteMethod, find_method
+from vitrim.methods import Method, ModelMethod, ReplaceMe, SiteMethod, find_method
 from vitrim.models.sites import find_mlps
 from vitrim.output.provenance import versions
 from vitrim.progress import progress
@@ -53,6 +53,7 @@ def cut_(
     batches: Sequence[Tensor] | None,
     *,
     widths: Mapping[str, int] | None = None,
+    run: DropBlocks | None = None,
     quiet: bool = False,
     done: Sequence[KeepUnits] = (),
     keep_edit: Callable[[KeepUnits, Mapping[str, float]], KeepUnits] | None = None,
@@ -71,6 +72,7 @@ def cut_(
         batches: calibration images, or None: then only methods that need weights alone can run, without repair.
         widths: hidden units that the first step keeps of each MLP, by path, and for a method that cuts attention also
             dimensions of each head, or heads; by default from the recipe's budget.
+        run: blocks to take out before the first step, as `replace-me` found them; then paths are those without them.
         quiet: show no progress.
         done: edits already made to the student by a run that was stopped; for a recipe of one step.
         keep_edit: called with each cut of an MLP and its errors; its result replaces the cut in the plan.
@@ -86,12 +88,12 @@ def cut_(
         BudgetError: a width is outside what an MLP has.
         RecipeError: the method needs images and none are given.
     """
-    edits: list[Edit] = list(done)
+    edits: list[Edit] = [*done, *([] if run is None else [run])]
     errors: dict[str, dict[str, float]] = {}
     notes: list[str] = []
-    reference = teacher
+    reference = teacher if run is None else _shortened(student, run)
     for number, step in enumerate(recipe.steps):
-        left = sites if number == 0 else _sites_left(student, sites, step)
+        left = sites if number == 0 and run is None else _sites_left(student, sites, step)
         units = widths if number == 0 else None
         if units is None:
             units = _widths(recipe, number, left, student, teacher, batches)
@@ -117,9 +119,15 @@ def cut_(
         before = len(edits)
         said = work.run_(quiet)
         if any(isinstance(edit, DropBlocks) for edit in edits[before:]) and number + 1 < len(recipe.steps):
-            reference = copy.deepcopy(student).requires_grad_(False)  # the teacher's blocks have other numbers
+            reference = _shortened(student)
         notes += said if WHOLE in said else _notes(work.method, step, batches) + said
-    return CutReport(plan=_plan(recipe, edits), errors=errors, notes=tuple(notes))
+    return CutReport(plan=_plan(recipe, edits, run), errors=errors, notes=tuple(notes))
+
+
+def _shortened(student: nn.Module, *runs: DropBlocks) -> nn.Module:
+    """Take runs of blocks out of the student; return a copy to compare it with, whose blocks have the same numbers."""
+    apply_(student, runs)
+    return copy.deepcopy(student).requires_grad_(False)
 
 
 def _widths(
@@ -334,9 +342,10 @@ def _nothing_left(name: str) -> SiteNotFoundError:
     )
 
 
-def _plan(recipe: Recipe, edits: Sequence[Edit]) -> Plan:
+def _plan(recipe: Recipe, edits: Sequence[Edit], run: DropBlocks | None) -> Plan:
     """Return a recipe's plan; with several methods, `options` holds each one's options under its name."""
-    methods = [step.make_method() for step in recipe.steps]
+    first = [] if run is None else [ReplaceMe(num_blocks=run.run.total - run.run.length)]
+    methods = [*first, *(step.make_method() for step in recipe.steps)]
     options = {method.name: method.model_dump(mode="json") for method in methods}
     return Plan(
         edits=tuple(edits),

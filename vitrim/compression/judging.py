@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from vitrim.metrics.fidelity import block_fidelity, compare, fidelity, too_few
 from vitrim.metrics.record import Closeness
 from vitrim.repair.learning import Learning, learning_curve
 from vitrim.surgery import Plan
+
+# So many calibration images choose between cuts, where they are no more than a quarter.
+CHOOSING = 64
 
 # So many fitted images are judged on even where they are more than a tenth.
 FEW = 16
@@ -71,6 +75,31 @@ def fitted_images(split: Split, recipe: Recipe) -> list[Tensor]:
     fitted = torch.cat([batch[: len(batch) // num_views] for batch in batches[: len(batches) - num_held_out(batches)]])
     most = min(split.counts["held_out"], max(FEW, len(fitted) // 10))
     return list(fitted[:most].split(len(batches[0])))
+
+
+def with_enough_to_choose(split: Split) -> Split:
+    """Return a split in which enough calibration images are in no fit to choose between cuts by them.
+
+    Where there are fewer than `CHOOSING`, batches are made anew, none larger than before; a quarter of the images at
+    most stays out of fits.
+    """
+    num_views, batches = split.counts.get("views", 1), split.calibration
+    images = torch.cat([batch.unflatten(0, (num_views, -1)) for batch in batches], dim=1)
+    num_images, size = images.shape[1], max(map(len, batches)) // num_views
+    wanted = min(CHOOSING, num_images // 4)
+    if sum(map(len, choosing_images(split))) >= wanted:
+        return split
+    num_judging = -(-wanted // size)
+    num_fit = max(-(-(num_images - wanted) // size), 9 * num_judging if num_judging > 1 else 1)
+    fit, judging = images.split([num_images - wanted, wanted], dim=1)
+    parts = (*fit.tensor_split(min(num_fit, fit.shape[1]), dim=1), *judging.tensor_split(num_judging, dim=1))
+    return replace(split, calibration=[part.flatten(0, 1) for part in parts])
+
+
+def choosing_images(split: Split) -> list[Tensor]:
+    """Return the calibration images that are in no fit, without their views."""
+    batches, num_views = split.calibration, split.counts.get("views", 1)
+    return [batch[: len(batch) // num_views] for batch in batches[-max(1, num_held_out(batches)) :]]
 
 
 def learn(models: Models, cut: CutReport) -> Learning | None:

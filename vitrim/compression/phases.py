@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.compression.ahead import say_ahead
-from vitrim.compression.allocate import EQUAL, FOUND, LEAST_GAIN, allocate
+from vitrim.compression.allocate import EQUAL, FOUND, LEAST_GAIN, Allocation, allocate
 from vitrim.compression.budget import near_stock, solve_widths
 from vitrim.compression.cut import CutReport, cut_
+from vitrim.compression.depth import Shallower, check_depth
 from vitrim.compression.job import Job, Models
+from vitrim.compression.judging import with_enough_to_choose
 from vitrim.compression.saved_cut import resume_cut_, save_cut
 from vitrim.compression.share import find_share
 from vitrim.compression.training import training_source
@@ -37,7 +39,8 @@ from vitrim.models.sites import find_mlps
 from vitrim.models.stock import stock_origin, why_not_stock
 from vitrim.recover.at_once import check_blocks
 from vitrim.recover.elastic import Widths
-from vitrim.surgery import Edit, KeepUnits, apply_
+from vitrim.surgery import DropBlocks, Edit, KeepUnits, apply_
+from vitrim.types import MlpSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,13 @@ class ChosenWidths:
     """Hidden units that stay in each MLP, by path.
 
     `share` is what was found by trial for a method that goes by one. `elastic` holds all widths of a result that serves
-    several; `about` describes how unequal widths were found, and
-    `cut` is the cut to them if that is made already, on the main process alone.
+    several; `about` describes how unequal widths were found, `run` are blocks that are taken out (paths are those
+    without them), and `cut` is the cut to them if that is made already, on the main process alone.
     """
 
     units: Mapping[str, int]
     share: float | None = None
+    run: DropBlocks | None = None
     elastic: Widths | None = None
     notes: tuple[str, ...] = ()
     about: Mapping[str, Any] | None = None
@@ -68,20 +72,31 @@ def prepare(job: Job, context: RunContext) -> Models:
     teacher = copy.deepcopy(student).requires_grad_(False)
     sites = find_mlps(teacher, scope=job.scope_in_encoder)
     noise = random_inputs(job.origin)
-    if job.recipe.at_once is not None and noise is not None:
-        check_blocks(teacher, noise)
+    if noise is not None:
+        _check_blocks(job.recipe, teacher, sites, noise)
     work = context.work
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None
     if job.images is not None:
         num_units = max(site.d_hidden for site in sites)
         split = split_images(job.images, job.recipe, work=seen, model=teacher, num_units=num_units)
-        if job.recipe.at_once is not None and noise is None:
-            check_blocks(teacher, split.sample)
+        if noise is None:
+            _check_blocks(job.recipe, teacher, sites, split.sample)
+        if job.recipe.steps[0].allocate is not None:
+            split = with_enough_to_choose(split)
     if split is not None and not split.held_out and job.recipe.training:
         raise DataError(f"recover, at_once, blockwise, exits: {split.notes[-1]}")
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
+
+
+def _check_blocks(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], images: Tensor) -> None:
+    """Check that blocks can be trained by themselves, or taken out, where that is asked for."""
+    allocate = recipe.steps[0].allocate
+    if recipe.at_once is not None:
+        check_blocks(teacher, images)
+    if allocate is not None and allocate.depth:
+        check_depth(teacher, sites, images)
 
 
 def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths:
@@ -104,7 +119,7 @@ def choose_widths(job: Job, models: Models, context: RunContext) -> ChosenWidths
     found = from_main(replace(made[0], cut=None) if made else None)
     assert found is not None
     cut = made[0].cut if made else None
-    return ChosenWidths(units=found.units, notes=found.notes, about=found.about, cut=cut)
+    return ChosenWidths(units=found.units, run=found.run, notes=found.notes, about=found.about, cut=cut)
 
 
 def _allocated(job: Job, models: Models, uniform: Mapping[str, int], context: RunContext) -> Settled:
@@ -114,8 +129,31 @@ def _allocated(job: Job, models: Models, uniform: Mapping[str, int], context: Ru
     stock = recipe.steps[0].make_method().goes_by() == "widths" and stock_origin(job.origin, equal) is not None
     gain = LEAST_GAIN if stock else 0.0
     found = allocate(recipe, uniform, teacher, sites, models.batches, context=context, least_gain=gain)
-    assert models.split is not None
-    return settle(found, recipe, teacher, sites, models.split, least_gain=gain, quiet=context.quiet)
+    assert models.split is not None and models.batches is not None
+    shallower = _shallower(job, models, found, gain)
+    num_tried = len(found.candidates) + (0 if shallower is None else 2 * shallower.most)
+    say_ahead(models, uniform, recipe, context, num_cuts=num_tried + (len(recipe.steps) > 1 and num_tried > 1))
+    given = {"least_gain": gain, "shallower": shallower, "quiet": context.quiet}
+    return settle(found, recipe, teacher, sites, models.split, **given)
+
+
+def _shallower(job: Job, models: Models, found: Allocation, gain: float) -> Shallower | None:
+    """Return what gives candidates with fewer blocks, None if nobody asked for them."""
+    step = job.recipe.steps[0]
+    if step.allocate is None or not step.allocate.depth:
+        return None
+    assert models.batches is not None
+    return Shallower(
+        found=found,
+        origin=job.origin,
+        teacher=models.teacher,
+        sites=models.sites,
+        batches=models.batches,
+        counted=step.allocate.cost,
+        mlps_alone=step.make_method().goes_by() == "widths",
+        rounds=_may_round(job.recipe),
+        least_gain=gain,
+    )
 
 
 def _solve(job: Job, models: Models, context: RunContext) -> tuple[dict[str, int], float | None]:
@@ -156,7 +194,8 @@ def cut_models_(models: Models, job: Job, widths: ChosenWidths, context: RunCont
     cut = _from_main(kept[0] if kept else None, models.student)
     if cut is not None:
         return cut
-    on_main(say_ahead, models, widths.units, recipe, context)
+    if widths.about is None:  # else it was said before cuts were tried
+        on_main(say_ahead, models, widths.units, recipe, context)
     if widths.cut is not None:
         apply_(models.student, widths.cut.plan.edits)
     cut = _from_main(widths.cut, models.student)
@@ -179,6 +218,7 @@ def _cut_(models: Models, job: Job, widths: ChosenWidths, context: RunContext) -
         job.recipe.updated({"keep_ratio": widths.share}) if by_share else job.recipe,
         models.batches,
         widths=widths.units,
+        run=widths.run,
         quiet=context.quiet,
         halves=True,
         source=training_source(models, job, context),

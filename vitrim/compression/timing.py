@@ -64,6 +64,21 @@ def time_attention_(
     return known
 
 
+def time_block_(found: Measured, teacher: nn.Module, block: str, batch: Tensor) -> int:
+    """Return what a whole block takes for a few images of a batch, in nanoseconds, as `time_mlp_` times an MLP.
+
+    Raises:
+        RecipeError: the block can't be run by itself.
+    """
+    few = batch[torch.arange(TIMED_IMAGES) % len(batch)].to(device_of(teacher))
+    (args, kwargs), module = catch_call(teacher, block, few), submodule(teacher, block)
+    shapes = [tuple(each.shape) for each in (*args, *module.state_dict().values()) if isinstance(each, Tensor)]
+    known = found.times.setdefault(f"block, {shapes}", {})
+    if not known:
+        known |= _timed({0: lambda: module(*args, **kwargs)}, teacher, block)
+    return known["0"]
+
+
 def _timed(runs: Mapping[int, Callable[[], object]], teacher: nn.Module, where: str) -> dict[str, int]:
     """Return what each call takes, in alternating rounds, so that a slow moment affects all alike."""
     make_timer, seen = import_timer(), {size: [] for size in runs}

@@ -58,6 +58,8 @@ class AllocateOptions(Checked):
 
     cost: Counted = "params"
     """What counts as cost: parameters, multiply-accumulates, or time measured on the device."""
+    depth: bool = False
+    """Also try with blocks taken out, as `replace-me` does; what they cost goes to the blocks that are left."""
     cache: Path | None = None
     """Folder for the measured error curves, to reuse them for other widths and costs. Without it they are not saved."""
 

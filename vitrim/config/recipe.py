@@ -91,6 +91,7 @@ class Recipe(Checked):
         if self.recover is not None and self.recover.elastic is not None:
             self._check_elastic(self.recover.elastic)
         shorter = [step.method for step in self.steps if DropBlocks in find_method(step.method).edits]
+        shorter += ["allocate.depth" for step in self.steps if step.allocate is not None and step.allocate.depth]
         by_block = next((name for name in ("blockwise", "at_once") if getattr(self, name) is not None), None)
         if shorter and by_block is not None:
             raise ValueError(
