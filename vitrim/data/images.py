@@ -36,7 +36,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class Batch(NamedTuple):
-    """Images, their labels (int64, -1 if unknown) and how many were left out as unreadable.
+    """Images, their labels (int64, -1 if unknown; of people their joints) and how many were left out as unreadable.
 
     `num_skipped` is a plain int: `Tensor.to` helpers such as accelerate's leave it unchanged. `places_B` are the
     positions
@@ -86,6 +86,17 @@ class ImageSet(Dataset):
     def classes(self) -> Classes | None:
         """The label space; None if there are no labels."""
         return self._classes
+
+    @property
+    def joints(self) -> Tensor | None:
+        """Joints (N, K, 4) of the persons in the pictures (see `people`); None for a source without."""
+        joints = getattr(self._rows, "joints", None)
+        return None if joints is None else joints[list(self._indices)]
+
+    def person(self, index: int) -> tuple[Image.Image, Tensor]:
+        """Return the picture of an item, before any transform, and the joints (K, 4) of the person in it."""
+        row = self._indices[index]
+        return to_rgb(self._rows.read(row)[0]), self._rows.joints[row]  # type: ignore[attr-defined]
 
     def relabelled(self, numbers: Sequence[int], classes: Classes | None) -> ImageSet:
         """Return the same images with class n called `numbers[n]`; -1 drops a label, and no number drops all."""
@@ -233,10 +244,12 @@ def prepare(
     return image.float() if image.is_floating_point() else image  # all is computed in float32
 
 
-def collate(items: Sequence[tuple[Tensor, int] | None]) -> Batch:
+def collate(items: Sequence[tuple[Tensor, Any] | None]) -> Batch:
     """Stack the readable images and count the others; without any readable one the shape is (0, 3, 0, 0)."""
     readable = [item for item in items if item is not None]
-    labels_B = torch.tensor([label for _, label in readable], dtype=torch.int64)
+    labels = [label for _, label in readable]
+    stacked = bool(labels) and isinstance(labels[0], Tensor)  # joints
+    labels_B = torch.stack(labels) if stacked else torch.tensor(labels, dtype=torch.int64)
     images_BCHW = _stack([image for image, _ in readable]) if readable else torch.empty(0, 3, 0, 0)
     places_B = torch.tensor([place for place, item in enumerate(items) if item is not None], dtype=torch.int64)
     return Batch(images_BCHW, labels_B, len(items) - len(readable), places_B)

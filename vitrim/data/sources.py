@@ -23,14 +23,16 @@ from vitrim.data.decode import READ_ERRORS, decode
 from vitrim.data.folders import Found, is_image, read_folder, walk
 from vitrim.data.labels import Classes, names_in_schema, number_labels, plain_label
 from vitrim.data.parts import Part
+from vitrim.data.people import CocoPeople, joints_of
 from vitrim.data.shards import TarIndex, can_seek, shard_urls
 from vitrim.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "jpeg", "png", "webp", "picture", "photo")
+JOINT_COLUMN = "keypoints"
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls", "y")
 ALLOWED = (
-    "pass a folder of images, a .parquet or .tar file or a folder of them, a datasets.Dataset or where it was saved, "
-    "a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
+    "pass a folder of images, a .parquet or .tar file or a folder of them, COCO's .json of persons, "
+    "a datasets.Dataset or where it was saved, a torch Dataset or DataLoader, an iterable of tensors, or 'digits'"
 )
 NUM_DIGITS_TRAIN = 1437  # of 1797; the test part has 360
 PARQUET_CACHE_BYTES = 512 * 2**20  # encoded row groups kept, in each process; CIFAR-10's 50,000 images take 114 MB
@@ -104,10 +106,10 @@ def _open_path(path: Path, part: Part) -> Rows:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; {ALLOWED}.")
     if path.is_file():
-        if path.suffix.lower() != ".parquet":
+        if path.suffix.lower() not in (".parquet", ".json"):
             raise DataError(f"{path}: not a .parquet file, nor a .tar; {ALLOWED}.")
         part.without(str(path))
-        return _Parquet([path])
+        return _Parquet([path]) if path.suffix.lower() == ".parquet" else CocoPeople(path)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         import datasets
 
@@ -167,6 +169,7 @@ class _Parquet(Rows):
         self._columns: list[str] = []
         labels: list[Any] = []
         names: tuple[str, ...] = ()
+        joints: list[Any] = []
         self._cache: OrderedDict[int, Any] = OrderedDict()
         for path in files:
             try:
@@ -175,6 +178,8 @@ class _Parquet(Rows):
                     if len(self._columns) > 1:
                         labels += file.read(columns=self._columns[1:]).column(0).to_pylist()
                         names = names or names_in_schema(file.schema_arrow, self._columns[1])
+                    if JOINT_COLUMN in file.schema_arrow.names:
+                        joints += file.read(columns=[JOINT_COLUMN]).column(0).to_pylist()
                     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable parquet file ({error}); write or download it again.") from None
@@ -182,6 +187,7 @@ class _Parquet(Rows):
                 self._groups.append((path, group))
                 self._starts.append(self._starts[-1] + size)
         self._labels, self.classes = number_labels(labels or [None] * self._starts[-1], str(files[0]), names)
+        self.joints = joints_of(joints, str(files[0])) if len(joints) == len(self) > 0 else None
 
     def __len__(self) -> int:
         return self._starts[-1]

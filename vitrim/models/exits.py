@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -67,11 +67,12 @@ class Loops:
         self.check(number)
         seen: dict[str, Any] = {}
         end = self.model.get_submodule(self.blocks[number - 1][-1])
-        earlier = [] if before is None else self.blocks[: number - 1]
+        earlier = [] if before is None else list(chain(*self.blocks[: number - 1]))
+        later = list(chain(*self.blocks[number:]))
         with ExitStack() as stack:
             stack.callback(end.register_forward_hook(lambda _, __, output: seen.update(output=output)).remove)
-            stack.enter_context(self._returning(earlier, lambda: before))
-            stack.enter_context(self._returning(self.blocks[number:], lambda: seen["output"]))
+            stack.enter_context(returning(self.model, earlier, lambda: before))
+            stack.enter_context(returning(self.model, later, lambda: seen["output"]))
             yield seen
 
     def exits(self, run: Callable[[], T]) -> list[T]:
@@ -87,23 +88,9 @@ class Loops:
             last = run()
         found: list[T] = []
         for output in outputs[:-1]:
-            with self._returning(self.blocks, lambda output=output: output):
+            with returning(self.model, list(chain(*self.blocks)), lambda output=output: output):
                 found.append(run())
         return [*found, last]
-
-    @contextmanager
-    def _returning(self, loops: Sequence[Sequence[str]], output: Callable[[], Any]) -> Iterator[None]:
-        """Let all blocks of some loops return a value in place of running."""
-        blocks = [vars(self.model.get_submodule(path)) for loop in loops for path in loop]
-        kept = [attributes.get("forward") for attributes in blocks]
-        try:
-            for attributes in blocks:
-                attributes["forward"] = lambda *_, **__: output()
-            yield
-        finally:
-            for attributes, own in zip(blocks, kept, strict=True):
-                del attributes["forward"]
-                attributes |= {} if own is None else {"forward": own}
 
 
 class UntilSure(nn.Module):
@@ -169,6 +156,21 @@ def leaving_at(
     loops = Loops(model)
     loops.check(exit)
     return loops.up_to(exit), None
+
+
+@contextmanager
+def returning(model: nn.Module, paths: Sequence[str], output: Callable[[], Any]) -> Iterator[None]:
+    """Let modules return a value in place of running."""
+    modules = [vars(model.get_submodule(path)) for path in paths]
+    kept = [attributes.get("forward") for attributes in modules]
+    try:
+        for attributes in modules:
+            attributes["forward"] = lambda *_, **__: output()
+        yield
+    finally:
+        for attributes, own in zip(modules, kept, strict=True):
+            del attributes["forward"]
+            attributes |= {} if own is None else {"forward": own}
 
 
 def _looped(model: nn.Module) -> tuple[set[str], set[str]]:

@@ -326,6 +326,8 @@ def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> tuple[Tensor |
     """
     if getattr(model, "attn_pool", None) is not None:  # SigLIP in timm
         return model.forward_head(tokens, pre_logits=True), "forward_head, attention pool"  # type: ignore[operator]
+    if hasattr(model, "joint_tokens"):  # vitrim's own pose models: what a joint is read from counts, each by itself
+        return model.forward_head(tokens, pre_logits=True), "tokens of the joints"  # type: ignore[operator]
     pooled = getattr(output, "pooler_output", None)
     pooled = pooled[-1] if isinstance(pooled, tuple) else pooled
     return (None, "") if hasattr(getattr(model, "pooler", None), "dense") else (pooled, "pooler_output")

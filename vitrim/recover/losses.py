@@ -1,18 +1,24 @@
 """The label-free loss of DGMR: mean squared error on the CLS or pooled vector plus that on patch tokens, 1:1.
 
 For the image tower of a pair the pooled vector is the projected one, and how similar it is to texts may count, too.
+Beside it stand the losses of poses, and of blocks that run in cycles (SDPose).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, mse_loss
 
-from vitrim.models.features import same_patches
+from vitrim.models.cycles import Cycle
+from vitrim.models.features import num_prefix_tokens, same_patches
+from vitrim.models.pose import encode_joints
 from vitrim.models.towers import unit
 from vitrim.types import Features
 
@@ -86,3 +92,39 @@ def space_loss(student: Features, teacher: Features, space: EmbeddingSpace) -> T
         log_softmax(space.scale * unit(found.pooled_BD) @ space.bank_TE.T, dim=1) for found in (student, teacher)
     )
     return loss + space.weight * kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+
+def heatmap_loss(heatmaps_BKhw: Tensor, joints_BK4: Tensor) -> Tensor:
+    """Compute the mean squared error of heatmaps against a Gaussian at each joint; unknown joints count as 0."""
+    wanted = encode_joints(joints_BK4, (heatmaps_BKhw.shape[-2], heatmaps_BKhw.shape[-1]))
+    known_BK11 = joints_BK4[..., 2, None, None] > 0
+    return mse_loss(heatmaps_BKhw.float() * known_BK11, wanted * known_BK11)
+
+
+def cycle_loss(
+    model: nn.Module,
+    found: Sequence[Cycle],
+    task: Callable[[Any], Tensor],
+    *,
+    weights: tuple[float, float] = (5e-6, 5e-6),
+    detach: bool = False,
+) -> Tensor:
+    """Compute the sum of a task's loss behind each cycle, and of how far its tokens are from those of the next one.
+
+    Paper: SDPose, arXiv 2404.03518.
+
+    Args:
+        model: whose cycles were run; it says how many tokens stand in front of the patches.
+        found: its cycles.
+        task: the loss of what the model gives behind a cycle.
+        weights: of the mean squared error of the tokens in front of the patches, and of that of the patches.
+        detach: whether the later cycle is a fixed target; in the paper it is pulled, too.
+    """
+    loss = torch.stack([task(cycle.output) for cycle in found]).sum()
+    first = num_prefix_tokens(model)
+    for before, after in pairwise(found):
+        target_BND = after.tokens_BND.detach() if detach else after.tokens_BND
+        for weight, part in zip(weights, (slice(None, first), slice(first, None)), strict=True):
+            if weight and target_BND[:, part].shape[1]:
+                loss = loss + weight * mse_loss(before.tokens_BND[:, part], target_BND[:, part])
+    return loss
