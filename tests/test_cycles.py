@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
 from tests.support.models import timm_vit
-from tests.test_pose import tiny
+from tests.support.people import tiny
 from vitrim.errors import ModelError
 from vitrim.models.cycles import Cycle, cycles
 from vitrim.recover.losses import cycle_loss, heatmap_loss

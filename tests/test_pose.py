@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.support.people import colour, figure, write_coco, write_parquet
+from tests.support.people import TINY, colour, figure, tiny, write_coco, write_parquet
 from vitrim.data import open_images, transform_for
 from vitrim.data.poses import PoseSet, augmented, flipped
 from vitrim.errors import DataError, ModelError
@@ -17,7 +17,6 @@ from vitrim.models.origin import on_meta
 from vitrim.models.pose import CONFIGS, PoseConfig, PoseModel, decode_joints, encode_joints, pose_model, predict_joints
 from vitrim.models.sites import find_mlps
 
-TINY = PoseConfig(image_size=(32, 24), patch_size=(4, 3), stem_width=4, stem_depth=1, width=16, depth=3, num_heads=2)
 FRAME = {
     "input_size": [3, 64, 48],
     "mean": [0.5, 0.5, 0.5],
@@ -26,16 +25,6 @@ FRAME = {
     "crop_mode": "border",
     "interpolation": "bicubic",
 }
-
-
-def tiny():
-    """A pose model in which all matters: also the biases and norms that start at 0 and 1."""
-    torch.manual_seed(0)
-    model = PoseModel(TINY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def make_joints(count, layout=LSP, side=100.0):

@@ -1,4 +1,4 @@
-"""Stick figures: pictures of one person each, with 14 joints, as a parquet file or as COCO's JSON with 17."""
+"""A small pose model, and stick figures: pictures of one person each, with 14 joints, as a parquet file or as COCO's JSON with 17."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import json
 import random
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 from vitrim.models.joints import COCO, LSP, JointLayout
+from vitrim.models.pose import PoseConfig, PoseModel
+
+TINY = PoseConfig(image_size=(32, 24), patch_size=(4, 3), stem_width=4, stem_depth=1, width=16, depth=3, num_heads=2)
 
 # Where the joints of a person stand, in tenths of the picture.
 STANDING = (
@@ -28,6 +32,16 @@ STANDING = (
     (5, 3),
     (5, 1),
 )
+
+
+def tiny():
+    """A pose model in which all matters: also the biases and norms that start at 0 and 1."""
+    torch.manual_seed(0)
+    model = PoseModel(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def colour(joint: int) -> tuple[int, int, int]:

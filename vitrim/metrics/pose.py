@@ -6,12 +6,13 @@ Shapes: N persons, K joints.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitrim.data.images import Batch
 from vitrim.errors import DataError
+from vitrim.metrics.outputs import images_and_labels
 from vitrim.models.features import device_of, evaluating
 from vitrim.models.joints import JointLayout, layout_of
 from vitrim.models.pose import predict_joints
@@ -19,25 +20,23 @@ from vitrim.models.pose import predict_joints
 OKS_LEVELS = torch.linspace(0.5, 0.95, 10)
 
 
-def pose_scores(model: nn.Module, batches: Sequence[Batch], *, flip: bool = True) -> dict[str, float]:
+def pose_scores(model: nn.Module, batches: Sequence[Any], *, flip: bool = True) -> dict[str, float]:
     """Return in percent `pck@0.2` of a pose model, and `oks_ap` where joints have a known spread and persons a size.
 
     Args:
         model: a model that gives heatmaps.
-        batches: from `PoseSet.batches`.
+        batches: images and joints (B, K, 4), as `PoseSet.batches` has them.
         flip: read the mean of each image and its mirror image.
 
     Raises:
         DataError: no person has a torso that is known.
     """
+    found, joints = [], []
     with evaluating(model):
-        parts = [
-            predict_joints(model, batch.images_BCHW.to(device_of(model)), flip=flip).cpu()
-            for batch in batches
-            if len(batch.images_BCHW)
-        ]
-    found_NK3 = torch.cat(parts)
-    joints_NK4 = torch.cat([batch.labels_B for batch in batches if len(batch.images_BCHW)])
+        for images_BCHW, joints_BK4 in images_and_labels(batches):
+            found.append(predict_joints(model, images_BCHW.to(device_of(model)), flip=flip).cpu())
+            joints.append(joints_BK4)
+    found_NK3, joints_NK4 = torch.cat(found), torch.cat(joints)
     layout = layout_of(joints_NK4.shape[1], "joints")
     scores = {"pck@0.2": pck(found_NK3, joints_NK4, layout)}
     if layout.sigmas and bool((joints_NK4[..., 3] > 0).all()):
