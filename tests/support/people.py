@@ -1,4 +1,4 @@
-"""A small pose model, and stick figures: pictures of one person each, with 14 joints, as a parquet file or as COCO's JSON with 17."""
+"""A small pose model, and stick figures: pictures of one person each, as a parquet file or as COCO's JSON."""
 
 from __future__ import annotations
 
