@@ -12,7 +12,7 @@ from torch import nn
 from vitrim.config.recipe import Recipe
 from vitrim.errors import CheckpointError
 from vitrim.models.fit import check_fit, check_floats, in_model_names
-from vitrim.models.load import PREFIXES, backend_of, load_model
+from vitrim.models.load import backend_of, load_model, split_source
 from vitrim.models.origin import ModelBackend, Origin, in_one_line
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors, user_path
@@ -111,7 +111,8 @@ def _local(source: str, *, fetch: bool) -> tuple[str, Path]:
     prefix, _, rest = source.partition("/")
     if prefix == "timm" and "@" in rest and not rest.startswith(("local-dir:", "hf-hub:")):
         return source, user_path(rest.partition("@")[2])
-    prefix, rest = (f"{prefix}/", rest) if prefix in PREFIXES and rest else ("", source)
+    prefix, rest = split_source(source)
+    prefix = prefix and f"{prefix}/"
     path = user_path(rest.removeprefix("local-dir:"))
     if fetch and not path.exists() and (prefix == "hf/" or rest.startswith("hf-hub:")):
         path = _fetched(rest.removeprefix("hf-hub:"), source)

@@ -11,6 +11,7 @@ from vitrim.compression.job import Job, Models
 from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream, Split, augment_for
+from vitrim.data.transforms import is_known
 from vitrim.distributed.processes import num_processes, rank
 from vitrim.recover.at_once import train_at_once_
 from vitrim.recover.distill import OnValidation, recover_
@@ -113,5 +114,5 @@ def _augmented(
 ) -> ImageSet | ImageStream:
     """Return the training images, augmented where the model's preprocessing is known."""
     known = job.origin.preprocessing
-    augment = augment_for(known, options.augment, flip=options.flip) if "mean" in known else None
+    augment = augment_for(known, options.augment, flip=options.flip) if is_known(known) else None
     return split.train.augmented(augment, context.seed)

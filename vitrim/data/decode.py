@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ SIXTEEN_BITS = 65_535
 IN_16_BITS = ("PNG", "PPM")  # formats of which PIL opens 16 bits as mode "I", scaled to the full range
 UNREADABLE = "unreadable"
 USUAL = ("RGB", "L", "RGBA")  # 8 bits a channel: nothing to say about them
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What is no image, and becomes a tensor by a model's own transform alone: a recording of joints."""
+
+    value: Any
 
 
 def decode(encoded: bytes | Path) -> Image.Image:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vitrim.data.decode import READ_ERRORS, UNREADABLE, Seen, as_picture, kind_of, remarks, to_rgb
+from vitrim.data.decode import READ_ERRORS, UNREADABLE, Raw, Seen, as_picture, kind_of, remarks, to_rgb
 from vitrim.data.labels import Classes
 from vitrim.data.parts import Part
 from vitrim.data.pixels import check_pixels, outlying
@@ -32,7 +32,7 @@ from vitrim.errors import DataError
 
 LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of its path
 LOG = logging.getLogger("vitrim")
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Any], Tensor]  # from a PIL image, or what a `Raw` holds
 
 
 class Batch(NamedTuple):
@@ -229,10 +229,10 @@ def prepare(
         OSError, SyntaxError: the image is None or can't be read, or a value is not finite or absurdly large.
     """
     image = as_picture(image, f"{name}: item {index}")
-    if isinstance(image, Image.Image):
-        image = to_rgb(image)
+    given = to_rgb(image) if isinstance(image, Image.Image) else image.value if isinstance(image, Raw) else None
+    if given is not None:
         with _seeded(seed, epoch, index):
-            image = (transform or _to_unit_range)(image)
+            image = (transform or _to_unit_range)(given)
     is_tensor = isinstance(image, Tensor)
     if not (is_tensor and (image.ndim == 3 if image.is_floating_point() else image.ndim == 1)):
         got = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from vitrim.data.images import Batch, ImageSet, open_images
 from vitrim.data.labels import Classes
 from vitrim.data.parts import Part
+from vitrim.data.skeletons import open_skeletons
 from vitrim.data.streams import ImageStream, open_stream
 from vitrim.data.texts import is_text, open_texts
-from vitrim.data.transforms import transform_for
+from vitrim.data.transforms import is_known, transform_for
 from vitrim.errors import DataError, ModelError, reason_of
 from vitrim.models.features import (
     class_names,
@@ -34,7 +35,7 @@ from vitrim.types import Features
 def open_inputs(
     data: Any, origin: Origin, *, split: str | None = None, limit: int | None = None, default: str = "train"
 ) -> ImageSet | ImageStream:
-    """Open images with a model's own preprocessing, or text as rows of its tokenizer's ids.
+    """Open images with a model's own preprocessing, text as rows of its tokenizer's ids, or recordings of skeletons.
 
     A model without known preprocessing takes tensors, or images of the right size.
 
@@ -52,7 +53,10 @@ def open_inputs(
         DataError: the source can't be read, or is text and the model takes none.
     """
     known = origin.preprocessing
-    transform = transform_for(known) if "mean" in known else None
+    transform = transform_for(known) if is_known(known) else None
+    if "skeleton" in known and not is_preprocessed(data):
+        joints = known["input_size"][2]
+        return open_skeletons(data, num_joints=joints, transform=transform, split=split, limit=limit, default=default)
     stream = open_stream(data, transform=transform, split=split, default=default)
     if stream is not None:
         return stream
@@ -64,6 +68,13 @@ def open_inputs(
         what = "takes images" if "input_size" in known else "has no tokenizer that vitrim knows"
         raise DataError(f"{origin.name}: {what}, not text; pass images or tensors that are preprocessed already.")
     return open_images(data, transform=transform, split=split, limit=limit, default=default)
+
+
+def is_preprocessed(data: Any) -> bool:
+    """Return whether a source is a set that was opened before, or a list of tensors (3, T, V) or pairs with them."""
+    first = data[0] if isinstance(data, list | tuple) and data else None
+    first = first[0] if isinstance(first, list | tuple) and first else first
+    return isinstance(data, ImageSet) or (isinstance(first, Tensor) and first.ndim == 3 and len(first) == 3)
 
 
 def open_set(

@@ -13,6 +13,7 @@ from torch import nn
 
 from vitrim.config.options import Augmentation
 from vitrim.data.images import Transform
+from vitrim.data.skeletons import SkeletonTransform
 from vitrim.errors import DataError, RecipeError
 from vitrim.models.load import origin_of
 
@@ -20,8 +21,13 @@ from vitrim.models.load import origin_of
 SMALLEST_CROP = {"strong": 0.3, "clip": 0.2, "dinov2": 0.05}
 
 
+def is_known(preprocessing: Mapping[str, Any]) -> bool:
+    """Return whether preprocessing says enough for `transform_for` and `augment_for`."""
+    return "mean" in preprocessing or "skeleton" in preprocessing
+
+
 def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
-    """Return a model's preprocessing for evaluation: resize, centre crop, normalise.
+    """Return a model's preprocessing for evaluation: resize, centre crop, normalise; or that of sequences of skeletons.
 
     Args:
         model_or_cfg: a timm model, or a timm `pretrained_cfg` with at least `input_size`; timm's defaults
@@ -32,6 +38,8 @@ def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
     """
     from timm.data.transforms_factory import create_transform
 
+    if (recorded := _of_skeletons(model_or_cfg)) is not None:
+        return recorded
     transform: Any = create_transform(**_data_config(model_or_cfg), is_training=False)
     for step in transform.transforms:
         if hasattr(step, "fill"):  # timm pads with the mean colour, open_clip with one that it names
@@ -46,7 +54,8 @@ def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Augmentat
         model_or_cfg: a timm model or `pretrained_cfg`, as for `transform_for`.
         strength: "none" is the preprocessing for evaluation; "light" resizes as evaluation does, pads by 1/8 with
             a reflection and crops at random; "strong" crops 30% to 100% of the area and jitters colour mildly; "clip"
-            crops 20% to 100%; "dinov2" crops 5% to 100%, and changes colour, blurs and solarizes some of the images.
+            crops 20% to 100%; "dinov2" crops 5% to 100%, and changes colour, blurs and solarizes some of the images. A
+            sequence of skeletons is turned at random, and its frames are drawn, at any strength but "none".
         flip: mirror half of the images (all but "none"); off for digits, text or anything with a handedness.
 
     Raises:
@@ -60,6 +69,8 @@ def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Augmentat
         raise RecipeError(f"augment: unknown strength {strength!r}; use one of {known}.")
     if strength == "none":
         return transform_for(model_or_cfg)
+    if (recorded := _of_skeletons(model_or_cfg, augment=True, flip=flip)) is not None:
+        return recorded
     config = _data_config(model_or_cfg)
     height, width = config["input_size"][-2:]
     mode = tv.InterpolationMode(config["interpolation"])
@@ -80,6 +91,16 @@ def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Augmentat
         steps.append(tv.RandomApply([tv.GaussianBlur(9, sigma=(0.1, 2.0))], p=0.1))
         steps.append(tv.RandomSolarize(threshold=128, p=0.2))
     return tv.Compose([*steps, tv.ToTensor(), tv.Normalize(config["mean"], config["std"])])
+
+
+def _of_skeletons(
+    model_or_cfg: nn.Module | Mapping[str, Any], *, augment: bool = False, flip: bool = False
+) -> Transform | None:
+    """Return the transform of a recording, for a model that takes sequences of skeletons; None for others."""
+    said = _said(model_or_cfg)
+    if "skeleton" not in said:
+        return None
+    return SkeletonTransform(said["input_size"][1], said["skeleton"], augment=augment, flip=flip)
 
 
 def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def load_model(source: str, *, weights: bool = True, reading: Reading = PLAIN) -
         ModelError, CheckpointError: no such model or folder, or its weights can't be read or don't fit it.
         MissingExtraError: the library is not installed.
     """
-    prefix, _, rest = source.partition("/")
-    if prefix in PREFIXES and rest:
+    prefix, rest = split_source(source)
+    if prefix:
         found, name = PREFIXES[prefix], str(user_path(rest)) if rest.startswith("~") else rest
     else:
         folder = user_path(source.removeprefix("local-dir:"))
@@ -87,6 +87,13 @@ def load_model(source: str, *, weights: bool = True, reading: Reading = PLAIN) -
     for note in origin.notes if weights else ():
         log.info(note)
     return model.eval(), replace(origin, name=source)
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Return the prefix of a source and what follows it; "" and the source for a folder."""
+    prefix, _, rest = source.partition("/")
+    is_folder = prefix == "vitrim" and user_path(source).is_dir()  # of the package itself, from where it is developed
+    return (prefix, rest) if prefix in PREFIXES and rest and not is_folder else ("", source)
 
 
 def origin_of(model: nn.Module, *, name: str | None = None) -> Origin:
