@@ -235,7 +235,8 @@ def prepare(
             image = (transform or _to_unit_range)(given)
     is_tensor = isinstance(image, Tensor)
     if not (is_tensor and (image.ndim == 3 if image.is_floating_point() else image.ndim == 1)):
-        got = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
+        shape = getattr(image, "shape", None)
+        got = type(image).__name__ if shape is None else f"{image.dtype} {tuple(shape)}"  # type: ignore[union-attr]
         raise DataError(
             f"{name}: item {index} is {got}; use PIL images, arrays of 8 or 16 bits, or float tensors (C, H, W) that "
             "are preprocessed already, or for a text encoder token ids (N,)."
