@@ -15,7 +15,7 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.cost.count import count_macs
 from vitrim.models.sites import find_mlps
-from vitrim.types import MlpSite
+from vitrim.types import AttentionSite, MlpSite
 
 
 def site(number: int) -> MlpSite:
@@ -27,7 +27,7 @@ def site(number: int) -> MlpSite:
 def ahead(**values) -> Ahead:
     sites = [site(0), site(1)]
     known = {"sites": sites, "widths": {s.path: 20 for s in sites}, "tokens": {s.path: 5.0 for s in sites}}
-    return Ahead(**known, **{"macs": 50_000, "num_images": 100, "num_views": 1, "num_train": 200, **values})
+    return Ahead(**{**known, "macs": 50_000, "num_images": 100, "num_views": 1, "num_train": 200, **values})
 
 
 SUMS = 2 * 5 * (40 * 40 / 2 + 40 * 10) / 50_000  # of an image, in passes
@@ -60,7 +60,7 @@ def test_cuts_that_are_tried_are_counted_each():
     recipe = Recipe.parse({"recover": {"epochs": 1, "batch_size": 20, "lr": 1e-3}})
     once, tried = (list(ahead(num_cuts=number).stages(recipe)) for number in (1, 5))
     assert [stage.passes for stage in tried] == [5 * once[0].passes, 5 * once[1].passes, once[2].passes]
-    assert tried[0].words == f"up to 5 times: {once[0].words}"
+    assert tried[0].words == f"{once[0].words}, up to 5 times"
 
 
 class Counted:
@@ -95,5 +95,27 @@ def test_a_run_says_it_before_the_cut_and_is_quiet_where_asked(caplog):
     (mlp,) = find_mlps(model)
     num_tokens = model.pos_embed.shape[1]
     sums = num_tokens * mlp.d_hidden * (mlp.d_hidden / 2 + mlp.d_model) / count_macs(model, torch.zeros(1, 3, 16, 16))
-    assert f"3 passes over 58 images in 2 views and sums worth {sums:.1f} more" in line
-    assert line.endswith(f"in all {(3 + sums) * 2 / 4:.1f}.")
+    total = f"{(3 + sums) * 2 / 4:.1f}"
+    assert line.startswith(
+        f"ahead: as much work as {total} epochs of distillation, each of which would run the original"
+    )
+    what = f"closed-form repair of 1 MLPs (3 passes over 58 images in 2 views, and sums worth {sums:.1f} more)"
+    assert line.endswith(f"Of these {total} for the {what}.")
+
+
+def test_attention_counts_where_it_is_cut():
+    names = {"query": "a.qkv", "key": "a.qkv", "value": "a.qkv", "output": "a.proj", "fused": True, "as_tuple": False}
+    heads = AttentionSite(path="a", **names, d_model=10, num_heads=2, head_dim=5, scale=1.0)
+    counted = ahead(attentions=[heads], tokens={"a": 5.0, site(0).path: 5.0, site(1).path: 5.0})
+    values, logits = 5 * 10 * (5 + 10) / 50_000, 5 * 10 * 4 * 5 / 50_000
+    for options, expected in (
+        ({"parts": "both"}, 3 + 4 + SUMS + values + logits),
+        ({"parts": "attention"}, 3 + 4 + values + logits),
+        ({"parts": "both", "heads": "whole"}, 3 + 2 + SUMS + values),
+        ({}, 3 + SUMS),
+    ):
+        fit, *_ = counted.stages(Recipe.parse({"effort": "fast", "options": options}))
+        assert fit.passes == pytest.approx(100 * expected)
+        assert ("1 attentions" in fit.words) == bool(options) and ("2 MLPs" in fit.words) == (
+            options.get("parts") != "attention"
+        )

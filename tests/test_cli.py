@@ -60,7 +60,7 @@ def test_compress_and_evaluate(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["widths"]["blocks.0.mlp"] == [384, 48] and printed["recovery"]["num_steps"] == 2
     assert run(["evaluate", str(tmp_path / "out"), "--against", DIGITS, "--data", "digits", "--limit", "40"]) == 0
-    assert "pooled_cosine" in capsys.readouterr().out
+    assert "cosine CLS" in capsys.readouterr().out
 
 
 def test_no_repair_and_select_on(tmp_path, capsys):

@@ -246,7 +246,9 @@ def test_evaluate_leaves_at_an_exit_or_once_sure(run):
     sure = vitrim.evaluate(student, teacher, data, confidence=1.0)
     assert sure.sure["relative_error"] == pytest.approx(whole.fidelity["relative_error"])
     assert sure.sure["blocks"] == 6 and sure.sure["latency"]["ratio"] > 0
-    assert any(row[0] == "sure: blocks" for row in sure.rows())
+    named = {row[0] for row in sure.rows()}
+    assert "left once sure: blocks that run, in the mean" in named
+    assert "left once sure: share of images that leave at exit 3" in named
     for given, error, message in (
         ({"exit": 4}, RecipeError, r"exit: 4 is no loop of this model; use 1\.\.3"),
         ({"exit": 1, "confidence": 0.5}, RecipeError, "give one of the two"),

@@ -6,6 +6,7 @@ import re
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import vitrim
 from tests.support.digits import DIGITS, few
@@ -141,10 +142,43 @@ def test_one_image_is_not_held_out_from_itself():
 def test_each_score_of_an_evaluation_has_its_number_of_images():
     found = vitrim.evaluate(DIGITS, DIGITS, "digits", limit=40, latency=False)
     counts = {row[0]: row[3] for row in found.rows()}
-    assert (counts["relative_error"], counts["top1"], counts["knn"], counts["parameters"]) == ("40", "40", "8", "")
-    assert "recall@1" not in counts and "top1_agreement" not in counts
-    assert "40 images, as they were given; none was held out." in found.summary()
+    assert (counts["relative error"], counts["top-1 (%)"], counts["kNN (%)"], counts["parameters"]) == (
+        *"40 40 8".split(),
+        "",
+    )
+    assert not any("recall" in name or "agreement" in name or "_" in name for name in counts)
+    assert "40 images of digits (test), as they were given; none was held out." in found.summary()
     assert "judged on 40 images: too few" in found._repr_html_()
+
+
+def test_it_shows_what_runs_behind_the_cut_and_while_it_evaluates(tmp_path, capsys):
+    recipe = {"calibrate": {"num_images": 40}, "repair": {"refit": False}, "method": "magnitude", "mlp_ratio": 1}
+    vitrim.compress(DIGITS, data="digits", recipe=recipe, out=tmp_path / "out")
+    said = capsys.readouterr().err
+    for part in (
+        "judge: 1/",
+        "costs: latency",
+        "report: what both",
+        "write: weights, loaded in a fresh",
+        "write: report",
+    ):
+        assert part in said
+    vitrim.evaluate(tmp_path / "out", DIGITS, "digits", limit=60)
+    said = capsys.readouterr().err
+    for part in ("images of digits (test)", "1/1 batches read", "1/1 batches compared", "latency", "what the features"):
+        assert part in said
+    vitrim.evaluate(DIGITS, DIGITS, "digits", limit=60, quiet=True, latency=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_part_that_is_read_is_said(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for number in range(2):
+            Image.new("RGB", (32, 32), (number, 9, 0)).save(tmp_path / part / f"{number}.png")
+    found = vitrim.evaluate(DIGITS, DIGITS, tmp_path, latency=False, quiet=True)
+    assert f"2 images of {tmp_path} (has splits test, train; test is read), as" in found.judged_on
+    assert found.to_json()["data"] == f"{tmp_path} (has splits test, train; test is read)"
 
 
 def test_the_given_module_is_left_as_it_was():

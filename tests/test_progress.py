@@ -15,6 +15,15 @@ def test_plain_lines_say_how_far_and_how_long(capsys, monkeypatch):
     assert said.out == "" and said.err == "cut: 1/2, 0 s left blocks.0\ncut: 2/2 blocks.0\n"
 
 
+def test_what_can_not_be_counted_is_said_before_it_begins(capsys):
+    with progress("write", 0) as bar:
+        bar.say("weights")
+        for _ in bar.track("ab", "files"):
+            pass
+        bar.say("report")
+    assert capsys.readouterr().err == "write: weights\nwrite: 2/2 files\nwrite: report\n"
+
+
 @pytest.mark.parametrize(("term", "bar"), [("xterm", module._Bar), ("dumb", module._Plain)])
 def test_a_terminal_that_can_only_print_gets_lines(monkeypatch, term, bar):
     monkeypatch.setattr(module.sys.stderr, "isatty", lambda: True)

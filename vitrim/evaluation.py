@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitrim.cost.count import count_macs, num_parameters, peak_memory_mib
-from vitrim.cost.latency import measure_latency
+from vitrim.cost.latency import BATCH_SIZES, measure_latency
 from vitrim.cost.sure import judge_sure
 from vitrim.data import Batch, ImageSet, split_indices
 from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs
@@ -28,7 +28,8 @@ from vitrim.models.features import evaluating, features, inputs_for, num_classes
 from vitrim.models.origin import Origin, Reading
 from vitrim.output.load import Model, open_encoder
 from vitrim.output.result import aligned, html_table
-from vitrim.report.summary import latency_name
+from vitrim.progress import Progress, progress
+from vitrim.report.summary import latency_name, row_name
 from vitrim.storage.training_files import Which
 from vitrim.torch_state import own_torch_state
 
@@ -62,6 +63,7 @@ class Evaluation:
         teacher: the model that it was compared with.
         num_images: number of images used.
         num_skipped: number of images that could not be read.
+        data: what these images are of, in words, with the part that was read.
         learned_from: the images from which kNN and the linear probe learned, in words.
         notes: what else has to be known to read the numbers.
         exit: the loop behind which the student was left; None for the last.
@@ -74,6 +76,7 @@ class Evaluation:
     teacher: Scored
     num_images: int
     num_skipped: int
+    data: str = ""
     learned_from: str = ""
     notes: tuple[str, ...] = ()
     exit: int | None = None
@@ -87,6 +90,7 @@ class Evaluation:
             "teacher": self.teacher.to_json(),
             "num_images": self.num_images,
             "num_skipped": self.num_skipped,
+            "data": self.data,
             "notes": list(self.notes),
             **({} if self.exit is None else {"exit": self.exit}),
             **({"sure": dict(self.sure)} if self.sure else {}),
@@ -107,7 +111,7 @@ class Evaluation:
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return rows of measure, original, small and number of images as text; fidelity is that of the small model."""
         close = {name: value for name, value in self.fidelity.items() if name != "num_images"}
-        rows = [(name, "", f"{value:.4g}", f"{self.num_images:,}") for name, value in close.items()]
+        rows = [(row_name(key), "", f"{value:.4g}", f"{self.num_images:,}") for key, value in close.items()]
         theirs, mine = self.teacher.to_json(), self.student.to_json()
         counts = theirs.pop("num_images", {})
         for name in theirs:
@@ -115,12 +119,12 @@ class Evaluation:
                 rows += [(latency_name(size), "1", relative_latency(row), "") for size, row in mine[name].items()]
             else:
                 images = f"{counts[name]:,}" if name in counts else ""
-                rows.append((name, _number(theirs[name]), _number(mine.get(name)), images))
+                rows.append((row_name(name), _number(theirs[name]), _number(mine.get(name)), images))
         for name, value in self.sure.items():
             if name == "latency":
-                rows.append((f"sure: {latency_name(1)}", "1", relative_latency(value), ""))
+                rows.append((f"left once sure: {latency_name(1)}", "1", relative_latency(value), ""))
             else:
-                rows.append((f"sure: {name}", "", f"{value:.4g}", f"{self.num_images:,}"))
+                rows.append((f"left once sure: {row_name(name)}", "", f"{value:.4g}", f"{self.num_images:,}"))
         return rows
 
     @property
@@ -129,7 +133,8 @@ class Evaluation:
         learned = f" kNN and the probe learned from {self.learned_from}." if self.teacher.scores else ""
         warned = "".join(f" Note: {note}" for note in too_few(self.num_images))
         left = "" if self.exit is None else f" The small model was left behind loop {self.exit}."
-        return f"{self.num_images:,} images, as they were given; none was held out.{left}{learned}{warned}"
+        of = f" of {self.data}" if self.data else ""
+        return f"{self.num_images:,} images{of}, as they were given; none was held out.{left}{learned}{warned}"
 
     def summary(self) -> str:
         """Return the table as text."""
@@ -169,6 +174,7 @@ def evaluate(
     weights: Which = "auto",
     exit: int | None = None,
     confidence: float | None = None,
+    quiet: bool = False,
 ) -> Evaluation:
     """Compare two models on images.
 
@@ -190,6 +196,7 @@ def evaluate(
         exit: leave a looped student behind this loop, the first is 1; see the method `recursive`.
         confidence: also measure a looped classifier that each image leaves at the first loop whose largest class
             probability is this or more.
+        quiet: show no progress.
 
     Returns:
         Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
@@ -210,28 +217,29 @@ def evaluate(
         raise DataError("old_index: its rows are those of all images; leave out limit.")
     student_model, its_origin = open_encoder(student, Reading(weights=weights))
     teacher_model, origin = open_encoder(teacher, Reading(model_args=model_args or {}, weights=weights))
-    for model, built in ((student_model, its_origin), (teacher_model, origin)):
+    both = ((student_model, its_origin), (teacher_model, origin))
+    for model, built in both:
         check_repeatable(model.to(resolve_device(device)), built, random_inputs(built, 2))
     old = None if old_index is None else read_old_index(old_index, width=_pooled_width(teacher_model, origin))
     leaving, sure = leaving_at(student_model, exit, confidence)
     images = open_set(data, origin, split=split, limit=limit, default="test")
     images, fits, note = match_labels(images, teacher_model)
-    batches = list(images.loader(batch_size=batch_size))
-    num_skipped = sum(batch.num_skipped for batch in batches)
-    if old is not None:
-        old.check(sum(len(batch.labels_B) for batch in batches), num_skipped)
-    check_inputs(student_model, its_origin, batches)
-    check_inputs(teacher_model, origin, batches)
-    known = None if index is None else _like(images, open_set(index, origin, limit=limit))
-    learn = None if known is None else list(known.loader(batch_size=batch_size))
-    with leaving:
-        found, *outputs = compare(student_model, teacher_model, batches)
-        costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency)
-        mine, theirs = (
-            quality_of(cost, model, own, learn, top1=fits)
-            for model, own, cost in zip((student_model, teacher_model), outputs, reversed(costs), strict=True)
-        )
-    searched, its_note = ({}, None) if old is None else _search(old, *outputs)
+    with progress("evaluate", 0, quiet=quiet) as bar:
+        batches, num_skipped = _read(images, batch_size, bar)
+        if old is not None:
+            old.check(sum(len(batch.labels_B) for batch in batches), num_skipped)
+        for model, built in both:
+            check_inputs(model, built, batches)
+        known = None if index is None else _like(images, open_set(index, origin, limit=limit))
+        learn = None if known is None else _read(known, batch_size, bar)[0]
+        with leaving:
+            found, *outputs = compare(student_model, teacher_model, bar.track(batches, "batches compared"))
+            costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency, bar=bar)
+            bar.say("what the features are good for")
+            parts = zip(reversed(costs), (student_model, teacher_model), outputs, strict=True)
+            mine, theirs = (quality_of(*part, learn, top1=fits) for part in parts)
+        searched, its_note = ({}, None) if old is None else _search(old, *outputs)
+        left = {} if sure is None else judge_sure(sure, teacher_model, batches, top1=fits, latency=latency)
     images.tell(*(notes := tuple(text for text in (note, its_note) if text is not None)))
     return Evaluation(
         fidelity={**found, **searched},
@@ -239,13 +247,24 @@ def evaluate(
         teacher=theirs,
         num_images=len(outputs[0]),
         num_skipped=num_skipped,
-        learned_from="four fifths of them"
-        if learn is None
-        else f"{sum(len(b.labels_B) for b in learn):,} images of index",
+        data=images.about,
+        learned_from=_learned_from(learn),
         notes=notes,
         exit=exit,
-        sure={} if sure is None else judge_sure(sure, teacher_model, batches, top1=fits, latency=latency),
+        sure=left,
     )
+
+
+def _read(images: ImageSet, batch_size: int, bar: Progress) -> tuple[list[Batch], int]:
+    """Return all images in batches, and how many could not be read."""
+    bar.say(f"images of {images.about}")
+    batches = list(bar.track(images.loader(batch_size=batch_size), "batches read"))
+    return batches, sum(batch.num_skipped for batch in batches)
+
+
+def _learned_from(learn: Sequence[Batch] | None) -> str:
+    """Return in words which images kNN and the probe learn from."""
+    return "four fifths of them" if learn is None else f"{sum(len(b.labels_B) for b in learn):,} images of index"
 
 
 def _pooled_width(model: nn.Module, origin: Origin) -> int | None:
@@ -277,11 +296,14 @@ def _like(images: ImageSet, index: ImageSet) -> ImageSet:
 
 
 def costs_of(
-    original: nn.Module, small: nn.Module, images_BCHW: Tensor, *, latency: bool
+    original: nn.Module, small: nn.Module, images_BCHW: Tensor, *, latency: bool, bar: Progress
 ) -> tuple[ModelCost, ModelCost]:
     """Measure parameters, MACs per image, peak memory on up to 8 images, and latency of both by turns."""
-    both = (original, small)
-    times = measure_latency(both, images_BCHW[:1]) if latency else ({}, {})
+    both, times = (original, small), ({}, {})
+    if latency:
+        bar.say("latency")
+        times = measure_latency(both, images_BCHW[:1], batch_sizes=bar.track(BATCH_SIZES, "batch sizes timed"))
+    bar.say("multiply-accumulates and memory")
     before, after = (
         ModelCost(
             parameters=num_parameters(model),
@@ -317,16 +339,24 @@ def quality_of(
 
 
 def measure(
-    original: nn.Module, small: nn.Module, origin: Origin, sample: Tensor | None, batches: Sequence[Batch] | None
+    original: nn.Module,
+    small: nn.Module,
+    origin: Origin,
+    sample: Tensor | None,
+    batches: Sequence[Batch] | None,
+    *,
+    quiet: bool = False,
 ) -> tuple[ModelCost, ModelCost]:
     """Measure what both models cost, and their top-1 if the images have labels and they have a head."""
     sample = random_inputs(origin) if sample is None else sample
     if sample is None:
         return ModelCost(parameters=num_parameters(original)), ModelCost(parameters=num_parameters(small))
-    before, after = costs_of(original, small, sample, latency=True)
-    if not batches:
-        return before, after
-    return replace(before, top1=top1_of(original, batches)), replace(after, top1=top1_of(small, batches))
+    with progress("costs", 0, quiet=quiet) as bar:
+        before, after = costs_of(original, small, sample, latency=True, bar=bar)
+        if not batches:
+            return before, after
+        bar.say("top-1")
+        return replace(before, top1=top1_of(original, batches)), replace(after, top1=top1_of(small, batches))
 
 
 def top1_of(model: nn.Module, batches: Sequence[Batch]) -> float | None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item", covariant=True)
+
+
+class Counted(Protocol[Item]):
+    """What can be run through and tells how many items there are."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Item]: ...
+
 
 # Seconds between plain lines where there is no terminal.
 PLAIN_INTERVAL_S = 10.0
@@ -28,7 +37,12 @@ class Progress:
         self.words = words or self.words
         self.show()
 
-    def track(self, items: Sequence[T], words: str) -> Iterator[T]:
+    def say(self, words: str) -> None:
+        """Change the words and show them at once, in front of work that can't be counted."""
+        self.words = words
+        self.show()
+
+    def track(self, items: Counted[T], words: str) -> Iterator[T]:
         """Yield items as a part of the work with its own count and time left; inside another part only yield them."""
         if self.total:
             yield from items
@@ -51,6 +65,10 @@ class _Plain(Progress):
 
     last = 0.0
 
+    def say(self, words: str) -> None:
+        self.last = 0.0
+        super().say(words)
+
     def show(self) -> None:
         now = time.monotonic()
         if now - self.last < PLAIN_INTERVAL_S and (self.done < self.total or not self.total):
@@ -59,7 +77,8 @@ class _Plain(Progress):
         left = f", {spent / self.done * (self.total - self.done):.0f} s left" if 0 < self.done < self.total else ""
         words = f" {self.words}" if self.words else ""
         of = f"/{self.total}" if self.total else ""
-        print(f"{self.title}: {self.done}{of}{left}{words}", file=sys.stderr, flush=True)
+        count = f" {self.done}{of}{left}" if self.done or self.total else ""
+        print(f"{self.title}:{count}{words}", file=sys.stderr, flush=True)
 
 
 class _Bar(Progress):

@@ -74,6 +74,7 @@ def evaluate(
     device: str = "auto",
     exit: int | None = None,
     confidence: float | None = None,
+    quiet: bool = False,
     as_json: Json = False,
 ) -> None:
     """Compare a model with the one it was made from.
@@ -95,6 +96,7 @@ def evaluate(
         device: auto, cpu, cuda or mps.
         exit: leave a looped model behind this loop, the first is 1.
         confidence: also measure a looped classifier that each image leaves once its class is this probable.
+        quiet: show no progress.
     """
     from vitrim.evaluation import HEADER
     from vitrim.evaluation import evaluate as measure
@@ -112,6 +114,7 @@ def evaluate(
         device=device,
         exit=exit,
         confidence=confidence,
+        quiet=hush(quiet or as_json),
         **reading.given(),
     )
     below = found.below(limits)

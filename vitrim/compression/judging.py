@@ -13,10 +13,12 @@ from vitrim.compression.cut import CutReport
 from vitrim.compression.dtypes import check_result, is_float32, too_large, typed_copy
 from vitrim.compression.job import Job, Models
 from vitrim.config.recipe import Recipe
+from vitrim.config.run_context import RunContext
 from vitrim.data import Split
 from vitrim.evaluation import own_top1
 from vitrim.metrics.fidelity import block_fidelity, compare, fidelity, too_few
 from vitrim.metrics.record import Closeness
+from vitrim.progress import Progress, progress
 from vitrim.repair.learning import Learning, learning_curve
 from vitrim.surgery import Plan
 
@@ -30,7 +32,7 @@ FEW = 16
 FAR = 0.5
 
 
-def judge(models: Models, job: Job, plan: Plan) -> tuple[Closeness | None, str | None]:
+def judge(models: Models, job: Job, plan: Plan, context: RunContext) -> tuple[Closeness | None, str | None]:
     """Measure how close the student, as it is returned, is on held-out images, overall and for each block.
 
     Returns:
@@ -42,24 +44,26 @@ def judge(models: Models, job: Job, plan: Plan) -> tuple[Closeness | None, str |
     """
     check_result(job.encoder, models.student)
     why = too_large(job.encoder, models.student)
-    if why is None:
-        found = _closeness(models, typed_copy(job.encoder, models.student), plan, job.recipe)
-        if found is None or math.isfinite(found.relative_error) or is_float32(job.encoder):
-            return found, None
-        why = "features overflow in the original's type, so the result is in float32; load it in that or in bfloat16."
-    return _closeness(models, models.student, plan, job.recipe), why
+    with progress("judge", 0, quiet=context.quiet) as bar:
+        if why is None:
+            found = _closeness(models, typed_copy(job.encoder, models.student), plan, job.recipe, bar)
+            if found is None or math.isfinite(found.relative_error) or is_float32(job.encoder):
+                return found, None
+            why = "features overflow in the original's type, so the result is in float32; load it in that or bfloat16."
+        return _closeness(models, models.student, plan, job.recipe, bar), why
 
 
-def _closeness(models: Models, student: nn.Module, plan: Plan, recipe: Recipe) -> Closeness | None:
+def _closeness(models: Models, student: nn.Module, plan: Plan, recipe: Recipe, bar: Progress) -> Closeness | None:
     if models.split is None or not models.split.held_out:
         return None
-    fitted = fitted_images(models.split, recipe)
-    found, outputs, _ = compare(student, models.teacher, models.split.held_out)
+    fitted, held_out = fitted_images(models.split, recipe), models.split.held_out
+    found, outputs, _ = compare(student, models.teacher, bar.track(held_out, "held-out batches"))
     every = {site.block: plan.new_path(site.block) for site in models.sites}
     left = {block: new for block, new in every.items() if new is not None}
-    rows = block_fidelity(student, models.teacher, models.split.held_out, list(left), new_names=left)
+    batches = bar.track(held_out, "held-out batches, block by block")
+    rows = block_fidelity(student, models.teacher, batches, list(left), new_names=left)
     own = own_top1(student, outputs)
-    seen = fidelity(student, models.teacher, fitted) if fitted else {}
+    seen = fidelity(student, models.teacher, bar.track(fitted, "fitted batches")) if fitted else {}
     own_fit = {key: seen[key] for key in ("relative_error", "num_images") if seen}
     return Closeness(fidelity=found, blocks=rows, top1=own, num_labelled=outputs.num_labelled, fitted=own_fit)
 

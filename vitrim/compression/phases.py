@@ -242,14 +242,16 @@ def beside_equal_widths(widths: ChosenWidths, judged: Closeness | None) -> Mappi
     return {**widths.about, "relative_error": errors}
 
 
-def measure_costs(models: Models, job: Job, judged: Closeness | None) -> tuple[ModelCost, ModelCost]:
+def measure_costs(
+    models: Models, job: Job, context: RunContext, judged: Closeness | None
+) -> tuple[ModelCost, ModelCost]:
     """Measure what original and student cost, and their top-1 on held-out images if they have a head and labels.
 
     The student's top-1 is that of the tensors that are returned, from `judged`.
     """
     split = models.split
     sample, held_out = (None, None) if split is None else (split.sample, split.held_out)
-    before, after = measure(models.teacher, models.student, job.origin, sample, held_out)
+    before, after = measure(models.teacher, models.student, job.origin, sample, held_out, quiet=context.quiet)
     return before, after if judged is None else replace(after, top1=judged.top1)
 
 

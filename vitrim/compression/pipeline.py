@@ -169,13 +169,13 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     widths = choose_widths(job, models, context)
     cut = cut_models_(models, job, widths, context)
     learning = learn(models, cut)
-    after_cut, wide = on_main(judge, models, job, cut.plan)
+    after_cut, wide = on_main(judge, models, job, cut.plan, context)
     trained = train_(models, job, widths.elastic, context, on_validation)
-    after_recovery, wide = on_main(judge, models, job, cut.plan) if trained.anything else (None, wide)
-    before, after = on_main(measure_costs, models, job, after_recovery or after_cut)
+    after_recovery, wide = on_main(judge, models, job, cut.plan, context) if trained.anything else (None, wide)
+    before, after = on_main(measure_costs, models, job, context, after_recovery or after_cut)
     plan = cut.plan.below(job.origin.encoder)
     stock = stock_origin(job.origin, plan.edits)
-    seen = look_at_both(models, job) if place is not None else NOTHING
+    seen = look_at_both(models, job, context) if place is not None else NOTHING
     whole = put_together(job, models, stock, widened=wide is not None)
     said = judging_notes(after_cut, after_recovery, learning)
     why = [*([] if wide is None else [wide]), *stock_notes(job.origin, plan.edits, stock)]

@@ -22,6 +22,7 @@ from vitrim.models.origin import Origin
 from vitrim.models.stock import loads_with
 from vitrim.output.card import write_card
 from vitrim.output.save import save_checked
+from vitrim.progress import progress
 from vitrim.recover.elastic_files import save_widths
 from vitrim.recover.files import RECOVERY_LOG, TRACKER_LOGS
 from vitrim.report.collect import NOTHING, Seen, collect, look
@@ -54,11 +55,17 @@ class Finished:
     seen: Seen
 
 
-def look_at_both(models: Models, job: Job) -> Seen:
+def look_at_both(models: Models, job: Job, context: RunContext) -> Seen:
     """Gather what the report shows of both models, on the main process; others get nothing, since it is large."""
     found: list[Seen] = []
     held_out = None if models.split is None else models.split.held_out or None
-    on_main(lambda: found.append(look(models.teacher, models.student, job.origin, held_out)))
+
+    def see() -> None:
+        with progress("report", 0, quiet=context.quiet) as bar:
+            bar.say("what both models see in the held-out images")
+            found.append(look(models.teacher, models.student, job.origin, held_out))
+
+    on_main(see)
     return found[0] if found else NOTHING
 
 
@@ -97,7 +104,9 @@ def _write(done: Finished, place: Place, context: RunContext) -> Metrics:
     folder, models = place.folder, done.models
     probe = models.split.sample if models.split is not None else random_inputs(done.job.origin)
     inputs = None if probe is None else probe[:4]
-    saved = save_checked(folder, done.whole, origin=done.job.origin, plan=done.plan, inputs=inputs)
+    with progress("write", 0, quiet=context.quiet) as bar:
+        bar.say("weights, loaded in a fresh process to compare outputs")
+        saved = save_checked(folder, done.whole, origin=done.job.origin, plan=done.plan, inputs=inputs)
     origin = saved.origin
     metrics = replace(
         done.metrics,
@@ -112,7 +121,9 @@ def _write(done: Finished, place: Place, context: RunContext) -> Metrics:
     if done.trained.recovery is not None and context.work is not None:
         _move_logs(context.work, folder)
     done = replace(done, job=replace(done.job, origin=origin), metrics=metrics)
-    _write_documents(done, folder, models.teacher.cpu())
+    with progress("write", 0, quiet=context.quiet) as bar:
+        bar.say("report and model card")
+        _write_documents(done, folder, models.teacher.cpu())
     return metrics
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, TypedDict
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.benchmark import Timer
 
 LOG = logging.getLogger("vitrim")
+BATCH_SIZES = (1, 8, 32)
 
 
 class Latency(TypedDict):
@@ -42,7 +43,7 @@ def measure_latency(
     models: Sequence[nn.Module],
     example: Tensor,
     *,
-    batch_sizes: Sequence[int] = (1, 8, 32),
+    batch_sizes: Iterable[int] = BATCH_SIZES,
     rounds: int = 20,
     min_seconds: float = 0.01,
     max_seconds: float = 60.0,

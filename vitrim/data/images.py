@@ -78,6 +78,12 @@ class ImageSet(Dataset):
         self._numbers, self._classes = numbers, rows.classes if numbers is None else classes
 
     @property
+    def about(self) -> str:
+        """The source in words, with the part of it that is read."""
+        said = [note.removeprefix(f"{self.name}: ").removesuffix(".") for note in self._seen.notes]
+        return f"{self.name} ({'; '.join(said)})" if said else self.name
+
+    @property
     def has_labels(self) -> bool:
         """Whether the source has class labels for its images."""
         return self.classes is not None

@@ -17,6 +17,34 @@ FIDELITY_ROWS = {
 }
 
 
+# Names of rows of what `evaluate` measures, by the keys that its JSON has; those above win.
+NAMES = {
+    "cosine": "cosine",
+    "pooled_relative_error": "relative error CLS",
+    "patches_relative_error": "relative error patches",
+    "parameters": "parameters",
+    "macs": "MACs per image",
+    "peak_memory_mib": "peak memory (MiB)",
+    "knn": "kNN (%)",
+    "linear_probe": "linear probe (%)",
+    "top1": "top-1 (%)",
+    "confidence": "confidence",
+    "blocks": "blocks that run, in the mean",
+}
+
+
+def row_name(key: str) -> str:
+    """Return the name of a row on something measured, by its key in JSON."""
+    named = {**NAMES, **{value: name for name, value in FIDELITY_ROWS.items()}}
+    if key in named:
+        return named[key]
+    what, _, number = key.partition("@")
+    if what in ("recall", "old_index_recall"):
+        return f"recall@{number} in {'the original' if what == 'recall' else 'the old one'}'s index"
+    what, _, number = key.partition("=")
+    return f"share of images that leave at exit {number}" if what == "exit" else key
+
+
 def summarise(metrics: Metrics) -> dict[str, Cells]:
     """Return the before/after table of a run: row name to its values before, after the cut and after recovery.
 
@@ -25,9 +53,9 @@ def summarise(metrics: Metrics) -> dict[str, Cells]:
     before, after = metrics.before, metrics.after
     costs = {
         "parameters": (before.parameters, after.parameters),
-        "MACs per image": (before.macs, after.macs),
+        row_name("macs"): (before.macs, after.macs),
         WEIGHTS: (_megabytes(before), _megabytes(after)),
-        "peak memory (MiB)": (before.peak_memory_mib, after.peak_memory_mib),
+        row_name("peak_memory_mib"): (before.peak_memory_mib, after.peak_memory_mib),
     }
     rows: dict[str, Cells] = {
         name: {"before": old, "after_cut": new, "after": new} for name, (old, new) in costs.items() if old is not None
@@ -70,7 +98,7 @@ def _closeness_rows(metrics: Metrics) -> dict[str, Cells]:
     if cut.fitted:
         rows = _fitted_row(rows.pop("relative error"), cut, end) | rows
     if cut.top1 is not None:
-        rows["top-1 (%)"] = {
+        rows[row_name("top1")] = {
             "before": metrics.before.top1,
             "after_cut": cut.top1,
             "after": None if end is None else end.top1,
