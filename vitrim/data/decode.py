@@ -150,6 +150,11 @@ class Seen:
         self.problem = self.problem or f"{where}, {type(error).__name__}: {reason_of(error)}"
         self.note(row, UNREADABLE)
 
+    def about(self, name: str) -> str:
+        """Return the name of the source with its notes."""
+        said = [note.removeprefix(f"{name}: ").removesuffix(".") for note in self.notes]
+        return f"{name} ({'; '.join(said)})" if said else name
+
     def counts(self, rows: Iterable[int]) -> dict[str, int]:
         """Return how many of these images were of which kind, the most frequent first."""
         found = Counter(self._codes[row] for row in rows)

@@ -39,8 +39,7 @@ class Batch(NamedTuple):
     """Images, their labels (int64, -1 if unknown; of people their joints) and how many were left out as unreadable.
 
     `num_skipped` is a plain int: `Tensor.to` helpers such as accelerate's leave it unchanged. `places_B` are the
-    positions
-    of the readable images among those that were requested.
+    positions of the readable images among those that were requested.
     """
 
     images_BCHW: Tensor
@@ -80,8 +79,7 @@ class ImageSet(Dataset):
     @property
     def about(self) -> str:
         """The source in words, with the part of it that is read."""
-        said = [note.removeprefix(f"{self.name}: ").removesuffix(".") for note in self._seen.notes]
-        return f"{self.name} ({'; '.join(said)})" if said else self.name
+        return self._seen.about(self.name)
 
     @property
     def has_labels(self) -> bool:
@@ -147,8 +145,7 @@ class ImageSet(Dataset):
         """Return the same images with a random transform.
 
         Item i of epoch e is drawn under a seed made of (seed, e, i), so it does not depend on the order of reading or
-        the
-        number of workers.
+        the number of workers.
         """
         return self._with(transform=augment, seed=seed)
 
