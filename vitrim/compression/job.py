@@ -23,6 +23,7 @@ from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import open_model
+from vitrim.recover.labels import check_label_options
 from vitrim.recover.losses import EmbeddingSpace
 from vitrim.recover.sampler import check_stream
 from vitrim.recover.trackers import check_trackers
@@ -132,19 +133,23 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
 
 
 def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder: nn.Module) -> None:
-    """Check that there are labels for the head, if a method reads them.
+    """Check that there are labels for the head, if a method or training reads them.
 
     Raises:
-        RecipeError: there are none.
+        RecipeError: there are none, or training with them goes with no option that was given.
     """
     name = next((step.method for step in recipe.steps if step.make_method().reads_labels()), None)
+    key = "options" if name is not None else "recover"
+    if recipe.recover is not None and recipe.recover.loss == "labels":
+        check_label_options(recipe.recover)
+        name = name or "recover"
     if name is None or images is None:
         return
     if isinstance(images, ImageStream):
-        raise RecipeError(f"options.loss=labels: {name} reads no labels of a stream; use features.")
+        raise RecipeError(f"{key}.loss=labels: {name} reads no labels of a stream; use features.")
     if not (fits := match_labels(images, encoder))[1]:
         why = "the model has no head" if fits[2] is None else fits[2].removesuffix(", so top-1 is not measured.")
-        raise RecipeError(f"options.loss=labels: {why}; pass labels of the model's classes, or use features.")
+        raise RecipeError(f"{key}.loss=labels: {why}; pass labels of the model's classes, or use features.")
 
 
 def _check_training(recipe: Recipe, encoder: nn.Module, scope: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from vitrim.compression.job import Job, Models
 from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.run_context import RunContext
-from vitrim.data import ImageSet, ImageStream, Split, augment_for
+from vitrim.data import Batch, ImageSet, ImageStream, Split, augment_for
 from vitrim.data.transforms import is_known
 from vitrim.distributed.processes import num_processes, rank
 from vitrim.recover.at_once import train_at_once_
@@ -19,6 +21,7 @@ from vitrim.recover.elastic import Slice, Widths
 from vitrim.recover.elastic_fit import Fitting, serving
 from vitrim.recover.exits import train_exits_
 from vitrim.recover.factors import TrainingSource
+from vitrim.recover.labels import train_labels_
 from vitrim.recover.result import Recovery
 from vitrim.repair.blockwise import Blockwise, follow_cut_
 
@@ -72,10 +75,19 @@ def train_(
             at=recipe.recover.features_at,
         )
         distil_ = partial(recover_, widths=widths, space=job.space, on_validation=on_validation)
+        if recipe.recover.loss == "labels":
+            distil_ = partial(_with_labels_, judged=split.held_out, on_validation=on_validation)
         with serving(models.student, widths, fitting) as slices:
             recovery = _trained_(distil_, recipe.recover, models, job, context)
     exits = _trained_(train_exits_, recipe.exits, models, job, context)
     return Trained(blocks=blocks, at_once=at_once, recovery=recovery, exits=exits, slices=slices)
+
+
+def _with_labels_(
+    student: nn.Module, _: nn.Module, images: ImageSet, *, held_out: Any, judged: Sequence[Batch], **given: Any
+) -> Recovery:
+    """Train a student with labels, and no teacher."""
+    return train_labels_(student, images, held_out=judged, **given)
 
 
 def _trained_(

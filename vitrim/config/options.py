@@ -180,9 +180,12 @@ class RecoverOptions(Checked):
     """Length of distillation in epochs."""
     batch_size: int = Field(default=128, ge=1)
     """Images in a pass, over all processes."""
-    optimizer: Literal["relative", "adamw"] | None = None
+    loss: Literal["features", "labels"] = "features"
+    """Learn the teacher's features, without labels, or the labels of the images, without a teacher (cross-entropy)."""
+    optimizer: Literal["relative", "adamw", "sgd"] | None = None
     """`relative` takes steps that are shares of each weight's norm, so weights may have any scale; `adamw` takes steps
-    of one size. By default relative, unless a rate, weight decay, a schedule, an adapter, elastic or fsdp is given."""
+    of one size, and `sgd` follows the gradient with Nesterov's momentum of 0.9. By default relative, unless a rate,
+    weight decay, a schedule, an adapter, elastic or fsdp is given."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate, for `optimizer: relative` a share of each weight's norm. By default a short test finds it."""
     base_lr: float | None = Field(default=None, gt=0)
@@ -191,6 +194,8 @@ class RecoverOptions(Checked):
     """Learning rate at the end."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps in which the learning rate rises to its peak."""
+    drops: tuple[float, ...] = ()
+    """Shares of the steps at which the learning rate falls to a tenth, instead of a cosine."""
     weight_decay: tuple[float, float] = (0.0, 0.0)
     """Weight decay at the start and at the end."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -291,7 +296,7 @@ class RecoverOptions(Checked):
         return [name for name, is_given in given.items() if is_given]
 
     @property
-    def steps_by(self) -> Literal["relative", "adamw"]:
+    def steps_by(self) -> Literal["relative", "adamw", "sgd"]:
         """What takes the steps: the optimizer that was asked for, or the one that what was given needs."""
         if self.optimizer is not None:
             return self.optimizer

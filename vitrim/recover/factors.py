@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from vitrim.config.options import AdapterOptions, RecoverOptions
 from vitrim.config.run_context import RunContext
@@ -33,7 +32,7 @@ from vitrim.ops.lora_importance import Factors
 from vitrim.progress import Progress
 from vitrim.recover.adapters import attach_
 from vitrim.recover.files import FACTORS_STATE
-from vitrim.recover.losses import feature_loss
+from vitrim.recover.losses import feature_loss, label_loss
 from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import rate_shape, stop_on_interrupt
 from vitrim.recover.state import clear_state, resumed_state, save_state
@@ -212,8 +211,7 @@ class _Loop:
         with in_precision(self.options, self.device):
             scores_BC = logits(self.model, images)
         assert scores_BC is not None
-        labels_B = batch.labels_B.to(self.device)
-        return cross_entropy(scores_BC.float(), labels_B, ignore_index=-1, reduction="sum") / len(labels_B)
+        return label_loss(scores_BC, batch.labels_B.to(self.device))
 
     def _factors(self, module: nn.Module, adapter: Lora) -> Factors:
         grads = {"grad_a_RN": adapter.A.grad, "grad_b_MR": adapter.B.grad}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
 from vitrim.models.cycles import Cycle
 from vitrim.models.features import num_prefix_tokens, same_patches
@@ -76,6 +76,11 @@ def class_loss(student: Features, teacher: Features) -> Tensor:
     """Compute KL(teacher, student) of the class probabilities, the mean over the images, from features at `logits`."""
     mine, theirs = (log_softmax(found.pooled_BD.float(), dim=1) for found in (student, teacher))
     return kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+
+def label_loss(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Compute the cross-entropy of class scores with labels, the mean over all images; one without a label adds 0."""
+    return cross_entropy(scores_BC.float(), labels_B, ignore_index=-1, reduction="sum") / len(labels_B)
 
 
 def space_loss(student: Features, teacher: Features, space: EmbeddingSpace) -> Tensor:

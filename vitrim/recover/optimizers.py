@@ -1,8 +1,9 @@
-"""The optimizers of a recovery: AdamW, and steps that are shares of each weight's norm, for which no rate is known."""
+"""The optimizers of a recovery: AdamW, SGD, and steps that are shares of each weight's norm, of no known rate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,22 @@ def adamw(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], adapter: AdapterOptions | None
 ) -> torch.optim.AdamW:
     """Build AdamW with the betas of the DGMR paper, and weight decay on matrices only."""
+    return torch.optim.AdamW(_groups(model, parameters, adapter), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def sgd(model: nn.Module, parameters: Mapping[str, nn.Parameter], adapter: AdapterOptions | None) -> torch.optim.SGD:
+    """Build SGD with Nesterov's momentum of 0.9, and weight decay on matrices only."""
+    return torch.optim.SGD(_groups(model, parameters, adapter), lr=0.0, momentum=0.9, nesterov=True)
+
+
+def _groups(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], adapter: AdapterOptions | None
+) -> list[dict[str, Any]]:
+    """Return matrices, which decay, and other parameters, which don't."""
     spared = without_decay(model, adapter)
     matrices = [p for p in parameters.values() if p.ndim > 1 and id(p) not in spared]
     others = [p for p in parameters.values() if p.ndim <= 1 or id(p) in spared]
-    groups = [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    return [{"params": matrices, "decays": True}, {"params": others, "decays": False}]
 
 
 def relative_steps(

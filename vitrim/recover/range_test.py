@@ -12,6 +12,8 @@ from vitrim.recover.schedule import rate_shape
 
 # Rates of the range test, from the paper's own scale down; a repaired student wants the low end.
 RATES = (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
+# SGD takes steps as large as gradients are.
+SGD_RATES = (2e-1, 1e-1, 5e-2, 2e-2, 1e-2, 5e-3, 2e-3, 1e-3)
 # Steps as shares of each weight's norm.
 SHARES = (0.03, 0.01, 0.003, 0.001, 0.0003)
 # LoRA's factors tolerate about 25 times the rate that the weights themselves do; OP-LoRA's generators do not.
@@ -26,6 +28,8 @@ def rates_to_try(options: RecoverOptions) -> tuple[float, ...]:
     """Return the rates of the range test, the largest first; LoRA adapters start higher than weights."""
     if options.steps_are_shares:
         return SHARES
+    if options.steps_by == "sgd":
+        return SGD_RATES
     return LORA_RATES if options.adapter is not None and options.adapter.kind == "lora" else RATES
 
 

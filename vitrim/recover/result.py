@@ -12,9 +12,9 @@ class Recovery:
     """Result of a recovery.
 
     Attributes:
-        curve: one point per validation: `step`, `relative_error` on held-out images, `loss` of the step (not at the
-            start), and with several widths `mlp_ratio=R` for the error of each.
-        optimizer: what took the steps: `relative`, whose rate is a share of each weight's norm, or `adamw`.
+        curve: one point per validation: `step`, `relative_error` on held-out images (the mean loss there, where labels
+            train), `loss` of the step (not at the start), and with several widths `mlp_ratio=R` for the error of each.
+        optimizer: what took the steps: `relative`, whose rate is a share of each weight's norm, `adamw` or `sgd`.
         lr: peak learning rate, given or found; lower after a divergence or a restart.
         best_step: step whose state the student ended with; 0 is the untrained start.
         best_error: relative error of that state.

@@ -28,7 +28,7 @@ from vitrim.recover.adapters import adapted, notes_on
 from vitrim.recover.elastic import Widths, at_width
 from vitrim.recover.judge import Judge, score
 from vitrim.recover.losses import EmbeddingSpace, class_loss, feature_loss, patches_at, space_loss
-from vitrim.recover.optimizers import adamw, relative_steps
+from vitrim.recover.optimizers import adamw, relative_steps, sgd
 from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import cosine_between, rate_shape
@@ -91,7 +91,7 @@ class Run:
         self.num_steps = options.steps or max(1, round((options.epochs or 1) * self.sampler.steps_per_epoch))
         self.step, self.result = 0, Recovery(num_steps=self.num_steps, optimizer=options.steps_by)
         self.usual: dict[float, float] = {}  # by MLP ratio: a narrow student's loss is no measure for a wide one's
-        self.judge = Judge(teacher, held_out, at=options.features_at, widths=widths)
+        self.judge = self._make_judge(held_out)
         live = LiveTargets(teacher, options, self.device)
         self.targets: Targets = live
         if cache is not None and isinstance(images, ImageSet):  # a stream is never cached
@@ -116,6 +116,10 @@ class Run:
                 "recover.cache_teacher: keeps some patches of each image, and the student keeps others; leave out "
                 "num_patches and patch_ratio."
             )
+
+    def _make_judge(self, held_out: Sequence[Tensor]) -> Judge:
+        """Return what measures the student on held-out images."""
+        return Judge(self.teacher, held_out, at=self.options.features_at, widths=self.widths)
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
@@ -180,7 +184,8 @@ class Run:
         if self.options.steps_are_shares:
             probe = self.judge.held_out[0][0].to(self.device)
             return relative_steps(self.trained, self.named_parameters(), probe, self.options.features_at)
-        return adamw(self.trained, self.named_parameters(), self.options.adapter)
+        make = sgd if self.options.steps_by == "sgd" else adamw
+        return make(self.trained, self.named_parameters(), self.options.adapter)
 
     def start_over_(self, values: Mapping[str, Tensor], *, step: int = 0) -> None:
         """Start anew before the first step, or at another, with these values of all tensors and a fresh optimizer."""
@@ -249,7 +254,7 @@ class Run:
         """
         floor = min(1.0, self.options.min_lr / self.result.lr) if lr is None else 0.0
         done, length = self.step - self.started, self.num_steps - self.started
-        shape = rate_shape(done, length, self.options.warmup_ratio, floor=floor)
+        shape = rate_shape(done, length, self.options.warmup_ratio, floor=floor, drops=self.options.drops)
         decay = cosine_between(*self.options.weight_decay, self.step / self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.result.lr * shape if lr is None else lr

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 
-def rate_shape(step: int, num_steps: int, warmup_ratio: float, *, floor: float = 0.0) -> float:
-    """Return the share of the peak rate at a step: linear warm-up in `warmup_ratio` of them, a cosine to `floor`."""
+def rate_shape(
+    step: int, num_steps: int, warmup_ratio: float, *, floor: float = 0.0, drops: Sequence[float] = ()
+) -> float:
+    """Return the share of the peak rate at a step: linear warm-up in `warmup_ratio` of them, a cosine to `floor`.
+
+    With `drops`, shares of the steps, there is no cosine: at each of them the rate falls to a tenth.
+    """
     warmup = max(1, round(warmup_ratio * num_steps))
     if step < warmup:
         return (step + 1) / warmup
+    if drops:
+        return max(floor, 0.1 ** sum(step >= share * num_steps for share in drops))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
