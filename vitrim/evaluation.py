@@ -13,7 +13,7 @@ from vitrim.cost.count import count_macs, num_parameters, peak_memory_mib
 from vitrim.cost.latency import BATCH_SIZES, measure_latency
 from vitrim.cost.sure import judge_sure
 from vitrim.data import Batch, ImageSet, split_indices
-from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs
+from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs, scaled_notes
 from vitrim.data.labels import Classes
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DataError
@@ -240,7 +240,8 @@ def evaluate(
             mine, theirs = (quality_of(*part, learn, top1=fits) for part in parts)
         searched, its_note = ({}, None) if old is None else _search(old, *outputs)
         left = {} if sure is None else judge_sure(sure, teacher_model, batches, top1=fits, latency=latency)
-    images.tell(*(notes := tuple(text for text in (note, its_note) if text is not None)))
+    known = (*scaled_notes(images.kinds(), origin), note, its_note)
+    images.tell(*(notes := tuple(text for text in known if text is not None)))
     return Evaluation(
         fidelity={**found, **searched},
         student=mine,

@@ -1,7 +1,7 @@
 """The app itself: runs a command line, sets exit codes and shows the log. It does not import torch.
 
-Wrong input gives one line on standard error and exit code 2; a run stopped by Ctrl-C exits with 130,
-and a model below a limit that was set for it with 1.
+Wrong input gives one line on standard error and exit code 2; a run stopped by Ctrl-C or SIGTERM exits with
+130, and a model below a limit that was set for it with 1.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from cyclopts.help import PlainFormatter
 
 from vitrim.cli.console import on_terminal, print_help
 from vitrim.errors import BelowLimitError, Interrupted, VitrimError
+from vitrim.stopping import stoppable
 
 app = App(
     name="vitrim",
     help="Make pretrained Vision Transformers smaller and keep their features.",
     help_epilogue="Exit codes: 0 done, 1 below a limit of --fail-under, 2 wrong input (one line on standard error), "
-    "130 stopped by Ctrl-C.",
+    "130 stopped by Ctrl-C or SIGTERM.",
     suppress_keyboard_interrupt=False,  # `run` says a line
 )
 app.register_install_completion_command()
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
     app.help_formatter = None if on_terminal() else PlainFormatter()
     try:
-        with _log_shown():
+        with stoppable(), _log_shown():
             print_help(
                 lambda console: app(
                     list(arguments),

@@ -73,6 +73,7 @@ from vitrim.output.provenance import environment
 from vitrim.output.result import Result
 from vitrim.output.save import save_checked
 from vitrim.output.stage import check_place, staged_output
+from vitrim.stopping import stoppable
 from vitrim.storage.documents import write_json
 from vitrim.surgery import Plan
 from vitrim.torch_state import own_torch_state
@@ -182,6 +183,7 @@ def retrieval(
 
 
 @own_torch_state()
+@stoppable()
 def tune_text(
     model: Model,
     pairs: Any,

@@ -47,6 +47,7 @@ from vitrim.output.card import write_card
 from vitrim.output.provenance import environment, versions
 from vitrim.output.result import Result
 from vitrim.output.stage import PICKS, check_place, staged_output
+from vitrim.stopping import stoppable
 from vitrim.storage.documents import write_json
 from vitrim.storage.tensor_files import tensor_bytes
 from vitrim.storage.training_files import Which
@@ -58,6 +59,7 @@ log = logging.getLogger("vitrim")
 
 
 @own_torch_state()
+@stoppable()
 def prune_checkpoint(
     source: str | Path,
     out: str | Path,

@@ -13,6 +13,7 @@ from vitrim.config.options import RepairOptions
 from vitrim.config.steps import Step
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
+from vitrim.methods.registry import ATTENTION
 from vitrim.repair.heads import cut_heads_, pick_heads_
 from vitrim.surgery import Edit, KeepHeadDims, KeepHeads, KeepPaddedDims
 from vitrim.types import AttentionSite, MlpSite
@@ -129,13 +130,11 @@ def heads_in_blocks(
     if batches is None:
         raise RecipeError("options.parts: attention is cut by what it does; pass data, or use parts='mlp'.")
     view = LiveModelView(model, mlps, {}, batches, seed=0)
+    every = view.attentions(padded=not whole_heads)
     blocks = dict.fromkeys(site.block for site in mlps)
-    found = [
-        replace(site, block=block)
-        for site in view.attentions(padded=not whole_heads)
-        for block in blocks
-        if site.path.startswith(f"{block}.")
-    ]
+    found = [replace(site, block=block) for site in every for block in blocks if site.path.startswith(f"{block}.")]
     if not found:
-        raise RecipeError("options.parts: this model has no attention that can be cut; use parts='mlp'.")
+        why = view.notes[0].removesuffix(", so it was left alone.") if view.notes else ATTENTION
+        why = f"{every[0].path} is in no block, a module that runs it and an MLP" if every else why
+        raise RecipeError(f"options.parts: this model has no attention that can be cut ({why}); use parts='mlp'.")
     return found, view.notes

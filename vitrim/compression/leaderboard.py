@@ -30,6 +30,7 @@ from vitrim.output.load import open_model
 from vitrim.output.provenance import environment
 from vitrim.progress import progress
 from vitrim.report.leaderboard import markdown, verdict
+from vitrim.stopping import stoppable
 from vitrim.storage.sealed import read_sealed, write_sealed
 from vitrim.torch_state import own_torch_state
 
@@ -39,6 +40,7 @@ FORMAT, REPORT = "vitrim-leaderboard/1", "leaderboard.json"
 
 
 @own_torch_state()
+@stoppable()
 def leaderboard(
     model: nn.Module | str | None = None,
     *,

@@ -25,7 +25,7 @@ from vitrim.config.run_context import RunContext
 from vitrim.cost.count import model_size
 from vitrim.cost.memory import check_memory
 from vitrim.data import split_images
-from vitrim.data.inputs import check_inputs, random_inputs
+from vitrim.data.inputs import check_inputs, random_inputs, scaled_notes
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
 from vitrim.errors import DataError
@@ -80,6 +80,8 @@ def prepare(job: Job, context: RunContext) -> Models:
     if job.images is not None:
         num_units = max(site.d_hidden for site in sites)
         split = split_images(job.images, job.recipe, work=seen, model=teacher, num_units=num_units)
+        scaled = scaled_notes(split.counts.get("modes", {}), job.origin)
+        split = replace(split, notes=(*scaled, *split.notes))
         if noise is None:
             _check_blocks(job.recipe, teacher, sites, split.sample)
         if job.recipe.steps[0].allocate is not None:

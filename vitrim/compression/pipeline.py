@@ -39,11 +39,13 @@ from vitrim.output.result import Result
 from vitrim.output.stage import check_place, staged_output
 from vitrim.recover.distill import OnValidation
 from vitrim.report.collect import NOTHING
+from vitrim.stopping import stoppable
 from vitrim.storage.training_files import Which
 from vitrim.torch_state import own_torch_state
 
 
 @own_torch_state()
+@stoppable()
 def compress(
     model: nn.Module | str,
     *,

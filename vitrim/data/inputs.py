@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.data.decode import UNREADABLE
 from vitrim.data.images import Batch, ImageSet, open_images
 from vitrim.data.labels import Classes
 from vitrim.data.parts import Part
@@ -91,6 +92,21 @@ def open_set(
     if limit is None:
         raise DataError(f"{images.name}: a stream, which may not end; give limit, the number of images to take of it.")
     return images.take(limit, seed=0)[0]
+
+
+def scaled_notes(kinds: Mapping[str, int], origin: Origin) -> tuple[str, ...]:
+    """Return a note where pictures went into a model of which it is not known how it wants them.
+
+    Args:
+        kinds: how many images of each kind were read, as `ImageSet.kinds` has it; preprocessed ones are none.
+        origin: how the model was built.
+    """
+    if "mean" in origin.preprocessing or not kinds.keys() - {UNREADABLE}:
+        return ()
+    return (
+        f"{origin.name}: how it wants images is not known, so they went in at their own size, scaled to 0..1; if that "
+        "is not as it was trained, pass float tensors (C, H, W) that are preprocessed already.",
+    )
 
 
 def match_labels(images: ImageSet, model: nn.Module) -> tuple[ImageSet, bool, str | None]:

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vitrim.errors import RecipeError
-from vitrim.methods.registry import BudgetUse, ModelMethod, Parts, optional_tensor, register
+from vitrim.methods.registry import ATTENTION, BudgetUse, ModelMethod, Parts, optional_tensor, register
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_dims import fold_logits, fold_values, oas_shrinkage
 from vitrim.ops.least_squares import fit_output, moments, of_units
@@ -64,7 +64,9 @@ class Corp(ModelMethod):
         """Yield one cut per attention and MLP, block by block, attention first."""
         attentions = [] if self.parts == "mlp" else list(view.attentions())
         if self.parts != "mlp" and not attentions:
-            raise RecipeError("options.parts: this model has no plain attention to cut; use parts='mlp'.")
+            raise RecipeError(
+                f"options.parts: this model has no plain attention to cut ({ATTENTION}); use parts='mlp'."
+            )
         sites = [] if self.parts == "attention" else list(view.sites)
         order = sorted([*attentions, *sites], key=lambda site: _depth(view, site))
         for site in order:

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vitrim.errors import RecipeError
-from vitrim.methods.registry import BudgetUse, FactorTraining, ModelMethod, Parts, TrainingView, register
+from vitrim.methods.registry import ATTENTION, BudgetUse, FactorTraining, ModelMethod, Parts, TrainingView, register
 from vitrim.ops.lora_importance import Factors, cubic_share, group_scores
 from vitrim.surgery import Edit, KeepHeads, KeepUnits
 from vitrim.types import AttentionSite, MlpSite, ModelView
@@ -137,7 +137,7 @@ def _places(view: ModelView, options: LoraPrune) -> list[_Place]:
     if options.parts != "mlp" and not attentions:
         raise RecipeError(
             "options.parts: this model has no plain attention whose heads could be dropped (equally many for queries, "
-            "keys and values, which divide their rows); use parts='mlp'."
+            f"keys and values, which divide their rows; {ATTENTION}); use parts='mlp'."
         )
     blocks = list(dict.fromkeys(site.block for site in view.sites))
     spared = _spared(blocks) if options.spare else set()

@@ -25,6 +25,11 @@ from vitrim.types import ModelView, SiteView
 Needs = Literal["weights", "images"]
 BudgetUse = Literal["widths", "share", "nothing"]
 Parts = Literal["mlp", "attention", "both"]
+# For a refusal: what `models.attention` knows attentions by.
+ATTENTION = (
+    "one is a module with its number of heads (num_heads, n_heads, heads) that holds one nn.Linear for queries, keys "
+    "and values and one for the output, or one for each of the four, in this order, and does no more than attend"
+)
 
 
 class Method(Checked):

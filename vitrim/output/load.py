@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vitrim.errors import DAMAGED, CheckpointError, ModelError, reason_of
+from vitrim.errors import DAMAGED, CheckpointError, ModelError, VitrimError, reason_of
 from vitrim.models.fit import check_fit
 from vitrim.models.given import check_weights, unwrapped, with_values
 from vitrim.models.load import PLAIN, backend_of, build_empty, load_model, origin_of
@@ -64,13 +64,37 @@ def load(
         return _placed(load_model(str(source))[0], str(source), device, dtype)
     about = read_about(path)
     plan, origin = Plan.from_json(about["plan"]), Origin.from_json(about["origin"]).placed_at(str(path))
-    student = build_empty(origin) if model is None else unwrapped(model, in_place=True)
-    with in_one_line(str(path)):
-        reshape_(student, plan.edits)
-    _fill_(student, path, backend_of(origin.library))
+    student = build_empty(origin) if model is None else unwrapped(_instance(model), in_place=True)
+    try:
+        with in_one_line(str(path)):
+            reshape_(student, plan.edits)
+        _fill_(student, path, backend_of(origin.library))
+    except VitrimError as error:
+        if model is None:
+            raise
+        raise CheckpointError(
+            f"{path}: does not fit the model that was passed; build it with the arguments of the uncut one "
+            f"(if it was, fetch the folder again): {str(error).removeprefix(f'{path}: ')}"
+        ) from None
     if origin.library != "transformers":  # which keeps such buffers in float32 even with bf16 weights
         match_buffers_(student)
     return _placed(student, str(path), device, dtype)
+
+
+def _instance(model: Any) -> nn.Module:
+    """Return a model that a user passed.
+
+    Raises:
+        ModelError: it is something else, such as its class.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if callable(model):
+        name = getattr(model, "__name__", type(model).__name__)
+        what = f"{name} itself, which makes models; pass model={name}(...)"
+    else:
+        what = f"{type(model).__name__}; pass a module"
+    raise ModelError(f"model: is {what}, built with the arguments of the uncut one.")
 
 
 def _placed(model: nn.Module, name: str, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
