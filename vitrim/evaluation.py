@@ -240,8 +240,7 @@ def evaluate(
             mine, theirs = (quality_of(*part, learn, top1=fits) for part in parts)
         searched, its_note = ({}, None) if old is None else _search(old, *outputs)
         left = {} if sure is None else judge_sure(sure, teacher_model, batches, top1=fits, latency=latency)
-    known = (*scaled_notes(images.kinds(), origin), note, its_note)
-    images.tell(*(notes := tuple(text for text in known if text is not None)))
+    images.tell(*(notes := tuple(filter(None, (*scaled_notes(images.kinds(), origin), note, its_note)))))
     return Evaluation(
         fidelity={**found, **searched},
         student=mine,
