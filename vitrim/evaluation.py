@@ -15,6 +15,7 @@ from vitrim.cost.sure import judge_sure
 from vitrim.data import Batch, ImageSet, split_indices
 from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs, scaled_notes
 from vitrim.data.labels import Classes
+from vitrim.data.poses import PoseSet, poses_of
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DataError
 from vitrim.metrics.classify import extract, knn_top1, linear_probe_top1, top1
@@ -22,6 +23,7 @@ from vitrim.metrics.fidelity import compare, too_few
 from vitrim.metrics.limits import below_limits
 from vitrim.metrics.old_index import OldIndex, read_old_index
 from vitrim.metrics.outputs import Outputs
+from vitrim.metrics.pose import pose_scores
 from vitrim.metrics.record import ModelCost, relative_latency
 from vitrim.models.exits import leaving_at
 from vitrim.models.features import evaluating, features, inputs_for, num_classes
@@ -38,7 +40,7 @@ HEADER = ("measure", "original", "small", "images")
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Scores of one model: its cost, and with labels `knn`, `linear_probe` and `top1` in percent.
+    """Scores of one model: its cost, and in percent, with labels, `knn`, `linear_probe` and `top1`; with joints PCK.
 
     `num_images` says of each score how many labelled images it is on.
     """
@@ -130,7 +132,7 @@ class Evaluation:
     @property
     def judged_on(self) -> str:
         """What the images were, in a sentence."""
-        learned = f" kNN and the probe learned from {self.learned_from}." if self.teacher.scores else ""
+        learned = f" kNN and the probe learned from {self.learned_from}." if "knn" in self.teacher.scores else ""
         warned = "".join(f" Note: {note}" for note in too_few(self.num_images))
         left = "" if self.exit is None else f" The small model was left behind loop {self.exit}."
         of = f" of {self.data}" if self.data else ""
@@ -181,7 +183,8 @@ def evaluate(
     Args:
         student: the small model: a module, a name, or a folder that vitrim wrote.
         teacher: the model to compare with.
-        data: images to evaluate on, of any kind that `compress` takes; labels are used if there are any.
+        data: images to evaluate on, of any kind that `compress` takes; labels are used if there are any, and of a pose
+            model the joints.
         index: labelled images for kNN and the linear probe to learn from; by default a seeded 80% of `data`.
         old_index: vectors of an index that the original built earlier, in which the student's pooled features are
             searched: a .npy file or an array, row i that of image i of `data`; rows of other images may follow. Not
@@ -199,7 +202,8 @@ def evaluate(
         quiet: show no progress.
 
     Returns:
-        Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1.
+        Fidelity of the student's features, what each model costs, and with labels kNN, linear probe and top-1; of pose
+        models PCK, and OKS AP for COCO's persons.
 
     Raises:
         ModelError, DataError: a model, the images or an index can't be read, or they don't fit each other.
@@ -224,6 +228,7 @@ def evaluate(
     leaving, sure = leaving_at(student_model, exit, confidence)
     images = open_set(data, origin, split=split, limit=limit, default="test")
     images, fits, note = match_labels(images, teacher_model)
+    people = poses_of(teacher_model, images, origin)
     with progress("evaluate", 0, quiet=quiet) as bar:
         batches, num_skipped = _read(images, batch_size, bar)
         if old is not None:
@@ -237,7 +242,7 @@ def evaluate(
             costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency, bar=bar)
             bar.say("what the features are good for")
             parts = zip(reversed(costs), (student_model, teacher_model), outputs, strict=True)
-            mine, theirs = (quality_of(*part, learn, top1=fits) for part in parts)
+            mine, theirs = (quality_of(*part, learn, people, top1=fits) for part in parts)
         searched, its_note = ({}, None) if old is None else _search(old, *outputs)
         left = {} if sure is None else judge_sure(sure, teacher_model, batches, top1=fits, latency=latency)
     images.tell(*(notes := tuple(filter(None, (*scaled_notes(images.kinds(), origin), note, its_note)))))
@@ -317,10 +322,19 @@ def costs_of(
 
 
 def quality_of(
-    cost: ModelCost, model: nn.Module, outputs: Outputs, learn: Sequence[Batch] | None, *, top1: bool = True
+    cost: ModelCost,
+    model: nn.Module,
+    outputs: Outputs,
+    learn: Sequence[Batch] | None,
+    people: PoseSet | None = None,
+    *,
+    top1: bool = True,
 ) -> Scored:
-    """Measure kNN, linear probe and, if the labels are those of the model's head, top-1, in percent."""
+    """Measure in percent kNN, linear probe and, if the labels are those of the model's head, top-1; or of poses PCK."""
     pooled, labels = outputs.pooled_ND, outputs.labels_N
+    if people is not None:
+        scores = pose_scores(model, people.batches())
+        return Scored(cost=cost, scores=scores, num_images=dict.fromkeys(scores, len(people)))
     if outputs.num_labelled < 2:
         return Scored(cost=cost)
     if learn is None:

@@ -11,7 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from vitrim.models.joints import COCO, LSP, JointLayout
-from vitrim.models.pose import PoseConfig, PoseModel
+from vitrim.models.load import load_model
+from vitrim.models.origin import Reading
+from vitrim.models.pose import PoseConfig
 
 TINY = PoseConfig(image_size=(32, 24), patch_size=(4, 3), stem_width=4, stem_depth=1, width=16, depth=3, num_heads=2)
 
@@ -37,11 +39,11 @@ STANDING = (
 def tiny():
     """A pose model in which all matters: also the biases and norms that start at 0 and 1."""
     torch.manual_seed(0)
-    model = PoseModel(TINY)
+    model, _ = load_model("vitrim/pose-small", reading=Reading(model_args=TINY.to_json()))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 def colour(joint: int) -> tuple[int, int, int]:

@@ -89,8 +89,8 @@ def evaluate(
         old_index: a .npy file of vectors that the original made earlier, a row for each image of data in its order
             (more may follow), in which the small model's queries are searched.
         fail_under: NAME=VALUE, may be given several times: exit with code 1 if the small model is below it. Cosines and
-            recalls are 0 to 1; top1, knn and linear_probe are the small model's less the original's. A number alone
-            is a limit on cosine.
+            recalls are 0 to 1; top1, knn, linear_probe, pck@0.2 and oks_ap are the small model's less the original's. A
+            number alone is a limit on cosine.
         limit: use at most this many images.
         split: the part to use of a data source that has several, by default test, or val if there is none.
         device: auto, cpu, cuda or mps.

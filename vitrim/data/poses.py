@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vitrim.data.decode import READ_ERRORS
 from vitrim.data.images import Batch, ImageSet, collate
 from vitrim.errors import DataError
+from vitrim.models.features import num_prefix_tokens
 from vitrim.models.joints import JointLayout, layout_of
+from vitrim.models.origin import Origin
 
 HALF_BODY, MIN_JOINTS, MARGIN = 0.3, 8, 1.5  # how often half a body is shown, of how many joints or more, and around it
 TURNED, DEGREES, ZOOM = 0.6, 45, 0.35  # how often a picture is turned; spread of the angle, and of the scale
@@ -50,11 +52,16 @@ class PoseSet(Dataset):
             )
         if joints_NKX.shape[1] != num_joints:
             raise DataError(f"{images.name}: has {joints_NKX.shape[1]} joints a person, and the model {num_joints}.")
-        self.images, self.seed, self.epoch = images, seed, 0
+        self.images, self.name, self.seed, self.epoch = images, images.name, seed, 0
         self.layout = layout_of(num_joints, images.name)
         self.size: tuple[int, int] = tuple(preprocessing["input_size"][-2:])  # type: ignore[assignment]
         self.mean, self.std = (torch.tensor(preprocessing[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.fill = tuple(round(255 * value) for value in preprocessing["mean"])
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is something to learn: the joints."""
+        return True
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,6 +89,17 @@ class PoseSet(Dataset):
         items = (self[index] for index in range(len(self)))
         starts = range(0, len(self), batch_size)
         return [collate([next(items) for _ in range(min(batch_size, len(self) - start))]) for start in starts]
+
+
+def poses_of(model: nn.Module, images: ImageSet, origin: Origin) -> PoseSet | None:
+    """Return a source as pictures with joints for a pose model; None for other models, and for images without joints.
+
+    Raises:
+        DataError: the joints are not as many as the model's.
+    """
+    if not hasattr(model, "joint_tokens") or images.joints is None:
+        return None
+    return PoseSet(images, origin.preprocessing, num_prefix_tokens(model))
 
 
 def framed(

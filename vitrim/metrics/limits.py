@@ -16,7 +16,7 @@ FIDELITY = (
     *(f"{kind}recall@{k}" for kind in ("", "old_index_") for k in (1, 5, 10)),
 )
 # Small less original, in points of percent: limits are mostly negative.
-SCORES = ("top1", "knn", "linear_probe")
+SCORES = ("top1", "knn", "linear_probe", "pck@0.2", "oks_ap")
 
 
 def parse_limits(given: Iterable[str]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitrim.errors import ModelError
 from vitrim.models.fit import check_fit, check_floats
 from vitrim.models.origin import Origin, Reading, match_buffers_, on_meta, plain_json
+from vitrim.models.pose import CONFIGS, pose_model
 from vitrim.models.skeleton import Hyperformer
 from vitrim.storage.tensor_files import open_tensors, user_path
 from vitrim.surgery import KeepUnits
@@ -26,6 +27,7 @@ from vitrim.types import BlockRun
 MODELS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "skeleton-hyperformer": (Hyperformer, {}),
     "skeleton-hyperformer-small": (Hyperformer, {"num_heads": 3, "depth": 6, "num_frames": 32}),
+    **{name: (pose_model, config.to_json()) for name, config in CONFIGS.items()},
 }
 # What config.json says: the name of the model, and its arguments.
 NAME, ARGS = "vitrim_model", "model_args"

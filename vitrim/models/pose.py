@@ -135,7 +135,7 @@ class PoseModel(nn.Module):
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
         """Return the tokens of joints and patches (B, K + N, D) after the final norm."""
         patches_BND = self.patch_embed(images_BCHW)
-        tokens_BKD = self.joint_tokens.expand(len(patches_BND), -1, -1)
+        tokens_BKD = self.joint_tokens.expand(patches_BND.shape[0], -1, -1)
         return self.norm(self.blocks(torch.cat([tokens_BKD, patches_BND], dim=1) + self.positions))
 
     def forward_head(self, tokens_BTD: Tensor, pre_logits: bool = False) -> Tensor:

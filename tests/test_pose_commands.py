@@ -1,0 +1,60 @@
+"""A pose model from end to end: cut, written, loaded, evaluated by its joints, exported."""
+
+import pytest
+import torch
+
+import vitrim
+from tests.support.people import tiny, write_parquet
+from vitrim.data import open_images
+from vitrim.data.poses import PoseSet
+from vitrim.errors import DataError
+from vitrim.metrics.pose import pose_scores
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return write_parquet(tmp_path_factory.mktemp("people") / "people.parquet", 16)
+
+
+@pytest.fixture(scope="module")
+def cut(people, tmp_path_factory):
+    model, out = tiny(), tmp_path_factory.mktemp("out") / "small"
+    recipe = {"calibrate": {"num_images": 12, "batch_size": 4}, "repair": {"refit": False}}
+    size = {"keep_ratio": 0.5, "exact": True}
+    result = vitrim.compress(model, data=people, method="dgmr", **size, recipe=recipe, out=out, quiet=True)
+    return model, result
+
+
+def test_a_cut_pose_model_is_loaded_as_it_was_cut(cut):
+    model, result = cut
+    loaded, images = vitrim.load(result.out), torch.randn(2, 3, 32, 24)
+    assert torch.equal(loaded(images), result.model(images))
+    assert loaded.blocks[0].mlp.fc1.out_features == model.blocks[0].mlp.fc1.out_features // 2
+
+
+def test_it_is_evaluated_by_its_joints(cut, people):
+    model, result = cut
+    found = vitrim.evaluate(result.out, model, people, limit=6, latency=False)
+    images = open_images(people, limit=6)
+    for scored, it in ((found.student, result.model), (found.teacher, model)):
+        wanted = pose_scores(it, PoseSet(images, model.preprocessing, 14).batches())
+        assert scored.scores == pytest.approx(wanted) and scored.num_images == {"pck@0.2": 6}
+    assert "pck@0.2" in found.summary() and "kNN" not in found.summary()
+    assert found.below({"pck@0.2": 101.0})
+
+
+def test_pictures_without_joints_are_evaluated_by_features_alone(cut):
+    model, result = cut
+    found = vitrim.evaluate(result.model, model, torch.randn(4, 3, 32, 24), latency=False)
+    assert not found.student.scores
+
+
+def test_joints_of_others_are_refused(people, tmp_path):
+    rows = [[1.0] * 34] * 4
+    with pytest.raises(DataError, match="has 17 joints a person, and the model 14"):
+        vitrim.evaluate(tiny(), tiny(), write_parquet(tmp_path / "a.parquet", 4, rows), latency=False)
+
+
+def test_it_is_exported(cut, tmp_path):
+    exported = vitrim.export(cut[1].out, tmp_path / "pose.pt2", to="torch", latency=False)
+    assert max(exported.differences.values()) < 1e-4
