@@ -235,8 +235,7 @@ def evaluate(
             old.check(sum(len(batch.labels_B) for batch in batches), num_skipped)
         for model, built in both:
             check_inputs(model, built, batches)
-        known = None if index is None else _like(images, open_set(index, origin, limit=limit))
-        learn = None if known is None else _read(known, batch_size, bar)[0]
+        learn = None if index is None else _read(_like(images, open_set(index, origin, limit=limit)), batch_size, bar)[0]
         with leaving:
             found, *outputs = compare(student_model, teacher_model, bar.track(batches, "batches compared"))
             costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency, bar=bar)
