@@ -235,7 +235,7 @@ def evaluate(
             old.check(sum(len(batch.labels_B) for batch in batches), num_skipped)
         for model, built in both:
             check_inputs(model, built, batches)
-        learn = None if index is None else _read(_like(images, open_set(index, origin, limit=limit)), batch_size, bar)[0]
+        learn = None if index is None else _learn(index, images, origin, limit, batch_size, bar)
         with leaving:
             found, *outputs = compare(student_model, teacher_model, bar.track(batches, "batches compared"))
             costs = costs_of(teacher_model, student_model, batches[0].images_BCHW, latency=latency, bar=bar)
@@ -269,6 +269,13 @@ def _read(images: ImageSet, batch_size: int, bar: Progress) -> tuple[list[Batch]
 def _learned_from(learn: Sequence[Batch] | None) -> str:
     """Return in words which images kNN and the probe learn from."""
     return "four fifths of them" if learn is None else f"{sum(len(b.labels_B) for b in learn):,} images of index"
+
+
+def _learn(
+    index: Any, images: ImageSet, origin: Origin, limit: int | None, batch_size: int, bar: Progress
+) -> list[Batch]:
+    """Return the labelled images to learn from, with the classes that the others have."""
+    return _read(_like(images, open_set(index, origin, limit=limit)), batch_size, bar)[0]
 
 
 def _pooled_width(model: nn.Module, origin: Origin) -> int | None:
