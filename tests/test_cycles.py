@@ -1,5 +1,6 @@
 """Blocks that run in cycles (SDPose): what is read behind each, what is distilled, and what one pass costs."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -7,9 +8,18 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
 from tests.support.models import timm_vit
-from tests.support.people import tiny
+from tests.support.people import tiny, write_parquet
+from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
+from vitrim.data import open_images
+from vitrim.data.poses import PoseSet
 from vitrim.errors import ModelError
+from vitrim.metrics.judging import read_features, relative_error
 from vitrim.models.cycles import Cycle, cycles
+from vitrim.models.features import features
+from vitrim.recover.cycles import CycleRun
+from vitrim.recover.distill import recover_
+from vitrim.recover.labels import train_labels_
 from vitrim.recover.losses import cycle_loss, heatmap_loss
 
 LABELS = torch.tensor([1, 3])
@@ -139,3 +149,78 @@ def test_unknown_joints_are_not_learned():
     other = heatmaps.clone()
     other[0, 3] += 1
     assert heatmap_loss(heatmaps, places) == heatmap_loss(other, places)
+
+
+OPTIONS = {"steps": 4, "batch_size": 4, "lr": 1e-3, "num_validations": 2, "cycles": 2}
+
+
+def make_students():
+    """A classifier of three blocks as the teacher, and one with two of them."""
+    teacher = classifier()
+    student = copy.deepcopy(teacher)
+    student.blocks = student.blocks[:2]
+    return teacher.requires_grad_(False), student
+
+
+def test_features_are_learned_behind_each_cycle_and_judged_behind_the_first():
+    teacher, student = make_students()
+    options = RecoverOptions(**OPTIONS, cycle_weights=(0.5, 0.25))
+    given = {"images": open_images(torch.randn(8, 3, 16, 16)), "held_out": [torch.randn(4, 3, 16, 16)]}
+    run = CycleRun(student, teacher, **given, options=options, context=RunContext(quiet=True))
+    images = given["held_out"][0]
+    target, parts = features(teacher, images), []
+    tokens = None
+    for _ in range(2):
+        tokens = student._pos_embed(student.patch_embed(images)) if tokens is None else tokens
+        for block in student.blocks:
+            tokens = block(tokens)
+        parts.append(student.norm(tokens))
+    wanted = sum(mse_loss(part[:, 0], target.pooled_BD) + mse_loss(part[:, 1:], target.patches_BND) for part in parts)
+    wanted += 0.5 * mse_loss(parts[0][:, 0], parts[1][:, 0]) + 0.25 * mse_loss(parts[0][:, 1:], parts[1][:, 1:])
+    found = read_features(run._reader(), images, "final")
+    torch.testing.assert_close(run._compared(found, target), wanted)
+    assert run.judge.errors(run._reader())["relative_error"] == pytest.approx(
+        relative_error(student, [(images, target)], "final")
+    )
+
+
+def test_a_recovery_in_cycles_betters_one_pass_and_adds_nothing():
+    teacher, student = make_students()
+    names = [(name, tensor.shape) for name, tensor in student.state_dict().items()]
+    images, held_out = open_images(torch.randn(16, 3, 16, 16)), [torch.randn(8, 3, 16, 16)]
+    found = recover_(
+        student,
+        teacher,
+        images,
+        held_out=held_out,
+        options=RecoverOptions(**{**OPTIONS, "steps": 20}),
+        context=RunContext(quiet=True),
+    )
+    assert found.best_error < found.curve[0]["relative_error"]
+    assert [(name, tensor.shape) for name, tensor in student.state_dict().items()] == names
+
+
+def test_joints_are_learned_with_labels_in_cycles(tmp_path):
+    model, images = tiny(), open_images(write_parquet(tmp_path / "a.parquet", 16))
+    poses = PoseSet(images, model.preprocessing, 14, seed=0)
+    held_out = PoseSet(images, model.preprocessing, 14).batches(8)
+    options = RecoverOptions(**{**OPTIONS, "steps": 30, "lr": 0.01}, loss="labels")
+    found = train_labels_(
+        model, poses, held_out=held_out, options=options, loss=heatmap_loss, context=RunContext(quiet=True)
+    )
+    assert found.best_error < 0.8 * found.curve[0]["relative_error"]
+    losses = [float(heatmap_loss(model(batch.images_BCHW), batch.labels_B)) for batch in held_out]
+    assert sum(losses) / 2 == pytest.approx(found.best_error)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cycles": 2, "checkpoint_activations": True}, "no checkpoint_activations"),
+        ({"cycle_detach": True}, "give cycles, 2 or more"),
+        ({"cycles": 2, "cycle_weights": (-1, 0)}, "use 0 or more"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        RecoverOptions(steps=1, **options)

@@ -229,6 +229,12 @@ class RecoverOptions(Checked):
     """Size of the buffer in which a stream's images are shuffled."""
     report_to: tuple[str, ...] = ()
     """Experiment trackers in addition to the log, such as tensorboard or wandb."""
+    cycles: int = Field(default=1, ge=1)
+    """How often in a row the blocks run in training, with the loss behind each cycle (SDPose); the result runs once."""
+    cycle_weights: tuple[float, float] = (5e-6, 5e-6)
+    """Weights of how far tokens are from those of the next cycle: of those in front of the patches, and of patches."""
+    cycle_detach: bool = False
+    """Whether tokens of the next cycle are fixed when tokens are pulled to them; in the paper they are pulled, too."""
     elastic: tuple[float, ...] | None = None
     """MLP ratios that one result should support; each step trains one of them."""
     text_bank: Path | None = None
@@ -276,6 +282,18 @@ class RecoverOptions(Checked):
         peak = self.peak_lr(self.batch_size * self.gradient_accumulation_steps)
         if peak is not None and self.min_lr > peak:
             raise ValueError(f"min_lr {self.min_lr:g} is above the peak rate, {peak:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _cycles_of_a_whole_model(self) -> RecoverOptions:
+        given = {"elastic": self.elastic, "checkpoint_activations": self.checkpoint_activations, "fsdp": self.fsdp}
+        unfit = next((name for name, value in given.items() if value), None)
+        if self.cycles > 1 and unfit is not None:
+            raise ValueError(f"cycles: run whole blocks several times, which goes with no {unfit}; drop one of the two")
+        if self.cycles == 1 and {"cycle_weights", "cycle_detach"} & self.model_fields_set:
+            raise ValueError("cycle_weights and cycle_detach say how cycles pull at each other; give cycles, 2 or more")
+        if min(self.cycle_weights) < 0:
+            raise ValueError("cycle_weights: use 0 or more")
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitrim.errors import ModelError
 from vitrim.models.exits import returning
 from vitrim.models.features import first_tensor
+from vitrim.models.sites import find_mlps
 
 T = TypeVar("T")
 
@@ -63,3 +64,22 @@ def cycles(model: nn.Module, blocks: Sequence[str], count: int, run: Callable[[]
         with returning(model, front, lambda: embedded[0]), returning(model, blocks, lambda: tokens_BND):  # noqa: B023
             found.append(Cycle(tokens_BND, run()))
     return found
+
+
+def block_row(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the blocks that hold a model's MLPs, in the order of its modules."""
+    return tuple(dict.fromkeys(site.block for site in find_mlps(model)))
+
+
+class CycleModel(nn.Module):
+    """A model that returns its cycles in training mode, and in eval mode what it gives in one pass."""
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        super().__init__()
+        self.model, self.count, self.blocks = model, count, block_row(model)
+
+    def forward(self, images_BCHW: Tensor) -> Any:
+        """Return a list of `Cycle`, or the model's output."""
+        if not self.training:
+            return self.model(images_BCHW)
+        return cycles(self.model, self.blocks, self.count, lambda: self.model(images_BCHW))

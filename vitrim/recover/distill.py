@@ -26,6 +26,7 @@ from vitrim.data import ImageSet, ImageStream
 from vitrim.distributed.processes import any_process
 from vitrim.errors import Interrupted, RecipeError
 from vitrim.progress import progress
+from vitrim.recover.cycles import CycleRun
 from vitrim.recover.elastic import Widths
 from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE, TRACKER_LOGS
 from vitrim.recover.losses import EmbeddingSpace
@@ -87,7 +88,8 @@ def recover_(
     if not options.has_length:
         raise RecipeError("recover.schedule: not filled in yet; pass options.as_published(family), or give steps.")
     given = {"images": images, "held_out": held_out, "options": options, "context": context}
-    return distil_(Run(student, teacher, **given, widths=widths, space=space), on_validation)
+    kind = CycleRun if options.cycles > 1 else Run
+    return distil_(kind(student, teacher, **given, widths=widths, space=space), on_validation)
 
 
 def distil_(run: Run, on_validation: OnValidation | None = None) -> Recovery:

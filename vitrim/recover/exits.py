@@ -24,6 +24,7 @@ from vitrim.models.features import device_of
 from vitrim.recover.distill import distil_
 from vitrim.recover.files import EXITS
 from vitrim.recover.judge import Judge
+from vitrim.recover.losses import detached, parts_of
 from vitrim.recover.result import Recovery
 from vitrim.recover.run import Run
 from vitrim.types import Features, FeaturesAt
@@ -115,19 +116,7 @@ class ExitRun(Run):
         return errors["relative_error"]
 
     def _compared(self, found: Features, target: Features) -> Tensor:
-        *earlier, last = _parts(found, self.num_exits)
-        wanted = _detached(last)
+        *earlier, last = parts_of(found, self.num_exits)
+        wanted = detached(last)
         losses = [super(ExitRun, self)._compared(part, wanted) for part in earlier]
         return super()._compared(last, target) + self.weight * torch.stack(losses).sum()
-
-
-def _parts(found: Features, count: int) -> list[Features]:
-    """Return the features of each exit."""
-    patches = [None] * count if found.patches_BND is None else found.patches_BND.chunk(count)
-    pairs = zip(found.pooled_BD.chunk(count), patches, strict=True)
-    return [replace(found, pooled_BD=pooled, patches_BND=part) for pooled, part in pairs]
-
-
-def _detached(found: Features) -> Features:
-    patches = None if found.patches_BND is None else found.patches_BND.detach()
-    return replace(found, pooled_BD=found.pooled_BD.detach(), patches_BND=patches)

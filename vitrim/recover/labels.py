@@ -20,6 +20,7 @@ from vitrim.data import Batch, ImageSet
 from vitrim.distributed.processes import from_main, join_
 from vitrim.errors import DataError, RecipeError
 from vitrim.models.features import device_of, evaluating, first_tensor, num_classes
+from vitrim.recover.cycles import with_cycles
 from vitrim.recover.distill import OnValidation, distil_
 from vitrim.recover.judge import Judge
 from vitrim.recover.losses import label_loss
@@ -74,6 +75,7 @@ def train_labels_(
     if loss is class_scores_loss:
         check_labels(held_out, num_classes(model), images.name)
     given = {"images": images, "held_out": [batch.images_BCHW for batch in held_out]}
+    model, loss = with_cycles(model, loss, options)
     run = LabelRun(model, loss=loss, judged=held_out, options=options, context=context, **given)
     return distil_(run, on_validation)
 

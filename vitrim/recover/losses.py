@@ -133,3 +133,16 @@ def cycle_loss(
             if weight and target_BND[:, part].shape[1]:
                 loss = loss + weight * mse_loss(before.tokens_BND[:, part], target_BND[:, part])
     return loss
+
+
+def parts_of(found: Features, count: int) -> list[Features]:
+    """Return features that stand one below the other, as several."""
+    patches = [None] * count if found.patches_BND is None else found.patches_BND.chunk(count)
+    pairs = zip(found.pooled_BD.chunk(count), patches, strict=True)
+    return [replace(found, pooled_BD=pooled, patches_BND=part) for pooled, part in pairs]
+
+
+def detached(found: Features) -> Features:
+    """Return features without a gradient."""
+    patches = None if found.patches_BND is None else found.patches_BND.detach()
+    return replace(found, pooled_BD=found.pooled_BD.detach(), patches_BND=patches)
