@@ -109,7 +109,9 @@ def test_greenformers_leaves_the_object_alone_where_factors_do_not_pay(rank):
     layer = model["layer"]
     edits, notes = proposed(model, rank=rank, only="*")  # break-even: 12
     assert edits == [] and model["layer"] is layer
-    assert any("1 of 1 layers stay whole, since factors would save nothing: layer." in note for note in notes)
+    assert any(
+        "1 of 1 layers stay whole, since factors of their rank would save nothing: layer." in note for note in notes
+    )
     edits, notes = proposed(model, rank=11, only="*")
     assert [edit.rank for edit in edits] == [11] and isinstance(model["layer"], LowRankLinear)
 
@@ -330,7 +332,7 @@ def test_lortsar_shrinks_convolutions_and_head_and_nothing_else():
     model = skeleton(0)
     old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = count(model)
-    edits, _ = proposed(model, name="lortsar", rank=0.5)
+    edits, _ = proposed(model, name="lortsar", rank=0.5, only="*")
     assert [edit.layer.path for edit in edits] == ["q", "kv", "proj", "temporal", "head"]
     assert all(edit.tensors == {} for edit in edits)
     saved = sum(e.layer.groups * (e.layer.num_rows * e.layer.num_cols) for e in edits)
@@ -344,9 +346,9 @@ def test_lortsar_shrinks_convolutions_and_head_and_nothing_else():
 def test_lortsar_streams_of_joints_and_bones_are_compressed_each_by_itself():
     joints, bones = skeleton(0), skeleton(1)
     alone = copy.deepcopy(joints)
-    proposed(alone, name="lortsar", rank=2)
+    proposed(alone, name="lortsar", rank=2, only="*")
     for model in (bones, joints):
-        proposed(model, name="lortsar", rank=2)
+        proposed(model, name="lortsar", rank=2, only="*")
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), joints.parameters(), strict=True))
     assert not torch.equal(joints.kv.weight, bones.kv.weight)
 
@@ -358,9 +360,9 @@ def test_lortsar_chooses_the_rank_by_energy_too_over_all_groups_together():
     shares = {rank: float(sigma[:rank].sum() / sigma.sum()) for rank in range(1, 13)}
     for share in (0.05, 0.4, 0.7):
         expected = next(rank for rank, held in shares.items() if held >= share)
-        edits, _ = proposed(copy.deepcopy(model), name="lortsar", energy=share)
+        edits, _ = proposed(copy.deepcopy(model), name="lortsar", energy=share, only="*")
         assert [edit.rank for edit in edits] == [expected]
-    assert proposed(copy.deepcopy(model), name="lortsar", energy=1.0)[0] == []
+    assert proposed(copy.deepcopy(model), name="lortsar", energy=1.0, only="*")[0] == []
 
 
 # --- ours: fitted to what the layers put out --------------------------------------------------------------------------

@@ -209,7 +209,7 @@ class _StepRun:
                     apply_(self.student, [edit])
                     self.edits.append(edit)
                 bar.advance(1, edit.where)
-        if not self.sites and not chosen and len(self.edits) == num_before:
+        if method.needs_mlps and not self.sites and not chosen and len(self.edits) == num_before:
             raise _nothing_left(method.name)
         if self.repair is not None and not chosen:
             view.note(f"repair: {method.name} cut no hidden units, so nothing was repaired.")

@@ -28,7 +28,7 @@ from vitrim.data import split_images
 from vitrim.data.inputs import check_inputs, random_inputs, scaled_notes
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
-from vitrim.errors import DataError
+from vitrim.errors import DataError, SiteNotFoundError
 from vitrim.evaluation import measure
 from vitrim.methods import ModelMethod, SiteMethod
 from vitrim.metrics.record import Closeness, ModelCost
@@ -70,7 +70,7 @@ def prepare(job: Job, context: RunContext) -> Models:
     device = resolve_device(context.device)
     student = copy.deepcopy(job.encoder).to(device).float().eval()  # moments and small steps need more than bf16
     teacher = copy.deepcopy(student).requires_grad_(False)
-    sites = find_mlps(teacher, scope=job.scope_in_encoder)
+    sites = _mlps(job, teacher)
     noise = random_inputs(job.origin)
     if noise is not None:
         _check_blocks(job.recipe, teacher, sites, noise)
@@ -78,7 +78,7 @@ def prepare(job: Job, context: RunContext) -> Models:
     seen = work if work is not None and work.is_dir() else None  # it may not exist on another machine
     split = None
     if job.images is not None:
-        num_units = max(site.d_hidden for site in sites)
+        num_units = max((site.d_hidden for site in sites), default=0)
         split = split_images(job.images, job.recipe, work=seen, model=teacher, num_units=num_units)
         scaled = scaled_notes(split.counts.get("modes", {}), job.origin)
         split = replace(split, notes=(*scaled, *split.notes))
@@ -90,6 +90,20 @@ def prepare(job: Job, context: RunContext) -> Models:
         raise DataError(f"recover, at_once, blockwise, exits: {split.notes[-1]}")
     check_inputs(teacher, job.origin, split.calibration if split else [] if noise is None else [noise])
     return Models(teacher=teacher, student=student, sites=sites, split=split)
+
+
+def _mlps(job: Job, teacher: nn.Module) -> Sequence[MlpSite]:
+    """Return the MLPs to cut; none of a model without any, for methods that do not need them.
+
+    Raises:
+        SiteNotFoundError: there is none, and a method needs one.
+    """
+    try:
+        return find_mlps(teacher, scope=job.scope_in_encoder)
+    except SiteNotFoundError:
+        if any(step.make_method().needs_mlps for step in job.recipe.steps):
+            raise
+        return ()
 
 
 def _check_blocks(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], images: Tensor) -> None:

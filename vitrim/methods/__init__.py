@@ -7,7 +7,8 @@ from vitrim.methods.fips import Fips
 from vitrim.methods.grail import Grail
 from vitrim.methods.int8 import Int8
 from vitrim.methods.lora_prune import LoraPrune
-from vitrim.methods.low_rank import Lortsar, LowRank
+from vitrim.methods.lortsar import Lortsar
+from vitrim.methods.low_rank import LowRank
 from vitrim.methods.magnitude import Magnitude
 from vitrim.methods.moefication import Moefication
 from vitrim.methods.patch_slimming import PatchSlimming

@@ -1,4 +1,4 @@
-"""Greenformers (arXiv 2108.10808) and LORTSAR (2407.14655): splits a layer into two low-rank ones if that is smaller.
+"""Greenformers (arXiv 2108.10808): splits a layer into two low-rank ones if that is smaller.
 
 Ours are the factors that fit what the layers put out on calibration images, a rank that follows from the budget, and
 convolutions group by group. Only matrices are factored here: no loss is looked at and nothing is trained, which
@@ -42,6 +42,7 @@ class LowRank(ModelMethod):
     repairs = False
     edits = (ToLowRank,)
     takes = "share"
+    needs_mlps = False
 
     rank: StrictInt | StrictFloat | None = None
     """Rank of the factors: a whole number, or a share (up to 1.0) of the rank at which factors stop saving anything."""
@@ -93,8 +94,8 @@ class LowRank(ModelMethod):
             raise RecipeError("options.whiten needs images; pass data, or leave it out.")
         if self.solver == "svd" and self.whiten is None and not whiten:
             view.note("no images given: factors were fitted to weights alone; pass data to fit what layers put out.")
-        layers = _chosen(view, self)
-        ranks = {layer.path: _rank(view, layer, self) for layer in layers}
+        layers = self.chosen(view)
+        ranks = self.ranks(view, layers, whiten=whiten)
         dense = [layer.path for layer in layers if (ranks[layer.path] or 0) >= layer.break_even]
         paying = [layer for layer in layers if layer.path not in dense]
         for group, sums in view.layer_sums(paying) if whiten else [(paying, {})]:
@@ -108,33 +109,29 @@ class LowRank(ModelMethod):
                     yield edit
         if dense:
             view.note(
-                f"{len(dense)} of {len(layers)} layers stay whole, since factors would save nothing: {_few(dense)}."
+                f"{len(dense)} of {len(layers)} layers stay whole, since factors of their rank would save nothing: "
+                f"{_few(dense)}."
             )
 
+    def chosen(self, view: ModelView) -> list[LayerSite]:
+        """Return the layers to factor; note which can't be, and why."""
+        return _chosen(view, self)
 
-@register
-class Lortsar(LowRank):
-    """LORTSAR: truncated SVD of the weights alone, for linear layers and convolutions anywhere in the model."""
+    def usual(self, view: ModelView, everything: Sequence[LayerSite]) -> list[LayerSite]:
+        """Return the layers to factor where no patterns are given."""
+        inside = tuple(f"{site.block}.".removeprefix(".") for site in view.sites)
+        return [layer for layer in everything if layer.kind != "conv" and layer.path.startswith(inside)]
 
-    name = "lortsar"
-    paper = "LORTSAR: Low-Rank Transformer for Skeleton-based Action Recognition"
-    arxiv = "2407.14655"
-    summary = "truncated SVD of every linear and convolution layer that it makes smaller"
-
-    solver: Literal["svd"] = "svd"
-    """Use a truncated SVD, as in the paper."""
-    whiten: bool | None = False
-    """Fit the weights alone, as in the paper."""
-    only: tuple[str, ...] | None = ("*",)
-    """Patterns of layer names; by default every linear and convolution layer."""
+    def ranks(self, view: ModelView, layers: Sequence[LayerSite], *, whiten: bool) -> dict[str, int | None]:
+        """Return the rank of each layer by path; None where `energy` sets it."""
+        return {layer.path: _rank(view, layer, self) for layer in layers}
 
 
 def _chosen(view: ModelView, options: LowRank) -> list[LayerSite]:
     """Return the layers to factor; note which can't be, and why."""
     everything = view.layers()
     if options.only is None:
-        inside = tuple(f"{site.block}.".removeprefix(".") for site in view.sites)
-        wanted = [layer for layer in everything if layer.kind != "conv" and layer.path.startswith(inside)]
+        wanted = options.usual(view, everything)
     else:
         unmet = [p for p in options.only if not any(fnmatchcase(layer.path, p) for layer in everything)]
         if unmet:
@@ -169,10 +166,10 @@ def _factors(
 ) -> ToLowRank | None:
     """Return one layer's edit, or None if two factors would have no fewer values than the layer."""
     weight_GMN = layer.matrices(_weight(view, layer))
-    bases = _bases(weight_GMN, sums) if rank is None or sums is not None else []
+    found = bases(weight_GMN, sums) if rank is None or sums is not None else []
     if rank is None:
         assert options.energy is not None
-        rank = ops.rank_for_energy(torch.stack([energy_K for _, energy_K in bases]), options.energy)
+        rank = ops.rank_for_energy(torch.stack([energy_K for _, energy_K in found]), options.energy)
     if rank >= layer.break_even:
         return None
     if options.solver != "svd":
@@ -180,7 +177,7 @@ def _factors(
         return ToLowRank.by(layer, [solve(weight_MN, rank) for weight_MN in weight_GMN])
     if sums is None:
         return ToLowRank(layer=layer, rank=rank)
-    kept = [basis_MK[:, :rank] for basis_MK, _ in bases]
+    kept = [basis_MK[:, :rank] for basis_MK, _ in found]
     pairs = [ops.project(weight_MN, basis_MR) for weight_MN, basis_MR in zip(weight_GMN, kept, strict=True)]
     bias = _bias(view, sums, weight_GMN, torch.stack(kept)) if layer.has_bias else None
     return ToLowRank.by(layer, pairs, bias=bias)
@@ -208,7 +205,7 @@ def _solver(view: ModelView, options: LowRank) -> Callable[[Tensor, int], tuple[
     return solvers[options.solver]
 
 
-def _bases(weight_GMN: Tensor, sums: LayerSums | None) -> list[tuple[Tensor, Tensor]]:
+def bases(weight_GMN: Tensor, sums: LayerSums | None) -> list[tuple[Tensor, Tensor]]:
     """Return directions of each group's outputs with their energies, from the weights or from observed sums."""
     if sums is None:
         return [ops.weight_basis(weight_MN) for weight_MN in weight_GMN]

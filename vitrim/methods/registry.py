@@ -43,6 +43,7 @@ class Method(Checked):
         needs: whether it works from weights alone or uses calibration images.
         repairs: whether the closed-form repair follows by default; it does not where a paper's own procedure is
             reproduced. Cuts of hidden units that come without tensors can be repaired, whichever method made them.
+        needs_mlps: whether there is nothing to do for it in a model without MLPs.
         edits: kinds of edit that it makes.
         folds: whether its cuts of hidden units fold the dropped ones into the others; where our repair is asked for,
             it takes the place of that (`ModelView.repaired`).
@@ -59,6 +60,7 @@ class Method(Checked):
     needs: ClassVar[Needs]
     repairs: ClassVar[bool] = False
     folds: ClassVar[bool] = False
+    needs_mlps: ClassVar[bool] = True
     edits: ClassVar[tuple[type[Edit], ...]] = (KeepUnits,)
     takes: ClassVar[BudgetUse]
     senseless: ClassVar[tuple[str, ...]] = ()
