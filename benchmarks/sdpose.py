@@ -2,12 +2,12 @@
 
 Four parts, each with equal epochs or steps for all of its rows:
 
-- `pose`: vitrim/pose-small from scratch on Leeds Sports Pose (../shared/data), N = 1, 2, 3 cycles, with and without tokens
-  pulled to those of the next cycle. PCK at 0.2 of the torso on test images after one cycle, which is what the result
-  costs, and after all. Then `dgmr` at half of its MLPs, recovered without labels.
+- `pose`: vitrim/pose-small from scratch on Leeds Sports Pose (../shared/data), N = 1, 2, 3 cycles, with and without
+  tokens pulled to those of the next cycle. PCK at 0.2 of the torso on test images after one cycle, which is what the
+  result costs, and after all. Then `dgmr` at half of its MLPs, recovered without labels.
 - `classifier`: a small ViT on part of CIFAR-10, in the same way, top-1.
-- `recipe`: half of the blocks of the CIFAR-10 ViT of ../shared, distilled without labels in one cycle or two: blocks out,
-  `replace-me`, and `recursive`. Error of features and top-1 on test images.
+- `recipe`: half of the blocks of the CIFAR-10 ViT of ../shared, distilled without labels in one cycle or two: blocks
+  out, `replace-me`, and `recursive`. Error of features and top-1 on test images.
 
 Rows are written as they come, and a stopped run goes on behind the last of them.
 
@@ -240,7 +240,8 @@ def main() -> None:
     same = ("model", "epochs", "steps", "lr", "batch_size", "num_train", "num_test", "num_images")
     out = arguments.out or ROOT / "benchmarks" / "results" / name
     bench, table = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
-    for arguments.seed in arguments.seeds:
+    for seed in arguments.seeds:
+        arguments.seed = seed
         for part in arguments.parts:
             run_part(part, bench, table)
 
