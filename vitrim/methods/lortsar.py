@@ -26,6 +26,7 @@ from vitrim.errors import BudgetError
 from vitrim.methods.low_rank import LowRank, bases
 from vitrim.methods.registry import register
 from vitrim.ops.allocation import best_choices
+from vitrim.surgery import ToLowRank
 from vitrim.types import LayerSite, LayerSums, ModelView
 
 NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")  # an element of a list of modules, or in one
@@ -39,6 +40,8 @@ class Lortsar(LowRank):
     paper = "LORTSAR: Low-Rank Transformer for Skeleton-based Action Recognition"
     arxiv = "2407.14655"
     summary = "linear and convolution layers as two of low rank each, with ranks under one budget"
+    needs = "weights"
+    edits = (ToLowRank,)
 
     solver: Literal["svd"] = "svd"
     """Use a truncated SVD, as in the paper."""
