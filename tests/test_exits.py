@@ -8,8 +8,8 @@ import torch
 
 import vitrim
 from tests.support.distillation import HELD_OUT, assert_equal, make_images, weights
-from tests.support.models import timm_vit
-from vitrim.compression.cut import cut_
+from tests.support.exits import alone_and_in_a_job, make_pair, train
+from tests.support.processes import run_python
 from vitrim.config.options import ExitOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
@@ -18,25 +18,10 @@ from vitrim.metrics.exits import at_confidence
 from vitrim.metrics.judging import FeatureModel, read_features
 from vitrim.models.exits import Loops, UntilSure
 from vitrim.models.features import features
-from vitrim.models.sites import find_mlps
-from vitrim.recover.exits import ExitModel, ExitRun, train_exits_
+from vitrim.recover.exits import ExitModel, ExitRun
 from vitrim.recover.losses import feature_loss
 
 IMAGES = HELD_OUT[0]
-
-
-def make_pair(num_blocks=2):
-    """A teacher of six blocks and a student of two that are looped three times."""
-    torch.manual_seed(0)
-    teacher = timm_vit(depth=6, img_size=16, init_values=0.5).eval()
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    student = copy.deepcopy(teacher)
-    options = {"num_blocks": num_blocks, "rank": 2, "norms": "own"}
-    recipe = Recipe.parse({"method": "recursive", "options": options})
-    cut_(student, teacher, find_mlps(student), recipe, None, quiet=True)
-    return teacher, student
 
 
 def shorter(model, depth):
@@ -126,12 +111,6 @@ def test_the_loss_weighs_exits_and_lets_only_the_last_see_the_teacher():
     assert errors["relative_error"] == pytest.approx(weighted)
 
 
-def train(student, teacher, *, work=None, resume=False, on_validation=None, **values):
-    options = ExitOptions(**{"steps": 12, "batch_size": 8, "num_validations": 4, "lr": 0.003, **values})
-    context = RunContext(work=work, resume=resume, quiet=True)
-    return train_exits_(student, teacher, make_images(), held_out=HELD_OUT, options=options, context=context)
-
-
 @pytest.mark.parametrize("at", ["final", "logits"])
 def test_training_brings_exits_closer(at):
     teacher, student = make_pair()
@@ -159,6 +138,15 @@ def test_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     found = train(again, teacher, work=tmp_path, resume=True)
     assert_equal(weights(whole), weights(again))
     assert found.curve == expected.curve
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    done = run_python("-m", "tests.support.exits", tmp_path / "two.pt", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pairs = zip(alone_and_in_a_job(), torch.load(tmp_path / "two.pt", weights_only=True), strict=True)
+    for (ours, curve), (theirs, other) in pairs:
+        assert [{**point} for point in other] == [pytest.approx(point, rel=1e-3) for point in curve]
+        torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=1e-3)
 
 
 def test_a_recipe_trains_exits_last():
