@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tests.support.processes import run_python
 from vitrim.config.options import ExitOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
-from vitrim.errors import BudgetError, ModelError, RecipeError
+from vitrim.errors import BudgetError, Interrupted, ModelError, RecipeError
 from vitrim.metrics.exits import at_confidence
 from vitrim.metrics.judging import FeatureModel, read_features
 from vitrim.models.exits import Loops, UntilSure
@@ -140,6 +142,30 @@ def test_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert found.curve == expected.curve
 
 
+def test_a_job_that_is_terminated_in_its_exits_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    teacher, _ = make_pair()
+    recipe = {"method": "recursive", "options": {"num_blocks": 2, "rank": 2}, "calibrate": {"views": 3}}
+    recipe["recover"] = {"steps": 2, "batch_size": 8, "lr": 1e-3}
+    recipe["exits"] = {"steps": 6, "batch_size": 8, "num_validations": 3}
+    given = {"data": make_images(), "recipe": recipe, "quiet": True}
+    monkeypatch.setattr("vitrim.output.save.verify", lambda *_, **__: 0.0)  # a fresh process takes its time
+    expected = vitrim.compress(teacher, **given)
+    real = ExitRun.validate
+
+    def terminate(run, loss):
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitRun, "validate", terminate)
+        with pytest.raises(Interrupted, match=r"early exits stopped at step 4 of 6; continue with --resume"):
+            vitrim.compress(teacher, **given, out=tmp_path / "out")
+    found = vitrim.compress(teacher, **given, out=tmp_path / "out", resume=True)
+    assert_equal(weights(found.model), weights(expected.model))
+    assert found.metrics.exits["curve"] == expected.metrics.exits["curve"]
+
+
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     done = run_python("-m", "tests.support.exits", tmp_path / "two.pt", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -170,6 +196,11 @@ def test_a_recipe_trains_exits_last():
         ({"keep_ratio": 1.0}, RecipeError, "no step loops blocks"),
         ({"options": {"num_blocks": 4, "rank": 2}}, RecipeError, "4 does not divide 6 blocks; use one of 1, 2, 3, 6"),
         ({"options": {"rank": 33}}, BudgetError, "33 is above the 32"),
+        (
+            {"exits": {"features_at": "logits"}},
+            RecipeError,
+            "exits.features_at: logits needs a model with a class head",
+        ),
     ],
 )
 def test_what_leaves_no_loops_is_refused_before_the_first_image(cut, error, message, tmp_path):
@@ -181,8 +212,11 @@ def test_what_leaves_no_loops_is_refused_before_the_first_image(cut, error, mess
             return 8
 
     recipe = {"method": "recursive", "exits": {"steps": 1}, **cut}
+    teacher, _ = make_pair()
+    if "exits" in cut:
+        teacher.reset_classifier(0)
     with pytest.raises(error, match=message):
-        vitrim.compress(make_pair()[0], data=Images(), recipe=recipe, out=tmp_path / "out", quiet=True)
+        vitrim.compress(teacher, data=Images(), recipe=recipe, out=tmp_path / "out", quiet=True)
     assert not list(tmp_path.iterdir())
 
 
