@@ -11,19 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitrim
-from tests.support.models import timm_vit
+from tests.support.models import HF_TEXT, hf, timm_vit
 from vitrim.calibrate import LiveModelView
+from vitrim.calibrate.runs import find_runs, past_run, with_edits
 from vitrim.cli.options import CutOptions
+from vitrim.compression import cut
 from vitrim.compression.allocate import EQUAL, Place, allocate, total
+from vitrim.compression.cut import cut_
 from vitrim.compression.depth import Shallower, equal_within
 from vitrim.compression.trials import best_of
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.errors import RecipeError
+from vitrim.methods import ReplaceMe
+from vitrim.metrics.fidelity import fidelity
 from vitrim.models.load import origin_of
 from vitrim.models.sites import find_mlps
-from vitrim.surgery import KeepHeadDims, KeepUnits, apply_
+from vitrim.surgery import DropBlocks, KeepHeadDims, KeepUnits, apply_
 from vitrim.types import AttentionSite
 
 IMAGES = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -183,3 +188,51 @@ def test_what_can_not_be_is_refused_in_a_line():
     assert CutOptions(allocate_depth=True).given() == {"allocate": {"depth": True}}
     with pytest.raises(RecipeError, match=r"allocate\.depth: .*no run of 1 blocks can be taken out.*cut widths alone"):
         vitrim.compress(vit(1), data=IMAGES, recipe=recipe_of(), quiet=True)
+
+
+def test_what_follows_is_compared_with_the_whole_model(monkeypatch):
+    """Behind the gap the stream is the whole model's; in front of it layers are to put out what stands for the run."""
+    model, batches = vit(4), list(IMAGES.split(18))
+    sites = find_mlps(model)
+    [edit] = ReplaceMe(num_blocks=2).propose(LiveModelView(model, sites, {}, batches, seed=0))
+    shorter, path = with_edits(model, [edit]), edit.run.output
+    past = past_run(model, shorter, edit.run, IMAGES[:2])
+    assert past is not None
+    seen = {}
+    for name, each in (("shorter", shorter), ("past", past)):
+        each.get_submodule(path).register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+    with torch.inference_mode():
+        short = shorter(IMAGES[:4])
+        torch.testing.assert_close(past(IMAGES[:4]), model(IMAGES[:4]), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(short, model(IMAGES[:4]), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(seen["past"], seen["shorter"])
+    errors, recipe = {}, recipe_of()
+    for name in ("past", "without"):
+        student = copy.deepcopy(model)
+        report = cut_(
+            student,
+            model,
+            sites,
+            recipe,
+            batches[:-1],
+            run=edit,
+            widths=dict.fromkeys(seen_paths(edit, sites), 48),
+            quiet=True,
+        )
+        errors[name] = fidelity(student, model, batches[:2])["relative_error"]
+        assert any("compared with the model without" in note for note in report.notes) == (name == "without")
+        monkeypatch.setattr(cut, "past_run", lambda *_: None)
+    assert errors["past"] < errors["without"]  # on the images that were fitted
+
+
+def seen_paths(edit, sites):
+    return [new for site in sites if (new := edit.new_path(site.path)) is not None]
+
+
+def test_blocks_that_end_in_a_norm_have_no_stream_to_hand_on():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, words = hf("Bert", **{**HF_TEXT, "num_hidden_layers": 3}).eval(), torch.randint(20, (6, 12))
+    [run, *_] = find_runs(model, find_mlps(model), 1, words[:2], print)
+    assert run.norm is not None
+    assert past_run(model, with_edits(model, [DropBlocks(run=run)]), run, words[:2]) is None

@@ -183,20 +183,52 @@ def _can_go(model: nn.Module, run: BlockRun, images: Tensor) -> bool:
 
     try:
         shorter = with_edits(model, [DropBlocks(run=run)])
-        with ExitStack() as hooks, evaluating(model, shorter):
+        with ExitStack() as hooks:
             for index in range(run.start, run.stop):
                 block = submodule(model, run.block(index))
                 hooks.callback(block.register_forward_hook(pass_by, with_kwargs=True).remove)
-            wanted, found = (
-                [leaf for leaf in tree_leaves(each(images)) if isinstance(leaf, Tensor)] for each in (model, shorter)
-            )
+            return _agree(model, shorter, images)
     except Exception:  # foreign code that counts its blocks may raise anything
         return False
+
+
+def _agree(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
+    """Return whether two models put out the same up to rounding."""
+    with evaluating(model, other):
+        wanted, found = (
+            [leaf for leaf in tree_leaves(each(images)) if isinstance(leaf, Tensor)] for each in (model, other)
+        )
     pairs = zip(wanted, found, strict=False)
     return len(wanted) == len(found) and all(
         one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
         for one, other in pairs
     )
+
+
+def past_run(whole: nn.Module, shorter: nn.Module, run: BlockRun, images: Tensor) -> nn.Module | None:
+    """Return a frozen copy of a model without a run of blocks, whose later blocks see what they see in the whole model.
+
+    A repair that compares with it learns what the stand-in for the run lacks. What the layers in front of the run are
+    to put out stays what they put out in the shorter model. None where a norm ends blocks, or where blocks can't be
+    called as the one in front of the run is.
+    """
+    copied = copy.deepcopy(shorter).requires_grad_(False)
+    own = copy.deepcopy(submodule(copied, run.before))
+    paths = [run.block(index) for index in range(run.start - 1, run.stop)]
+    blocks = [copy.deepcopy(submodule(whole, path)).requires_grad_(False) for path in paths]
+
+    def hand_on(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        stream = args[0]
+        for block in blocks:
+            stream = first_tensor(block(stream, *args[1:], **kwargs))
+        lacking = stream - first_tensor(own(*args, **kwargs))
+        return output + lacking if isinstance(output, Tensor) else type(output)([output[0] + lacking, *output[1:]])
+
+    submodule(copied, run.before).register_forward_hook(hand_on, with_kwargs=True)
+    try:
+        return copied if run.norm is None and _agree(whole, copied, images.to(device_of(whole))) else None
+    except Exception:  # foreign code that counts its blocks may raise anything
+        return None
 
 
 def _sum_bytes(model: nn.Module, run: BlockRun, of: RunInputs) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView, SiteVisit, final_metrics, num_held_out, walk
 from vitrim.calibrate.activations import Activations
+from vitrim.calibrate.runs import past_run
 from vitrim.compression.budget import solve_widths
 from vitrim.compression.heads import HeadsCut, equal_share
 from vitrim.config.options import RepairOptions
@@ -91,7 +92,10 @@ def cut_(
     edits: list[Edit] = [*done, *([] if run is None else [run])]
     errors: dict[str, dict[str, float]] = {}
     notes: list[str] = []
-    reference = teacher if run is None else _shortened(student, run)
+    reference = teacher
+    if run is not None:
+        apply_(student, [run])
+        reference = _reference(teacher, student, run, batches, notes)
     for number, step in enumerate(recipe.steps):
         left = sites if number == 0 and run is None else _sites_left(student, sites, step)
         units = widths if number == 0 else None
@@ -116,18 +120,23 @@ def cut_(
             number=number,
             source=source,
         )
-        before = len(edits)
+        before, last = len(edits), number + 1 == len(recipe.steps)
+        whole = student if last or DropBlocks not in work.method.edits else copy.deepcopy(student)
         said = work.run_(quiet)
-        if any(isinstance(edit, DropBlocks) for edit in edits[before:]) and number + 1 < len(recipe.steps):
-            reference = _shortened(student)
+        for drop in [edit for edit in edits[before:] if isinstance(edit, DropBlocks) and not last]:
+            reference = _reference(whole, student, drop, batches, notes)
         notes += said if WHOLE in said else _notes(work.method, step, batches) + said
     return CutReport(plan=_plan(recipe, edits, run), errors=errors, notes=tuple(notes))
 
 
-def _shortened(student: nn.Module, *runs: DropBlocks) -> nn.Module:
-    """Take runs of blocks out of the student; return a copy to compare it with, whose blocks have the same numbers."""
-    apply_(student, runs)
-    return copy.deepcopy(student).requires_grad_(False)
+def _reference(
+    whole: nn.Module, shorter: nn.Module, drop: DropBlocks, batches: Sequence[Tensor] | None, notes: list[str]
+) -> nn.Module:
+    """Return what a model without a run of blocks is compared with: its blocks have the same numbers."""
+    found = None if batches is None else past_run(whole, shorter, drop.run, batches[0][:2])
+    if found is None:
+        notes.append(f"{drop.run.before}: what follows is compared with the model without the blocks behind it.")
+    return found or copy.deepcopy(shorter).requires_grad_(False)
 
 
 def _widths(
