@@ -37,7 +37,7 @@ from vitrim.output.provenance import environment
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 CIFAR10 = SHARED / "data" / "cifar10"
-MODELS = {"cifar10-vit": SHARED / "models" / "cifar10-vit", "deep-vit": ROOT.parent / "deep-vit"}
+MODELS = ("cifar10-vit", "deep-vit")
 REPAIRS = {"closed form": {"refit": False}, "with refit": {}}
 SPENT = {
     "equal widths": ("mlp", None),
@@ -52,13 +52,14 @@ PAGE = ROOT / "docs" / "choosing.md"
 def main() -> None:
     """Run every cell that is not there yet, at every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--budgets", nargs="+", default=["params", "macs"], choices=["params", "macs"])
     parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), choices=REPAIRS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--num-images", type=int, default=300, help="to learn from; a tenth of them is held out")
     parser.add_argument("--num-test", type=int, default=250)
+    parser.add_argument("--deep", type=Path, default=ROOT.parent / "deep-vit", help="folder of the deeper model")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was measured and tried")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "allocation.json")
     parser.add_argument("--write", action="store_true", help="put the table into the page; run nothing")
@@ -85,7 +86,8 @@ def main() -> None:
 
 def cell(given: argparse.Namespace, name: str, budget: str, repair: str, spent: str, seed: int) -> dict[str, Any]:
     """Cut a model with one draw of images, and judge it on the test images."""
-    teacher, _ = open_model(f"local-dir:{MODELS[name]}")
+    model = f"local-dir:{given.deep if name == 'deep-vit' else SHARED / 'models' / name}"
+    teacher, _ = open_model(model)
     transform, (parts, allocate) = transform_for(teacher), SPENT[spent]
     images, _ = first_images(open_images(CIFAR10 / "train.parquet", transform=transform), given.num_images, seed=seed)
     test, _ = first_images(open_images(CIFAR10 / "test.parquet", transform=transform), given.num_test, seed=0)
@@ -98,7 +100,7 @@ def cell(given: argparse.Namespace, name: str, budget: str, repair: str, spent: 
         "seed": seed,
     }
     started = time.process_time()
-    job = open_job(f"local-dir:{MODELS[name]}", Recipe.of(recipe), torch.cat(images), out=None)
+    job = open_job(model, Recipe.of(recipe), torch.cat(images), out=None)
     context = RunContext(quiet=True, device="cpu", seed=seed)
     models = prepare(job, context)
     widths = choose_widths(job, models, context)
