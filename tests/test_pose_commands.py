@@ -9,6 +9,10 @@ from vitrim.data import open_images
 from vitrim.data.poses import PoseSet
 from vitrim.errors import DataError
 from vitrim.metrics.pose import pose_scores
+from vitrim.models.load import origin_of
+from vitrim.models.pose import predict_joints
+from vitrim.report.collect import look
+from vitrim.report.tiles import ORIGINAL_LINE, SMALLER_LINE, TILE_PX, _person
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,29 @@ def test_joints_of_others_are_refused(people, tmp_path):
     rows = [[1.0] * 34] * 4
     with pytest.raises(DataError, match="has 17 joints a person, and the model 14"):
         vitrim.evaluate(tiny(), tiny(), write_parquet(tmp_path / "a.parquet", 4, rows), latency=False)
+
+
+def test_the_report_shows_the_joints_of_both_where_they_are_furthest_apart(cut):
+    model, result = cut
+    assert ">Joints<" in (result.out / "report.html").read_text(encoding="utf-8")
+    images = torch.rand(10, 3, 32, 24)
+    shown = look(model, result.model, origin_of(model), [(images, torch.full((10,), -1))])["poses"]
+    with torch.no_grad():
+        both = [predict_joints(it, images)[..., :2] for it in (model, result.model)]
+    apart = (both[0] - both[1]).norm(dim=-1).mean(1)
+    furthest = apart.topk(8).indices
+    torch.testing.assert_close(shown["before"][..., :2], both[0][furthest])
+    torch.testing.assert_close(shown["after"][..., :2], both[1][furthest])
+
+
+def test_bones_are_drawn_from_joint_to_joint():
+    image, joints = torch.zeros(3, 32, 24), torch.tensor([[3.5, 3.5, 1.0], [19.5, 3.5, 1.0]])
+    lower = joints + torch.tensor([0.0, 20.0, 0.0])
+    picture = _person(image, joints, lower, [(0, 1)])
+    scale = TILE_PX / 24
+    assert picture.getpixel((round(12 * scale), round(4 * scale))) == ORIGINAL_LINE
+    assert picture.getpixel((round(12 * scale), round(24 * scale))) == SMALLER_LINE
+    assert picture.getpixel((round(12 * scale), round(14 * scale))) == (0, 0, 0)
 
 
 def test_it_is_exported(cut, tmp_path):

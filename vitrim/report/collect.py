@@ -14,7 +14,9 @@ from vitrim.config.recipe import Recipe
 from vitrim.metrics.fidelity import MIN_IMAGES
 from vitrim.metrics.record import Metrics, is_steady
 from vitrim.models.features import device_of, evaluating, features, logits, num_classes
+from vitrim.models.joints import layout_of
 from vitrim.models.origin import Origin
+from vitrim.models.pose import predict_joints
 from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.report.data import ReportData
 from vitrim.report.summary import latency_rows, summarise
@@ -29,6 +31,7 @@ Seen = Mapping[str, Any]  # the fields of `ReportData` that `look` fills in
 NOTHING: Seen = {
     **dict.fromkeys(("images", "teacher_patches", "student_patches", "grid")),
     "neighbours": {},
+    "poses": {},
     "answers": {},
 }
 
@@ -125,6 +128,8 @@ def look(teacher: nn.Module, student: nn.Module, origin: Origin, batches: Sequen
     if images[0].ndim != 3:  # text
         return seen
     seen |= _patches(theirs["patches"], mine["patches"], images, origin)
+    if hasattr(teacher, "joint_tokens"):
+        seen["poses"] = _poses(teacher, student, batches[0][0], origin)
     if images[0].shape[0] in CHANNELS:
         seen["neighbours"] = _neighbours(theirs["pooled"], mine["pooled"], images, numbers, origin)
     return seen
@@ -185,6 +190,17 @@ def _patches(theirs: Tensor | None, mine: Tensor | None, images: Sequence[Tensor
     pictures = [_viewable(image, origin) for image in images[: len(theirs)] if image.shape[0] in CHANNELS]
     images_BCHW = torch.stack(pictures) if pictures else None
     return {"images": images_BCHW, "teacher_patches": theirs, "student_patches": mine, "grid": (side, side)}
+
+
+def _poses(teacher: nn.Module, student: nn.Module, images_BCHW: Tensor, origin: Origin) -> dict[str, Any]:
+    """Return the joints that both models see in the images where these are furthest apart, the furthest first."""
+    with evaluating(teacher, student):
+        theirs, mine = (predict_joints(model, images_BCHW.to(device_of(model))).cpu() for model in (teacher, student))
+    apart_B = (theirs - mine)[..., :2].norm(dim=-1).mean(1)
+    chosen = apart_B.argsort(descending=True, stable=True)[:NUM_IMAGES].tolist()
+    bones = layout_of(theirs.shape[1], origin.name).bones
+    shown_BCHW = torch.stack([_viewable(images_BCHW[index], origin) for index in chosen])
+    return {"images": shown_BCHW, "before": theirs[chosen], "after": mine[chosen], "bones": bones}
 
 
 def _viewable(image_CHW: Tensor, origin: Origin) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,8 @@ class ReportData:
             models have in common, over all of them; None of too few images), "queries" (one {"image", "original",
             "smaller"}: an image's number, and the numbers of those nearest to it), and by number "thumbnails" (3, H, W)
             and "labels".
+        poses: empty, or of a pose model "images" (B, 3, H, W) in 0..1, their joints (B, K, 3) "before" and "after" in
+            pixels, and the "bones" that join them.
         answers: empty, or class numbers of held-out images: their "labels", and each model's answers "before" and
             "after".
         recipe_yaml: the recipe as text.
@@ -67,3 +69,4 @@ class ReportData:
     notes: list[str]
     num_images: int
     judged_on: str
+    poses: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vitrim.errors import OutputError
@@ -20,6 +20,7 @@ from vitrim.report.picture import Picture, Search, Strip, Tile
 TILE_PX = 144
 GAP_PX = 10
 THUMBNAIL_PX = 96
+ORIGINAL_LINE, SMALLER_LINE = (255, 170, 0), (0, 110, 255)
 
 
 def draw_patches(
@@ -126,18 +127,59 @@ def draw_neighbours(found: Mapping[str, Any]) -> Picture | None:
     )
 
 
+def draw_poses(found: Mapping[str, Any]) -> Picture | None:
+    """Draw the joints that both models see over pictures of people.
+
+    Args:
+        found: as `ReportData.poses` describes it; empty for models of other kinds.
+    """
+    if not found:
+        return None
+    rows = zip(found["images"], found["before"], found["after"], strict=True)
+    people = [_person(image, before, after, found["bones"]) for image, before, after in rows]
+    half = -(-len(people) // 2)
+    parts = [part for part in (people[:half], people[half:]) if part]
+    return Picture(
+        key="poses",
+        title="Joints",
+        alt=f"{len(people)} people, with the joints that the original sees and those that the smaller model sees.",
+        caption="Thick orange lines join the joints that the original sees, thin blue ones those that the smaller one "
+        "sees: where both agree, the thin line runs within the thick one. Held-out images of the first batch where "
+        "they are furthest apart, the furthest first.",
+        strips=tuple(_joined("People", part) for part in parts),
+    )
+
+
+def _person(image_CHW: Tensor, before_K3: Tensor, after_K3: Tensor, bones: Sequence[tuple[int, int]]) -> Image.Image:
+    """Draw a picture of a person, as wide as a tile, and both models' joints."""
+    scale = TILE_PX / image_CHW.shape[2]
+    pixels = (image_CHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels).resize((TILE_PX, round(scale * image_CHW.shape[1])), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(picture)
+    for joints_K3, colour, width in ((before_K3, ORIGINAL_LINE, 5), (after_K3, SMALLER_LINE, 2)):
+        places = ((joints_K3[:, :2] + 0.5) * scale).tolist()
+        for first, second in bones:
+            pen.line([*places[first], *places[second]], fill=colour, width=width)
+    return picture
+
+
 def _strip(label: str, tiles: Sequence[Tensor], *, smooth: bool = False) -> Strip:
-    """Draw tiles (rows, columns, 3) in 0..1 in a row, as one PNG with transparent gaps."""
-    canvas = Image.new("RGBA", (len(tiles) * (TILE_PX + GAP_PX) - GAP_PX, TILE_PX), (0, 0, 0, 0))
+    """Draw tiles (rows, columns, 3) in 0..1 in a row."""
     resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    for index, tile in enumerate(tiles):
-        pixels = (tile.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        picture = Image.fromarray(pixels).resize((TILE_PX, TILE_PX), resample)
+    pixels = [(tile.clamp(0, 1) * 255).round().to(torch.uint8).numpy() for tile in tiles]
+    return _joined(label, [Image.fromarray(tile).resize((TILE_PX, TILE_PX), resample) for tile in pixels])
+
+
+def _joined(label: str, pictures: Sequence[Image.Image]) -> Strip:
+    """Put pictures of one size in a row, as one PNG with transparent gaps."""
+    size = (len(pictures) * (TILE_PX + GAP_PX) - GAP_PX, pictures[0].height)
+    canvas = Image.new("RGBA", size, (0, 0, 0, 0))
+    for index, picture in enumerate(pictures):
         canvas.paste(picture, (index * (TILE_PX + GAP_PX), 0))
     buffer = io.BytesIO()
     canvas.save(buffer, format="png", optimize=True)
     uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Strip(label=label, alt=f"{label}: {len(tiles)} tiles in a row.", uri=uri)
+    return Strip(label=label, alt=f"{label}: {len(pictures)} tiles in a row.", uri=uri)
 
 
 def _jpeg(image_CHW: Tensor) -> str:
