@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import vitrim
-from tests.support.people import tiny, write_parquet
+from tests.support.people import TINY, tiny, write_parquet
 from vitrim.data import open_images
 from vitrim.data.poses import PoseSet
 from vitrim.errors import DataError
 from vitrim.metrics.pose import pose_scores
-from vitrim.models.load import origin_of
+from vitrim.models import from_vitrim
+from vitrim.models.load import load_model, origin_of
 from vitrim.models.pose import predict_joints
 from vitrim.report.collect import look
 from vitrim.report.tiles import ORIGINAL_LINE, SMALLER_LINE, TILE_PX, _person
@@ -34,6 +36,15 @@ def test_a_cut_pose_model_is_loaded_as_it_was_cut(cut):
     loaded, images = vitrim.load(result.out), torch.randn(2, 3, 32, 24)
     assert torch.equal(loaded(images), result.model(images))
     assert loaded.blocks[0].mlp.fc1.out_features == model.blocks[0].mlp.fc1.out_features // 2
+
+
+def test_a_folder_of_its_config_and_weights_is_the_same_model(cut, tmp_path):
+    model, images = cut[0], torch.randn(2, 3, 32, 24)
+    from_vitrim.write_config(model, tmp_path, origin_of(model))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded, origin = load_model(str(tmp_path))
+    assert torch.equal(loaded(images), model(images))
+    assert origin.preprocessing["input_size"] == [3, 32, 24] and loaded.config == TINY
 
 
 def test_it_is_evaluated_by_its_joints(cut, people):

@@ -19,9 +19,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 Augmentation = Literal["none", "light", "strong", "clip", "dinov2"]
-
-
 Counted = Literal["params", "macs", "latency"]
+PULL = (5e-6, 5e-6)  # weights of SDPose's paper
 
 
 class CalibrateOptions(Checked):
@@ -231,7 +230,7 @@ class RecoverOptions(Checked):
     """Experiment trackers in addition to the log, such as tensorboard or wandb."""
     cycles: int = Field(default=1, ge=1)
     """How often in a row the blocks run in training, with the loss behind each cycle (SDPose); the result runs once."""
-    cycle_weights: tuple[float, float] = (5e-6, 5e-6)
+    cycle_weights: tuple[float, float] = PULL
     """Weights of how far tokens are from those of the next cycle: of those in front of the patches, and of patches."""
     cycle_detach: bool = False
     """Whether tokens of the next cycle are fixed when tokens are pulled to them; in the paper they are pulled, too."""
@@ -290,7 +289,7 @@ class RecoverOptions(Checked):
         unfit = next((name for name, value in given.items() if value), None)
         if self.cycles > 1 and unfit is not None:
             raise ValueError(f"cycles: run whole blocks several times, which goes with no {unfit}; drop one of the two")
-        if self.cycles == 1 and {"cycle_weights", "cycle_detach"} & self.model_fields_set:
+        if self.cycles == 1 and (self.cycle_detach or self.cycle_weights != PULL):
             raise ValueError("cycle_weights and cycle_detach say how cycles pull at each other; give cycles, 2 or more")
         if min(self.cycle_weights) < 0:
             raise ValueError("cycle_weights: use 0 or more")
