@@ -214,6 +214,30 @@ def test_joints_are_learned_with_labels_in_cycles(tmp_path):
     assert sum(losses) / 2 == pytest.approx(found.best_error)
 
 
+def test_stopped_training_goes_on_bit_for_bit(tmp_path):
+    images = open_images(write_parquet(tmp_path / "a.parquet", 12))
+
+    def train(model, *, resume=False, on_validation=None, work=None):
+        poses = [PoseSet(images, model.preprocessing, 14, seed=seed) for seed in (0, None)]
+        options = RecoverOptions(**{**OPTIONS, "steps": 6, "num_validations": 3}, loss="labels")
+        context = RunContext(quiet=True, work=work, resume=resume)
+        given = {"held_out": poses[1].batches(6), "options": options, "context": context}
+        return train_labels_(model, poses[0], loss=heatmap_loss, on_validation=on_validation, **given)
+
+    def stop(validation):
+        if validation.step == 4:
+            raise KeyError("stopped")
+
+    whole, stopped, again = tiny(), tiny(), tiny()
+    expected = train(whole)
+    with pytest.raises(KeyError, match="stopped"):
+        train(stopped, on_validation=stop, work=tmp_path)
+    found = train(again, work=tmp_path, resume=True)
+    assert found.curve == expected.curve
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
