@@ -216,8 +216,9 @@ class MlpWeights:
 class Stats:
     """Plain sums (not means) over calibration tokens at one MLP, in float64: H hidden units, D model width.
 
-    `hidden` is the input of the output projection, `target` the output that the projection should have. `rounding` is
-    that of products, relative to their factors' sizes.
+    `hidden` is the input of the output projection, `target` the output that the projection should have. `fed` are the
+    parts of `target_D` and `cross_HD` that correct errors of earlier blocks, where somebody asks for them. `rounding`
+    is that of products, relative to their factors' sizes.
     """
 
     num_tokens: int
@@ -227,6 +228,7 @@ class Stats:
     cross_HD: Tensor
     target_square: float
     rounding: float = 2.0**-52
+    fed: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

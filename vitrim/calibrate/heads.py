@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate.activations import Activations, Call, silenced
 from vitrim.calibrate.sums import check_finite
-from vitrim.calibrate.walk import Sums, corrected, layer_scale, moved
+from vitrim.calibrate.walk import JUDGING, Sums, corrected, fed_part, layer_scale, moved
 from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_factors import LogitSums
@@ -75,8 +75,31 @@ class HeadVisit:
         for index in range(self.num_fit):
             theirs = self.teacher.observe(self.site, index, silent=self.silent)
             ours = self.student.observe(site, index, silent=self.silent)
-            sums.add(ours["hidden"], corrected(theirs, ours, self.scale_D, self.feedback))
+            target_ND = corrected(theirs, ours, self.scale_D, self.feedback)
+            sums.add(ours["hidden"], target_ND, fed_part(theirs, target_ND) if self.has_held_out else None)
         return sums.done(self.site.path)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are batches that are not in the sums."""
+        return self.num_fit < len(self.student.batches)
+
+    def held_out(self, site: AttentionSite) -> tuple[Tensor, Tensor] | None:
+        """Return mixed values, which the student has at `site`, with wanted outputs, of some tokens not in the sums.
+
+        None if there are no such tokens, or no feedback that they could judge.
+        """
+        if self.scale_D is None or self.feedback == 0 or not self.has_held_out:
+            return None
+        found, numbers = [], range(self.num_fit, len(self.student.batches))
+        for index in numbers:
+            theirs = self.teacher.observe(self.site, index, silent=self.silent)
+            ours = self.student.observe(site, index, silent=self.silent)
+            target_ND = corrected(theirs, ours, self.scale_D, self.feedback)
+            step = -(-len(target_ND) * len(numbers) // JUDGING)
+            found.append((ours["hidden"][::step], target_ND[::step]))
+        hidden, targets = zip(*found, strict=True)
+        return torch.cat(hidden), torch.cat(targets)
 
 
 def _in_order(model: nn.Module, site: AttentionSite, call: Call) -> bool:

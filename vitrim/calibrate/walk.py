@@ -26,6 +26,7 @@ from vitrim.ops.products import Products
 from vitrim.surgery import mlp_output, submodule, weight_of
 from vitrim.types import MlpSite, Stats
 
+JUDGING = 4096  # tokens that judge how much feedback pays, at most; spread over all images that are not in the sums
 FARTHEST = 2.0**20  # times an MLP's largest output: the largest offset by which a layer scale is probed
 
 
@@ -186,11 +187,12 @@ class Sums:
     """Running sums of hidden activations and targets."""
 
     def __init__(self, moments: torch.dtype = torch.float64) -> None:
-        self.products = Products(moments)
+        self.products, self.width = Products(moments), 0
 
-    def add(self, hidden_NH: Tensor, target_ND: Tensor) -> None:
-        """Add a batch of tokens."""
-        self.products.add(hidden_NH, target_ND)
+    def add(self, hidden_NH: Tensor, target_ND: Tensor, fed_ND: Tensor | None = None) -> None:
+        """Add a batch of tokens; `fed_ND` is the part of the targets that is feedback, if its own sums are wanted."""
+        self.width = target_ND.shape[-1]
+        self.products.add(hidden_NH, target_ND if fed_ND is None else torch.cat([target_ND, fed_ND], dim=-1))
 
     def done(self, path: str) -> Stats:
         """Return the sums as a frozen value; `path` is the MLP's.
@@ -198,18 +200,21 @@ class Sums:
         Raises:
             ModelError: they are not finite.
         """
-        sums = self.products
+        sums, width, fed = self.products, self.width, None
         sums.finish_()
         parts = {
             "hidden_H": sums.total_K,
-            "target_D": sums.other_total_D,
-            "cross_HD": sums.cross_KD,
+            "target_D": sums.other_total_D[:width],
+            "cross_HD": sums.cross_KD[:, :width],
             "hidden_HH": sums.square_KK,
         }
-        square = sums.other_square
+        square = float(sums.other_square_D[:width].sum())
+        if sums.cross_KD.shape[1] > width:
+            fed = (sums.other_total_D[width:], sums.cross_KD[:, width:])
+            parts["fed"] = fed[1]
         for name, part in {**parts, "square": torch.tensor(square)}.items():
             check_finite(path, f"the sum {name} over {sums.num_tokens:,} tokens", part)
-        return Stats(num_tokens=sums.num_tokens, target_square=square, rounding=sums.rounding, **parts)
+        return Stats(num_tokens=sums.num_tokens, target_square=square, rounding=sums.rounding, **{**parts, "fed": fed})
 
 
 def _visit(
@@ -235,7 +240,7 @@ def _visit(
         if halves and index == num_in_half(num_fit) > 0:
             half = copy.deepcopy(sums)
         if part == "fit":
-            sums.add(ours["hidden"], target_ND)
+            sums.add(ours["hidden"], target_ND, fed_part(theirs, target_ND) if num_held_out else None)
         if index == 0:
             alone = stands_alone(student.model, site, ours)
         rows = torch.randperm(len(target_ND), generator=generator)[: limits[part]].to(target_ND.device)
@@ -275,6 +280,11 @@ def corrected(
     inverse_D = torch.where(scale_D == 0, 0.0, 1 / scale_D)  # behind a zero no output corrects the residual stream
     behind = (theirs["stream"] - scale_D * theirs["output"]) - (ours["stream"] - scale_D * ours["output"])
     return theirs["output"] + feedback * inverse_D * behind
+
+
+def fed_part(theirs: Mapping[str, Tensor], target_ND: Tensor) -> Tensor | None:
+    """Return the part of targets from `corrected` that is feedback; None if they have none."""
+    return None if target_ND is theirs["output"] else target_ND - theirs["output"]
 
 
 def stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bool:

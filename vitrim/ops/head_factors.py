@@ -199,6 +199,7 @@ def mixed(stats: Stats, weight_DA: Tensor, mixture_GKF: Tensor) -> tuple[Stats, 
         hidden_H=whole_PA @ stats.hidden_H.to(whole_PA),
         hidden_HH=whole_PA @ gram_AA @ whole_PA.T,
         cross_HD=whole_PA @ stats.cross_HD.to(whole_PA),
+        fed=None if stats.fed is None else (stats.fed[0], whole_PA @ stats.fed[1].to(whole_PA)),
     )
     num_heads, _, dims = mixture_GKF.shape
     blocks_GFF = torch.stack([gram_AA[own][:, own] for own in torch.arange(num_heads * dims).chunk(num_heads)])

@@ -40,6 +40,7 @@ def of_units(stats: Stats, keep: Tensor) -> Stats:
         hidden_H=stats.hidden_H[keep],
         hidden_HH=stats.hidden_HH[keep[:, None], keep].to(stats.cross_HD.dtype),
         cross_HD=stats.cross_HD[keep],
+        fed=None if stats.fed is None else (stats.fed[0], stats.fed[1][keep]),
     )
 
 

@@ -34,7 +34,6 @@ class Products:
 
     def __init__(self, stored: torch.dtype = torch.float64) -> None:
         self.stored, self.num_tokens, self.rounding = stored, 0, FLOAT64
-        self.other_square = 0.0
         self._sides: list[_Side] = []
 
     @property
@@ -57,7 +56,7 @@ class Products:
                 self._start(floats)
             self._add_some([side.apply(part) for side, part in zip(self._sides, floats, strict=True)])
             if others_ND is not None:
-                self.other_square += float(floats[1].to(self.sum_dtype).square().sum())
+                self.other_square_D += floats[1].to(self.sum_dtype).square().sum(-2)
             self.num_tokens += parts[0].shape[-2]
 
     def _start(self, parts: list[Tensor]) -> None:
@@ -74,6 +73,7 @@ class Products:
             self.square_KK = torch.zeros(*shape, shape[-1], dtype=stored, device=first.device)
             for part in parts[1:]:
                 self.cross_KD = torch.zeros(*shape, part.shape[-1], dtype=self.sum_dtype, device=first.device)
+                self.other_square_D = torch.zeros_like(self.cross_KD[..., 0, :])
 
     def _add_some(self, parts: list[Tensor]) -> None:
         for side, part in zip(self._sides, parts, strict=True):

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit
+from vitrim.calibrate.walk import JUDGING
 from vitrim.config.options import RepairOptions
+from vitrim.models.features import evaluating
+from vitrim.ops.feedback import fit_fed
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
 from vitrim.repair.learning import judged_halves
 from vitrim.repair.refit import refit_, site_tensors
-from vitrim.surgery import KeepUnits, apply_, read_weights
+from vitrim.surgery import KeepUnits, apply_, hidden_and_output, read_weights, weight_of
 from vitrim.types import Stats
 
 
@@ -27,7 +30,10 @@ def repair_(
         edit, visit = KeepUnits.first(site, edit.width), visit.again()
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
-    fitted_DK, fitted_D, errors = fitted(visit.stats, keep, start_DK, bias_D, repair.ridge, site.path)
+    judging = _judging(student, visit) if visit.stats.fed is not None and visit.stands_alone else None
+    fitted_DK, fitted_D, errors = fitted(
+        visit.stats, keep, start_DK, bias_D, repair.ridge, site.path, held_out=judging, scale_D=visit.scale_D
+    )
     apply_(student, [edit.with_output(fitted_DK, fitted_D)])
     if visit.half is not None and visit.stands_alone:
         half_DK, half_D, _ = fitted(visit.half, keep, start_DK, bias_D, repair.ridge, site.path)
@@ -40,15 +46,42 @@ def repair_(
 
 
 def fitted(
-    stats: Stats, keep: Tensor, weight_DK: Tensor, bias_D: Tensor | None, ridge: float | None, where: str
+    stats: Stats,
+    keep: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    ridge: float | None,
+    where: str,
+    *,
+    held_out: tuple[Tensor, Tensor] | None = None,
+    scale_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
-    """Fit an output projection to the kept units, unless `ridge` is None; return it with its errors per token."""
+    """Fit an output projection to the kept units, unless `ridge` is None; return it with its errors per token.
+
+    With `held_out`, hidden values (N, H) and targets (N, D) of tokens that are not in the sums, only as much of the
+    feedback in the targets is taken as pays there: `feedback` among the errors is that share of it. `scale_D` is the
+    layer scale behind.
+    """
     errors = {"unrepaired": squared_error(stats, keep, weight_DK, bias_D)}
     if ridge is not None:
         strength = ridge_for(stats.num_tokens, len(keep), ridge)
-        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=strength, where=where)
+        if stats.fed is None or held_out is None:
+            weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=strength, where=where)
+        else:
+            weight_DK, bias_D, errors["feedback"] = fit_fed(
+                stats, keep, weight_DK, bias_D, held_out, scale_D, ridge=strength, where=where
+            )
         errors["repaired"] = squared_error(stats, keep, weight_DK, bias_D)
     return weight_DK, bias_D, errors
+
+
+def _judging(student: nn.Module, visit: SiteVisit) -> tuple[Tensor, Tensor]:
+    """Return hidden activations and targets of some held-out tokens, for the student as it is now."""
+    inputs_ND, targets_ND = visit.held_out.inputs_ND, visit.held_out.targets_ND
+    step, device = -(-len(inputs_ND) // JUDGING), weight_of(student, visit.site.output).device
+    with evaluating(student):
+        hidden_NH, _ = hidden_and_output(student, visit.site, inputs_ND[::step].to(device))
+    return hidden_NH, targets_ND[::step].to(device)
 
 
 def visit_notes(visit: SiteVisit, repair: RepairOptions, num_keep: int) -> list[str]:

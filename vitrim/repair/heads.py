@@ -6,6 +6,7 @@ Shapes: G heads, F dimensions of a head, K kept, D model width.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import HeadVisit
 from vitrim.methods import SiteMethod
+from vitrim.ops.feedback import aimed
 from vitrim.ops.head_factors import ValueSums, mixed
 from vitrim.repair.closed_form import fitted
 from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, apply_, mix_heads, submodule
@@ -24,11 +26,11 @@ def pick_heads_(
     student: nn.Module, visit: HeadVisit, method: SiteMethod, num_keep: int, ridge: float | None
 ) -> tuple[KeepHeads, dict[str, float]]:
     """Drop whole heads of one attention in place; arguments and result as for `cut_heads_`."""
-    site, sums = visit.site, value_sums(student, visit, visit.site)
-    heads = tuple(sorted(int(head) for head in method.pick_heads(sums, num_keep)))
+    site, sums, held_out = visit.site, value_sums(student, visit, visit.site), visit.held_out(visit.site)
+    heads = tuple(sorted(int(head) for head in method.pick_heads(_aimed(sums, held_out, ridge, site.path), num_keep)))
     keep = torch.tensor([head * site.head_dim + dim for head in heads for dim in range(site.head_dim)])
     start_DP = sums.output_DA[:, keep.to(sums.output_DA.device)]
-    output, errors = _fitted(sums, sums.stats, keep, start_DP, ridge, site.path)
+    output, errors = _fitted(sums, sums.stats, keep, start_DP, ridge, site.path, held_out)
     tensors = {f"{site.path}.proj.{name}": tensor.contiguous() for name, tensor in output.items()}
     edit = KeepHeads(site=site, keep=heads, tensors=tensors)
     apply_(student, [edit])
@@ -56,12 +58,15 @@ def cut_heads_(
         mixtures["q"], mixtures["k"] = method.mix_logits(visit.logits(), num_keep)
     edit = mix_heads(whole, site, mixtures, {})
     apply_(student, [edit])  # for the probabilities that are left
-    sums = value_sums(student, visit, edit.after)
+    sums, held_out = value_sums(student, visit, edit.after), visit.held_out(edit.after)
     replace_(student, site.path, whole)
-    mixtures["v"] = method.mix_values(sums, num_keep)
+    mixtures["v"] = method.mix_values(_aimed(sums, held_out, ridge, site.path), num_keep)
     small, start_DP = mixed(sums.stats, sums.output_DA, mixtures["v"])
     keep = torch.arange(start_DP.shape[1])
-    output, errors = _fitted(sums, small, keep, start_DP, ridge, site.path)
+    if held_out is not None:
+        whole_PA = torch.block_diag(*mixtures["v"])
+        held_out = held_out[0].to(whole_PA) @ whole_PA.T, held_out[1]
+    output, errors = _fitted(sums, small, keep, start_DP, ridge, site.path, held_out)
     edit = mix_heads(whole, site, mixtures, output)
     apply_(student, [edit])
     return edit, errors
@@ -80,9 +85,28 @@ def value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> Val
     )
 
 
+def _aimed(sums: ValueSums, held_out: tuple[Tensor, Tensor] | None, ridge: float | None, where: str) -> ValueSums:
+    """Return the sums for targets with as much feedback as pays for the whole attention: by them it is decided.
+
+    Else what stays is what learns feedback by heart best, and no weight behind it makes up for that.
+    """
+    if held_out is None:
+        return sums
+    every = torch.arange(sums.output_DA.shape[1])
+    _, errors = _fitted(sums, sums.stats, every, sums.output_DA, ridge, where, held_out)
+    return replace(sums, stats=aimed(sums.stats, errors.get("feedback", 1.0)))
+
+
 def _fitted(
-    sums: ValueSums, stats: Stats, keep: Tensor, weight_DP: Tensor, ridge: float | None, where: str
+    sums: ValueSums,
+    stats: Stats,
+    keep: Tensor,
+    weight_DP: Tensor,
+    ridge: float | None,
+    where: str,
+    held_out: tuple[Tensor, Tensor] | None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the output projection of the kept dimensions by name, fitted unless `ridge` is None, and its errors."""
-    weight_DP, bias_D, errors = fitted(stats, keep, weight_DP, sums.output_bias_D, ridge, where)
+    start, given = (weight_DP, sums.output_bias_D), {"held_out": held_out, "scale_D": sums.scale_D}
+    weight_DP, bias_D, errors = fitted(stats, keep, *start, ridge, where, **given)
     return {"weight": weight_DP} | ({} if bias_D is None else {"bias": bias_D}), errors

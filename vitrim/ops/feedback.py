@@ -1,0 +1,84 @@
+"""How much of the feedback in the targets of a fit is worth having, judged on tokens that were not fitted.
+
+Feedback asks an output to make up for what earlier blocks got wrong. What of that the output can know, it learns from
+any tokens; what it can't, it learns by heart, and more so the fewer tokens there are. Least squares is linear in its
+targets, so one factorisation gives the fit without feedback and what feedback adds to it, and the error on other tokens
+is a parabola in the share of the latter. No grid is needed, and no scale is left in the share.
+
+Shapes: N tokens, H hidden units, K kept units, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vitrim.ops.least_squares import fit_output
+from vitrim.types import Stats
+
+
+def fit_fed(
+    stats: Stats,
+    keep: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    held_out: tuple[Tensor, Tensor],
+    scale_D: Tensor | None,
+    *,
+    ridge: float,
+    where: str,
+) -> tuple[Tensor, Tensor | None, float]:
+    """Fit the output projection of the kept units as `fit_output` does, with as much feedback as pays.
+
+    Args:
+        stats: sums over calibration tokens, with `fed`.
+        keep: indices of the kept units, int64 (K,).
+        weight_DK: the present columns of the kept units, (D, K).
+        bias_D: the present bias (D,), or None: then no bias is fitted either.
+        held_out: hidden activations (N, H) and targets (N, D) of tokens that are not in the sums.
+        scale_D: layer scale behind the output, by which channels count; None if there is none.
+        ridge: as for `fit_output`.
+        where: path of the layer, for messages.
+
+    Returns:
+        Weight (D, K), bias (D,) or None, and the share of the feedback that was taken, 0..1.
+    """
+    fed_D, fed_HD = stats.fed or (torch.zeros_like(stats.target_D), torch.zeros_like(stats.cross_HD))
+    apart = replace(
+        stats,
+        target_D=torch.cat([stats.target_D - fed_D, fed_D]),
+        cross_HD=torch.cat([stats.cross_HD - fed_HD, fed_HD], dim=1),
+        fed=None,
+    )
+    start_DK = torch.cat([weight_DK, torch.zeros_like(weight_DK)])  # the ridge pulls feedback alone towards nothing
+    weight, bias = fit_output(apart, keep, start_DK, bias_D, ridge=ridge, where=where)
+    (plain_DK, added_DK), biases = weight.chunk(2), None if bias is None else bias.chunk(2)
+    hidden_NK, scale = held_out[0][:, keep.to(held_out[0].device)].to(weight), 1.0 if scale_D is None else scale_D
+    plain_ND, added_ND = (
+        hidden_NK @ part.T + (0.0 if biases is None else biases[number])
+        for number, part in enumerate((plain_DK, added_DK))
+    )
+    share = _share((held_out[1].to(plain_ND) - plain_ND) * scale, added_ND * scale)
+    return plain_DK + share * added_DK, None if biases is None else biases[0] + share * biases[1], share
+
+
+def _share(missing_ND: Tensor, added_ND: Tensor) -> float:
+    """Return the share, 0..1, of what is added that leaves the least of what is missing."""
+    size = float(added_ND.square().sum())
+    return min(1.0, max(0.0, float((missing_ND * added_ND).sum()) / size)) if size > 0 else 1.0
+
+
+def aimed(stats: Stats, share: float) -> Stats:
+    """Return the sums for targets that have this share of their feedback; nobody has summed up their squares."""
+    if stats.fed is None or share == 1:
+        return stats
+    fed_D, fed_HD = stats.fed
+    return replace(
+        stats,
+        target_D=stats.target_D - (1 - share) * fed_D,
+        cross_HD=stats.cross_HD - (1 - share) * fed_HD,
+        target_square=float("nan"),
+        fed=None,
+    )
