@@ -30,13 +30,15 @@ def ahead(**values) -> Ahead:
     return Ahead(**{**known, "macs": 50_000, "num_images": 100, "num_views": 1, "num_train": 200, **values})
 
 
-SUMS = 2 * 5 * (40 * 40 / 2 + 40 * 10) / 50_000  # of an image, in passes
+SUMS = 2 * 5 * (40 * 40 / 2 + 2 * 40 * 10) / 50_000  # of an image, in passes
+NO_FEEDBACK = {"repair": {"refit": False, "feedback": 0}}
 
 
 @pytest.mark.parametrize(
     ("recipe", "passes"),
     [
         ({"effort": "fast"}, [100 * (3 + SUMS)]),
+        (NO_FEEDBACK, [100 * (3 + 2 * 5 * (40 * 40 / 2 + 40 * 10) / 50_000)]),
         ({"repair": False}, []),
         ({}, [100 * (3 + SUMS), 3 * 300 * 4096 * 2 * (2 * 10 * 20) / 50_000]),
         ({"repair": False, "at_once": {"steps": 7, "batch_size": 4, "lr": 0.01}}, [4 * 7 * 4]),
@@ -94,7 +96,8 @@ def test_a_run_says_it_before_the_cut_and_is_quiet_where_asked(caplog):
     (line,) = [line for line in caplog.messages if line.startswith("ahead")]
     (mlp,) = find_mlps(model)
     num_tokens = model.pos_embed.shape[1]
-    sums = num_tokens * mlp.d_hidden * (mlp.d_hidden / 2 + mlp.d_model) / count_macs(model, torch.zeros(1, 3, 16, 16))
+    rows, columns = num_tokens * mlp.d_hidden, mlp.d_hidden / 2 + 2 * mlp.d_model
+    sums = rows * columns / count_macs(model, torch.zeros(1, 3, 16, 16))
     total = f"{(3 + sums) * 2 / 4:.1f}"
     assert line.startswith(
         f"ahead: as much work as {total} epochs of distillation, each of which would run the original"
@@ -107,7 +110,7 @@ def test_attention_counts_where_it_is_cut():
     names = {"query": "a.qkv", "key": "a.qkv", "value": "a.qkv", "output": "a.proj", "fused": True, "as_tuple": False}
     heads = AttentionSite(path="a", **names, d_model=10, num_heads=2, head_dim=5, scale=1.0)
     counted = ahead(attentions=[heads], tokens={"a": 5.0, site(0).path: 5.0, site(1).path: 5.0})
-    values, logits = 5 * 10 * (5 + 10) / 50_000, 5 * 10 * 4 * 5 / 50_000
+    values, logits = 5 * 10 * (5 + 2 * 10) / 50_000, 5 * 10 * 4 * 5 / 50_000
     for options, expected in (
         ({"parts": "both"}, 3 + 4 + SUMS + values + logits),
         ({"parts": "attention"}, 3 + 4 + values + logits),

@@ -99,10 +99,11 @@ class Ahead:
         parts = method.cuts() if isinstance(method, SiteMethod) else "mlp"
         mlps, heads = (self.sites if parts != "attention" else ()), (self.attentions if parts != "mlp" else ())
         runs = 0 if not heads else RUNS if isinstance(method, SiteMethod) and method.whole_heads() else 2 * RUNS
-        sums = sum(self.tokens[s.path] * s.d_hidden * (s.d_hidden / 2 + s.d_model) for s in mlps)
+        fed = 2 if repair.feedback > 0 else 1  # sums with targets, and with what of them is feedback
+        sums = sum(self.tokens[s.path] * s.d_hidden * (s.d_hidden / 2 + fed * s.d_model) for s in mlps)
         for site in heads:
             width, logits = site.num_heads * site.head_dim, 0 if runs == RUNS else 4 * site.head_dim
-            sums += self.tokens[site.path] * width * (width / 2 + site.d_model + logits)
+            sums += self.tokens[site.path] * width * (width / 2 + fed * site.d_model + logits)
         what = " and ".join(f"{len(one)} {name}" for one, name in ((mlps, "MLPs"), (heads, "attentions")) if one)
         views = "" if self.num_views == 1 else f" in {self.num_views} views"
         passes = (

@@ -41,7 +41,8 @@ class RepairOptions(Checked):
     ridge: float = Field(default=1e-4, gt=0)
     """Strength of the regularization: how much a relative change of a kept unit's weights costs."""
     feedback: float = Field(default=1.0, ge=0, le=1)
-    """How much of the error made by earlier blocks each repair tries to correct, from 0 to 1."""
+    """How much of the error made by earlier blocks each repair tries to correct at most, from 0 to 1; it takes the part
+    of it that pays on held-out tokens."""
     refit: bool = True
     """Train each MLP briefly after its closed-form repair."""
     refit_steps: int = Field(default=300, ge=1)

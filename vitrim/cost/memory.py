@@ -73,9 +73,10 @@ class MemoryEstimate:
         """
         square, cross = self.hidden**2 * moments.itemsize, self.hidden * self.d_model * 8
         tiles = min(TILE_ROWS, self.hidden) * self.hidden * (4 if moments == torch.float64 else 20)
-        summing = self.batch + self.chunk * (self.hidden + self.d_model) * 8 + tiles
+        summing = self.batch + self.chunk * (self.hidden + 2 * self.d_model) * 8 + tiles
         selecting = square + self.hidden * self.kept * 8 + 5 * cross  # centred moments, factor, residual and copies
-        fixed = square + cross + self.resident + self.sample + (0 if offloaded else self.activations)
+        # With targets, and with the part of them that is feedback.
+        fixed = square + 2 * cross + self.resident + self.sample + (0 if offloaded else self.activations)
         return int(MARGIN * (fixed + max(summing, selecting)))
 
     @property

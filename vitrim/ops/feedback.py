@@ -60,11 +60,11 @@ def fit_fed(
         hidden_NK @ part.T + (0.0 if biases is None else biases[number])
         for number, part in enumerate((plain_DK, added_DK))
     )
-    share = _share((held_out[1].to(plain_ND) - plain_ND) * scale, added_ND * scale)
+    share = paying_share((held_out[1].to(plain_ND) - plain_ND) * scale, added_ND * scale)
     return plain_DK + share * added_DK, None if biases is None else biases[0] + share * biases[1], share
 
 
-def _share(missing_ND: Tensor, added_ND: Tensor) -> float:
+def paying_share(missing_ND: Tensor, added_ND: Tensor) -> float:
     """Return the share, 0..1, of what is added that leaves the least of what is missing."""
     size = float(added_ND.square().sum())
     return min(1.0, max(0.0, float((missing_ND * added_ND).sum()) / size)) if size > 0 else 1.0
