@@ -13,6 +13,13 @@ of repair takes, in epochs of plain distillation on the same inputs in the same 
     python benchmarks/repair.py --cost local-dir:benchmarks/models/deep-vit --num-images 800 --ratios 1
     python benchmarks/repair.py --cost ../shared/models/minilm --num-images 200 --ratios 1
     python benchmarks/repair.py --cost ../shared/models/minilm --num-images 200 --ratios 1 --select-on outputs features
+
+`--cost vit-s` is a ViT-S/14 with random weights, for what it takes alone. What depends on the model's depth, on tokens
+or on steps grows in proportion to each, and so does the epoch; so a part of it tells of the whole if the refit's steps
+are cut in proportion to tokens. A selection's work does not depend on tokens, and counts too much then.
+
+    python benchmarks/repair.py --cost vit-s --num-images 800 --ratios 1                      # 13 minutes of 2 cores
+    python benchmarks/repair.py --cost vit-s --num-images 800 --ratios 1 --image-size 112 --depth 2 --refit-steps 75
 """
 
 from __future__ import annotations
@@ -27,11 +34,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
-from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, first_images, open_images, split_indices, transform_for
 from vitrim.data.inputs import open_set
@@ -83,11 +90,18 @@ def main() -> None:
     parser.add_argument(
         "--select-on", nargs="+", choices=["outputs", "features"], default=["outputs"], help="for --cost"
     )
+    parser.add_argument("--image-size", type=int, default=224, help="for --cost vit-s")
+    parser.add_argument("--depth", type=int, default=12, help="for --cost vit-s")
+    parser.add_argument("--refit-steps", type=int, default=300, help="for --cost")
     parser.add_argument("--device", default="auto", help="for --cost")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/repair.json"))
+    parser.add_argument("--out", type=Path, help="by default in benchmarks/results, repair.json or repair-cost.json")
     arguments = parser.parse_args()
+    own = "repair" if arguments.cost is None else "repair-cost"
+    arguments.out = arguments.out or Path(f"benchmarks/results/{own}.json")
     if arguments.cost is not None:
-        print(cost_table(costs(arguments)))
+        found = costs(arguments)
+        write(arguments.out, {"costs": found})
+        print(cost_table(found))
         return
     names = [name for name in MODELS if arguments.model in (name, "all")]
     names = [name for name in names if name == "digits" or SHARED.exists()]
@@ -96,10 +110,15 @@ def main() -> None:
         for ratio in arguments.ratios:
             for row, error in errors(name, ratio, arguments.num_images).items():
                 table[row][f"{name}, ratio {ratio:g}"] = error
-    result = {"environment": environment(), "table": table}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
+    print(markdown(write(arguments.out, {"table": table})))
+
+
+def write(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Write what was found to a file, with the machine and the command; return all of it."""
+    result = {"environment": environment(), **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def errors(name: str, ratio: float, num_images: int) -> dict[str, float]:
@@ -124,16 +143,15 @@ def errors(name: str, ratio: float, num_images: int) -> dict[str, float]:
 
 def costs(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return error, fitted and held out, and cost of each effort at each MLP ratio, on one model."""
-    teacher, origin = open_encoder(arguments.cost)
+    teacher, inputs = cost_case(arguments)
     teacher = teacher.float().eval().requires_grad_(False).to(resolve_device(arguments.device))
-    inputs = cost_inputs(arguments.data, origin)
     rest, held = split_indices(len(inputs), num_held_out=min(arguments.num_test, len(inputs) // 2), seed=0)
     batches, _ = first_images(inputs.subset(rest), arguments.num_images, seed=0)
     judged = list(inputs.subset(held).loader(batch_size=BATCH))
-    sites, found, efforts = find_mlps(teacher), {}, "effort" in RepairOptions.model_fields
+    sites, found = find_mlps(teacher), {}
     for ratio, effort, select_on in product(arguments.ratios, arguments.efforts, arguments.select_on):
         student, options = copy.deepcopy(teacher), {"select_on": select_on}
-        repair = {"effort": effort} if efforts else EFFORTS[effort]
+        repair = EFFORTS[effort] if effort == "fast" else {"refit_steps": arguments.refit_steps}
         recipe = Recipe.parse({"method": "dgmr", "options": options, "repair": repair, "mlp_ratio": ratio})
         cut = timed(lambda: cut_(student, teacher, sites, recipe, batches, quiet=True))  # noqa: B023
         errors = {
@@ -148,6 +166,19 @@ def costs(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         found[name] = row
         print(f"{name}: {row}", flush=True)
     return found
+
+
+def cost_case(arguments: argparse.Namespace) -> tuple[nn.Module, ImageSet]:
+    """Return a model and its inputs: as named, or a ViT-S/14 with random weights and smooth noise."""
+    if arguments.cost != "vit-s":
+        model, origin = open_encoder(arguments.cost)
+        return model, cost_inputs(arguments.data, origin)
+    torch.manual_seed(0)
+    size = {"img_size": arguments.image_size, "depth": arguments.depth, "init_values": 1.0}
+    model = timm.create_model("vit_small_patch14_dinov2", **size)
+    rough = torch.randn(arguments.num_images + arguments.num_test, 3, 16, 16)
+    images = nn.functional.interpolate(rough, arguments.image_size, mode="bilinear")
+    return model, open_images([(image, -1) for image in images])
 
 
 def cost_inputs(data: str | None, origin: Origin) -> ImageSet:
