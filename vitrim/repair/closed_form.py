@@ -31,12 +31,11 @@ def repair_(
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
     judging = _judging(student, visit) if visit.stats.fed is not None and visit.stands_alone else None
-    fitted_DK, fitted_D, errors = fitted(
-        visit.stats, keep, start_DK, bias_D, repair.ridge, site.path, held_out=judging, scale_D=visit.scale_D
-    )
+    pays = {"held_out": judging, "scale_D": visit.scale_D}
+    fitted_DK, fitted_D, errors = fitted(visit.stats, keep, start_DK, bias_D, repair.ridge, site.path, **pays)
     apply_(student, [edit.with_output(fitted_DK, fitted_D)])
     if visit.half is not None and visit.stands_alone:
-        half_DK, half_D, _ = fitted(visit.half, keep, start_DK, bias_D, repair.ridge, site.path)
+        half_DK, half_D, _ = fitted(visit.half, keep, start_DK, bias_D, repair.ridge, site.path, **pays)
         errors |= judged_halves(student, visit, (half_DK, half_D))
     if repair.refit and visit.stands_alone:
         given = {"num_steps": repair.refit_steps, "lr": repair.refit_lr, "ridge": repair.ridge}
