@@ -216,9 +216,8 @@ class MlpWeights:
 class Stats:
     """Plain sums (not means) over calibration tokens at one MLP, in float64: H hidden units, D model width.
 
-    `hidden` is the input of the output projection, `target` the output that the projection should have. `fed` are the
-    parts of `target_D` and `cross_HD` that correct errors of earlier blocks, where somebody asks for them. `rounding`
-    is that of products, relative to their factors' sizes.
+    `hidden` is the input of the output projection, `target` the output that it should have. `rounding` is that of
+    products, relative to their factors' sizes. `fed` are the parts of `target_D` and `cross_HD` that are feedback.
     """
 
     num_tokens: int
