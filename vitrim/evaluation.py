@@ -228,7 +228,7 @@ def evaluate(
     leaving, sure = leaving_at(student_model, exit, confidence)
     images = open_set(data, origin, split=split, limit=limit, default="test")
     images, fits, note = match_labels(images, teacher_model)
-    people = poses_of(teacher_model, images, origin)
+    people = poses_of(teacher_model, images)
     with progress("evaluate", 0, quiet=quiet) as bar:
         batches, num_skipped = _read(images, batch_size, bar)
         if old is not None:

@@ -22,7 +22,6 @@ from vitrim.data.images import Batch, ImageSet, collate
 from vitrim.errors import DataError
 from vitrim.models.features import num_prefix_tokens
 from vitrim.models.joints import JointLayout, layout_of
-from vitrim.models.origin import Origin
 
 HALF_BODY, MIN_JOINTS, MARGIN = 0.3, 8, 1.5  # how often half a body is shown, of how many joints or more, and around it
 TURNED, DEGREES, ZOOM = 0.6, 45, 0.35  # how often a picture is turned; spread of the angle, and of the scale
@@ -91,7 +90,7 @@ class PoseSet(Dataset):
         return [collate([next(items) for _ in range(min(batch_size, len(self) - start))]) for start in starts]
 
 
-def poses_of(model: nn.Module, images: ImageSet, origin: Origin) -> PoseSet | None:
+def poses_of(model: nn.Module, images: ImageSet) -> PoseSet | None:
     """Return a source as pictures with joints for a pose model; None for other models, and for images without joints.
 
     Raises:
@@ -99,7 +98,7 @@ def poses_of(model: nn.Module, images: ImageSet, origin: Origin) -> PoseSet | No
     """
     if not hasattr(model, "joint_tokens") or images.joints is None:
         return None
-    return PoseSet(images, origin.preprocessing, num_prefix_tokens(model))
+    return PoseSet(images, model.preprocessing, num_prefix_tokens(model))  # type: ignore[arg-type]
 
 
 def framed(
