@@ -58,7 +58,7 @@ class Bench:
         self.arguments, self.seed = arguments, seed
         name, reading = NAMES[arguments.model], Reading(model_args={"stream": stream})
         self.model, self.origin = load_model(name, reading=reading)
-        self.folder = KEPT / f"{arguments.model}{'-quick' if arguments.quick else ''}" / f"{stream}-{seed}"
+        self.folder = KEPT / f"{arguments.model}-{arguments.epochs:g}-{arguments.tune:g}" / f"{stream}-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         every = open_set(DATA / "train.parquet", self.origin, limit=None)
         rest, held = split_indices(len(every), num_held_out=len(every) // 10, seed=0)

@@ -94,7 +94,7 @@ class LowRank(ModelMethod):
             raise RecipeError("options.whiten needs images; pass data, or leave it out.")
         if self.solver == "svd" and self.whiten is None and not whiten:
             view.note("no images given: factors were fitted to weights alone; pass data to fit what layers put out.")
-        layers = self.chosen(view)
+        layers = _chosen(view, self)
         ranks = self.ranks(view, layers, whiten=whiten)
         dense = [layer.path for layer in layers if (ranks[layer.path] or 0) >= layer.break_even]
         paying = [layer for layer in layers if layer.path not in dense]
@@ -112,10 +112,6 @@ class LowRank(ModelMethod):
                 f"{len(dense)} of {len(layers)} layers stay whole, since factors of their rank would save nothing: "
                 f"{_few(dense)}."
             )
-
-    def chosen(self, view: ModelView) -> list[LayerSite]:
-        """Return the layers to factor; note which can't be, and why."""
-        return _chosen(view, self)
 
     def usual(self, view: ModelView, everything: Sequence[LayerSite]) -> list[LayerSite]:
         """Return the layers to factor where no patterns are given."""
