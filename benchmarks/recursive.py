@@ -53,7 +53,7 @@ MODELS = {
 }
 QUICK = {"ranks": [0, 32], "steps": 10, "lr": 0.003, "num_test": 200, "num_images": 100}
 CONFIDENCES = (0.5, 0.8, 0.9, 0.95)
-EXITS_BEHIND = 32  # the rank of the row behind which exits are trained
+EXAMPLE = 32  # the rank at which factors from zero, tied norms and early exits are tried
 
 
 def rows(ranks: list[int], full: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -61,11 +61,12 @@ def rows(ranks: list[int], full: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for rank in ranks:
         for start in ("stepwise", "average", "lower"):
             yield f"{start}, rank {rank}", {"start": start, "rank": rank, "norms": "own"}
-        if rank:
-            yield f"average from zero, rank {rank}", {"rank": rank, "norms": "own", "factors": "zero"}
         if 0 < rank < full:
             yield f"average by singular values, rank {rank}", {"rank": rank, "norms": "own", "ranks": "singular"}
-        yield f"average, norms tied, rank {rank}", {"rank": rank, "norms": "tied"}
+        if rank == EXAMPLE:
+            yield f"average from zero, rank {rank}", {"rank": rank, "norms": "own", "factors": "zero"}
+        if rank in (0, EXAMPLE):
+            yield f"average, norms tied, rank {rank}", {"rank": rank, "norms": "tied"}
 
 
 class Bench:
@@ -80,7 +81,7 @@ class Bench:
         self.train, test = self.inputs()
         self.test = list(test.loader(batch_size=100))
         given = {"steps": arguments.steps, "batch_size": arguments.batch_size, "lr": arguments.lr}
-        self.trained: dict[str, Any] = {**given, "num_validations": 2}
+        self.trained: dict[str, Any] = {**given, "num_validations": 2, "precision": arguments.precision}
         self.size = model_size(self.teacher)["num_parameters"]
 
     def inputs(self) -> tuple[ImageSet, ImageSet]:
@@ -101,7 +102,7 @@ class Bench:
 
     def row(self, recipe: dict[str, Any], seed: int) -> tuple[dict[str, Any], nn.Module]:
         """One row: cut, judge, distil, judge; and the student."""
-        started, student = time.monotonic(), copy.deepcopy(self.teacher).requires_grad_(True)
+        started, student = time.process_time(), copy.deepcopy(self.teacher).requires_grad_(True)
         batches = self.calibration(seed)
         cut_(student, self.teacher, find_mlps(student), Recipe.parse({**recipe, "seed": seed}), batches, quiet=True)
         found = {"parameters": model_size(student)["num_parameters"] / self.size, "before": self.judged(student)}
@@ -113,11 +114,11 @@ class Bench:
             options=RecoverOptions(**self.trained, optimizer="relative"),
             context=RunContext(quiet=True, seed=seed),
         )
-        return {**found, "after": self.judged(student), "seconds": time.monotonic() - started}, student
+        return {**found, "after": self.judged(student), "seconds": time.process_time() - started}, student
 
     def exits(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """Error and top-1 of each exit before and after its training, and of leaving once sure."""
-        started = time.monotonic()
+        started = time.process_time()
         _, student = self.row(self.looped(options), seed)
         found: dict[str, Any] = {"before": self.left(student)}
         train_exits_(
@@ -128,7 +129,7 @@ class Bench:
             options=ExitOptions(**self.trained),
             context=RunContext(quiet=True, seed=seed),
         )
-        return {**found, "after": self.left(student, latency=True), "seconds": time.monotonic() - started}
+        return {**found, "after": self.left(student, latency=True), "seconds": time.process_time() - started}
 
     def left(self, student: nn.Module, *, latency: bool = False) -> dict[str, Any]:
         """Error and top-1 of a student at its exits, and, if it has a head, of leaving once sure."""
@@ -190,18 +191,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=", ".join(f"{k} {v}" for k, v in QUICK.items()))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ranks", type=int, nargs="+", help="by default 0, 8, 32, 64 and the full one")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, help="step as a share of each weight's norm; by default some are tried")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--num-test", type=int, default=2000)
-    parser.add_argument("--num-images", type=int, default=1000, help="for the calibration of dgmr")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the training")
+    parser.add_argument("--num-test", type=int, default=1000)
+    parser.add_argument("--num-images", type=int, default=400, help="for the calibration of dgmr")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
     name = f"recursive-{arguments.model}{'-quick' if arguments.quick else ''}.json"
     out = arguments.out or ROOT / "benchmarks" / "results" / name
-    same = ("model", "steps", "batch_size", "lr", "num_test", "num_images")
+    same = ("model", "steps", "batch_size", "lr", "precision", "num_test", "num_images")
     bench, table = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
     table.get("original", lambda: {"top1": top1_of(bench.teacher, bench.test)})
     ranks = arguments.ranks or [0, 8, 32, 64, bench.full]
@@ -212,8 +214,8 @@ def main() -> None:
                 recipe = bench.narrower(found["parameters"])
                 beside = f"dgmr beside rank {options['rank']}, seed {seed}"
                 table.get(beside, lambda: bench.row(recipe, seed)[0])  # noqa: B023
-        options = {"rank": EXITS_BEHIND, "norms": "own"}
-        table.get(f"exits, rank {EXITS_BEHIND}, seed {seed}", lambda: bench.exits(options, seed))  # noqa: B023
+        options = {"rank": EXAMPLE, "norms": "own"}
+        table.get(f"exits, rank {EXAMPLE}, seed {seed}", lambda: bench.exits(options, seed))  # noqa: B023
 
 
 if __name__ == "__main__":
