@@ -1,26 +1,26 @@
-"""LoRAPrune beside one-shot cuts: half of all hidden units and half of attention of the CIFAR-10 ViT, same images.
+"""LoRAPrune beside one-shot cuts: half of all hidden units and half of attention of a ViT, same images.
 
 Rows: `lora-prune` on features and on labels; `dgmr` (whole heads, then dimensions) and `corp` without training, and
-each behind as many steps of the same batch of distillation, with LoRA or with all weights. Top-1 and relative squared
-error of all output tokens on test images. A second table counts what a step holds beside the frozen model: saved
-activations and adapted weights, gradients, and Adam's moments. Writes JSON with machine, versions, seeds and command.
+each behind as many steps of the same batch of distillation, with LoRA or with all weights. Relative squared error of
+all output tokens on test images and, where there is a head, top-1. A second table counts what a step holds beside the
+frozen model: saved activations and adapted weights, gradients, and Adam's moments. Rows are written as they come.
 
-    python benchmarks/lora_prune.py          # most of an hour on two idle cores
-    python benchmarks/lora_prune.py --quick  # minutes
+    python benchmarks/lora_prune.py               # CIFAR-10 ViT, three seeds: an hour of two cores
+    python benchmarks/lora_prune.py --model deep  # of deep_vit.py
+    python benchmarks/lora_prune.py --quick       # minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
-import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from corp import SHARED, run
+from rows import MODELS, SHARED, Row, Rows, mean, mean_top1, results, table
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
@@ -28,12 +28,12 @@ from vitrim.config.options import AdapterOptions, RecoverOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for, first_images, open_images, transform_for
+from vitrim.evaluation import own_top1
 from vitrim.layers.adapters import merge_adapters_
-from vitrim.metrics.fidelity import TokenComparison
-from vitrim.models.features import evaluating, features
+from vitrim.metrics.fidelity import compare
+from vitrim.models.features import features, num_classes
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_model
-from vitrim.output.provenance import environment
 from vitrim.recover.adapters import attach_
 from vitrim.recover.distill import recover_
 from vitrim.recover.factors import TrainingSource
@@ -51,87 +51,74 @@ AFTER = {"": None, ", then LoRA": AdapterOptions(kind="lora", **LORA), ", then a
 
 def main() -> None:
     """Run all rows for all seeds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600, help="of lora-prune, and of distillation behind a cut")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3], help="of lora-prune")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("cifar10", "deep"), default="cifar10")
+    parser.add_argument("--source", help="where the model is, if it is elsewhere")
+    parser.add_argument("--steps", type=int, default=250, help="of lora-prune, and of distillation behind a cut")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3], help="of lora-prune")
     parser.add_argument("--num-images", type=int, default=400, help="for the calibration of cuts")
     parser.add_argument("--num-train", type=int, default=5000)
-    parser.add_argument("--num-test", type=int, default=2000)
+    parser.add_argument("--num-test", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lora_prune.json"))
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.seeds, arguments.lrs, arguments.steps, arguments.batch_size = [0], [3e-3], 50, 32
-        arguments.num_images, arguments.num_test = 128, 500
-    bench = Bench(arguments)
-    found: dict[str, Any] = {
-        "environment": environment(),
-        "arguments": {key: str(value) for key, value in vars(arguments).items()},
-        "original": bench.scores(bench.teacher),
-        "memory": {name: bench.memory(name) for name in ("lora-prune", "all weights")},
-        "rows": {},
-    }
-    print(f"original: top-1 {found['original']['top1']:.2f}\n\n{memory_table(found['memory'])}\n", flush=True)
-    for seed in arguments.seeds:
-        for name, row in bench.rows(seed):
-            found["rows"].setdefault(name, []).append(row)
-            print(f"seed {seed}: {name}: {row}", flush=True)
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"\n{table(found['rows'])}")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.seeds, asked.steps, asked.num_images, asked.num_test = [0], 50, 128, 500
+    out = asked.out or results(f"lora_prune-{asked.model}{'-quick' if asked.quick else ''}")
+    same = ("model", "steps", "batch_size", "num_images", "num_train", "num_test")
+    bench, kept = Bench(asked), Rows(out, {key: vars(asked)[key] for key in same})
+    kept.get("original", lambda: bench.scores(bench.teacher))
+    for name in ("lora-prune", "all weights"):
+        kept.get(f"memory, {name}", lambda: bench.memory(name))  # noqa: B023
+    for seed in asked.seeds:
+        for name, run_row in bench.rows(seed):
+            kept.get(f"{name}, seed {seed}", run_row)
+    print(markdown(kept))
 
 
 class Bench:
     """The model, its images and its judge."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.asked = arguments
-        self.teacher, _ = open_model(f"local-dir:{SHARED / 'models' / 'cifar10-vit'}")
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        self.teacher, _ = open_model(asked.source or MODELS[asked.model])
         self.teacher.requires_grad_(False)
         data, transform = SHARED / "data" / "cifar10", transform_for(self.teacher)
-        self.train = open_images(data / "train.parquet", transform=transform, limit=arguments.num_train)
+        self.train = open_images(data / "train.parquet", transform=transform, limit=asked.num_train)
         self.augment = augment_for(self.teacher, "light", flip=True)
-        test = open_images(data / "test.parquet", transform=transform, limit=arguments.num_test)
+        test = open_images(data / "test.parquet", transform=transform, limit=asked.num_test)
         self.test = list(test.loader(batch_size=100))
-        with evaluating(self.teacher):
-            self.target = [run(self.teacher, batch.images_BCHW) for batch in self.test]
 
-    def rows(self, seed: int) -> Any:
-        """Yield each row's name and what was measured."""
+    def rows(self, seed: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+        """Each row's name and what measures it."""
         asked = self.asked
-        for loss in ("features", "labels"):
+        given = {"parts": "both", "steps": asked.steps, "batch_size": asked.batch_size, **LORA}
+        for loss in ("features", "labels") if num_classes(self.teacher) else ("features",):
             for lr in asked.lrs:
-                options = {
-                    "parts": "both",
-                    "steps": asked.steps,
-                    "batch_size": asked.batch_size,
-                    "lr": lr,
-                    "loss": loss,
-                }
-                recipe = {"method": "lora-prune", "options": {**options, **LORA}}
-                student, seconds = self.cut(recipe, seed)
-                yield f"lora-prune, {loss}, lr {lr:g}", {**self.scores(student), "seconds": seconds}
+                recipe = {"method": "lora-prune", "options": {**given, "lr": lr, "loss": loss}}
+                yield f"lora-prune, {loss}, lr {lr:g}", lambda recipe=recipe: self.scores(self.cut(recipe, seed))
         for name, recipe in CUTS.items():
-            cut, seconds = self.cut(recipe, seed)
             for after, adapter in AFTER.items():
-                student, started = copy.deepcopy(cut), time.monotonic()
-                if after:
-                    self.distil(student, adapter, seed)
-                spent = round(seconds + time.monotonic() - started, 1)
-                yield f"{name}{after}", {**self.scores(student), "seconds": spent}
+                yield f"{name}{after}", partial(self.cut_and_distilled, recipe, after, adapter, seed)
 
-    def cut(self, values: dict[str, Any], seed: int) -> tuple[nn.Module, float]:
-        """A cut copy of the model, and the seconds it took."""
-        student, started = copy.deepcopy(self.teacher), time.monotonic()
+    def cut_and_distilled(self, recipe: Row, after: str, adapter: AdapterOptions | None, seed: int) -> Row:
+        """Scores of a one-shot cut, and what may follow it."""
+        student = self.cut(recipe, seed)
+        if after:
+            self.distil(student, adapter, seed)
+        return self.scores(student)
+
+    def cut(self, values: dict[str, Any], seed: int) -> nn.Module:
+        """A cut copy of the model."""
+        student = copy.deepcopy(self.teacher)
         recipe = Recipe.parse({**values, "keep_ratio": 0.5, "seed": seed})
         batches, _ = first_images(self.train, self.asked.num_images, seed=seed)
         images = self.train.augmented(self.augment, seed)
         source = TrainingSource(images=images, context=RunContext(seed=seed, quiet=True))
-        sites = find_mlps(self.teacher)
-        cut_(student, self.teacher, sites, recipe, batches, quiet=True, source=source)
-        return student, round(time.monotonic() - started, 1)
+        cut_(student, self.teacher, find_mlps(self.teacher), recipe, batches, quiet=True, source=source)
+        return student
 
     def distil(self, student: nn.Module, adapter: AdapterOptions | None, seed: int) -> None:
         """Distil with as many images and steps; the rate is found by the range test."""
@@ -141,16 +128,10 @@ class Bench:
         images, context = self.train.augmented(self.augment, seed), RunContext(seed=seed, quiet=True)
         recover_(student, self.teacher, images, held_out=held_out, options=options, context=context)
 
-    def scores(self, model: nn.Module) -> dict[str, float]:
-        """Top-1 and relative error on the test images."""
-        compared, right, total = TokenComparison(), 0, 0
-        with evaluating(model):
-            for batch, target in zip(self.test, self.target, strict=True):
-                tokens = run(model, batch.images_BCHW)
-                compared.update(tokens, target)
-                right += int((model.forward_head(tokens).argmax(1) == batch.labels_B).sum())  # type: ignore[operator]
-                total += len(tokens)
-        return {"top1": round(100 * right / total, 2), "relative_error": round(compared.relative_error, 4)}
+    def scores(self, model: nn.Module) -> Row:
+        """Relative error on the test images, and top-1 where there is a head."""
+        found, outputs, _ = compare(model, self.teacher, self.test)
+        return {"error": found["relative_error"], "top1": own_top1(model, outputs)}
 
     def memory(self, name: str) -> dict[str, float]:
         """MiB that a training step holds beside the model itself: of activations, gradients and moments."""
@@ -179,21 +160,17 @@ class Bench:
         return {**mib, "all": round(sum(parts.values()) / 2**20, 2)}
 
 
-def memory_table(found: dict[str, dict[str, float]]) -> str:
-    """The memory of a step in Markdown."""
-    head = (
-        "| What trains | activations and adapted weights, MiB | gradients | moments | together |\n|---|---|---|---|---|"
-    )
-    return "\n".join([head, *(f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in found.items())])
-
-
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """The rows in Markdown: means over the seeds."""
-    lines = ["| What | relative error | top-1 | seconds |", "|---|---|---|---|"]
-    for name, seen in rows.items():
-        means = {key: statistics.fmean(row[key] for row in seen) for key in seen[0]}
-        lines.append(f"| {name} | {means['relative_error']:.4f} | {means['top1']:.2f} | {means['seconds']:.0f} |")
-    return "\n".join(lines)
+def markdown(rows: Rows) -> str:
+    """The memory of a step, and the rows: means over the seeds."""
+    seen, kinds = rows.by_seed(), ("activations", "gradients", "moments", "all")
+    memory = [[name, *(str(row[0][kind]) for kind in kinds)] for name, row in seen.items() if kinds[0] in row[0]]
+    lines = [
+        [name, mean([one["error"] for one in row], 4), mean_top1(row)]
+        for name, row in seen.items()
+        if "error" in row[0]
+    ]
+    head = ["What trains", "activations and adapted weights, MiB", "gradients", "moments", "together"]
+    return f"{table(head, memory)}\n\n{table(['What', 'relative error', 'top-1'], lines)}"
 
 
 if __name__ == "__main__":

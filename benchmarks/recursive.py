@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from rows import MODELS, SHARED, Rows, mean, mean_top1, results, table
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
@@ -40,17 +40,9 @@ from vitrim.models.exits import Loops, UntilSure
 from vitrim.models.features import num_classes
 from vitrim.models.sites import find_mlps
 from vitrim.output.load import open_encoder
-from vitrim.output.provenance import environment
 from vitrim.recover.distill import recover_
 from vitrim.recover.exits import train_exits_
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-MODELS = {
-    "cifar10": f"local-dir:{SHARED / 'models' / 'cifar10-vit'}",
-    "deep": f"local-dir:{ROOT / 'benchmarks' / 'models' / 'deep-vit'}",
-    "minilm": str(SHARED / "models" / "minilm"),
-}
 QUICK = {"ranks": [0, 32], "steps": 10, "lr": 0.003, "num_test": 200, "num_images": 100}
 CONFIDENCES = (0.5, 0.8, 0.9, 0.95)
 EXAMPLE = 32  # the rank at which factors from zero, tied norms and early exits are tried
@@ -162,25 +154,15 @@ class Bench:
         return {"method": "dgmr", "repair": {"refit": False}, "params_ratio": share, "exact": True}
 
 
-class Rows:
-    """The rows of a file, written as they come; those that it has are not run again."""
-
-    def __init__(self, path: Path, arguments: dict[str, Any]) -> None:
-        self.path, self.found = path, {"arguments": arguments, "rows": {}}
-        if path.exists():
-            self.found = json.loads(path.read_text())
-            if self.found["arguments"] != arguments:
-                raise SystemExit(f"{path}: holds rows of {self.found['arguments']}; give another --out.")
-
-    def get(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a row, which is run and written if it is not there."""
-        if name not in self.found["rows"]:
-            self.found["rows"][name] = run()
-            self.found["environment"] = environment()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
-            print(name, json.dumps(self.found["rows"][name]), flush=True)
-        return self.found["rows"][name]
+def markdown(rows: Rows) -> str:
+    """Every row that is cut and trained: its parameters, and error and top-1 before and after training."""
+    lines = []
+    for name, seen in rows.by_seed().items():
+        if "parameters" in seen[0]:
+            judged = [[one[when] for one in seen] for when in ("before", "after")]
+            cells = [(mean([one["error"] for one in every], 4), mean_top1(every)) for every in judged]
+            lines.append([name, f"{seen[0]['parameters']:.0%}", *cells[0], *cells[1]])
+    return table(["", "parameters", "error", "top-1", "error, trained", "top-1, trained"], lines)
 
 
 def main() -> None:
@@ -201,21 +183,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
-    name = f"recursive-{arguments.model}{'-quick' if arguments.quick else ''}.json"
-    out = arguments.out or ROOT / "benchmarks" / "results" / name
+    out = arguments.out or results(f"recursive-{arguments.model}{'-quick' if arguments.quick else ''}")
     same = ("model", "steps", "batch_size", "lr", "precision", "num_test", "num_images")
-    bench, table = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
-    table.get("original", lambda: {"top1": top1_of(bench.teacher, bench.test)})
+    bench, kept = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
+    kept.get("original", lambda: {"top1": top1_of(bench.teacher, bench.test)})
     ranks = arguments.ranks or [0, 8, 32, 64, bench.full]
     for seed in arguments.seeds:
         for name, options in rows(ranks, bench.full):
-            found = table.get(f"{name}, seed {seed}", lambda: bench.row(bench.looped(options), seed)[0])  # noqa: B023
+            found = kept.get(f"{name}, seed {seed}", lambda: bench.row(bench.looped(options), seed)[0])  # noqa: B023
             if name.startswith("average, rank") and found["parameters"] < 1:
                 recipe = bench.narrower(found["parameters"])
                 beside = f"dgmr beside rank {options['rank']}, seed {seed}"
-                table.get(beside, lambda: bench.row(recipe, seed)[0])  # noqa: B023
+                kept.get(beside, lambda: bench.row(recipe, seed)[0])  # noqa: B023
         options = {"rank": EXAMPLE, "norms": "own"}
-        table.get(f"exits, rank {EXAMPLE}, seed {seed}", lambda: bench.exits(options, seed))  # noqa: B023
+        kept.get(f"exits, rank {EXAMPLE}, seed {seed}", lambda: bench.exits(options, seed))  # noqa: B023
+    print(markdown(kept))
 
 
 if __name__ == "__main__":
