@@ -58,8 +58,8 @@ class Rows:
 
 
 def mean(values: list[float], digits: int) -> str:
-    """The mean, and behind it the standard deviation where there are several."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    """The mean, and behind it the standard deviation where several differ."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if max(values) > min(values) else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
