@@ -103,7 +103,8 @@ def test_one_seed_gives_one_plan_byte_for_byte(kind, method):
 def test_another_width_gives_another_hash(build, method):
     case = build("timm-vit")
     widths = {"replace-me": (32, 96), "tome": (48, 80), "recursive": (64, 80)}.get(method, (32, 64))  # of two blocks
-    first, second = (cut_or_skip(case, method=method, hidden_dim=width)[1].plan for width in widths)
+    whole = case.sites[0].d_hidden
+    first, second = (cut_or_skip(case, method=method, keep_ratio=width / whole)[1].plan for width in widths)
     assert first.sha256 != second.sha256
 
 
