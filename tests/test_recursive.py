@@ -196,7 +196,8 @@ def test_the_share_is_that_of_loops_and_no_mlp_rounds_it():
         report = cut_(copy.deepcopy(model), model, find_mlps(model), recipe, None, quiet=True)
         assert {ranks for edit in report.plan.edits for ranks in edit.ranks} == {(rank,) * 4}
     found = vitrim.compress(model, method="recursive", params_ratio=0.6, quiet=True)
-    assert 0.59 < found.metrics.after.parameters / found.metrics.before.parameters <= 0.6
+    before, after = found.metrics.before.parameters, found.metrics.after.parameters
+    assert 0.6 * before - 6 * factors < after <= 0.6 * before  # one rank more would be too much
 
 
 def test_an_edit_that_does_not_fit_is_refused_and_changes_nothing():
