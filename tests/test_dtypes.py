@@ -95,6 +95,7 @@ def test_file_to_file_writes_float32(tmp_path, monkeypatch):
 
 
 def test_a_result_that_is_not_finite_is_not_returned(monkeypatch):
+    from vitrim.ops import feedback
     from vitrim.repair import closed_form
 
     def broken(*args, **options):
@@ -103,6 +104,7 @@ def test_a_result_that_is_not_finite_is_not_returned(monkeypatch):
 
     fit = closed_form.fit_output
     monkeypatch.setattr(closed_form, "fit_output", broken)
+    monkeypatch.setattr(feedback, "fit_output", broken)
     model = build_case("timm-vit").copy()
     with pytest.raises(vitrim.errors.ModelError, match=r"^blocks\.1\.mlp\.fc2\.weight: holds .* NaN or infinite"):
         vitrim.compress(model, data=IMAGES, recipe=RECIPE, quiet=True)

@@ -231,7 +231,7 @@ def test_the_command_line_takes_a_text_file(source, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["widths"]["encoder.layer.0"] == [128, 64] and printed["stock"]
     assert run(["evaluate", str(tmp_path / "out"), "--against", str(source), "--data", data, "--limit", "9"]) == 0
-    assert "pooled_cosine" in capsys.readouterr().out
+    assert "cosine CLS" in capsys.readouterr().out
 
 
 # Inputs of another kind

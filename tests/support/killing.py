@@ -24,7 +24,7 @@ from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE
 from vitrim.recover.state import has_state, load_state
 
 DIGITS_16 = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-KILLED = {"steps": 40, "batch_size": 8, "num_validations": 4, "save_every": 2, "ema": 0.9}
+KILLED = {"steps": 40, "batch_size": 8, "num_validations": 2, "save_every": 2, "ema": 0.9}
 
 
 def killed_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> None:

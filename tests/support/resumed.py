@@ -43,7 +43,6 @@ class Job:
 
     def __init__(self, name: str, scene: Scene, root: Path) -> None:
         self.name, self.scene, self.stopped = name, scene, root / "stopped"
-        _leave_out_plots()
         self.whole = self.result(self.run(root / "whole", resume=False))
         with contextlib.suppress(KeyboardInterrupt), _stopping():
             self.run(self.stopped, resume=False, on_validation=_stop_at_3)
@@ -53,7 +52,7 @@ class Job:
         """Run into `out` of a place, or go on there."""
         given = {"data": self.scene.root / "images", "out": place / "out", "resume": resume, "quiet": True}
         place.mkdir(exist_ok=True)
-        with checking_with(_loads):
+        with checking_with(_loads), _without_plots():
             if self.name == "compress":
                 vitrim.compress(str(self.scene.source), recipe=TRAINED, on_validation=on_validation, **given)
             else:
@@ -112,10 +111,17 @@ def _stop_at_3(found: Any) -> None:
         raise KeyboardInterrupt
 
 
-def _leave_out_plots() -> None:
+@contextlib.contextmanager
+def _without_plots() -> Iterator[None]:
+    """Leave out what takes time; the tests of this process that come later see their pages."""
     import vitrim.report.page
 
+    write = vitrim.report.page.write_report
     vitrim.report.page.write_report = lambda path, *_: path.write_text("the page")
+    try:
+        yield
+    finally:
+        vitrim.report.page.write_report = write
 
 
 def _loads(check: Check) -> float:
