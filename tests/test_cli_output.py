@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
 import termios
 from importlib.resources import files
 from pathlib import Path
@@ -199,3 +200,9 @@ def test_the_library_logs_in_silence_and_the_command_line_shows_it(capsys, monke
     )
     assert run(["methods"]) == 0 and capsys.readouterr().err == ""
     assert logging.getLogger("vitrim").level == before
+
+
+def test_an_editable_install_leaves_python_startable_in_the_c_locale():
+    """Before 3.12 Python reads .pth files in the locale's encoding, and does not start where one can't be read."""
+    site = Path(sysconfig.get_path("purelib"))
+    assert all(path.read_bytes().isascii() for path in site.glob("*vitrim*.pth"))
