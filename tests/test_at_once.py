@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
 import textwrap
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 
 import vitrim
 from tests.support.blocks import IMAGES, cut
-from tests.support.distillation import Broken, assert_equal, make_student, make_teacher, train, weights
+from tests.support.distillation import Broken, assert_equal, make_student, make_teacher, stopped_at, train, weights
 from tests.support.processes import run_python
 from vitrim.compression import phases
 from vitrim.config.options import AtOnceOptions, RecoverOptions
@@ -118,21 +116,13 @@ def test_weights_and_their_average_are_both_judged_and_the_better_counts():
 
 
 @pytest.mark.parametrize("values", [{"lr": None}, {"ema": 0.0}])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, values):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, values):
     teacher = make_teacher()
     whole, again = make_student(teacher), make_student(teacher)
     expected = train(whole, teacher, **values)
-    real = LocalRun.validate
-
-    def interrupt(run, loss):
-        if run.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(run, loss)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalRun, "validate", interrupt)
-        with pytest.raises(Interrupted, match=r"all blocks at once stopped at step [45] of 12; continue with --resume"):
-            train(make_student(teacher), teacher, work=tmp_path, **values)
+    told = r"all blocks at once stopped at step [45] of 12; continue with --resume"
+    with stopped_at(LocalRun, 4), pytest.raises(Interrupted, match=told):
+        train(make_student(teacher), teacher, work=tmp_path, **values)
     result = train(again, teacher, work=tmp_path, resume=True, **values)
     assert_equal(weights(whole), weights(again))
     assert result.curve == expected.curve and result.lr == expected.lr

@@ -2,14 +2,13 @@
 
 import copy
 import math
-import os
 import signal
 
 import pytest
 import torch
 
 import vitrim
-from tests.support.distillation import HELD_OUT, assert_equal, make_images, weights
+from tests.support.distillation import HELD_OUT, assert_equal, make_images, stopped_at, weights
 from tests.support.exits import alone_and_in_a_job, make_pair, train
 from tests.support.processes import run_python
 from vitrim.config.options import ExitOptions
@@ -150,17 +149,9 @@ def test_a_job_that_is_terminated_in_its_exits_goes_on_bit_for_bit(tmp_path, mon
     given = {"data": make_images(), "recipe": recipe, "quiet": True}
     monkeypatch.setattr("vitrim.output.save.verify", lambda *_, **__: 0.0)  # a fresh process takes its time
     expected = vitrim.compress(teacher, **given)
-    real = ExitRun.validate
-
-    def terminate(run, loss):
-        if run.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, loss)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ExitRun, "validate", terminate)
-        with pytest.raises(Interrupted, match=r"early exits stopped at step 4 of 6; continue with --resume"):
-            vitrim.compress(teacher, **given, out=tmp_path / "out")
+    told = r"early exits stopped at step 4 of 6; continue with --resume"
+    with stopped_at(ExitRun, 4, signal.SIGTERM), pytest.raises(Interrupted, match=told):
+        vitrim.compress(teacher, **given, out=tmp_path / "out")
     found = vitrim.compress(teacher, **given, out=tmp_path / "out", resume=True)
     assert_equal(weights(found.model), weights(expected.model))
     assert found.metrics.exits["curve"] == expected.metrics.exits["curve"]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pytest
 import timm
 import torch
 
@@ -80,6 +85,21 @@ class Broken(torch.utils.data.Dataset):
         if index in self.bad:
             raise OSError("broken")
         return self.images[index][0]
+
+
+@contextmanager
+def stopped_at(kind: type, step: int, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """Send this process a signal when a run of a class is about to be judged at a step."""
+    real = kind.validate
+
+    def stop(run, loss):
+        if run.step == step:
+            os.kill(os.getpid(), number)
+        return real(run, loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "validate", stop)
+        yield
 
 
 def poison(monkeypatch, at, value=float("nan")):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta
+from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, same_names
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 
@@ -88,7 +88,4 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     return None
 
 
-def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """Map the names in a file to themselves, for those that the model has."""
-    known = model.state_dict()
-    return {name: name for name in fakes if name in known}
+names = same_names

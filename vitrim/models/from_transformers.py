@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitrim.errors import CheckpointError, ModelError
 from vitrim.models.features import encoder_path, needs_beside_images, takes_token_ids
 from vitrim.models.fit import read_for
-from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
+from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require, same_names
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 
@@ -244,9 +244,9 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
     """Map names in a file to names in the model, by transformers' own rules for names of older versions."""
     conversion, loading = _renaming_modules()
-    known = model.state_dict()
     if conversion is None or loading is None:
-        return {name: name for name in fakes if name in known}
+        return same_names(model, fakes)
+    known = model.state_dict()
     rules = conversion.get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models.fit import check_fit, check_floats
-from vitrim.models.origin import Origin, Reading, match_buffers_, on_meta, plain_json
+from vitrim.models.origin import Origin, Reading, match_buffers_, on_meta, plain_json, same_names
 from vitrim.models.pose import CONFIGS, pose_model
 from vitrim.models.skeleton import Hyperformer
 from vitrim.storage.tensor_files import open_tensors, user_path
@@ -140,7 +140,4 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     return None
 
 
-def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """Map the names in a file to themselves, for those that the model has."""
-    known = model.state_dict()
-    return {name: name for name in fakes if name in known}
+names = same_names

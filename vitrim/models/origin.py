@@ -185,6 +185,12 @@ class ModelBackend(Protocol):
         ...
 
 
+def same_names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
+    """Map names in a file to themselves, for those that the model has: `names` of a library that renames nothing."""
+    known = model.state_dict()
+    return {name: name for name in fakes if name in known}
+
+
 def require(package: str, extra: str) -> ModuleType:
     """Import an optional package.
 
