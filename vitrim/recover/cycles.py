@@ -7,12 +7,10 @@ and so judged, is the model of one pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 from vitrim.config.options import RecoverOptions
 from vitrim.errors import RecipeError
@@ -20,7 +18,7 @@ from vitrim.metrics.judging import FeatureModel
 from vitrim.models.cycles import CycleModel, block_row, cycles
 from vitrim.models.features import kept_positions
 from vitrim.recover.judge import Judge
-from vitrim.recover.losses import cycle_loss, detached, parts_of
+from vitrim.recover.losses import cycle_loss, parts_of, pull_losses
 from vitrim.recover.run import Run
 from vitrim.types import Features, FeaturesAt
 
@@ -89,11 +87,8 @@ class CycleRun(Run):
     def _compared(self, found: Features, target: Features) -> Tensor:
         parts = parts_of(found, self.options.cycles)
         losses = [super(CycleRun, self)._compared(part, target) for part in parts]
-        for before, after in pairwise(parts):
-            after = detached(after) if self.options.cycle_detach else after
-            for weight, name in zip(self.options.cycle_weights, ("pooled_BD", "patches_BND"), strict=True):
-                if weight and getattr(before, name) is not None:
-                    losses.append(weight * mse_loss(getattr(before, name).float(), getattr(after, name).float()))
+        tokens = [(part.pooled_BD, part.patches_BND) for part in parts]
+        losses += pull_losses(tokens, self.options.cycle_weights, detach=self.options.cycle_detach)
         return torch.stack(losses).sum()
 
 

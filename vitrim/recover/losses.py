@@ -127,12 +127,23 @@ def cycle_loss(
     """
     loss = torch.stack([task(cycle.output) for cycle in found]).sum()
     first = num_prefix_tokens(model)
-    for before, after in pairwise(found):
-        target_BND = after.tokens_BND.detach() if detach else after.tokens_BND
-        for weight, part in zip(weights, (slice(None, first), slice(first, None)), strict=True):
-            if weight and target_BND[:, part].shape[1]:
-                loss = loss + weight * mse_loss(before.tokens_BND[:, part], target_BND[:, part])
+    parts = [(cycle.tokens_BND[:, :first], cycle.tokens_BND[:, first:]) for cycle in found]
+    for term in pull_losses(parts, weights, detach=detach):
+        loss = loss + term
     return loss
+
+
+def pull_losses(
+    cycles: Sequence[tuple[Tensor, Tensor | None]], weights: tuple[float, float], *, detach: bool
+) -> list[Tensor]:
+    """Compute how far each of two parts of the tokens is from that of the next cycle, weighted; without empty parts."""
+    losses = []
+    for before, after in pairwise(cycles):
+        for weight, mine, next_one in zip(weights, before, after, strict=True):
+            if weight and mine is not None and next_one is not None and mine.shape[1]:
+                wanted = next_one.detach() if detach else next_one
+                losses.append(weight * mse_loss(mine.float(), wanted.float()))
+    return losses
 
 
 def parts_of(found: Features, count: int) -> list[Features]:
