@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import MODELS, SHARED, Row, Rows, mean, mean_top1, results, table
+from rows import MODELS, SHARED, Row, Rows, by_seed, mean, mean_top1, results, table
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
@@ -75,7 +75,7 @@ def main() -> None:
     for seed in asked.seeds:
         for name, run_row in bench.rows(seed):
             kept.get(f"{name}, seed {seed}", run_row)
-    print(markdown(kept))
+    print(markdown(kept.found))
 
 
 class Bench:
@@ -160,9 +160,9 @@ class Bench:
         return {**mib, "all": round(sum(parts.values()) / 2**20, 2)}
 
 
-def markdown(rows: Rows) -> str:
+def markdown(found: dict[str, Any]) -> str:
     """The memory of a step, and the rows: means over the seeds."""
-    seen, kinds = rows.by_seed(), ("activations", "gradients", "moments", "all")
+    seen, kinds = by_seed(found), ("activations", "gradients", "moments", "all")
     memory = [[name, *(str(row[0][kind]) for kind in kinds)] for name, row in seen.items() if kinds[0] in row[0]]
     lines = [
         [name, mean([one["error"] for one in row], 4), mean_top1(row)]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from recursive import ROOT, SHARED, Rows
+from rows import ROOT, SHARED, Row, Rows, by_seed, mean, results, table
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
@@ -179,19 +179,39 @@ def together(folder: Path, seed: int, name: str, labels: Tensor) -> float:
     return accuracy(torch.stack(scores).sum(0), labels)
 
 
-def run_seed(arguments: argparse.Namespace, table: Rows, seed: int) -> None:
+def run_seed(arguments: argparse.Namespace, kept: Rows, seed: int) -> None:
     """Run all rows of a seed, and those of its streams together."""
     names = [f"{way}-{ratio:g}" for ratio in arguments.ratios for way in WAYS]
     for stream in STREAMS:
         bench = Bench(arguments, stream, seed)
-        table.get(f"original, {stream}, seed {seed}", bench.original)
+        kept.get(f"original, {stream}, seed {seed}", bench.original)
         bench.load()
         for ratio in arguments.ratios:
             for way in WAYS:
-                table.get(f"{way} {ratio:g}, {stream}, seed {seed}", lambda: bench.cut(way, ratio))  # noqa: B023
+                kept.get(f"{way} {ratio:g}, {stream}, seed {seed}", lambda: bench.cut(way, ratio))  # noqa: B023
     labels, folder = scores_of(bench.model, bench.test)[1], bench.folder.parent
     found = ["original", *(f"{name}-{when}" for name in names for when in ("cut", "tuned"))]
-    table.get(f"together, seed {seed}", lambda: {name: together(folder, seed, name, labels) for name in found})
+    kept.get(f"together, seed {seed}", lambda: {name: together(folder, seed, name, labels) for name in found})
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Accuracy of each stream and of all together: before, after the cut, and after fine-tuning; means over seeds."""
+    seen, lines = by_seed(found), []
+
+    def line(title: str, key: str, inner: str | None, name: str) -> list[str]:
+        every: list[list[Row]] = [[row[inner] if inner else row for row in seen[f"{key}, {s}"]] for s in STREAMS]
+        parts = [
+            row["parameters"] / own["parameters"] for row, own in zip(every[0], seen["original, joint"], strict=True)
+        ]
+        streams = [mean([row["top1"] for row in rows], 1) for rows in every]
+        return [title, f"{parts[0]:.0%}", *streams, mean([row[name] for row in seen["together"]], 1)]
+
+    lines.append(line("original", "original", None, "original"))
+    for ratio in found["arguments"]["ratios"]:
+        for way in WAYS:
+            for inner, what in (("cut", "cut"), ("tuned", "fine-tuned")):
+                lines.append(line(f"{way}, {what}", f"{way} {ratio:g}", inner, f"{way}-{ratio:g}-{inner}"))
+    return table(["", "parameters", *STREAMS, "together"], lines)
 
 
 def main() -> None:
@@ -210,12 +230,12 @@ def main() -> None:
     arguments.num_test = None
     if arguments.quick:
         vars(arguments).update(QUICK)
-    name = f"lortsar-{arguments.model}{'-quick' if arguments.quick else ''}.json"
+    name = f"lortsar-{arguments.model}{'-quick' if arguments.quick else ''}"
     same = ("model", "epochs", "tune", "ratios", "num_test", "num_images")
-    out = arguments.out or ROOT / "benchmarks" / "results" / name
-    table = Rows(out, {key: vars(arguments)[key] for key in same})
+    kept = Rows(arguments.out or results(name), {key: vars(arguments)[key] for key in same})
     for seed in arguments.seeds:
-        run_seed(arguments, table, seed)
+        run_seed(arguments, kept, seed)
+    print(markdown(kept.found))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rows import MODELS, SHARED, Row, Rows, mean, mean_top1, results, table
+from rows import MODELS, SHARED, Row, Rows, by_seed, mean, mean_top1, results, table
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
@@ -78,7 +78,7 @@ def main() -> None:
             kept.get(f"{name}, seed {seed}", row)
         if seed == asked.seeds[0]:
             kept.get("latency", bench.latency)
-    print(markdown(kept))
+    print(markdown(kept.found))
 
 
 class Bench:
@@ -212,9 +212,9 @@ def tokens_left(model: nn.Module, image: Tensor) -> float:
     return sum(left for _, left in seen) / len(blocks) / seen[0][0]
 
 
-def markdown(rows: Rows) -> str:
+def markdown(found: dict[str, Any]) -> str:
     """All tables: means over seeds, with the standard deviation where there are several."""
-    seen = {tuple(name.rsplit(" at ", 1)): row for name, row in rows.by_seed().items() if " at " in name}
+    seen = {tuple(name.rsplit(" at ", 1)): row for name, row in by_seed(found).items() if " at " in name}
     columns = list(dict.fromkeys(share for _, share in seen))
     lines = [
         [name, *(cell(seen[name, share]) if (name, share) in seen else "-" for share in columns)]
@@ -222,7 +222,7 @@ def markdown(rows: Rows) -> str:
     ]
     times = [
         [name, *(f"{row[str(size)]:.2f}" if str(size) in row else "-" for size in BATCHES)]
-        for name, row in rows.found["rows"]["latency"].items()
+        for name, row in found["rows"]["latency"].items()
     ]
     tokens = table(["", *(f"{share} of MACs" for share in columns)], lines)
     return f"{tokens}\n\n{table(['', *(f'batch {size}' for size in BATCHES)], times)}"

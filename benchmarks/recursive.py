@@ -23,7 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from rows import MODELS, SHARED, Rows, mean, mean_top1, results, table
+from rows import MODELS, SHARED, Rows, by_seed, mean, mean_top1, results, table
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
@@ -154,10 +154,10 @@ class Bench:
         return {"method": "dgmr", "repair": {"refit": False}, "params_ratio": share, "exact": True}
 
 
-def markdown(rows: Rows) -> str:
+def markdown(found: dict[str, Any]) -> str:
     """Every row that is cut and trained: its parameters, and error and top-1 before and after training."""
     lines = []
-    for name, seen in rows.by_seed().items():
+    for name, seen in by_seed(found).items():
         if "parameters" in seen[0]:
             judged = [[one[when] for one in seen] for when in ("before", "after")]
             cells = [(mean([one["error"] for one in every], 4), mean_top1(every)) for every in judged]
@@ -197,7 +197,7 @@ def main() -> None:
                 kept.get(beside, lambda: bench.row(recipe, seed)[0])  # noqa: B023
         options = {"rank": EXAMPLE, "norms": "own"}
         kept.get(f"exits, rank {EXAMPLE}, seed {seed}", lambda: bench.exits(options, seed))  # noqa: B023
-    print(markdown(kept))
+    print(markdown(kept.found))
 
 
 if __name__ == "__main__":

@@ -49,12 +49,13 @@ class Rows:
             print(name, json.dumps(self.found["rows"][name]), flush=True)
         return self.found["rows"][name]
 
-    def by_seed(self) -> dict[str, list[Row]]:
-        """All rows by name, those of all seeds together."""
-        found: dict[str, list[Row]] = {}
-        for name, row in self.found["rows"].items():
-            found.setdefault(re.sub(r", seed \d+$", "", name), []).append(row)
-        return found
+
+def by_seed(found: dict[str, Any]) -> dict[str, list[Row]]:
+    """All rows of a file by name, those of all seeds together."""
+    rows: dict[str, list[Row]] = {}
+    for name, row in found["rows"].items():
+        rows.setdefault(re.sub(r", seed \d+$", "", name), []).append(row)
+    return rows
 
 
 def mean(values: list[float], digits: int) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recursive import SHARED, Rows
+from rows import SHARED, Rows, by_seed, mean, results, table
 from torch import Tensor, nn
 
 from vitrim.compression.cut import cut_
@@ -237,29 +237,79 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
-    name = f"sdpose-{arguments.model}{'-quick' if arguments.quick else ''}.json"
+    name = f"sdpose-{arguments.model}{'-quick' if arguments.quick else ''}"
     same = ("model", "epochs", "steps", "lr", "batch_size", "num_train", "num_test", "num_images")
-    out = arguments.out or ROOT / "benchmarks" / "results" / name
-    bench, table = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
+    bench, kept = Bench(arguments), Rows(arguments.out or results(name), {key: vars(arguments)[key] for key in same})
     for seed in arguments.seeds:
         arguments.seed = seed
         for part in arguments.parts:
-            run_part(part, bench, table)
+            run_part(part, bench, kept)
+    print("\n\n".join(make(kept.found) for make in (pose_table, halved_table, classifier_table, recipe_table)))
 
 
-def run_part(part: str, bench: Bench, table: Rows) -> None:
+def pose_table(found: dict[str, Any]) -> str:
+    """PCK of models trained in cycles: read after one cycle, which is what the result costs, and after all."""
+    lines = _cycle_lines(found, "pose", "pck", 100.0)
+    return table(["Trained in", "PCK@0.2", "read after all cycles"], lines)
+
+
+def classifier_table(found: dict[str, Any]) -> str:
+    """Top-1 of classifiers trained in cycles."""
+    return table(["Trained in", "top-1", "read after all cycles"], _cycle_lines(found, "classifier", "top1", 1.0))
+
+
+def halved_table(found: dict[str, Any]) -> str:
+    """PCK of trained pose models at half of their MLPs."""
+    lines = []
+    for name, rows in by_seed(found).items():
+        if "halved" in rows[0]:
+            halved = [row["halved"] for row in rows]
+            cells = [mean([100 * one[when] for one in halved], 1) for when in ("after cut", "after recovery")]
+            whole = mean([100 * row["pck"] for row in rows], 1)
+            lines.append([name.split(": ")[1], f"{halved[0]['parameters']:.0%}", whole, *cells])
+    return table(["Trained in", "parameters", "PCK@0.2", "half, cut", "half, recovered"], lines)
+
+
+def recipe_table(found: dict[str, Any]) -> str:
+    """Half of the blocks of a trained classifier, distilled without labels."""
+    lines = []
+    for name, rows in by_seed(found).items():
+        if name.startswith("recipe: "):
+            sizes = [f"{rows[0][what]:.0%}" for what in ("parameters", "macs")]
+            judged = [[row[when] for row in rows] for when in ("before", "after")]
+            cells = [
+                mean([row[what] for row in every], 3 if what == "error" else 1)
+                for every in judged
+                for what in ("error", "top1")
+            ]
+            lines.append([name.split(": ")[1], *sizes, *cells])
+    head = ["Half of the blocks by", "parameters", "MACs", "error", "top-1", "error, distilled", "top-1, distilled"]
+    return table(head, lines)
+
+
+def _cycle_lines(found: dict[str, Any], part: str, score: str, factor: float) -> list[list[str]]:
+    lines = []
+    for name, rows in by_seed(found).items():
+        if name.startswith(f"{part}: "):
+            every = f"{score}, all cycles"
+            last = mean([factor * row[every] for row in rows], 1) if every in rows[0] else "-"
+            lines.append([name.split(": ")[1], mean([factor * row[score] for row in rows], 1), last])
+    return lines
+
+
+def run_part(part: str, bench: Bench, kept: Rows) -> None:
     """Run the rows of a part with a seed."""
     seed = bench.arguments.seed
     if part == "recipe":
         for name in RECIPES:
-            table.get(f"{part}: {name}, seed {seed}", lambda name=name: bench.recipe(name))
+            kept.get(f"{part}: {name}, seed {seed}", lambda name=name: bench.recipe(name))
         return
     for name, options in variants(None if part == "pose" else CLASS_WEIGHTS):
         if part == "pose":
             cut = name in ("1 cycle", "2 cycles")
-            table.get(f"{part}: {name}, seed {seed}", lambda o=options, cut=cut: bench.pose(o, cut=cut))
+            kept.get(f"{part}: {name}, seed {seed}", lambda o=options, cut=cut: bench.pose(o, cut=cut))
         else:
-            table.get(f"{part}: {name}, seed {seed}", lambda o=options: bench.classifier(o))
+            kept.get(f"{part}: {name}, seed {seed}", lambda o=options: bench.classifier(o))
 
 
 if __name__ == "__main__":

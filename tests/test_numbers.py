@@ -40,12 +40,23 @@ ROOT = Path(__file__).resolve().parents[1]
     ],
 )
 def test_the_table_is_the_one_that_the_benchmark_wrote(name, page, made_by, monkeypatch):
+    benchmark = imported(name, monkeypatch)
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert getattr(benchmark, made_by)(result) in (ROOT / page).read_text()
+    assert {"command", "machine", "torch", "time"} <= result["environment"].keys()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_can_be_imported(name, monkeypatch):
+    assert imported(name, monkeypatch).__doc__
+
+
+def imported(name, monkeypatch):
+    """A script of benchmarks/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # they share code as scripts in one folder do
     benchmark = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, benchmark)  # dataclasses look their module up there
     spec.loader.exec_module(benchmark)
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    assert getattr(benchmark, made_by)(result) in (ROOT / page).read_text()
-    assert {"command", "machine", "torch", "time"} <= result["environment"].keys()
+    return benchmark
