@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import number, print_json, print_notes, print_table, say
-from vitrim.cli.options import BudgetOptions, CutOptions, SourceOptions, TrainOptions
+from vitrim.cli.options import RECIPE, BudgetOptions, CutOptions, SourceOptions, TrainOptions
 from vitrim.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ Overwrite = Annotated[
     bool,
     Parameter(negative="", help="replace an output of vitrim; without --resume, also delete a stopped run's state."),
 ]
+RemoteCode = Annotated[bool | None, Parameter(negative="", help=RECIPE["remote_code"])]
 NO_BUDGET, NO_CUT, NO_TRAINING, AS_NAMED = BudgetOptions(), CutOptions(), TrainOptions(), SourceOptions()
 
 
@@ -33,6 +34,7 @@ def compress(
     cut: CutOptions = NO_CUT,
     reading: SourceOptions = AS_NAMED,
     train: TrainOptions = NO_TRAINING,
+    remote_code: RemoteCode = None,
     resume: bool = False,
     overwrite: Overwrite = False,
     quiet: bool = False,
@@ -54,7 +56,9 @@ def compress(
     from vitrim.distributed.processes import is_main
 
     asked = _recipe(
-        cut, {"model": model, "data": data, **reading.given(), **budget.given(), **cut.given(), **train.given()}
+        cut,
+        {"model": model, "data": data, "remote_code": remote_code}
+        | {**reading.given(), **budget.given(), **cut.given(), **train.given()},
     )
     if asked.model is None:
         raise RecipeError("model: none given; name one on the command line or in the recipe.")

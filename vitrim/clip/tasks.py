@@ -65,6 +65,7 @@ from vitrim.models.given import named_tensors
 from vitrim.models.live import as_it_is
 from vitrim.models.load import load_model
 from vitrim.models.origin import Origin
+from vitrim.models.remote_code import has_remote_code
 from vitrim.models.stock import loads_with
 from vitrim.models.towers import Pair, Tokenize, open_pair
 from vitrim.output.card import write_card
@@ -341,7 +342,9 @@ def _write(folder: Path, pair: Pair, plan: Plan, metrics: Metrics, out: Path) ->
         OutputError: what is loaded differs from what was written.
     """
     origin, whole = pair.origin, pair.model
-    saved = save_checked(folder, whole, origin=origin, plan=plan, inputs=random_inputs(origin, 4))
+    with_code = has_remote_code(Path(origin.folder or ""))
+    inputs = random_inputs(origin, 4)
+    saved = save_checked(folder, whole, origin=origin, plan=plan, inputs=inputs, remote_code=with_code)
     if saved.origin.library is not None:
         again = replace(pair, model=load_model(str(folder))[0] if saved.stock else load(folder))
         ids = pair.tokenize(PROBES)
@@ -353,7 +356,8 @@ def _write(folder: Path, pair: Pair, plan: Plan, metrics: Metrics, out: Path) ->
     metrics = replace(
         metrics,
         stock=saved.stock,
-        loads_with=loads_with(saved.origin, out, stock=saved.stock),
+        remote_code=saved.remote_code,
+        loads_with=loads_with(saved.origin, out, stock=saved.stock, remote_code=saved.remote_code),
         reload_difference=saved.difference,
         notes=(*metrics.notes, *saved.notes),
     )

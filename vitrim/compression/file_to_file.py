@@ -153,10 +153,15 @@ def _check_possible(recipe: Recipe) -> None:
     """Refuse recipes that need the whole model in memory.
 
     Raises:
-        RecipeError: the recipe asks for recovery, several steps, allocation, or a method that needs the whole model.
+        RecipeError: the recipe asks for recovery, a modeling file, several steps or allocation, or for a method that
+            needs the whole model.
     """
     if recipe.recover is not None:
         raise RecipeError("recover: a checkpoint pruned file to file is not distilled; drop it, or use compress.")
+    if recipe.remote_code:
+        raise RecipeError(
+            "remote_code: its file is only written where the whole model can be loaded to check it; use compress."
+        )
     step = recipe.steps[0]
     if len(recipe.steps) > 1 or not issubclass(find_method(step.method), SiteMethod):
         raise RecipeError(

@@ -17,17 +17,18 @@ from vitrim.data import ImageSet, ImageStream, Split
 from vitrim.data.images import check_workers
 from vitrim.data.inputs import check_repeatable, match_labels, open_inputs, random_inputs
 from vitrim.errors import RecipeError
-from vitrim.methods import find_method
+from vitrim.methods import SiteMethod, find_method
 from vitrim.models.features import num_classes
 from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
+from vitrim.models.remote_code import check_remote_code
 from vitrim.models.sites import find_mlps, resolve_scope
 from vitrim.output.load import open_model
 from vitrim.recover.labels import check_label_options
 from vitrim.recover.losses import EmbeddingSpace
 from vitrim.recover.sampler import check_stream
 from vitrim.recover.trackers import check_trackers
-from vitrim.surgery import ToRecursive
+from vitrim.surgery import Edit, KeepUnits, ToRecursive
 from vitrim.types import MlpSite
 
 
@@ -112,6 +113,8 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     whole, origin = open_model(model, recipe.reading())
     if isinstance(model, nn.Module):  # its owner may have changed it since its library built it
         origin = as_it_is(whole, origin)
+    if recipe.remote_code:
+        check_remote_code(origin, _kinds_of_edit(recipe))
     encoder, scope = resolve_scope(whole, recipe.scope, origin.encoder)
     if encoder != origin.encoder:  # the known preprocessing belongs to another part
         origin = replace(origin, encoder=encoder, preprocessing={})
@@ -130,6 +133,14 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
             check_stream(images, recipe.recover)
     notes = (*origin.notes, *(() if note is None else (note,)))
     return Job(whole=whole, origin=origin, scope=scope, recipe=recipe, images=images, space=space, notes=notes)
+
+
+def _kinds_of_edit(recipe: Recipe) -> list[type[Edit]]:
+    """Return the kinds of edit that the steps of a recipe may make, given their options."""
+    methods = [step.make_method() for step in recipe.steps]
+    mlps_alone = [isinstance(method, SiteMethod) and method.cuts() == "mlp" for method in methods]
+    kinds = [(KeepUnits,) if alone else method.edits for alone, method in zip(mlps_alone, methods, strict=True)]
+    return [kind for each in kinds for kind in each]
 
 
 def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder: nn.Module) -> None:

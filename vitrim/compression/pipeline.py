@@ -68,6 +68,7 @@ def compress(
     scope: str | NotGiven | None = NOT_GIVEN,
     round_to: int | NotGiven = NOT_GIVEN,
     exact: bool | NotGiven = NOT_GIVEN,
+    remote_code: bool | NotGiven = NOT_GIVEN,
     options: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
     weights: Which | None = None,
@@ -106,6 +107,8 @@ def compress(
         scope: dotted path of the part to cut, or its end; by default the image tower, or the whole model.
         round_to: round widths to multiples of this.
         exact: keep widths exactly as asked, without rounding, even if the model's own library can't load them.
+        remote_code: where it can't, write a modeling file, with which transformers alone loads the folder by
+            `trust_remote_code=True`.
         options: options of the method, by name.
         model_args: arguments of the architecture of `timm/NAME@FILE`, where its tensors don't fix them.
         weights: which weights of a training checkpoint: "auto" takes averaged ones (EMA) where there are any, "raw" the
@@ -146,6 +149,7 @@ def compress(
         "scope": scope,
         "round_to": round_to,
         "exact": exact,
+        "remote_code": remote_code,
         "options": NOT_GIVEN if options is None else options,
         "model_args": NOT_GIVEN if model_args is None else model_args,
         "weights": NOT_GIVEN if weights is None else weights,

@@ -21,6 +21,7 @@ from vitrim.errors import BudgetError, CheckpointError
 from vitrim.metrics.record import Metrics, ModelCost
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, in_one_line
+from vitrim.models.remote_code import has_remote_code
 from vitrim.models.stock import loads_with, stock_origin, why_not_stock
 from vitrim.output.card import write_card
 from vitrim.output.load import load, local_folder, read_about
@@ -101,7 +102,7 @@ def slice_output(
         **plan.describe(),
     )
     with staged_output(out, overwrite=overwrite) as (folder, _):
-        metrics = _write(folder, whole, origin, plan, metrics, out, started)
+        metrics = _write(folder, whole, origin, plan, metrics, out, started, has_remote_code(source))
     return Result(model=whole, plan=plan.without_tensors(), metrics=metrics, out=out)
 
 
@@ -167,7 +168,14 @@ def _own_tensors(edit: KeepUnits, chosen: Slice) -> dict[str, Tensor]:
 
 
 def _write(
-    folder: Path, whole: nn.Module, origin: Origin, plan: Plan, metrics: Metrics, out: Path, started: float
+    folder: Path,
+    whole: nn.Module,
+    origin: Origin,
+    plan: Plan,
+    metrics: Metrics,
+    out: Path,
+    started: float,
+    remote_code: bool,
 ) -> Metrics:
     """Write a normal output folder, verify it in a fresh process, and return the finished metrics."""
     stock, backend = stock_origin(origin, plan.edits), backend_of(origin.library)
@@ -176,12 +184,14 @@ def _write(
         notes = (*notes, why_not_stock(origin, plan.edits))
     elif backend is not None:
         backend.describe_(whole, stock)
-    saved = save_checked(folder, whole, origin=origin, plan=plan, inputs=random_inputs(origin, 4))
+    form = {"inputs": random_inputs(origin, 4), "remote_code": remote_code}
+    saved = save_checked(folder, whole, origin=origin, plan=plan, **form)
     metrics = replace(
         metrics,
         stock=saved.stock,
+        remote_code=saved.remote_code,
         notes=(*notes, *saved.notes),
-        loads_with=loads_with(saved.origin, out, stock=saved.stock),
+        loads_with=loads_with(saved.origin, out, stock=saved.stock, remote_code=saved.remote_code),
         reload_difference=saved.difference,
         seconds=round(time.monotonic() - started, 1),
     )

@@ -106,12 +106,14 @@ def _write(done: Finished, place: Place, context: RunContext) -> Metrics:
     inputs = None if probe is None else probe[:4]
     with progress("write", 0, quiet=context.quiet) as bar:
         bar.say("weights, loaded in a fresh process to compare outputs")
-        saved = save_checked(folder, done.whole, origin=done.job.origin, plan=done.plan, inputs=inputs)
+        form = {"inputs": inputs, "remote_code": done.job.recipe.remote_code}
+        saved = save_checked(folder, done.whole, origin=done.job.origin, plan=done.plan, **form)
     origin = saved.origin
     metrics = replace(
         done.metrics,
         stock=saved.stock,
-        loads_with=loads_with(origin, place.out, stock=saved.stock),
+        remote_code=saved.remote_code,
+        loads_with=loads_with(origin, place.out, stock=saved.stock, remote_code=saved.remote_code),
         reload_difference=saved.difference,
         notes=(*done.metrics.notes, *saved.notes),
     )

@@ -58,6 +58,8 @@ class Recipe(Checked):
     """Distil without labels, once, at the end."""
     exits: ExitOptions | None = None
     """Train early exits at the ends of loops, after distillation."""
+    remote_code: bool = False
+    """Where the model's own library can't load the result, write a modeling file with which transformers can."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Random seed; equal recipes and seeds give equal results."""
     device: str = "auto"

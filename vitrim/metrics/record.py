@@ -110,6 +110,7 @@ class Metrics:
         text_tuning: what tuning the text tower did.
         sliced_from: the output that was sliced.
         stock: whether the model's own library loads the result.
+        remote_code: whether transformers does with the modeling file beside it.
         loads_with: the line of Python that loads it; "" where nothing was written.
         reload_difference: largest difference of a fresh load, relative to the largest output.
         seconds: time that the run took.
@@ -138,6 +139,7 @@ class Metrics:
     text_tuning: Row | None = None
     sliced_from: str | None = None
     stock: bool = False
+    remote_code: bool = False
     loads_with: str = ""
     reload_difference: float | None = None
     seconds: float = 0.0

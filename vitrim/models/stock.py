@@ -14,6 +14,7 @@ from vitrim.models.sites import find_mlps
 from vitrim.surgery import DropBlocks, Edit, KeepUnits, reshape_
 from vitrim.types import MlpSite
 
+REMOTE_CODE = 'transformers.AutoModel.from_pretrained("{folder}", trust_remote_code=True)'
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -36,13 +37,13 @@ def stock_origin(origin: Origin, edits: Sequence[Edit]) -> Origin | None:
     wanted = build_empty(origin)
     reshape_(wanted, edits)
     drops = [edit for edit in edits if isinstance(edit, DropBlocks)]
-    shapes, settings = _shapes(wanted), _settings(wanted, drops)
+    shapes, settings = _shapes(wanted), settings_of(wanted, drops)
     for candidate in _candidates(backend, origin, cuts, drops):
         try:
             built = build_empty(replace(candidate, earlier=()))
         except Exception:  # the architecture has no such argument, or refuses this value, each in its own way
             continue
-        if _shapes(built) == shapes and _settings(built, drops) == settings:
+        if _shapes(built) == shapes and settings_of(built, drops) == settings:
             return replace(candidate, earlier=())
     return None
 
@@ -115,8 +116,10 @@ def why_not_stock(origin: Origin, plan_edits: Sequence[Edit]) -> str:
     return f"{origin.library} has no config for these widths ({edit.width} of {edit.site.d_hidden}){hint}."
 
 
-def loads_with(origin: Origin, folder: object, *, stock: bool) -> str:
-    """Return the line of Python that loads an output folder."""
+def loads_with(origin: Origin, folder: object, *, stock: bool, remote_code: bool = False) -> str:
+    """Return the line of Python that loads an output folder; `remote_code` says that it has a modeling file."""
+    if remote_code:
+        return REMOTE_CODE.format(folder=folder)
     backend = backend_of(origin.library) if stock else None
     if backend is None:
         return f'vitrim.load("{folder}")' if origin.library else f'vitrim.load("{folder}", model=...)'
@@ -137,7 +140,7 @@ def _cuts(edits: Sequence[Edit]) -> list[KeepUnits] | None:
     return list(cuts.values())
 
 
-def _settings(model: nn.Module, drops: Sequence[DropBlocks]) -> dict[str, Any]:
+def settings_of(model: nn.Module, drops: Sequence[DropBlocks]) -> dict[str, Any]:
     """Return the plain values that set up the modules of the lists that lost blocks, such as the shift of a window.
 
     A block at another number is not always the same block: of Swin's every second one is shifted. Rates that only

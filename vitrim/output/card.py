@@ -19,6 +19,7 @@ from vitrim.errors import RecipeError
 from vitrim.methods import METHODS
 from vitrim.metrics.record import Metrics
 from vitrim.models.origin import Origin
+from vitrim.models.remote_code import FILE
 from vitrim.models.stock import loads_with
 from vitrim.output.result import table_rows
 from vitrim.recover.result import Recovery
@@ -27,6 +28,10 @@ CARD = "README.md"
 HUB_NAME = re.compile(r"^(?:timm|hf)/([\w.-]+/[\w.-]+)$")
 MARKUP = re.compile(r"([\\`*_\[\]<>&|~#$!])")
 MAX_LICENCE = 80
+FOREIGN_CODE = f"""This line runs code of this repository, since no config of transformers can say these widths: with
+`trust_remote_code=True`, `{FILE}` may do on your machine whatever you may. It is short: read it first. From the hub,
+pin what you have read with `revision=COMMIT`; else the file may be another one tomorrow. `vitrim.load("FOLDER")` loads
+the same model without running it."""
 log = logging.getLogger("vitrim")
 
 
@@ -42,7 +47,7 @@ def write_card(folder: Path, origin: Origin, recipe: Recipe | None, metrics: Met
     licence, methods = licence_of(origin), [name for name in metrics.method.split("+") if name in METHODS]
     about: dict[str, Any] = {
         "license": licence or "other",
-        "library_name": origin.library if metrics.stock else "vitrim",
+        "library_name": "transformers" if metrics.remote_code else origin.library if metrics.stock else "vitrim",
         "tags": ["vitrim", *(["pruning"] if methods else []), "vision-transformer", *methods],
     }
     named = HUB_NAME.match(origin.name)
@@ -52,7 +57,8 @@ def write_card(folder: Path, origin: Origin, recipe: Recipe | None, metrics: Met
         f"---\n{write_yaml(about)}---",
         f"# {plain(origin.name)}, {'made smaller' if methods else 'tuned'} with vitrim",
         _what(methods, metrics),
-        f"## Loading\n\n{block(_loading(metrics.stock, origin), 'python')}",
+        f"## Loading\n\n{block(_loading(metrics, origin), 'python')}",
+        *([FOREIGN_CODE] if metrics.remote_code else []),
         f"## Measured\n\n{_table(metrics)}\n\n{_measured_on(metrics)}",
         f"## Made with\n\n{block(metrics.environment['command'])}",
         *([] if recipe is None else ["The whole recipe is `recipe.yaml`."]),
@@ -135,9 +141,9 @@ def _span(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _loading(stock: bool, origin: Origin) -> str:
+def _loading(metrics: Metrics, origin: Origin) -> str:
     """Return code that loads this folder from any place."""
-    line = loads_with(origin, "FOLDER", stock=stock)
+    line = loads_with(origin, "FOLDER", stock=metrics.stock, remote_code=metrics.remote_code)
     found = "model, _, transform" if "transforms" in line else "model"
     return f"import {line.partition('.')[0]}\n\n{found} = {line}"
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitrim.errors import NotFiniteError, reason_of
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, copy_companions
+from vitrim.models.remote_code import has_remote_code, remote_code_of, write_remote_code
 from vitrim.models.stock import stock_origin
 from vitrim.output.load import ABOUT, WEIGHTS, read_about
 from vitrim.output.verify import verify
@@ -33,16 +34,20 @@ log = logging.getLogger("vitrim")
 class Saved:
     """What was written: whether the library loads it, how far its outputs are, what builds it, notes for the user.
 
-    `difference` is None where no library can build the model, or what it takes is not known.
+    `remote_code` says that transformers does with the modeling file beside the weights. `difference` is None where no
+    library can build the model, or what it takes is not known.
     """
 
     stock: bool
+    remote_code: bool = False
     difference: float | None
     origin: Origin
     notes: tuple[str, ...] = ()
 
 
-def save_checked(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, inputs: Tensor | None) -> Saved:
+def save_checked(
+    folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, inputs: Tensor | None, remote_code: bool = False
+) -> Saved:
     """Write weights, config and plan, and check them in a fresh process; what fails is left out, and said.
 
     Where the library's own format can't be written, or does not load back as the same model, the output is in vitrim's
@@ -54,6 +59,7 @@ def save_checked(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan
         origin: how the uncut model is built.
         plan: what was cut, by paths from the root of the whole model.
         inputs: a few inputs of the encoder to compare on; None if what it takes is not known.
+        remote_code: write a modeling file where the library's own format has no place for the widths.
 
     Raises:
         NotFiniteError: the model is not finite.
@@ -63,29 +69,46 @@ def save_checked(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan
     forms = ((origin, True), (origin, False), (replace(origin, library=None), False))
     for form, try_stock in forms if origin.library is not None else forms[2:]:
         try:
-            stock = save(folder, student, origin=form, plan=plan, try_stock=try_stock)
-            difference = None
+            with_code = remote_code and try_stock and inputs is not None  # else it could not be checked
+            stock = save(folder, student, origin=form, plan=plan, try_stock=try_stock, remote_code=with_code)
+            with_code, difference = has_remote_code(folder), None
             if inputs is not None and form.library is not None:
                 difference = verify(folder, student, inputs, origin=form, stock=stock)
-            return Saved(stock=stock, difference=difference, origin=form, notes=tuple(notes))
+            if remote_code and not with_code:
+                notes.append(_why_no_code(form, stock=stock, failed=not try_stock, checkable=inputs is not None))
+            return Saved(stock=stock, remote_code=with_code, difference=difference, origin=form, notes=tuple(notes))
         except (NotFiniteError, OSError, SafetensorError):
             raise
         except Exception as error:  # libraries' own code writes and loads
             if form.library is None:
                 raise
             reason = reason_of(error).removeprefix(f"{folder}: ").rstrip(".")
+            what = "the modeling file" if has_remote_code(folder) else f"the format of {origin.library}"
             left = "vitrim's own format" if try_stock else "weights and plan alone: vitrim.load(path, model=...)"
-            notes.append(
-                f"{'the format of ' + str(origin.library) if try_stock else 'it'} failed ({reason}); "
-                f"the output is in {left}."
-            )
+            notes.append(f"{what if try_stock else 'it'} failed ({reason}); the output is in {left}.")
             log.warning("%s: %s", origin.name, notes[-1])
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     raise AssertionError("the last form is returned or raises")
 
 
-def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, try_stock: bool = True) -> bool:
+def _why_no_code(origin: Origin, *, stock: bool, failed: bool, checkable: bool) -> str:
+    """Return a note on why there is no modeling file, though one was asked for."""
+    if stock:
+        return f"remote_code: not needed, {origin.library} loads the folder by itself; no modeling file was written."
+    why = "it failed" if failed else "more than sizes is another" if checkable else "no input is known to check it on"
+    return f"remote_code: {why}; no modeling file was written."
+
+
+def save(
+    folder: Path,
+    student: nn.Module,
+    *,
+    origin: Origin,
+    plan: Plan,
+    try_stock: bool = True,
+    remote_code: bool = False,
+) -> bool:
     """Write weights, config and plan into a folder.
 
     Args:
@@ -94,17 +117,27 @@ def save(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, try_st
         origin: how the uncut model is built.
         plan: what was cut, by paths from the root of the whole model.
         try_stock: use the library's own format, if it has one for these widths.
+        remote_code: write a modeling file, if it has none.
 
     Returns:
         Whether the stock library can load the folder by itself.
     """
-    path = folder / write_configs(folder, student, origin=origin, plan=plan, try_stock=try_stock)
+    forms = {"try_stock": try_stock, "remote_code": remote_code}
+    path = folder / write_configs(folder, student, origin=origin, plan=plan, **forms)
     save_file(_apart(student), path, metadata={"format": "pt"})
     path.chmod(0o666 & ~_umask())  # safetensors writes 0600
     return bool(read_about(folder)["stock"])
 
 
-def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Plan, try_stock: bool = True) -> str:
+def write_configs(
+    folder: Path,
+    student: nn.Module,
+    *,
+    origin: Origin,
+    plan: Plan,
+    try_stock: bool = True,
+    remote_code: bool = False,
+) -> str:
     """Write everything in an output except the weights.
 
     Args:
@@ -113,6 +146,7 @@ def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Pla
         origin: how the uncut model is built.
         plan: what was cut, by paths from the root of the whole model.
         try_stock: use the library's own format, if it has one for these widths.
+        remote_code: write a modeling file, if it has none.
 
     Returns:
         The file name that the library expects for the weights.
@@ -120,6 +154,9 @@ def write_configs(folder: Path, student: nn.Module, *, origin: Origin, plan: Pla
     stock, backend = stock_origin(origin, plan.edits) if try_stock else None, backend_of(origin.library)
     if stock is not None and backend is not None:
         backend.write_config(student, folder, stock)
+    remote = remote_code_of(origin, plan.edits) if remote_code and stock is None else None
+    if remote is not None:
+        write_remote_code(student, folder, remote)
     if backend is not None:
         copy_companions(origin, folder, backend.COMPANIONS)
     about = {

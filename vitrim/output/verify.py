@@ -29,6 +29,7 @@ from vitrim.errors import NotFiniteError, OutputError, reason_of
 from vitrim.models.features import evaluating, first_tensor
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
+from vitrim.models.remote_code import RELOAD, has_remote_code
 
 log = logging.getLogger("vitrim")
 
@@ -107,10 +108,10 @@ class Check:
 
     `code` is Python that uses the names `folder` (a path as text), `probe`, `encoder`, `original` and `image_file`, and
     sets `difference` to the largest difference, relative to the largest output; it raises if that is too large, or if
-    the folder says something else than `original`. With `stock` it loads the folder with the stock library, and vitrim
-    must not be importable. `probe` has `inputs`, the expected `output` of `encoder` (a path in the model), an empty
-    tensor `like` of the weights' type, and, where the original turns `image` (a PNG) into inputs, `pixels` and
-    `output_of_image`.
+    the folder says something else than `original`. With `stock` a library loads the folder by itself (or transformers,
+    with the modeling file in it), and vitrim must not be importable. `probe` has `inputs`, the expected `output` of
+    `encoder` (a path in the model), an empty tensor `like` of the weights' type, and, where the original turns `image`
+    (a PNG) into inputs, `pixels` and `output_of_image`.
     """
 
     code: str
@@ -147,6 +148,7 @@ def in_fresh_process(check: Check) -> float:
         (Path(scratch) / "original.json").write_text(json.dumps(dict(check.original)), encoding="utf-8")
         (Path(scratch) / "image.png").write_bytes(check.image)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        environment["HF_MODULES_CACHE"] = scratch  # where transformers copies a modeling file to
         command = [sys.executable, "-c", code, str(check.folder), scratch, check.encoder]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
@@ -173,6 +175,8 @@ def checking_with(run_check: RunCheck) -> Iterator[None]:
 
 def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, stock: bool) -> float:
     """Load a folder in a fresh process and compare its outputs with the model in memory, and what it says.
+
+    A folder with a modeling file is loaded by transformers, without vitrim.
 
     Args:
         folder: the folder that `save` wrote.
@@ -221,9 +225,11 @@ def _check(folder: Path, origin: Origin, probe: dict[str, Tensor], image: bytes,
     """Return the check of a folder, by its own library or by vitrim."""
     backend = backend_of(origin.library)
     assert backend is not None
-    by_library = stock and bool(backend.RELOAD)
+    by_library, code = stock and bool(backend.RELOAD), backend.RELOAD
+    if has_remote_code(folder):
+        by_library, code = True, RELOAD
     reads = (backend.READS if by_library else OWN_READS) + COMPARE_CONFIG
-    loads = (backend.RELOAD if by_library else OWN_LOAD) + COMPARE
+    loads = (code if by_library else OWN_LOAD) + COMPARE
     return Check(
         code=reads + (loads if load else ""),
         stock=by_library,
