@@ -9,7 +9,7 @@ import torch
 from tests.support.skeletons import pairs, recording, write_table
 from vitrim.data import augment_for, transform_for
 from vitrim.data.inputs import open_inputs
-from vitrim.data.skeletons import MIRROR, SkeletonTransform, random_turn
+from vitrim.data.skeletons import MIRROR, SkeletonTransform, poses_of_stream, random_turn
 from vitrim.errors import DataError
 from vitrim.models.load import load_model
 from vitrim.models.origin import Reading
@@ -77,6 +77,19 @@ def test_streams_are_what_they_are_called_frame_by_frame():
         torch.testing.assert_close(by[f"{kind}-motion"][:, :-1], by[kind][:, 1:] - by[kind][:, :-1])
         assert not by[f"{kind}-motion"][:, -1].any()
     assert not by["bone"][:, :, 2].any()  # the joint that hangs on itself
+
+
+def test_poses_are_drawn_from_any_stream_as_far_as_it_says_them():
+    joints = torch.tensor(recording(1, 5, frames=9))
+    given = {name: SkeletonTransform(9, name)(joints) for name in ("joint", "bone", "joint-motion", "bone-motion")}
+    drawn = {name: poses_of_stream(given[name], name) for name in given}
+    torch.testing.assert_close(drawn["joint"], given["joint"].permute(1, 2, 0))
+    torch.testing.assert_close(drawn["bone"], drawn["joint"] - drawn["joint"][:, 2:3], atol=1e-5, rtol=0)
+    for name, whole in (("joint-motion", drawn["joint"]), ("bone-motion", drawn["bone"])):  # all but the first pose
+        torch.testing.assert_close(drawn[name] - drawn[name][:1], whole - whole[:1], atol=1e-5, rtol=0)
+    still = poses_of_stream(torch.zeros(3, 4, 20), "bone-motion")
+    moved = poses_of_stream(torch.zeros(3, 4, 20), "joint-motion")
+    torch.testing.assert_close(still, moved - moved[:, 2:3], atol=1e-6, rtol=0)  # the same person stands in both
 
 
 def test_augmentation_turns_by_at_most_60_degrees_draws_frames_in_order_and_repeats_by_seed_epoch_and_item():

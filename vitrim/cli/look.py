@@ -33,7 +33,8 @@ def inspect(
     Example: vitrim inspect timm/vit_small_patch14_dinov2.lvd142m --params-ratio 0.5
 
     Args:
-        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, timm/NAME@FILE, or a model folder.
+        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, vitrim/NAME, timm/NAME@FILE, or a model
+            folder.
         scope: dotted path of the part to look at.
         activity: images to run, to show how many hidden units of each MLP are active.
         limit: use at most this many images.

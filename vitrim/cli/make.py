@@ -45,10 +45,11 @@ def compress(
     Example: vitrim compress timm/vit_base_patch14_dinov2.lvd142m --data photos/ --out small --recover-epochs 2
 
     Args:
-        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, or a model folder; or named in the recipe.
+        model: timm/NAME, hf/ORG/NAME, open_clip/NAME/TAG, torchvision/NAME, vitrim/NAME, or a model folder; or named in
+            the recipe.
         out: folder to write; it must not exist, unless with --overwrite.
         data: folder of images, parquet, saved dataset, tar shards ("pipe:COMMAND" and "hf-stream:NAME" too) or
-            "digits", all without labels; texts for a text encoder.
+            "digits", all without labels; texts for a text encoder, and recordings for a model of skeletons.
         resume: continue a stopped run that was writing this folder.
         quiet: show no progress.
     """

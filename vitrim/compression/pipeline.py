@@ -84,7 +84,7 @@ def compress(
 
     Args:
         model: a module (left unchanged), `timm/NAME`, `timm/NAME@FILE`, `hf/ORG/NAME`, `open_clip/NAME/TAG`,
-            `torchvision/NAME`, `local-dir:PATH`, or a folder that vitrim wrote.
+            `torchvision/NAME`, `vitrim/NAME`, `local-dir:PATH`, or a folder that vitrim wrote.
         data: images to learn from, without labels: a folder, parquet, a dataset or loader, "digits"; for a text encoder
             a text file or strings. Shards behind urls and streamed Hugging Face sets (`hf-stream:ORG/NAME`) are never
             loaded as a whole. Without images nothing is repaired.
@@ -110,7 +110,8 @@ def compress(
         remote_code: where it can't, write a modeling file, with which transformers alone loads the folder by
             `trust_remote_code=True`.
         options: options of the method, by name.
-        model_args: arguments of the architecture of `timm/NAME@FILE`, where its tensors don't fix them.
+        model_args: arguments of the architecture of `vitrim/NAME`, or of `timm/NAME@FILE` where its tensors don't fix
+            them.
         weights: which weights of a training checkpoint: "auto" takes averaged ones (EMA) where there are any, "raw" the
             trained ones.
         quiet: show no progress.

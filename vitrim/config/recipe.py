@@ -39,7 +39,7 @@ class Recipe(Checked):
     model: str | None = None
     """Name or folder of the model."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the architecture of `timm/NAME@FILE`, where its tensors don't fix them."""
+    """Arguments of the architecture of `vitrim/NAME`, or of `timm/NAME@FILE` where its tensors don't fix them."""
     weights: Which = "auto"
     """Which weights of a training checkpoint: `auto` takes averaged ones (EMA) where there are any, `raw` never."""
     data: str | None = None

@@ -42,6 +42,11 @@ VIEW = re.compile(r"_v0*(\d+)$")  # how names of NW-UCLA end
 TEST_VIEW = 3
 MAX_ANGLE = 60.0  # degrees, to either side, around the vertical and around the horizontal axis
 MIRROR = (0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15)
+TOP_DOWN = (2, 1, 0, *range(3, 20))  # each joint behind the one that it hangs on
+# Somebody who stands, x and y of the middle of the body, the left arm and the left leg.
+MIDDLE = ((0.0, 0.0), (0.0, 0.2), (0.0, 0.6), (0.0, 1.0))
+LEFT_ARM = ((-0.3, 0.55), (-0.45, 0.2), (-0.5, -0.1), (-0.5, -0.2))
+LEFT_LEG = ((-0.15, -0.05), (-0.2, -0.5), (-0.2, -0.9), (-0.3, -1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +255,30 @@ def _scaled(joints_TVC: Tensor) -> Tensor:
     low_C, high_C = joints_TVC.amin((0, 1)), joints_TVC.amax((0, 1))
     span_C = high_C - low_C
     return torch.where(span_C > 0, 2 * (joints_TVC - low_C) / span_C.clamp(min=1e-12) - 1, torch.zeros(()))
+
+
+def poses_of_stream(inputs_CTV: Tensor, stream: Stream) -> Tensor:
+    """Return poses (T, V, C) to draw of what a model takes.
+
+    Bones give poses whose root stays in its place. Motion says nothing of the first frame, so somebody stands there.
+    """
+    rows_TVC = inputs_CTV.permute(1, 2, 0)
+    if stream.endswith("motion"):
+        start_VC = _standing() if stream == "joint-motion" else _standing() - _standing()[list(PARENTS)]
+        rows_TVC = start_VC + torch.cat([torch.zeros_like(rows_TVC[:1]), rows_TVC[:-1]]).cumsum(0)
+    if not stream.startswith("bone"):
+        return rows_TVC
+    poses_TVC = rows_TVC.clone()
+    for joint in TOP_DOWN[1:]:
+        poses_TVC[:, joint] += poses_TVC[:, PARENTS[joint]]
+    return poses_TVC
+
+
+def _standing() -> Tensor:
+    """Return the joints (V, C) of somebody who stands."""
+    places_V2 = torch.tensor([*MIDDLE, *LEFT_ARM, *LEFT_ARM, *LEFT_LEG, *LEFT_LEG])
+    places_V2[[*range(8, 12), *range(16, 20)], 0] *= -1
+    return torch.cat([places_V2, torch.zeros(len(places_V2), 1)], dim=1)
 
 
 def random_turn() -> Tensor:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitrim.config.recipe import Recipe
+from vitrim.data.skeletons import poses_of_stream
 from vitrim.metrics.fidelity import MIN_IMAGES
 from vitrim.metrics.record import Metrics, is_steady
 from vitrim.models.features import device_of, evaluating, features, logits, num_classes
 from vitrim.models.joints import layout_of
 from vitrim.models.origin import Origin
 from vitrim.models.pose import predict_joints
+from vitrim.models.skeleton import PARENTS
 from vitrim.ops.gram_schmidt import select_with_curve
 from vitrim.report.data import ReportData
 from vitrim.report.summary import latency_rows, summarise
@@ -25,6 +27,7 @@ from vitrim.surgery import DropBlocks, KeepUnits, Plan, read_weights
 NUM_IMAGES = 8
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
 CURVE_POINTS = 64
+NUM_SEQUENCES, NUM_FRAMES = 4, 6
 CHANNELS = (1, 3)  # of images that can be shown
 Seen = Mapping[str, Any]  # the fields of `ReportData` that `look` fills in
 # The same fields without images.
@@ -32,6 +35,7 @@ NOTHING: Seen = {
     **dict.fromkeys(("images", "teacher_patches", "student_patches", "grid")),
     "neighbours": {},
     "poses": {},
+    "frames": {},
     "answers": {},
 }
 
@@ -127,6 +131,8 @@ def look(teacher: nn.Module, student: nn.Module, origin: Origin, batches: Sequen
         seen["answers"] = {"labels": numbers, "before": theirs["answers"], "after": mine["answers"]}
     if images[0].ndim != 3:  # text
         return seen
+    if "skeleton" in origin.preprocessing:
+        return seen | {"frames": _frames(teacher, student, batches[0], origin)}
     seen |= _patches(theirs["patches"], mine["patches"], images, origin)
     if hasattr(teacher, "joint_tokens"):
         seen["poses"] = _poses(teacher, student, batches[0][0], origin)
@@ -201,6 +207,38 @@ def _poses(teacher: nn.Module, student: nn.Module, images_BCHW: Tensor, origin: 
     bones = layout_of(theirs.shape[1], origin.name).bones
     shown_BCHW = torch.stack([_viewable(images_BCHW[index], origin) for index in chosen])
     return {"images": shown_BCHW, "before": theirs[chosen], "after": mine[chosen], "bones": bones}
+
+
+def _frames(teacher: nn.Module, student: nn.Module, batch: Any, origin: Origin) -> dict[str, Any]:
+    """Return the sequences in which both models' tokens are furthest apart, and of these the frames where they are."""
+    inputs_BCTV, stream = batch[0], origin.preprocessing["skeleton"]
+    num_frames, num_joints = inputs_BCTV.shape[2:]
+    with evaluating(teacher, student):
+        seen = [
+            (features(model, there).patches_BND, model(there).argmax(1).tolist())
+            for model, there in ((model, inputs_BCTV.to(device_of(model))) for model in (teacher, student))
+        ]
+    (theirs_BND, before), (mine_BND, after) = seen
+    if theirs_BND is None or mine_BND is None or theirs_BND.shape != mine_BND.shape:
+        return {}
+    apart_BTV = (theirs_BND - mine_BND).float().norm(dim=-1).cpu().unflatten(1, (-1, num_joints))
+    step = next(step for step in itertools.count(1) if -(-num_frames // step) <= apart_BTV.shape[1])
+    sequences = []
+    for index in apart_BTV.mean((1, 2)).argsort(descending=True, stable=True)[:NUM_SEQUENCES].tolist():
+        frames_F = apart_BTV[index].mean(1).argsort(descending=True, stable=True)[:NUM_FRAMES].sort().values
+        poses_TVC = poses_of_stream(inputs_BCTV[index].cpu(), stream)
+        said = {"label": int(batch[1][index]), "before": before[index], "after": after[index]}
+        drawn = {"joints": _upright(poses_TVC)[frames_F * step], "apart": apart_BTV[index, frames_F]}
+        sequences.append({**said, **drawn, "frames": (frames_F * step).tolist()})
+    bones = [(joint, parent) for joint, parent in enumerate(PARENTS) if joint != parent]
+    return {"sequences": sequences, "num_frames": num_frames, "bones": bones, "stream": stream}
+
+
+def _upright(poses_TVC: Tensor) -> Tensor:
+    """Return x and y (T, V, 2) in 0..1, from the left and from the top, on one scale for all frames."""
+    places_TV2 = poses_TVC[..., :2] * torch.tensor([1.0, -1.0])
+    low_2, high_2 = places_TV2.amin((0, 1)), places_TV2.amax((0, 1))
+    return (places_TV2 - (low_2 + high_2) / 2) / (high_2 - low_2).max().clamp(min=1e-12) + 0.5
 
 
 def _viewable(image_CHW: Tensor, origin: Origin) -> Tensor:

@@ -36,6 +36,10 @@ class ReportData:
             and "labels".
         poses: empty, or of a pose model "images" (B, 3, H, W) in 0..1, their joints (B, K, 3) "before" and "after" in
             pixels, and the "bones" that join them.
+        frames: empty, or of a model of skeletons the "bones", the number of frames ("num_frames"), the "stream", and
+            "sequences": of each its "label" (-1 if unknown), both models' answers "before" and "after", and of some of
+            its "frames" (numbers) the places of "joints" (F, V, 2) in 0..1 and how far their features are "apart"
+            (F, V).
         answers: empty, or class numbers of held-out images: their "labels", and each model's answers "before" and
             "after".
         recipe_yaml: the recipe as text.
@@ -70,3 +74,4 @@ class ReportData:
     num_images: int
     judged_on: str
     poses: dict[str, Any] = field(default_factory=dict)
+    frames: dict[str, Any] = field(default_factory=dict)

@@ -63,6 +63,7 @@ def _render(data: ReportData) -> str:
         figures.draw_residuals(data.residual_curves),
         figures.draw_recovery(data.recovery),
         tiles.draw_poses(data.poses),
+        tiles.draw_frames(data.frames),
         tiles.draw_patches(data.images, data.teacher_patches, data.student_patches, data.grid),
         tiles.draw_neighbours(data.neighbours),
         figures.draw_answers(data.answers),

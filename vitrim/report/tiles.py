@@ -21,6 +21,7 @@ TILE_PX = 144
 GAP_PX = 10
 THUMBNAIL_PX = 96
 ORIGINAL_LINE, SMALLER_LINE = (255, 170, 0), (0, 110, 255)
+BONE, MARGIN_PX, JOINT_PX = (128, 128, 128), 16, 8  # JOINT_PX: radius of the joint whose features differ most
 
 
 def draw_patches(
@@ -160,6 +161,47 @@ def _person(image_CHW: Tensor, before_K3: Tensor, after_K3: Tensor, bones: Seque
         places = ((joints_K3[:, :2] + 0.5) * scale).tolist()
         for first, second in bones:
             pen.line([*places[first], *places[second]], fill=colour, width=width)
+    return picture
+
+
+def draw_frames(found: Mapping[str, Any]) -> Picture | None:
+    """Draw the frames of skeletons in which both models' features differ most.
+
+    Args:
+        found: as `ReportData.frames` describes it; empty for models of other kinds.
+    """
+    if not found:
+        return None
+    most = max(float(row["apart"].max()) for row in found["sequences"]) or 1.0
+    strips = []
+    for row in found["sequences"]:
+        of_frames = zip(row["frames"], row["joints"], row["apart"] / most, strict=True)
+        label = f"{row['before']}, then {row['after']}" + (f" (is {row['label']})" if row["label"] >= 0 else "")
+        strips.append(_joined(label, [_skeleton(*each, found["bones"]) for each in of_frames]))
+    moved = "; the input is motion alone, shown on somebody who stands" if "motion" in found["stream"] else ""
+    return Picture(
+        key="frames",
+        title="Frames",
+        alt=f"{len(strips)} sequences, of each the frames of its skeleton in which the two models differ most.",
+        caption="Held-out sequences of the first batch in which the features of both models are furthest apart, one a "
+        f"row, and of each the frames where they are, with their numbers (0 to {found['num_frames'] - 1}){moved}. The "
+        "larger a joint, the more its features differ. Beside them: the class that the original sees, then the smaller "
+        "model's.",
+        strips=tuple(strips),
+    )
+
+
+def _skeleton(number: int, joints_V2: Tensor, apart_V: Tensor, bones: Sequence[tuple[int, int]]) -> Image.Image:
+    """Draw one frame, whose joints are as large as their features differ, 0..1 of the most."""
+    picture = Image.new("RGBA", (TILE_PX, TILE_PX), (0, 0, 0, 0))
+    pen = ImageDraw.Draw(picture)
+    pen.text((0, 0), str(number), fill=BONE)
+    places = (MARGIN_PX + joints_V2 * (TILE_PX - 2 * MARGIN_PX)).tolist()
+    for first, second in bones:
+        pen.line([*places[first], *places[second]], fill=BONE, width=2)
+    for (x, y), share in zip(places, apart_V.tolist(), strict=True):
+        radius = JOINT_PX * share
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=SMALLER_LINE)
     return picture
 
 
