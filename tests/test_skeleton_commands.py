@@ -1,15 +1,22 @@
-"""A model of skeletons from end to end: what the report draws of it."""
+"""Models of skeletons together and in the report: what is drawn of them, and streams whose scores are added."""
+
+import json
 
 import pytest
 import torch
 
-from tests.support.skeletons import pairs
+import vitrim
+from tests.support.skeletons import pairs, write_table
+from vitrim.cli.app import run
 from vitrim.data.inputs import open_inputs
+from vitrim.errors import DataError, ModelError
 from vitrim.models.features import features
 from vitrim.models.load import load_model
 from vitrim.models.origin import Reading
+from vitrim.output.save import save
 from vitrim.report.collect import look
 from vitrim.report.tiles import BONE, JOINT_PX, MARGIN_PX, SMALLER_LINE, TILE_PX, _skeleton, draw_frames
+from vitrim.surgery import Plan
 
 ARGS = {"num_heads": 1, "depth": 6, "num_frames": 8, "num_classes": 3}
 
@@ -50,7 +57,7 @@ def test_the_report_draws_the_frames_of_skeletons_in_which_the_models_differ_mos
     assert len(picture.strips) == 4 and ("somebody who stands" in picture.caption) == (stream == "bone-motion")
 
 
-def test_frames_are_the_most_different_ones_in_order_and_other_lengths_draw_nothing():
+def test_frames_are_the_most_different_ones_in_order_and_models_that_are_alike_or_of_other_lengths_draw_none():
     model, other, origin = two(num_frames=27, depth=4)
     batch = next(iter(open_inputs(pairs(2), origin).loader(batch_size=2)))
     for row in look(model, other, origin, [batch])["frames"]["sequences"]:
@@ -60,6 +67,7 @@ def test_frames_are_the_most_different_ones_in_order_and_other_lengths_draw_noth
             a, b = (features(each, batch.images_BCHW).patches_BND[number] for each in (model, other))
         by_frame = (a - b).norm(dim=1).view(27, 20).mean(1)
         assert set(row["frames"]) == set(by_frame.topk(6).indices.tolist())
+    assert look(model, model, origin, [batch])["frames"] == {}
     other.blocks[1].temporal = type(model.blocks[1].temporal)(24, 2)
     other.blocks[1].shortcut = torch.nn.AvgPool2d((2, 1), ceil_mode=True)
     assert look(model, other.eval(), origin, [batch])["frames"] == {}
@@ -73,3 +81,74 @@ def test_bones_are_drawn_and_joints_as_large_as_their_features_differ():
     assert picture.getpixel((MARGIN_PX + JOINT_PX - 2, half))[:3] == SMALLER_LINE
     assert picture.getpixel((TILE_PX - MARGIN_PX - JOINT_PX + 2, half))[:3] == BONE
     assert picture.getpixel((half, half + 10))[3] == 0
+
+
+STREAMS = ("joint", "bone-motion")
+
+
+@pytest.fixture(scope="module")
+def streams():
+    """Originals and small models of two streams."""
+    return {stream: two(stream=stream) for stream in STREAMS}
+
+
+def test_scores_of_streams_are_added_on_each_side_and_each_model_is_judged_alone_too(streams):
+    students, teachers = ([each[side] for each in streams.values()] for side in (1, 0))
+    found = vitrim.evaluate_together(students, teachers, pairs(60), batch_size=7, quiet=True)
+    said = []
+    for side, models in ((found.student, students), (found.teacher, teachers)):
+        added, labels = torch.zeros(60, 3), torch.tensor([label for _, label in pairs(60)])
+        for number, (model, (_, _, origin)) in enumerate(zip(models, streams.values(), strict=True), start=1):
+            images = open_inputs(pairs(60), origin)
+            with torch.no_grad():
+                scores = model(torch.stack([images[n][0] for n in range(60)]))
+            added += scores
+            assert side.scores[f"top1 of model {number}"] == pytest.approx(100 * accuracy(scores, labels))
+        assert side.scores["top1"] == pytest.approx(100 * accuracy(added, labels))
+        assert side.cost.parameters == sum(p.numel() for model in models for p in model.parameters())
+        said.append(added.argmax(1))
+    assert found.fidelity["top1_agreement"] == pytest.approx(float((said[0] == said[1]).double().mean()))
+    assert "scores of 2 models added" in found.judged_on and "top-1 (%) of model 2" in found.summary()
+    assert found.below({"top1": 100.0}) and "top-1 agreement" in repr(found)
+
+
+def accuracy(scores, labels):
+    return float((scores.argmax(1) == labels).double().mean())
+
+
+def test_models_that_can_not_be_added_are_refused_in_one_line(streams):
+    (joint, _, _), (motion, _, _) = streams.values()
+    for students, teachers, data, said in (
+        (
+            [joint, motion],
+            [motion, joint],
+            pairs(6),
+            "model 1: takes other inputs than model 1; give originals in the order",
+        ),
+        ([joint, motion], [joint], pairs(6), "2 small models, and 1 to compare with"),
+        ([joint, two(num_classes=4)[0]], [joint, joint], pairs(6), "model 2: has 4 classes, and model 1 has 3"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            vitrim.evaluate_together(students, teachers, data, quiet=True)
+    with pytest.raises(DataError, match="has no labels, so top-1 is not measured"):
+        vitrim.evaluate_together([joint] * 2, [joint] * 2, [recorded for recorded, _ in pairs(6)], quiet=True)
+
+
+def test_streams_are_judged_together_on_the_command_line(streams, tmp_path, capsys):
+    table = str(write_table(tmp_path / "data.parquet", pairs(12)))
+    given = ["evaluate"]
+    for side in (1, 0):
+        for name, each in streams.items():
+            (folder := tmp_path / f"{name}-{side}").mkdir()
+            save(
+                folder, each[side], origin=each[2], plan=Plan(edits=(), method="none", options={}, seed=0, versions={})
+            )
+            given += [*([] if side else ["--against"]), str(folder)]
+    given += ["--data", table, "--quiet"]
+    assert run([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = {"top1", *(f"top1 of {tmp_path / name}-1" for name in STREAMS)}
+    assert found["num_images"] == 12 and names <= found["student"].keys()
+    for more, said in ((["--index", table], "index: goes with one model"), (["--exit", "1"], "exit: goes with one")):
+        assert run([*given, *more]) == 2
+        assert said in capsys.readouterr().err

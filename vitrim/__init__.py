@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from vitrim.output.load import load
     from vitrim.output.result import Result
     from vitrim.surgery import Plan
+    from vitrim.together import evaluate_together
 
     __version__: str
 
@@ -87,6 +88,7 @@ _HOMES = {
     "compress": "compression.pipeline",
     "doctor": "machine",
     "evaluate": "evaluation",
+    "evaluate_together": "together",
     "export": "output.export",
     "inspect": "inspection",
     "leaderboard": "compression.leaderboard",
@@ -133,6 +135,7 @@ __all__ = [
     "compress",
     "doctor",
     "evaluate",
+    "evaluate_together",
     "export",
     "inspect",
     "leaderboard",

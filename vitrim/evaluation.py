@@ -144,8 +144,8 @@ class Evaluation:
 
     def __repr__(self) -> str:
         before, after = self.teacher.cost.parameters, self.student.cost.parameters
-        error = self.fidelity["relative_error"]
-        return f"Evaluation({before:,} -> {after:,} parameters, relative error {error:.4g} on {self.num_images} images)"
+        close = "".join(f", {row_name(name)} {value:.4g}" for name, value in [*self.fidelity.items()][:-1][:1])
+        return f"Evaluation({before:,} -> {after:,} parameters{close} on {self.num_images} images)"
 
     def _repr_html_(self) -> str:
         """Return the table for notebooks."""

@@ -51,7 +51,10 @@ LAYERS: tuple[dict[str, str], ...] = (
         "clip": "pairs of an image and a text tower: zero-shot, retrieval, tuning the text tower",
         "evaluation": "two models side by side on images",
     },
-    {"compression": "the jobs: compress, prune in place, prune file to file, slice, compare methods"},
+    {
+        "compression": "the jobs: compress, prune in place, prune file to file, slice, compare methods",
+        "together": "several models and their originals, whose scores are added",
+    },
     {
         "inspection": "a look at a model before anything is cut",
         "machine": "what is installed, and what this machine has",

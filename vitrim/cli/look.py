@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,7 +12,7 @@ from vitrim.catalog import COLUMNS, method_rows
 from vitrim.cli.app import Json, app, hush
 from vitrim.cli.console import number, print_json, print_notes, print_table, say
 from vitrim.cli.options import BudgetOptions, SourceOptions
-from vitrim.errors import BelowLimitError
+from vitrim.errors import BelowLimitError, RecipeError
 
 NO_BUDGET, AS_NAMED = BudgetOptions(), SourceOptions()
 
@@ -63,8 +63,8 @@ def inspect(
 @app.command
 def evaluate(
     student: str,
-    *,
-    against: str,
+    *more: str,
+    against: Annotated[tuple[str, ...], Parameter(negative="")],
     data: str,
     reading: SourceOptions = AS_NAMED,
     index: str | None = None,
@@ -78,13 +78,14 @@ def evaluate(
     quiet: bool = False,
     as_json: Json = False,
 ) -> None:
-    """Compare a model with the one it was made from.
+    """Compare a model with the one it was made from, or several whose scores are added.
 
     Example: vitrim evaluate small --against timm/vit_base_patch14_dinov2.lvd142m --data photos/
 
     Args:
         student: the small model.
-        against: the model to compare with.
+        more: further small models, such as those of other streams of skeletons; then top-1 of all together is measured.
+        against: the model to compare with; of several, once for each, in the order of the small ones.
         data: images to evaluate on; with labels, kNN, linear probe and top-1 are measured too.
         index: labelled images for kNN and the linear probe to learn from; by default 80% of data.
         old_index: a .npy file of vectors that the original made earlier, a row for each image of data in its order
@@ -102,22 +103,18 @@ def evaluate(
     from vitrim.evaluation import HEADER
     from vitrim.evaluation import evaluate as measure
     from vitrim.metrics.limits import parse_limits
+    from vitrim.together import evaluate_together as together
 
     limits = parse_limits(fail_under)
-    found = measure(
-        student,
-        against,
-        data,
-        index=index,
-        old_index=old_index,
-        limit=limit,
-        split=split,
-        device=device,
-        exit=exit,
-        confidence=confidence,
-        quiet=hush(quiet or as_json),
-        **reading.given(),
-    )
+    common: dict[str, Any] = {"limit": limit, "split": split, "device": device, "quiet": hush(quiet or as_json)}
+    of_one = {"index": index, "old_index": old_index, "exit": exit, "confidence": confidence, **reading.given()}
+    if more or len(against) != 1:
+        refused = next((name for name, value in of_one.items() if value is not None), None)
+        if refused is not None:
+            raise RecipeError(f"{refused}: goes with one model, not with {1 + len(more)} together; leave it out.")
+        found = together((student, *more), against, data, **common)
+    else:
+        found = measure(student, against[0], data, **of_one, **common)
     below = found.below(limits)
     if as_json:
         print_json({**found.to_json(), "below": below})

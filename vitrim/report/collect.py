@@ -222,6 +222,8 @@ def _frames(teacher: nn.Module, student: nn.Module, batch: Any, origin: Origin) 
     if theirs_BND is None or mine_BND is None or theirs_BND.shape != mine_BND.shape:
         return {}
     apart_BTV = (theirs_BND - mine_BND).float().norm(dim=-1).cpu().unflatten(1, (-1, num_joints))
+    if not apart_BTV.any():
+        return {}
     step = next(step for step in itertools.count(1) if -(-num_frames // step) <= apart_BTV.shape[1])
     sequences = []
     for index in apart_BTV.mean((1, 2)).argsort(descending=True, stable=True)[:NUM_SEQUENCES].tolist():

@@ -38,6 +38,8 @@ def row_name(key: str) -> str:
     named = {**NAMES, **{value: name for name, value in FIDELITY_ROWS.items()}}
     if key in named:
         return named[key]
+    if key.startswith("top1 of "):  # one of several models
+        return key.replace("top1", NAMES["top1"])
     what, _, number = key.partition("@")
     if what in ("recall", "old_index_recall"):
         return f"recall@{number} in {'the original' if what == 'recall' else 'the old one'}'s index"

@@ -172,7 +172,7 @@ def draw_frames(found: Mapping[str, Any]) -> Picture | None:
     """
     if not found:
         return None
-    most = max(float(row["apart"].max()) for row in found["sequences"]) or 1.0
+    most = max(float(row["apart"].max()) for row in found["sequences"])
     strips = []
     for row in found["sequences"]:
         of_frames = zip(row["frames"], row["joints"], row["apart"] / most, strict=True)
@@ -186,7 +186,7 @@ def draw_frames(found: Mapping[str, Any]) -> Picture | None:
         caption="Held-out sequences of the first batch in which the features of both models are furthest apart, one a "
         f"row, and of each the frames where they are, with their numbers (0 to {found['num_frames'] - 1}){moved}. The "
         "larger a joint, the more its features differ. Beside them: the class that the original sees, then the smaller "
-        "model's.",
+        "model's, and in brackets the right one.",
         strips=tuple(strips),
     )
 
