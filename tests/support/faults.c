@@ -27,6 +27,12 @@ void faults_arm(const char *where, long n, int errno_of, int for_ever) {
     calls = 0, failing = n, error = errno_of, lasting = for_ever;
 }
 
+/* A process that is started, not forked, is told by FAULTS_BELOW, FAULTS_AT and FAULTS_ERRNO; its failure lasts. */
+__attribute__((constructor)) static void faults_from_environment(void) {
+    const char *where = getenv("FAULTS_BELOW"), *at = getenv("FAULTS_AT"), *number = getenv("FAULTS_ERRNO");
+    if (where && at && number) faults_arm(where, atol(at), atoi(number), 1);
+}
+
 long faults_calls(void) { return calls; }
 
 /* Whether this call is to fail with `error`; a call that is to kill does not return, but for `torn` ones. */
