@@ -15,7 +15,7 @@ from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
 from vitrim.metrics.fidelity import fidelity
 from vitrim.models.sites import find_mlps
-from vitrim.ops.feedback import aimed, fit_fed
+from vitrim.ops.feedback import PAYS, STRONGER, aimed, fit_judged
 from vitrim.ops.least_squares import fit_output
 from vitrim.surgery import KeepUnits, apply_
 
@@ -48,16 +48,16 @@ def test_the_share_is_the_best_of_all_blends_of_the_target(num_tokens, knowable,
     other, wanted = problem(100, knowable=knowable, bias=bias, seed=1)[:2]
     scale = torch.tensor([1.0, 0.1, 2.0, 0.5], dtype=torch.float64)
     stats = replace(stored_stats(hidden, target), fed=(fed.sum(0), hidden.T @ fed))
-    found, found_D, share = fit_fed(stats, KEEP, weight, bias_D, (other, wanted), scale, ridge=1e-2, where="here")
-    errors = {}
+    found, found_D, chosen = fit_judged(stats, KEEP, weight, bias_D, (other, wanted), scale, ridge=1e-2, where="here")
+    share, ridge, errors = chosen["feedback"], chosen["ridge"], {}
     for percent in range(101):
         blend = stored_stats(hidden, target - (1 - percent / 100) * fed)
-        tried, tried_D = fit_output(blend, KEEP, weight, bias_D, ridge=1e-2)
+        tried, tried_D = fit_output(blend, KEEP, weight, bias_D, ridge=ridge)
         output = other[:, KEEP] @ tried.T + (0.0 if tried_D is None else tried_D)
         errors[percent / 100] = float(((output - wanted) * scale).square().sum())
     assert share == pytest.approx(min(errors, key=errors.get), abs=0.0051)
     blend = stored_stats(hidden, target - (1 - share) * fed)
-    expected, expected_D = fit_output(blend, KEEP, weight, bias_D, ridge=1e-2)
+    expected, expected_D = fit_output(blend, KEEP, weight, bias_D, ridge=ridge)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found_D, expected_D)
     for name in ("target_D", "cross_HD"):
@@ -69,8 +69,45 @@ def test_what_cannot_be_known_is_not_fed_back_and_what_can_is():
         hidden, target, fed, weight, bias_D = problem(num_tokens, knowable=knowable, seed=2)
         stats = replace(stored_stats(hidden, target), fed=(fed.sum(0), hidden.T @ fed))
         held_out = problem(200, knowable=knowable, seed=1)[:2]
-        share = fit_fed(stats, KEEP, weight, bias_D, held_out, None, ridge=1e-4, where="here")[2]
+        share = fit_judged(stats, KEEP, weight, bias_D, held_out, None, ridge=1e-4, where="here")[2]["feedback"]
         assert share > 0.9 if knowable else share < 0.1
+
+
+@pytest.mark.parametrize("fed_back", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_tokens", [4, 8, 30, 400])
+def test_the_ridge_is_the_best_of_all_that_are_tried(num_tokens, bias, fed_back):
+    hidden, target, fed, weight, bias_D = problem(num_tokens, knowable=0.0, bias=bias)
+    other, wanted = problem(100, knowable=0.0, bias=bias, seed=1)[:2]
+    stats = replace(stored_stats(hidden, target), fed=(fed.sum(0), hidden.T @ fed) if fed_back else None)
+    found, found_D, chosen = fit_judged(stats, KEEP, weight, bias_D, (other, wanted), None, ridge=1e-4, where="here")
+    assert ("feedback" in chosen) == fed_back
+    errors = []
+    for ridge in (1e-4 * stronger for stronger in STRONGER):
+        shares = [percent / 100 for percent in range(101)] if fed_back else [1.0]
+        tried = [
+            fit_output(stored_stats(hidden, target - (1 - share) * fed), KEEP, weight, bias_D, ridge=ridge)
+            for share in shares
+        ]
+        outputs = [other[:, KEEP] @ each.T + (0.0 if each_D is None else each_D) for each, each_D in tried]
+        errors.append(min(float((output - wanted).square().sum()) for output in outputs))
+    taken = [pytest.approx(1e-4 * stronger) for stronger in STRONGER].index(chosen["ridge"])
+    assert errors[taken] <= min(errors) / (1 - PAYS) * (1 + 1e-3)
+    assert all(errors[taken] < (1 - PAYS) * error * (1 + 1e-3) for error in errors[:taken])
+    output = other[:, KEEP] @ found.T + (0.0 if found_D is None else found_D)
+    assert float((output - wanted).square().sum()) == pytest.approx(errors[taken], rel=1e-3)
+
+
+def test_with_few_tokens_the_ridge_is_wider_than_with_many():
+    chosen = []
+    for num_tokens in (6, 2000):
+        hidden, target, _, weight, bias_D = problem(num_tokens, knowable=0.5)
+        held_out = problem(200, knowable=0.5, seed=1)[:2]
+        fitted = fit_judged(
+            stored_stats(hidden, target), KEEP, weight, bias_D, held_out, None, ridge=1e-6, where="here"
+        )
+        chosen.append(fitted[2]["ridge"])
+    assert chosen[0] > chosen[1]
 
 
 def vit(seed=0):

@@ -87,9 +87,9 @@ class HeadVisit:
     def held_out(self, site: AttentionSite) -> tuple[Tensor, Tensor] | None:
         """Return mixed values, which the student has at `site`, with wanted outputs, of some tokens not in the sums.
 
-        None if there are no such tokens, or no feedback that they could judge.
+        None if there are no such tokens.
         """
-        if self.scale_D is None or self.feedback == 0 or not self.has_held_out:
+        if not self.has_held_out:
             return None
         found, numbers = [], range(self.num_fit, len(self.student.batches))
         for index in numbers:

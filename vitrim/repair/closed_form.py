@@ -11,7 +11,7 @@ from vitrim.calibrate import SiteVisit
 from vitrim.calibrate.walk import JUDGING
 from vitrim.config.options import RepairOptions
 from vitrim.models.features import evaluating
-from vitrim.ops.feedback import fit_fed
+from vitrim.ops.feedback import fit_judged
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
 from vitrim.repair.learning import judged_halves
 from vitrim.repair.refit import refit_, site_tensors
@@ -30,7 +30,7 @@ def repair_(
         edit, visit = KeepUnits.first(site, edit.width), visit.again()
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
-    judging = _judging(student, visit) if visit.stats.fed is not None and visit.stands_alone else None
+    judging = _judging(student, visit) if visit.stands_alone and len(visit.held_out.inputs_ND) else None
     pays = {"held_out": judging, "scale_D": visit.scale_D}
     fitted_DK, fitted_D, errors = fitted(visit.stats, keep, start_DK, bias_D, repair.ridge, site.path, **pays)
     apply_(student, [edit.with_output(fitted_DK, fitted_D)])
@@ -57,19 +57,19 @@ def fitted(
 ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
     """Fit an output projection to the kept units, unless `ridge` is None; return it with its errors per token.
 
-    With `held_out`, hidden values (N, H) and targets (N, D) of tokens that are not in the sums, only as much of the
-    feedback in the targets is taken as pays there: `feedback` among the errors is that share of it. `scale_D` is the
-    layer scale behind.
+    With `held_out`, hidden values (N, H) and targets (N, D) of tokens that are not in the sums, of `ridge` and
+    stronger ones the best there is used, and only as much of the feedback in the targets is taken as pays: `ridge` and
+    `feedback` among the errors are what was chosen. `scale_D` is the layer scale behind.
     """
     errors = {"unrepaired": squared_error(stats, keep, weight_DK, bias_D)}
     if ridge is not None:
         strength = ridge_for(stats.num_tokens, len(keep), ridge)
-        if stats.fed is None or held_out is None:
-            weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=strength, where=where)
+        given = (stats, keep, weight_DK, bias_D)
+        if held_out is None:
+            weight_DK, bias_D = fit_output(*given, ridge=strength, where=where)
         else:
-            weight_DK, bias_D, errors["feedback"] = fit_fed(
-                stats, keep, weight_DK, bias_D, held_out, scale_D, ridge=strength, where=where
-            )
+            weight_DK, bias_D, chosen = fit_judged(*given, held_out, scale_D, ridge=strength, where=where)
+            errors |= chosen
         errors["repaired"] = squared_error(stats, keep, weight_DK, bias_D)
     return weight_DK, bias_D, errors
 

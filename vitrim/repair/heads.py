@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import HeadVisit
 from vitrim.methods import SiteMethod
-from vitrim.ops.feedback import aimed
+from vitrim.ops.feedback import aimed, fit_fed
 from vitrim.ops.head_factors import ValueSums, mixed
+from vitrim.ops.least_squares import ridge_for
 from vitrim.repair.closed_form import fitted
 from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, apply_, mix_heads, submodule
 from vitrim.surgery.edits import replace_
@@ -88,13 +89,16 @@ def value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> Val
 def _aimed(sums: ValueSums, held_out: tuple[Tensor, Tensor] | None, ridge: float | None, where: str) -> ValueSums:
     """Return the sums for targets with as much feedback as pays for the whole attention: by them it is decided.
 
-    Else what stays is what learns feedback by heart best, and no weight behind it makes up for that.
+    Else what stays is what learns feedback by heart best, and no weight behind it makes up for that. The ridge is the
+    given one: under a stronger one little is learnt by heart, and a share that pays there is too large for the picks.
     """
-    if held_out is None:
+    if held_out is None or sums.stats.fed is None or ridge is None:
         return sums
     every = torch.arange(sums.output_DA.shape[1])
-    _, errors = _fitted(sums, sums.stats, every, sums.output_DA, ridge, where, held_out)
-    return replace(sums, stats=aimed(sums.stats, errors.get("feedback", 1.0)))
+    strength = ridge_for(sums.stats.num_tokens, len(every), ridge)
+    start = (sums.output_DA, sums.output_bias_D)
+    _, (_, _, chosen) = fit_fed(sums.stats, every, *start, held_out, sums.scale_D, ridge=strength, where=where)
+    return replace(sums, stats=aimed(sums.stats, chosen["feedback"]))
 
 
 def _fitted(
