@@ -1,4 +1,6 @@
-"""A pose model from end to end: cut, written, loaded, evaluated by its joints, exported."""
+"""A pose model from end to end: cut, written, loaded, trained with joints, evaluated by them, exported."""
+
+import copy
 
 import pytest
 import torch
@@ -6,13 +8,17 @@ from safetensors.torch import save_file
 
 import vitrim
 from tests.support.people import TINY, tiny, write_parquet
-from vitrim.data import open_images
+from vitrim.config.options import RecoverOptions
+from vitrim.config.run_context import RunContext
+from vitrim.data import open_images, split_indices
 from vitrim.data.poses import PoseSet
 from vitrim.errors import DataError
 from vitrim.metrics.pose import pose_scores
 from vitrim.models import from_vitrim
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.pose import predict_joints
+from vitrim.recover.labels import train_labels_
+from vitrim.recover.losses import heatmap_loss
 from vitrim.report.collect import look
 from vitrim.report.tiles import ORIGINAL_LINE, SMALLER_LINE, TILE_PX, _person
 
@@ -91,6 +97,26 @@ def test_bones_are_drawn_from_joint_to_joint():
     assert picture.getpixel((round(12 * scale), round(4 * scale))) == ORIGINAL_LINE
     assert picture.getpixel((round(12 * scale), round(24 * scale))) == SMALLER_LINE
     assert picture.getpixel((round(12 * scale), round(14 * scale))) == (0, 0, 0)
+
+
+def test_it_learns_from_joints_by_a_recipe_as_it_does_by_hand(people, tmp_path):
+    model, images = tiny(), open_images(people)
+    options = {"loss": "labels", "steps": 6, "batch_size": 4, "lr": 0.01, "num_validations": 2, "cycles": 2}
+    by_hand, recipe = copy.deepcopy(model), {"calibrate": {"num_images": 4}, "repair": False, "seed": 3}
+    size = {"method": "dgmr", "keep_ratio": 1.0}
+    found = vitrim.compress(
+        model, data=people, recover=options, recipe=recipe, **size, out=tmp_path / "out", quiet=True
+    )
+    rest, held = split_indices(16, num_held_out=1, seed=3)
+    held_out = PoseSet(images.subset(held), model.preprocessing, 14).batches()
+    train = PoseSet(images.subset(rest), model.preprocessing, 14, seed=3)
+    given = {"options": RecoverOptions(**options), "context": RunContext(quiet=True, seed=3), "loss": heatmap_loss}
+    wanted = train_labels_(by_hand, train, held_out=held_out, **given)
+    assert found.metrics.recovery["curve"] == wanted.curve and found.metrics.stock
+    inputs = torch.randn(2, 3, 32, 24)
+    torch.testing.assert_close(vitrim.load(found.out)(inputs), by_hand.eval()(inputs))
+    with pytest.raises(DataError, match="has no joints; pass a parquet file"):
+        vitrim.compress(model, data=torch.randn(8, 3, 32, 24), recover=options, **size, quiet=True)
 
 
 def test_it_is_exported(cut, tmp_path):

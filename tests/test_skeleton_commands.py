@@ -123,13 +123,15 @@ def test_models_that_can_not_be_added_are_refused_in_one_line(streams):
             [joint, motion],
             [motion, joint],
             pairs(6),
-            "model 1: takes other inputs than model 1; give originals in the order",
+            r"model 1: takes joint \[3, 8, 20\], and original 1 bone-motion .*its own original",
         ),
         ([joint, motion], [joint], pairs(6), "2 small models, and 1 to compare with"),
-        ([joint, two(num_classes=4)[0]], [joint, joint], pairs(6), "model 2: has 4 classes, and model 1 has 3"),
+        ([joint, two(num_classes=4)[0]], [joint, joint], pairs(6), "model 2: has 4 classes, and original 1 has 3"),
     ):
         with pytest.raises(ModelError, match=said):
             vitrim.evaluate_together(students, teachers, data, quiet=True)
+    with pytest.raises(ModelError, match=r"the small model: takes joint .*, and .* bone-motion"):
+        vitrim.evaluate(joint, motion, pairs(6), latency=False)
     with pytest.raises(DataError, match="has no labels, so top-1 is not measured"):
         vitrim.evaluate_together([joint] * 2, [joint] * 2, [recorded for recorded, _ in pairs(6)], quiet=True)
 

@@ -130,6 +130,7 @@ def bad(joints):
         (bad(np.zeros((0, 20, 3), np.float32)), "item 0 has no frames"),
         (bad(np.zeros((4, 20, 2), np.float32)), r"array \(4, 20, 2\)"),
         (bad("text"), "item 0 is an array"),
+        (bad(np.full((4, 20, 3), 1j)), "item 0 is an array"),
         ([], "no sequences found"),
         (5, "no source of sequences"),
         ("nowhere.parquet", "no such file"),
@@ -149,6 +150,10 @@ def test_tables_with_missing_frames_or_columns_and_folders_with_missing_labels_a
     for name, columns, said in (
         ("short", rows, "says 7 frames"),
         ("empty", {**rows, "num_frames": [0]}, "has no frames"),
+        ("null", {**rows, "num_frames": [None]}, "has no frames"),
+        ("negative", {**rows, "num_frames": [-2]}, "has -2 frames"),
+        ("text", {**rows, "num_frames": ["4"]}, "bytes joints, str frames"),
+        ("list", {**rows, "joints": [[0.5] * 240]}, "list joints, int frames; use float32 bytes"),
         ("other", {"x": [1]}, "has columns x"),
     ):
         parquet.write_table(pa.table(columns), tmp_path / f"{name}.parquet")

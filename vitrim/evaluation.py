@@ -222,6 +222,7 @@ def evaluate(
     student_model, its_origin = open_encoder(student, Reading(weights=weights))
     teacher_model, origin = open_encoder(teacher, Reading(model_args=model_args or {}, weights=weights))
     both = ((student_model, its_origin), (teacher_model, origin))
+    its_origin.check_stream("the small model", origin, origin.name)
     for model, built in both:
         check_repeatable(model.to(resolve_device(device)), built, random_inputs(built, 2))
     old = None if old_index is None else read_old_index(old_index, width=_pooled_width(teacher_model, origin))

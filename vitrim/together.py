@@ -23,8 +23,6 @@ from vitrim.output.load import Model, open_encoder
 from vitrim.progress import progress
 from vitrim.torch_state import own_torch_state
 
-INPUT = ("input_size", "skeleton")  # what of preprocessing says what a model takes
-
 
 class Named(NamedTuple):
     """A model, how it was built, and what the user calls it."""
@@ -69,7 +67,10 @@ def evaluate_together(
     """
     if len(students) != len(teachers):
         raise ModelError(f"{len(students)} small models, and {len(teachers)} to compare with; give one for each.")
-    both = [[_open(*numbered) for numbered in enumerate(side, start=1)] for side in (students, teachers)]
+    both = [
+        [_open(f"{kind} {n}", model) for n, model in enumerate(side, start=1)]
+        for kind, side in (("model", students), ("original", teachers))
+    ]
     _check(*both)
     sources = [
         _labelled(open_set(data, it.origin, split=split, limit=limit, default="test"), it.model) for it in both[1]
@@ -97,9 +98,9 @@ def evaluate_together(
     )
 
 
-def _open(number: int, model: Model) -> Named:
-    """Open a model; a module is called by its number."""
-    return Named(model if isinstance(model, str) else f"model {number}", *open_encoder(model))
+def _open(name: str, model: Model) -> Named:
+    """Open a model; one that is given as a module is called by this name."""
+    return Named(model if isinstance(model, str) else name, *open_encoder(model))
 
 
 class _Side:
@@ -141,10 +142,7 @@ def _check(students: Sequence[Named], teachers: Sequence[Named]) -> None:
                 "classifiers of the same classes."
             )
     for mine, theirs in zip(students, teachers, strict=True):
-        if any(mine.origin.preprocessing.get(key) != theirs.origin.preprocessing.get(key) for key in INPUT):
-            raise ModelError(
-                f"{mine.name}: takes other inputs than {theirs.name}; give originals in the order of the small models."
-            )
+        mine.origin.check_stream(mine.name, theirs.origin, theirs.name)
 
 
 def _labelled(images: ImageSet, model: nn.Module) -> ImageSet:

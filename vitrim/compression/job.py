@@ -16,6 +16,7 @@ from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream, Split
 from vitrim.data.images import check_workers
 from vitrim.data.inputs import check_repeatable, match_labels, open_inputs, random_inputs
+from vitrim.data.poses import poses_of
 from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod, find_method
 from vitrim.models.features import num_classes
@@ -158,6 +159,8 @@ def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder
         return
     if isinstance(images, ImageStream):
         raise RecipeError(f"{key}.loss=labels: {name} reads no labels of a stream; use features.")
+    if name == "recover" and poses_of(encoder, images, needed=True) is not None:
+        return
     if not (fits := match_labels(images, encoder))[1]:
         why = "the model has no head" if fits[2] is None else fits[2].removesuffix(", so top-1 is not measured.")
         raise RecipeError(f"{key}.loss=labels: {why}; pass labels of the model's classes, or use features.")

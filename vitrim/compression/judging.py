@@ -115,11 +115,16 @@ def learn(models: Models, cut: CutReport) -> Learning | None:
 
 
 def judging_notes(
-    after_cut: Closeness | None, after_recovery: Closeness | None, learning: Learning | None
+    after_cut: Closeness | None, after_recovery: Closeness | None, learning: Learning | None, *, with_labels: bool
 ) -> tuple[str, ...]:
-    """Return what has to be known beside the errors: too few images, what more of them would do, a useless result."""
+    """Return what has to be known beside the errors: too few images, what more of them would do, a useless result.
+
+    What was trained with labels is free to be far from the original.
+    """
     judged = after_recovery or after_cut
-    said = () if judged is None else (*too_few(judged.num_images), *_far(judged, trained=after_recovery is not None))
+    said = () if judged is None else too_few(judged.num_images)
+    if judged is not None and not with_labels:
+        said = (*said, *_far(judged, trained=after_recovery is not None))
     return said if learning is None or learning.note is None else (*said, learning.note)
 
 

@@ -184,7 +184,8 @@ def _run(job: Job, context: RunContext, place: Place | None, on_validation: OnVa
     stock = stock_origin(job.origin, plan.edits)
     seen = look_at_both(models, job, context) if place is not None else NOTHING
     whole = put_together(job, models, stock, widened=wide is not None)
-    said = judging_notes(after_cut, after_recovery, learning)
+    with_labels = job.recipe.recover is not None and job.recipe.recover.loss == "labels"
+    said = judging_notes(after_cut, after_recovery, learning, with_labels=with_labels)
     why = [*([] if wide is None else [wide]), *stock_notes(job.origin, plan.edits, stock)]
     metrics = Metrics(
         model=job.origin.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ from torch import nn
 from vitrim.compression.job import Job, Models
 from vitrim.config.options import AtOnceOptions, RecoverOptions
 from vitrim.config.run_context import RunContext
-from vitrim.data import Batch, ImageSet, ImageStream, Split, augment_for
+from vitrim.data import ImageSet, ImageStream, Split, augment_for
+from vitrim.data.poses import poses_of
 from vitrim.data.transforms import is_known
 from vitrim.distributed.processes import num_processes, rank
 from vitrim.recover.at_once import train_at_once_
@@ -22,6 +23,7 @@ from vitrim.recover.elastic_fit import Fitting, serving
 from vitrim.recover.exits import train_exits_
 from vitrim.recover.factors import TrainingSource
 from vitrim.recover.labels import train_labels_
+from vitrim.recover.losses import heatmap_loss
 from vitrim.recover.result import Recovery
 from vitrim.repair.blockwise import Blockwise, follow_cut_
 
@@ -76,7 +78,7 @@ def train_(
         )
         distil_ = partial(recover_, widths=widths, space=job.space, on_validation=on_validation)
         if recipe.recover.loss == "labels":
-            distil_ = partial(_with_labels_, judged=split.held_out, on_validation=on_validation)
+            distil_ = partial(_with_labels_, split=split, on_validation=on_validation)
         with serving(models.student, widths, fitting) as slices:
             recovery = _trained_(distil_, recipe.recover, models, job, context)
     exits = _trained_(train_exits_, recipe.exits, models, job, context)
@@ -84,9 +86,14 @@ def train_(
 
 
 def _with_labels_(
-    student: nn.Module, _: nn.Module, images: ImageSet, *, held_out: Any, judged: Sequence[Batch], **given: Any
+    student: nn.Module, _: nn.Module, images: Any, *, held_out: Any, split: Split, context: RunContext, **given: Any
 ) -> Recovery:
-    """Train a student with labels, and no teacher."""
+    """Train a student with labels, a pose model with joints, and no teacher."""
+    judged, given["context"] = split.held_out, context
+    if split.judged is not None and (people := poses_of(student, split.judged)) is not None:
+        seed = None if given["options"].augment == "none" else context.seed
+        images, judged = poses_of(student, split.train, seed=seed), people.batches()  # type: ignore[arg-type]
+        given["loss"] = heatmap_loss
     return train_labels_(student, images, held_out=judged, **given)
 
 

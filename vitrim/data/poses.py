@@ -90,15 +90,21 @@ class PoseSet(Dataset):
         return [collate([next(items) for _ in range(min(batch_size, len(self) - start))]) for start in starts]
 
 
-def poses_of(model: nn.Module, images: ImageSet) -> PoseSet | None:
+def poses_of(model: nn.Module, images: ImageSet, *, seed: int | None = None, needed: bool = False) -> PoseSet | None:
     """Return a source as pictures with joints for a pose model; None for other models, and for images without joints.
 
+    Args:
+        model: of any kind.
+        images: the source.
+        seed: of the augmentation; None for none.
+        needed: refuse images without joints for a pose model.
+
     Raises:
-        DataError: the joints are not as many as the model's.
+        DataError: the joints are not as many as the model's, or there are none and they are needed.
     """
-    if not hasattr(model, "joint_tokens") or images.joints is None:
+    if not hasattr(model, "joint_tokens") or (images.joints is None and not needed):
         return None
-    return PoseSet(images, model.preprocessing, num_prefix_tokens(model))  # type: ignore[arg-type]
+    return PoseSet(images, model.preprocessing, num_prefix_tokens(model), seed=seed)  # type: ignore[arg-type]
 
 
 def framed(

@@ -36,6 +36,7 @@ ALLOWED = (
     "pass a parquet file with columns joints, num_frames and label, a folder of .npy arrays (frames, joints, 3) in "
     "folders of classes or beside a labels.csv, or pairs of an array and a label"
 )
+TABLE = "use float32 bytes of (frames, joints, 3), and a whole number of frames"
 COLUMNS = ("joints", "num_frames", "label")
 LABELS = "labels.csv"  # lines of a file's name and a label
 VIEW = re.compile(r"_v0*(\d+)$")  # how names of NW-UCLA end
@@ -151,10 +152,14 @@ def _of_table(file: Path) -> list[Recording]:
         raise DataError(f"{file}: has columns {', '.join(sorted(names))}; {ALLOWED}.")
     found = []
     for number, row in enumerate(table.select([c for c in (*COLUMNS, "name") if c in names]).to_pylist()):
-        name, frames, held = row.get("name", f"row {number}"), row["num_frames"], row["joints"] or b""
+        name, frames, held = row.get("name", f"row {number}"), row["num_frames"] or 0, row["joints"] or b""
+        if not (isinstance(held, bytes) and isinstance(frames, int)):
+            raise DataError(
+                f"{file}: {name} has {type(held).__name__} joints, {type(frames).__name__} frames; {TABLE}."
+            )
         values = np.frombuffer(held[: len(held) // 4 * 4], np.float32)
-        if not frames:
-            raise DataError(f"{file}: {name} has no frames; leave empty sequences out.")
+        if frames < 1:
+            raise DataError(f"{file}: {name} has {frames or 'no'} frames; leave empty sequences out.")
         if len(held) % 4 or len(values) % (frames * 3):
             raise DataError(
                 f"{file}: {name} says {frames} frames and holds {len(held)} bytes, no whole number of joints for "
@@ -209,12 +214,13 @@ def _check(each: Recording, where: str, num_joints: int) -> None:
         joints = np.load(each.joints, mmap_mode="r") if isinstance(each.joints, Path) else each.joints
     except (OSError, ValueError) as error:
         raise DataError(f"{each.joints}: can't be read as an array ({error}); {ALLOWED}.") from None
-    if joints.ndim != 3 or joints.shape[2] != 3:
-        raise DataError(f"{where}: {each.name} is an array {joints.shape}; use (frames, {num_joints}, 3).")
+    name = each.joints if isinstance(each.joints, Path) else f"{where}: {each.name}"
+    if joints.ndim != 3 or joints.shape[2] != 3 or joints.dtype.kind not in "fiu":
+        raise DataError(f"{name} is an array {joints.shape} of {joints.dtype}; use numbers (frames, {num_joints}, 3).")
     if not len(joints):
-        raise DataError(f"{where}: {each.name} has no frames; leave empty sequences out.")
+        raise DataError(f"{name} has no frames; leave empty sequences out.")
     if joints.shape[1] != num_joints:
-        raise DataError(f"{where}: {each.name} has {joints.shape[1]} joints, and the model takes {num_joints}.")
+        raise DataError(f"{name} has {joints.shape[1]} joints, and the model takes {num_joints}.")
 
 
 class SkeletonTransform:

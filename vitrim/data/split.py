@@ -35,7 +35,7 @@ class Split:
 
     Images that are exact copies of others are left out of the calibration images, and copies of those out of the
     held-out ones; with none left, nothing can be judged. In `counts`, `modes` are those of the calibration and held-out
-    images; `notes` are on the same.
+    images; `notes` are on the same. `judged` is the source of the held-out images, copies included.
     """
 
     train: ImageSet | ImageStream
@@ -43,6 +43,7 @@ class Split:
     held_out: list[Batch]
     counts: dict[str, Any]
     notes: tuple[str, ...] = ()
+    judged: ImageSet | None = None
 
     @property
     def sample(self) -> Tensor:
@@ -98,8 +99,9 @@ def _split(
     rest, held = split_indices(len(images), num_held_out=num_held_out, seed=recipe.seed)
     train, options = images.subset(rest), recipe.calibrate
     drawn = draw_calibration(train, options, recipe.seed, num_units)
-    judged = images.subset(held).loader(batch_size=options.batch_size) if held else []
-    read = [batch for batch in judged if len(batch.images_BCHW)]
+    judged = images.subset(held) if held else None
+    loader = [] if judged is None else judged.loader(batch_size=options.batch_size)
+    read = [batch for batch in loader if len(batch.images_BCHW)]
     if held and not read:
         raise DataError(f"{images.name}: none of the {len(held)} held-out images could be read; check the files.")
     held_out = _without_copies(read, drawn.images)
@@ -119,7 +121,8 @@ def _split(
             "quality was not measured: no image differs from those used for calibration; pass more images, of which "
             "a tenth is held out to judge on."
         )
-    return Split(train=remaining, calibration=drawn.batches, held_out=held_out, counts=counts, notes=tuple(said))
+    known: dict[str, Any] = {"counts": counts, "notes": tuple(said), "judged": judged}
+    return Split(train=remaining, calibration=drawn.batches, held_out=held_out, **known)
 
 
 class Calibration(NamedTuple):

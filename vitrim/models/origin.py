@@ -83,6 +83,17 @@ class Origin:
         """Return the origin of the model after these edits."""
         return replace(self, earlier=(*self.earlier, *(edit.shape_only().to_json() for edit in edits)))
 
+    def check_stream(self, name: str, original: Origin, its_name: str) -> None:
+        """Check, of models of skeletons, that a model takes the stream and the number of frames that its original does.
+
+        Raises:
+            ModelError: it takes others.
+        """
+        takes = [tuple(map(each.preprocessing.get, ("skeleton", "input_size"))) for each in (self, original)]
+        if any(stream for stream, _ in takes) and takes[0] != takes[1]:
+            mine, theirs = (f"{stream} {size}" if stream else "no skeletons" for stream, size in takes)
+            raise ModelError(f"{name}: takes {mine}, and {its_name} {theirs}; compare a model with its own original.")
+
     def without_place(self) -> Origin:
         """Return the origin without the folder it came from, which another machine does not have, and without notes."""
         known = {key: "." if key == "tokenizer" and value else value for key, value in self.preprocessing.items()}
