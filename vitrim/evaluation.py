@@ -227,8 +227,7 @@ def evaluate(
         check_repeatable(model.to(resolve_device(device)), built, random_inputs(built, 2))
     old = None if old_index is None else read_old_index(old_index, width=_pooled_width(teacher_model, origin))
     leaving, sure = leaving_at(student_model, exit, confidence)
-    images = open_set(data, origin, split=split, limit=limit, default="test")
-    images, fits, note = match_labels(images, teacher_model)
+    images, fits, note = match_labels(open_set(data, origin, split=split, limit=limit, default="test"), teacher_model)
     people = poses_of(teacher_model, images)
     with progress("evaluate", 0, quiet=quiet) as bar:
         batches, num_skipped = _read(images, batch_size, bar)

@@ -38,6 +38,7 @@ ALLOWED = (
 )
 TABLE = "use float32 bytes of (frames, joints, 3), and a whole number of frames"
 COLUMNS = ("joints", "num_frames", "label")
+NUMBERS = "fiu"  # kinds of arrays that hold joints
 LABELS = "labels.csv"  # lines of a file's name and a label
 VIEW = re.compile(r"_v0*(\d+)$")  # how names of NW-UCLA end
 TEST_VIEW = 3
@@ -135,7 +136,8 @@ def _array(given: Any) -> Joints:
     """Return an array of joints, or what is none as an empty one, to be refused."""
     if not isinstance(given, np.ndarray | Tensor):
         return np.empty((0, 0, 0), np.float32)
-    return np.asarray(given, dtype=np.float32)
+    array = np.asarray(given)
+    return array.astype(np.float32) if array.dtype.kind in NUMBERS else array
 
 
 def _of_table(file: Path) -> list[Recording]:
@@ -215,7 +217,7 @@ def _check(each: Recording, where: str, num_joints: int) -> None:
     except (OSError, ValueError) as error:
         raise DataError(f"{each.joints}: can't be read as an array ({error}); {ALLOWED}.") from None
     name = each.joints if isinstance(each.joints, Path) else f"{where}: {each.name}"
-    if joints.ndim != 3 or joints.shape[2] != 3 or joints.dtype.kind not in "fiu":
+    if joints.ndim != 3 or joints.shape[2] != 3 or joints.dtype.kind not in NUMBERS:
         raise DataError(f"{name} is an array {joints.shape} of {joints.dtype}; use numbers (frames, {num_joints}, 3).")
     if not len(joints):
         raise DataError(f"{name} has no frames; leave empty sequences out.")
