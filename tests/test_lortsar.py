@@ -1,5 +1,6 @@
 """LORTSAR: best factors of each kind of layer, ranks under one budget, and the whole way on a model of skeletons."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -62,6 +63,24 @@ def test_factors_are_exact_at_full_rank_and_the_best_of_each_rank_below(layer_ki
         assert error == pytest.approx(sum(float(s[rank:].square().sum()) for s in sigma), abs=1e-5)
         if rank == full:
             torch.testing.assert_close(model(inputs), layer(inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_1x1_convolution_is_factored_as_the_linear_layer_it_is_with_one_bias_and_fewer_parameters():
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(9, 7, 1), nn.Linear(9, 7)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight[..., 0, 0])
+        linear.bias.copy_(conv.bias)
+    inputs = torch.randn(2, 9, 5, 3)
+    for rank in range(1, 4):
+        both = [nn.Sequential(copy.deepcopy(layer)) for layer in (conv, linear)]
+        for model in both:
+            before = sum(p.numel() for p in model.parameters())
+            apply_(model, [ToLowRank(layer=find_layers(model)[0], rank=rank)])
+            shapes = [tuple(p.shape) for p in model.parameters()]
+            assert sum(p.numel() for p in model.parameters()) < before and shapes.count((7,)) == 1 and len(shapes) == 3
+        wanted = both[1](inputs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(both[0](inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
 class Three(nn.Module):

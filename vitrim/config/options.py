@@ -39,8 +39,8 @@ class RepairOptions(Checked):
     """Closed-form repair by least squares, then a short local refit of each MLP."""
 
     ridge: float = Field(default=1e-4, gt=0)
-    """Least strength of the regularization: how much a relative change of a kept unit's weights costs. Each repair takes
-    the one that is best on held-out tokens, of this, 10, 100 and 1000 times as much."""
+    """Least strength of the regularization: how much a relative change of a kept unit's weights costs. Each repair
+    takes the one that is best on held-out tokens, of this, 10, 100 and 1000 times as much."""
     feedback: float = Field(default=1.0, ge=0, le=1)
     """How much of the error made by earlier blocks each repair tries to correct at most, from 0 to 1; it takes the part
     of it that pays on held-out tokens."""
