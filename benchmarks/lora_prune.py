@@ -163,7 +163,11 @@ class Bench:
 def markdown(found: dict[str, Any]) -> str:
     """The memory of a step, and the rows: means over the seeds."""
     seen, kinds = by_seed(found), ("activations", "gradients", "moments", "all")
-    memory = [[name, *(str(row[0][kind]) for kind in kinds)] for name, row in seen.items() if kinds[0] in row[0]]
+    memory = [
+        [name.removeprefix("memory, "), *(str(row[0][kind]) for kind in kinds)]
+        for name, row in seen.items()
+        if kinds[0] in row[0]
+    ]
     lines = [
         [name, mean([one["error"] for one in row], 4), mean_top1(row)]
         for name, row in seen.items()
