@@ -182,8 +182,8 @@ PUBLIC = """
 NOT_GIVEN
 AdapterOptions AllocateOptions AtOnceOptions BlockwiseOptions BudgetError CacheOptions CalibrateOptions
 CheckpointError DataError
-Evaluation ExitOptions Inspection Interrupted Metrics MissingExtraError ModelError OutputError Plan Recipe RecipeError
-RecoverOptions RepairOptions Result SiteNotFoundError Step VitrimError
+Evaluation ExitOptions Inputs Inspection Interrupted Metrics MissingExtraError ModelError OutputError Plan Recipe
+RecipeError RecoverOptions RepairOptions Result SiteNotFoundError Step VitrimError
 __version__ compress doctor evaluate evaluate_together export inspect leaderboard load methods prune_ prune_checkpoint
 push retrieval slice tune_text zero_shot
 """

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         VitrimError,
     )
     from vitrim.evaluation import Evaluation, evaluate
+    from vitrim.inputs import Inputs
     from vitrim.inspection import Inspection, inspect
     from vitrim.machine import doctor
     from vitrim.metrics.record import Metrics
@@ -70,6 +71,7 @@ _HOMES = {
     "DataError": "errors",
     "Evaluation": "evaluation",
     "ExitOptions": "config.options",
+    "Inputs": "inputs",
     "Inspection": "inspection",
     "Interrupted": "errors",
     "Metrics": "metrics.record",
@@ -116,6 +118,7 @@ __all__ = [
     "DataError",
     "Evaluation",
     "ExitOptions",
+    "Inputs",
     "Inspection",
     "Interrupted",
     "Metrics",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from vitrim.inputs import real_tokens, run_on
 from vitrim.models.features import device_of, evaluating, first_tensor
 from vitrim.surgery import submodule
 from vitrim.types import AttentionSite, MlpSite
@@ -95,13 +96,13 @@ class Activations:
     def observe(self, site: MlpSite | AttentionSite, index: int, *, silent: Collection[str] = ()) -> dict[str, Tensor]:
         """Run the current block on a batch and return what `observe` sees; a frozen model's output is kept.
 
-        The layers `silent` put out zeros; then no output is kept.
+        The layers `silent` put out zeros; then no output is kept. Tokens that are padding are left out.
         """
         with silenced(self.model, silent):
             output, seen = observe(self.model, site, self.call(index))
         if self.frozen and not silent:
             self.outputs.put(index, output.cpu())
-        return seen
+        return {name: real_tokens(tokens, self.batches[index]) for name, tokens in seen.items()}
 
 
 @contextmanager
@@ -231,7 +232,7 @@ def catch_call(model: nn.Module, block: str, images: Tensor) -> Call:
     handle = submodule(model, block).register_forward_pre_hook(catch, with_kwargs=True)
     try:
         with evaluating(model):
-            model(images)
+            run_on(model, images)
     except _StopForward:
         pass
     finally:
@@ -251,7 +252,7 @@ def block_calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> dict
         handles.append(submodule(model, block).register_forward_hook(note, with_kwargs=True))
     try:
         with evaluating(model):
-            model(images)
+            run_on(model, images)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,6 +19,7 @@ from vitrim.calibrate.runs import find_runs, num_held_out, relative_error, run_s
 from vitrim.calibrate.sums import HiddenAdder, LayerAdder, check_finite, passes
 from vitrim.calibrate.token_blocks import find_token_blocks, split_block
 from vitrim.errors import RecipeError, SiteNotFoundError
+from vitrim.inputs import real_tokens, run_on
 from vitrim.layers.kept_tokens import KeptTokens
 from vitrim.methods.registry import BetweenSteps, FactorTraining
 from vitrim.models.attention import find_attentions
@@ -115,7 +116,7 @@ class LiveModelView:
         ]
         try:
             with evaluating(self.model):
-                self.model(self._batches()[0][:2].to(device_of(self.model)))
+                run_on(self.model, self._batches()[0][:2].to(device_of(self.model)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -170,11 +171,17 @@ class LiveModelView:
             RecipeError: there are no images.
         """
         batches = self._batches()
-        handles = [submodule(self.model, path).register_forward_hook(_watch(path, see)) for path in paths]
+        now: list[Tensor] = []
+
+        def see_real(path: str, *seen: Tensor) -> None:
+            see(path, *(real_tokens(tokens, now[-1]) for tokens in seen))
+
+        handles = [submodule(self.model, path).register_forward_hook(_watch(path, see_real)) for path in paths]
         try:
             with evaluating(self.model):
                 for batch in self.track(batches, "calibration images"):
-                    self.model(batch.to(device_of(self.model)))
+                    now.append(batch)
+                    run_on(self.model, batch.to(device_of(self.model)))
         finally:
             for handle in handles:
                 handle.remove()

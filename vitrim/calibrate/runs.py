@@ -24,6 +24,7 @@ from vitrim.calibrate.activations import Call, catch_call, run_to_end
 from vitrim.calibrate.sums import passes
 from vitrim.calibrate.walk import Sums, layer_scale
 from vitrim.errors import BudgetError
+from vitrim.inputs import run_on
 from vitrim.models.features import device_of, evaluating, features, first_tensor
 from vitrim.surgery import DropBlocks, Edit, apply_, submodule, weight_of
 from vitrim.types import BlockRun, MlpSite, RunInputs, Stats
@@ -94,7 +95,7 @@ def run_sums(
         with ExitStack() as hooks, evaluating(model):
             seen = _watched(model, group, hooks)
             for batch in batches:
-                model(batch.to(device_of(model)))
+                run_on(model, batch.to(device_of(model)))
                 for run, adder in adders.items():
                     adder.add(
                         seen[run.output][0 if of == "hidden" else 1], _target(model, run, seen, scales[run.output])
@@ -196,7 +197,7 @@ def _agree(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
     """Return whether two models put out the same up to rounding."""
     with evaluating(model, other):
         wanted, found = (
-            [leaf for leaf in tree_leaves(each(images)) if isinstance(leaf, Tensor)] for each in (model, other)
+            [leaf for leaf in tree_leaves(run_on(each, images)) if isinstance(leaf, Tensor)] for each in (model, other)
         )
     pairs = zip(wanted, found, strict=False)
     return len(wanted) == len(found) and all(

@@ -88,16 +88,22 @@ def with_enough_to_choose(split: Split) -> Split:
     most stays out of fits.
     """
     num_views, batches = split.counts.get("views", 1), split.calibration
-    images = torch.cat([batch.unflatten(0, (num_views, -1)) for batch in batches], dim=1)
-    num_images, size = images.shape[1], max(map(len, batches)) // num_views
+    views = [torch.cat([_view(batch, num_views, number) for batch in batches]) for number in range(num_views)]
+    num_images, size = len(views[0]), max(map(len, batches)) // num_views
     wanted = min(CHOOSING, num_images // 4)
     if sum(map(len, choosing_images(split))) >= wanted:
         return split
     num_judging = -(-wanted // size)
     num_fit = max(-(-(num_images - wanted) // size), 9 * num_judging if num_judging > 1 else 1)
-    fit, judging = images.split([num_images - wanted, wanted], dim=1)
-    parts = (*fit.tensor_split(min(num_fit, fit.shape[1]), dim=1), *judging.tensor_split(num_judging, dim=1))
-    return replace(split, calibration=[part.flatten(0, 1) for part in parts])
+    fit, judging = torch.arange(num_images).split([num_images - wanted, wanted])
+    parts = (*fit.tensor_split(min(num_fit, len(fit))), *judging.tensor_split(num_judging))
+    return replace(split, calibration=[torch.cat([view[part] for view in views]) for part in parts])
+
+
+def _view(batch: Tensor, num_views: int, number: int) -> Tensor:
+    """Return one view of each image of a batch that holds several of them."""
+    count = len(batch) // num_views
+    return batch[number * count : (number + 1) * count]
 
 
 def choosing_images(split: Split) -> list[Tensor]:

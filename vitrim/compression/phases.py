@@ -28,8 +28,9 @@ from vitrim.data import split_images
 from vitrim.data.inputs import check_inputs, random_inputs, scaled_notes
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
-from vitrim.errors import DataError, SiteNotFoundError
+from vitrim.errors import DataError, RecipeError, SiteNotFoundError
 from vitrim.evaluation import measure
+from vitrim.inputs import Inputs
 from vitrim.methods import ModelMethod, SiteMethod
 from vitrim.metrics.record import Closeness, ModelCost
 from vitrim.models.exits import Loops
@@ -107,8 +108,16 @@ def _mlps(job: Job, teacher: nn.Module) -> Sequence[MlpSite]:
 
 
 def _check_blocks(recipe: Recipe, teacher: nn.Module, sites: Sequence[MlpSite], images: Tensor) -> None:
-    """Check that blocks can be trained by themselves, or taken out, where that is asked for."""
+    """Check that training can do with these images, and that blocks can be trained alone, or taken out, where asked.
+
+    Raises:
+        RecipeError: it can't.
+    """
     allocate = recipe.steps[0].allocate
+    if isinstance(images, Inputs) and recipe.recover is not None and recipe.recover.cache_teacher is not None:
+        raise RecipeError("recover.cache_teacher: holds as many tokens of each image, and here they differ; drop it.")
+    if isinstance(images, Inputs) and images.real_BN is not None and (recipe.at_once or recipe.blockwise):
+        raise RecipeError("at_once, blockwise: compare blocks at all tokens, and some are padding; use recover alone.")
     if recipe.at_once is not None:
         check_blocks(teacher, images)
     if allocate is not None and allocate.depth:

@@ -25,6 +25,7 @@ from vitrim.compression.depth import Candidate, Shallower
 from vitrim.compression.judging import choosing_images
 from vitrim.config.recipe import Recipe
 from vitrim.data import Split
+from vitrim.inputs import numbers
 from vitrim.metrics.fidelity import fidelity
 from vitrim.metrics.judging import Judged, features_on_cpu, relative_error
 from vitrim.storage.hashes import tensor_sha256
@@ -86,7 +87,7 @@ class Trials:
         steps = [step.model_dump(mode="json", exclude={"allocate"}) for step in self.recipe.steps]
         digest = hashlib.sha256(json.dumps(steps, sort_keys=True).encode())
         for batch in self.split.held_out:
-            digest.update(tensor_sha256(batch.images_BCHW).encode())
+            digest.update(tensor_sha256(numbers(batch.images_BCHW)).encode())
         return digest.hexdigest()
 
     def errors(self, name: str, tried: Candidate) -> Mapping[str, float]:

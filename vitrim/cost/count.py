@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vitrim.inputs import parts_of, run_on
 from vitrim.models.features import evaluating, frozen, inputs_for
 from vitrim.types import MlpSite
 
@@ -87,7 +88,7 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     # Under inference mode torch's counter stumbles over a parameter that is itself the input of a module (the query of
     # an attention pool) while it asks for gradients.
     with frozen(model), evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        model(inputs_for(model, images_BCHW))
+        run_on(model, inputs_for(model, images_BCHW))
     return round(counter.get_total_flops() / (2 * len(images_BCHW)))
 
 
@@ -113,11 +114,11 @@ def peak_memory_mib(model: nn.Module, images_BCHW: Tensor) -> float:
         if images.is_cuda:
             before = torch.cuda.memory_allocated(images.device)
             torch.cuda.reset_peak_memory_stats(images.device)
-            model(images)
+            run_on(model, images)
             peak = torch.cuda.max_memory_allocated(images.device) - before
         else:
-            with _LiveStorages({*weights, images.untyped_storage().data_ptr()}) as live:
-                model(images)
+            with _LiveStorages({*weights, *(part.untyped_storage().data_ptr() for part in parts_of(images))}) as live:
+                run_on(model, images)
             peak = live.peak_bytes
     return (sum(weights.values()) + images.nbytes + peak) / MIB
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import NotRequired
 
+from vitrim.inputs import run_on
 from vitrim.models.features import device_of, evaluating, inputs_for
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _pass_of(model: nn.Module, images: Tensor) -> Callable[[], None]:
     moved, device = inputs_for(model, images), device_of(model)
 
     def run() -> None:
-        model(moved)
+        run_on(model, moved)
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitrim.config.options import RepairOptions
 from vitrim.config.recipe import Recipe
 from vitrim.errors import BudgetError, RecipeError
+from vitrim.inputs import run_on
 from vitrim.methods import SiteMethod
 from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
@@ -277,7 +278,7 @@ def tokens_per_site(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]
     hooks = [layer.register_forward_pre_hook(note(index)) for index, layer in enumerate(layers)]
     try:
         with evaluating(encoder):
-            encoder(inputs[None].to(first.device, first.dtype if inputs.is_floating_point() else None))
+            run_on(encoder, inputs[None].to(first.device, first.dtype if inputs.is_floating_point() else None))
     finally:
         for hook in hooks:
             hook.remove()

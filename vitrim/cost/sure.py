@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrim.cost.latency import measure_latency
 from vitrim.data import Batch
+from vitrim.inputs import run_on
 from vitrim.metrics.exits import at_confidence
 from vitrim.models.exits import UntilSure
 
@@ -39,4 +40,4 @@ class OneByOne(nn.Module):
     def forward(self, images_BCHW: Tensor) -> None:
         """Run all images."""
         for image_CHW in images_BCHW:
-            self.model(image_CHW[None])
+            run_on(self.model, image_CHW[None])

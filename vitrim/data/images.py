@@ -29,10 +29,11 @@ from vitrim.data.parts import Part
 from vitrim.data.pixels import check_pixels, outlying
 from vitrim.data.sources import ALLOWED, Rows, open_rows
 from vitrim.errors import DataError
+from vitrim.inputs import in_float32, is_image, is_named, numbers
 
 LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of its path
 LOG = logging.getLogger("vitrim")
-Transform = Callable[[Any], Tensor]  # from a PIL image, or what a `Raw` holds
+Transform = Callable[[Any], Any]  # from a PIL image, or what a `Raw` holds, to a tensor or `Inputs`
 
 
 class Batch(NamedTuple):
@@ -236,16 +237,15 @@ def prepare(
     if given is not None:
         with _seeded(seed, epoch, index):
             image = (transform or _to_unit_range)(given)
-    is_tensor = isinstance(image, Tensor)
-    if not (is_tensor and (image.ndim == 3 if image.is_floating_point() else image.ndim == 1)):
+    if not is_image(image):
         shape = getattr(image, "shape", None)
         got = type(image).__name__ if shape is None else f"{image.dtype} {tuple(shape)}"  # type: ignore[union-attr]
         raise DataError(
             f"{name}: item {index} is {got}; use PIL images, arrays of 8 or 16 bits, or float tensors (C, H, W) that "
             "are preprocessed already, or for a text encoder token ids (N,)."
         )
-    check_pixels(image)
-    return image.float() if image.is_floating_point() else image  # all is computed in float32
+    check_pixels(numbers(image))
+    return in_float32(image)  # in which all is computed
 
 
 def collate(items: Sequence[tuple[Tensor, Any] | None]) -> Batch:
@@ -392,7 +392,7 @@ def _to_unit_range(image: Image.Image) -> Tensor:
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
-    shapes = sorted({tuple(image.shape) for image in images})
+    shapes = sorted({() if is_named(image) else tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise DataError(
             f"a batch has images of shapes {shapes[0]} and {shapes[-1]}; pass transform=transform_for(model)."

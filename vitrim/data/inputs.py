@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vitrim.data.decode import UNREADABLE
@@ -19,6 +20,7 @@ from vitrim.data.streams import ImageStream, open_stream
 from vitrim.data.texts import is_text, open_texts
 from vitrim.data.transforms import is_known, transform_for
 from vitrim.errors import DataError, ModelError, reason_of
+from vitrim.inputs import Inputs, run_on
 from vitrim.models.features import (
     class_names,
     evaluating,
@@ -66,7 +68,7 @@ def open_inputs(
         return open_texts(data, tokenizer=tokenizer_of(origin), num_tokens=known["num_tokens"], limit=limit)
     is_folder = isinstance(data, str | Path) and Path(data).is_dir()  # of images, with a text file among them
     if is_text(data) and not is_folder:
-        what = "takes images" if "input_size" in known else "has no tokenizer that vitrim knows"
+        what = "takes images" if "input_size" in known or "processor" in known else "has no tokenizer that vitrim knows"
         raise DataError(f"{origin.name}: {what}, not text; pass images or tensors that are preprocessed already.")
     return open_images(data, transform=transform, split=split, limit=limit, default=default)
 
@@ -101,7 +103,7 @@ def scaled_notes(kinds: Mapping[str, int], origin: Origin) -> tuple[str, ...]:
         kinds: how many images of each kind were read, as `ImageSet.kinds` has it; preprocessed ones are none.
         origin: how the model was built.
     """
-    if "mean" in origin.preprocessing or not kinds.keys() - {UNREADABLE}:
+    if is_known(origin.preprocessing) or not kinds.keys() - {UNREADABLE}:
         return ()
     return (
         f"{origin.name}: how it wants images is not known, so they went in at their own size, scaled to 0..1; if that "
@@ -159,11 +161,11 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
         ModelError: it is random, or mixes the inputs of a batch.
     """
     for batch in batches[:1]:
-        first = (batch if isinstance(batch, Tensor) else batch.images_BCHW)[:1]
-        parameter = next(model.parameters())
+        images = batch.images_BCHW if isinstance(batch, Batch) else batch
+        first = images[:1]
         try:
             with evaluating(model):
-                model(first.to(parameter.device, parameter.dtype if first.is_floating_point() else None))
+                run_on(model, inputs_for(model, first))
         except Exception as error:  # foreign code says in its own ways what it does not take
             needs = "images (C, H, W) of the size that it takes"
             if takes_token_ids(model):
@@ -171,12 +173,18 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
             if needs_beside_images(model):
                 more = ", ".join(needs_beside_images(model))
                 needs = f"no data, to cut it by its weights alone (magnitude, dgmr-paper): it also wants {more}"
+                if "processor" in origin.preprocessing:
+                    needs = f"pictures, from which its processor makes all that it takes ({more} as well), or {needs}"
             reason = reason_of(error)
-            got = f"{str(first.dtype).removeprefix('torch.')} {tuple(first.shape[1:])}"
+            got = "named tensors" if isinstance(first, Inputs) else _kind(first)
             where = f"{origin.name} {origin.encoder}".strip()
             raise DataError(f"{where}: can't run on {got} ({reason}); pass {needs}.") from error
         if random_inputs(origin, 1) is None:  # else it was asked on noise, before the first image
-            check_repeatable(model, origin, batch if isinstance(batch, Tensor) else batch.images_BCHW)
+            check_repeatable(model, origin, images)
+
+
+def _kind(inputs: Tensor) -> str:
+    return f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape[1:])}"
 
 
 def check_repeatable(model: nn.Module, origin: Origin, inputs: Tensor | None) -> None:
@@ -229,6 +237,7 @@ def _distance(first: Features, second: Features) -> float:
         torch.cat([part[0].flatten().double() for part in (each.pooled_BD, each.patches_BND) if part is not None])
         for each in (first, second)
     )
+    other = other[: len(one)]  # in one row of all images the tokens of others follow
     if one.shape != other.shape:
         return 1.0
     distance = float((one - other).norm() / one.norm().clamp(min=1e-30))
@@ -241,8 +250,16 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def random_inputs(origin: Origin, count: int = 8) -> Tensor | None:
-    """Return noise of the model's input size, or random token ids; None if neither is known."""
+    """Return noise of the model's input size, or random token ids; None if neither is known.
+
+    For a model with named inputs they are what its processor makes of pictures of two shapes.
+    """
     known, generator = origin.preprocessing, torch.Generator().manual_seed(0)
+    if "processor" in known:
+        process = transform_for(known)
+        sides = [(96, 64) if number % 2 else (64, 96) for number in range(count)]
+        noise = (torch.randint(256, (*side, 3), generator=generator, dtype=torch.uint8).numpy() for side in sides)
+        return torch.cat([process(Image.fromarray(picture)) for picture in noise])
     if "input_size" in known:
         return torch.randn(count, *known["input_size"], generator=generator)
     if "vocab_size" in known:

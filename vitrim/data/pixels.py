@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitrim.errors import DataError
+from vitrim.inputs import in_float32, is_named, numbers
 
 log = logging.getLogger("vitrim")
 # Norms and sums square what comes in, so a larger value is an infinity a few operations later.
@@ -43,9 +44,9 @@ def outlying(images: Sequence[Tensor]) -> dict[int, str]:
 
     An image is if its largest value is over 8 million times the median of the images' largest values.
     """
-    if len(images) < 2 or not all(image.is_floating_point() and image.numel() for image in images):
+    if len(images) < 2 or not all(image.is_floating_point() and numbers(image).numel() for image in images):
         return {}
-    largest_N = torch.stack([image.abs().max().double().cpu() for image in images])
+    largest_N = torch.stack([numbers(image).abs().max().double().cpu() for image in images])
     usual = float(largest_N.median())
     if usual == 0:
         return {}
@@ -93,12 +94,13 @@ def usable(batches: Sequence[Tensor], name: str) -> list[Tensor]:
 
 def _in_float32(batch: Any, where: str) -> Tensor:
     """Return images in float32, and token ids as they are; what float32 can't hold becomes infinite."""
-    if isinstance(batch, Tensor) and (batch.ndim == 4 if batch.is_floating_point() else batch.ndim == 2):
-        return batch.float() if batch.is_floating_point() else batch
+    is_batch = isinstance(batch, Tensor) and batch.ndim == (4 if batch.is_floating_point() else 2)
+    if is_batch or is_named(batch):
+        return in_float32(batch)
     got = f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}" if isinstance(batch, Tensor) else None
     raise DataError(
         f"{where} is {got or type(batch).__name__}; pass a list of preprocessed images as float tensors (B, C, H, W), "
-        "or of token ids (B, N)."
+        "or of token ids (B, N), or as vitrim.Inputs."
     )
 
 
@@ -123,5 +125,5 @@ def distinct(batches: Sequence[Tensor]) -> tuple[list[Tensor], int]:
 
 def digest(image: Tensor) -> bytes:
     """Return a hash of an image's values."""
-    flat = image.detach().cpu().contiguous().reshape(-1)
+    flat = numbers(image).detach().cpu().contiguous().reshape(-1)
     return hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from PIL import Image
 from torch import nn
 
 from vitrim.config.options import Augmentation
@@ -16,14 +17,16 @@ from vitrim.data.images import Transform
 from vitrim.data.skeletons import SkeletonTransform
 from vitrim.errors import DataError, RecipeError
 from vitrim.models.load import origin_of
+from vitrim.models.processors import Processor
 
 # Smallest part of an image's area that a crop keeps.
 SMALLEST_CROP = {"strong": 0.3, "clip": 0.2, "dinov2": 0.05}
+SMALLEST_LIGHT = 0.75  # of a crop that a processor scales
 
 
 def is_known(preprocessing: Mapping[str, Any]) -> bool:
     """Return whether preprocessing says enough for `transform_for` and `augment_for`."""
-    return "mean" in preprocessing or "skeleton" in preprocessing
+    return not {"mean", "skeleton", "processor"}.isdisjoint(preprocessing)
 
 
 def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
@@ -38,8 +41,8 @@ def transform_for(model_or_cfg: nn.Module | Mapping[str, Any]) -> Transform:
     """
     from timm.data.transforms_factory import create_transform
 
-    if (recorded := _of_skeletons(model_or_cfg)) is not None:
-        return recorded
+    if (other := _of_others(model_or_cfg)) is not None:
+        return other
     transform: Any = create_transform(**_data_config(model_or_cfg), is_training=False)
     for step in transform.transforms:
         if hasattr(step, "fill"):  # timm pads with the mean colour, open_clip with one that it names
@@ -69,8 +72,8 @@ def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Augmentat
         raise RecipeError(f"augment: unknown strength {strength!r}; use one of {known}.")
     if strength == "none":
         return transform_for(model_or_cfg)
-    if (recorded := _of_skeletons(model_or_cfg, augment=True, flip=flip)) is not None:
-        return recorded
+    if (other := _of_others(model_or_cfg, strength, flip=flip)) is not None:
+        return other
     config = _data_config(model_or_cfg)
     height, width = config["input_size"][-2:]
     mode = tv.InterpolationMode(config["interpolation"])
@@ -83,24 +86,68 @@ def augment_for(model_or_cfg: nn.Module | Mapping[str, Any], strength: Augmentat
         steps = [tv.Resize(scaled[0] if keep_ratio else scaled, interpolation=mode)]
         padding = (width // 8, height // 8)
         steps.append(tv.RandomCrop((height, width), padding=padding, padding_mode="reflect"))
-    steps += [tv.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)] if strength == "strong" else []
+    steps += _coloured(strength, flip=flip)
+    return tv.Compose([*steps, tv.ToTensor(), tv.Normalize(config["mean"], config["std"])])
+
+
+def _coloured(strength: Augmentation, *, flip: bool) -> list[Any]:
+    """Return the steps behind a crop: mirrored at random, and other colours."""
+    from torchvision import transforms as tv
+
+    steps: list[Any] = [tv.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)] if strength == "strong" else []
     steps += [tv.RandomHorizontalFlip()] if flip else []
     if strength == "dinov2":
         steps.append(tv.RandomApply([tv.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8))
         steps.append(tv.RandomGrayscale(p=0.2))
         steps.append(tv.RandomApply([tv.GaussianBlur(9, sigma=(0.1, 2.0))], p=0.1))
         steps.append(tv.RandomSolarize(threshold=128, p=0.2))
-    return tv.Compose([*steps, tv.ToTensor(), tv.Normalize(config["mean"], config["std"])])
+    return steps
 
 
-def _of_skeletons(
-    model_or_cfg: nn.Module | Mapping[str, Any], *, augment: bool = False, flip: bool = False
+def _of_others(
+    model_or_cfg: nn.Module | Mapping[str, Any], strength: Augmentation = "none", *, flip: bool = False
 ) -> Transform | None:
-    """Return the transform of a recording, for a model that takes sequences of skeletons; None for others."""
+    """Return the transform for a model that takes recordings of skeletons, or named tensors; None for others."""
     said = _said(model_or_cfg)
+    if "processor" in said:
+        return _Processed(said, strength, flip=flip)
     if "skeleton" not in said:
         return None
-    return SkeletonTransform(said["input_size"][1], said["skeleton"], augment=augment, flip=flip)
+    return SkeletonTransform(said["input_size"][1], said["skeleton"], augment=strength != "none", flip=flip)
+
+
+class _Processed:
+    """From a picture to the named tensors that the model's own processor makes of it, augmented before that.
+
+    The processor scales, so that a crop keeps its own size and shape.
+    """
+
+    def __init__(self, said: Mapping[str, Any], strength: Augmentation, *, flip: bool) -> None:
+        from torchvision import transforms as tv
+
+        self.process = Processor(said)
+        steps = [] if strength == "none" else [_Crop(SMALLEST_CROP.get(strength, SMALLEST_LIGHT))]
+        steps += [] if strength == "none" else _coloured(strength, flip=flip)
+        self.augment: Any = tv.Compose(steps)
+
+    def __call__(self, picture: Any) -> Any:
+        """Return the tensors of a picture."""
+        return self.process(self.augment(picture))
+
+
+class _Crop:
+    """A random crop of at least a part of a picture's area, not scaled."""
+
+    def __init__(self, smallest: float) -> None:
+        self.smallest = smallest
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        """Return the crop."""
+        from torchvision import transforms as tv
+
+        drawn: Any = tv.RandomResizedCrop.get_params  # of pictures as well
+        top, left, height, width = drawn(picture, [self.smallest, 1.0], [3 / 4, 4 / 3])
+        return picture.crop((left, top, left + width, top + height))
 
 
 def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +160,7 @@ def _data_config(model_or_cfg: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
 def _said(model_or_cfg: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the description of preprocessing in a model or a config."""
     cfg = origin_of(model_or_cfg).preprocessing if isinstance(model_or_cfg, nn.Module) else model_or_cfg
-    if not isinstance(cfg, Mapping) or "input_size" not in cfg:
+    if not isinstance(cfg, Mapping) or not ("input_size" in cfg or "processor" in cfg):
         got = type(model_or_cfg).__name__
         raise DataError(f"{got}: no input_size to preprocess for; pass a dict with input_size, mean and std.")
     return cfg

@@ -43,7 +43,7 @@ def with_views(batches: Sequence[Tensor], num_views: int, *, seed: int) -> list[
     if num_views == 1:
         return list(batches)
     if not are_images(batches[0]):
-        shape = tuple(batches[0].shape[1:])
+        shape = tuple(batches[0].shape[1:]) if isinstance(batches[0], Tensor) else "named tensors"
         raise DataError(f"calibrate.views: {num_views} views are of images (C, H, W), and an input is {shape}; use 1.")
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
+from vitrim.inputs import Inputs, in_one_row, run_on, tokens_by_image
 from vitrim.layers.kept_tokens import SplitBlock
 from vitrim.types import Features, FeaturesAt
 
@@ -37,12 +38,13 @@ def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> F
     Args:
         model: an encoder of timm, transformers, open_clip or torchvision, or a module that returns a (B, D) or
             (B, N, D) tensor.
-        inputs: preprocessed images (B, C, H, W), or token ids (B, N) for a text encoder, on the model's device.
+        inputs: preprocessed images (B, C, H, W) or named tensors, or token ids (B, N), on the model's device.
         at: `final` reads the tokens after the final norm, `pre_norm` before it; `logits` reads class scores, less their
             mean over the classes, which no probability depends on, as the pooled vector.
 
     Returns:
-        Pooled vector (B, D), the CLS token if there is one, and patch tokens (B, N, D) or None.
+        Pooled vector (B, D), the CLS token if there is one, and patch tokens (B, N, D) or None. Where images
+        have different numbers of them, all stand in one row (1, N, D).
 
     Raises:
         ModelError: the output holds no tensor of features, or the model has no final norm or head to read at.
@@ -113,7 +115,7 @@ def _read(model: nn.Module, inputs: Tensor, at: FeaturesAt) -> Features:
     if caught[-1].ndim == 2 and found.patches_BND is not None:  # CLIP's norm is for the pooled token alone
         _, _, patches = found.taken.partition("; ")
         return replace(found, pooled_BD=caught[-1], taken=f"pooled: input of the final norm; {patches}")
-    return _split(model, caught[-1], "the final norm's input")
+    return _split(model, caught[-1], "the final norm's input", inputs)
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
@@ -139,7 +141,7 @@ def logits(model: nn.Module, inputs: Tensor) -> Tensor | None:
     """Return a classifier's class scores (B, classes), or None for a model without a classifier head."""
     if not num_classes(model):
         return None
-    output = model(inputs)
+    output = run_on(model, inputs)
     return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
 
@@ -245,7 +247,7 @@ def _features(model: nn.Module, inputs: Tensor) -> Features:
         trunk: Any = model.trunk
         output = trunk.forward_features(inputs)
         pooled_BD = cast(nn.Module, model.head)(trunk.forward_head(output))
-        found = _split(trunk, _tokens(trunk, output), "trunk.forward_features")
+        found = _split(trunk, _tokens(trunk, output), "trunk.forward_features", inputs)
         return _with_pooled(found, pooled_BD, "trunk.forward_head, then head")
     if hasattr(model, "output_tokens"):  # open_clip's own tower: the projected pooled vector, and tokens without CLS
         with _held(model, "output_tokens", True):
@@ -254,7 +256,9 @@ def _features(model: nn.Module, inputs: Tensor) -> Features:
         return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, taken=taken)
     output, where = _output(model, inputs)
     tokens = _tokens(model, output)
-    found = _split(model, tokens, where)
+    found = _split(model, tokens, where, inputs)
+    if in_one_row(tokens, inputs):  # and so is what the model calls its pooled output
+        return found
     pooled_BD, name = _own_pooled(model, output, tokens)
     return found if pooled_BD is None else _with_pooled(found, pooled_BD, name)
 
@@ -272,15 +276,15 @@ def _output(model: nn.Module, inputs: Tensor) -> tuple[Any, str]:
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and base is not model:  # transformers: an encoder below a head, or in an encoder
         with _caught(base) as seen:
-            output = model(inputs)
+            output = run_on(model, inputs)
         if getattr(output, "last_hidden_state", None) is None and seen:
             return seen[-1], f"last_hidden_state of {getattr(model, 'base_model_prefix', 'base_model')}"
         return output, "last_hidden_state"
     if _class_head(model) is not None and (norm := final_norm(model)) is not None:  # torchvision
         with _caught(norm) as seen:
-            model(inputs)
+            run_on(model, inputs)
         return seen[-1], "the final norm's output"
-    output = model(inputs)
+    output = run_on(model, inputs)
     named = (name for name in ("last_hidden_state", "logits") if isinstance(getattr(output, name, None), Tensor))
     return output, next(named, "the model's output")
 
@@ -304,8 +308,13 @@ def _tokens(model: nn.Module, output: Any) -> Tensor:
     return output
 
 
-def _split(model: nn.Module, tokens: Tensor, where: str) -> Features:
+def _split(model: nn.Module, tokens: Tensor, where: str, inputs: Tensor | Inputs) -> Features:
     """Split tokens, read at a place of this name, into pooled vector and patches, by the number of prefix tokens."""
+    if in_one_row(tokens, inputs) or (isinstance(inputs, Inputs) and inputs.real_BN is not None):
+        parts = tokens_by_image(tokens, inputs)
+        patches = torch.stack(parts) if len({len(part) for part in parts}) == 1 else torch.cat(parts)[None]
+        pooled_BD = torch.stack([part.mean(0) for part in parts])
+        return Features(pooled_BD=pooled_BD, patches_BND=patches, taken=f"pooled: mean over {where}; patches: {where}")
     if tokens.ndim == 2:
         return Features(pooled_BD=tokens, taken=f"pooled: {where}")
     if tokens.ndim == 4:

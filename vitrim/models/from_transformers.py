@@ -21,6 +21,7 @@ from vitrim.errors import CheckpointError, ModelError
 from vitrim.models.features import encoder_path, needs_beside_images, takes_token_ids
 from vitrim.models.fit import read_for
 from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require, same_names
+from vitrim.models.processors import processing_of
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 
@@ -319,15 +320,22 @@ def _origin(model: nn.Module, name: str, folder: str | None) -> Origin:
         folder=folder,
     )
     tower = model.get_submodule(encoder)
-    return replace(found, preprocessing=_preprocessing(tower, folder))
+    return replace(found, preprocessing=_preprocessing(tower, folder, config.get("model_type", "")))
 
 
-def _preprocessing(tower: nn.Module, folder: str | None) -> dict[str, Any]:
-    """Return image size, crop and statistics as timm's data config, or tokenizer and length for a text encoder."""
+def _preprocessing(tower: nn.Module, folder: str | None, model_type: str) -> dict[str, Any]:
+    """Return image size, crop and statistics as timm's data config, or tokenizer and length for a text encoder.
+
+    Of a tower that takes more than images (C, H, W), its processor.
+    """
     config: Any = getattr(tower, "config", None)  # some wrap a backbone in a module of their own
     if takes_token_ids(tower):
         length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
         return {"tokenizer": folder, "num_tokens": length, "vocab_size": config.vocab_size}
+    transformers = require("transformers", "hf")
+    settings = _processor_settings(transformers, folder)
+    if named := processing_of(tower, model_type, settings):
+        return named
     size = getattr(config, "image_size", None)
     known: dict[str, Any] = {}
     if size is not None and not needs_beside_images(tower):
@@ -335,8 +343,7 @@ def _preprocessing(tower: nn.Module, folder: str | None) -> dict[str, Any]:
             getattr(config, "num_channels", 3),
             *(size if isinstance(size, list | tuple) else [size] * 2),
         ]
-    transformers = require("transformers", "hf")
-    return plain_json(known | _in_timm_words(_processor_settings(transformers, folder) or {}))
+    return plain_json(known | _in_timm_words(settings or {}))
 
 
 def _processor_settings(transformers: Any, folder: str | None) -> dict[str, Any] | None:

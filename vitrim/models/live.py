@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import VitrimError
+from vitrim.inputs import run_on
 from vitrim.models.features import evaluating, first_tensor
 from vitrim.models.load import backend_of, build_empty
 from vitrim.models.origin import Origin
@@ -152,7 +153,7 @@ def _output(model: nn.Module, inputs: Tensor) -> Tensor | None:
     with torch.random.fork_rng(devices=[]), evaluating(model):
         torch.manual_seed(0)
         try:
-            output = model(inputs)
+            output = run_on(model, inputs)
         except Exception:  # foreign code says in its own ways what it does not take
             return None
     return first_tensor(output).float()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vitrim.cost.latency import Latency, measure_latency
 from vitrim.data.inputs import open_set, random_inputs
 from vitrim.errors import ModelError, OutputError, RecipeError, reason_of
+from vitrim.inputs import Inputs, run_on
 from vitrim.layers.fips import SharedBasisLinear
 from vitrim.layers.moefication import ExpertMlp
 from vitrim.layers.recursive import RecursiveLinear, Shared
@@ -121,6 +122,8 @@ def export(
     noise = random_inputs(origin, max(COMPARED))
     if noise is None:
         raise ModelError(f"{origin.name}: the size of its inputs is not known, so it can't be traced.")
+    if isinstance(noise, Inputs):
+        raise ModelError(f"{origin.name}: takes {', '.join(noise.tensors)}; only models of one tensor are exported.")
     inputs = {"noise": noise}
     if data is not None:
         batch = next(iter(open_set(data, origin, limit=max(COMPARED)).loader(batch_size=max(COMPARED))))
@@ -203,7 +206,7 @@ class _Tensors(nn.Module):
             patches = () if found.patches_BND is None else (found.patches_BND,)
             self.names = ("pooled", "patches")[: 1 + len(patches)]
             return (found.pooled_BD, *patches)
-        return (first_tensor(self.encoder(inputs)),)
+        return (first_tensor(run_on(self.encoder, inputs)),)
 
 
 class _Session(nn.Module):

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrim.errors import NotFiniteError, OutputError, reason_of
+from vitrim.inputs import Inputs, run_on
 from vitrim.models.features import evaluating, first_tensor
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
@@ -88,17 +89,18 @@ difference = 0.0
 COMPARE = """
 import torch
 module = model.to(probe["like"].dtype).float().eval().get_submodule(encoder)
-def difference_of(inputs, expected):
+named = {name.removeprefix("inputs."): probe[name] for name in probe if name.startswith("inputs.")}
+def difference_of(expected, *inputs, **named):
     with torch.inference_mode():
-        output = module(inputs)
+        output = module(*inputs, **named)
     while not isinstance(output, torch.Tensor):
         output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     error, scale = float((output - expected).abs().max()), float(expected.abs().max())
     assert error <= 1e-4 * max(scale, 1e-6), f"outputs differ by {error:.3g} at scale {scale:.3g}"
     return error / max(scale, 1e-30)
-difference = difference_of(probe["inputs"], probe["output"])
+difference = difference_of(probe["output"], *([] if named else [probe["inputs"]]), **named)
 if "output_of_image" in probe:
-    difference = max(difference, difference_of(pixels[None], probe["output_of_image"]))
+    difference = max(difference, difference_of(probe["output_of_image"], pixels[None]))
 """
 
 
@@ -109,9 +111,9 @@ class Check:
     `code` is Python that uses the names `folder` (a path as text), `probe`, `encoder`, `original` and `image_file`, and
     sets `difference` to the largest difference, relative to the largest output; it raises if that is too large, or if
     the folder says something else than `original`. With `stock` a library loads the folder by itself (or transformers,
-    with the modeling file in it), and vitrim must not be importable. `probe` has `inputs`, the expected `output` of
-    `encoder` (a path in the model), an empty tensor `like` of the weights' type, and, where the original turns `image`
-    (a PNG) into inputs, `pixels` and `output_of_image`.
+    with the modeling file in it), and vitrim must not be importable. `probe` has `inputs` (or `inputs.NAME` for each of
+    several), the expected `output` of `encoder` (a path in the model), an empty tensor `like` of the weights' type,
+    and, where the original turns `image` (a PNG) into inputs, `pixels` and `output_of_image`.
     """
 
     code: str
@@ -173,7 +175,7 @@ def checking_with(run_check: RunCheck) -> Iterator[None]:
         _run_check.reset(token)
 
 
-def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, stock: bool) -> float:
+def verify(folder: Path, student: nn.Module, inputs: Tensor | Inputs, *, origin: Origin, stock: bool) -> float:
     """Load a folder in a fresh process and compare its outputs with the model in memory, and what it says.
 
     A folder with a modeling file is loaded by transformers, without vitrim.
@@ -195,12 +197,16 @@ def verify(folder: Path, student: nn.Module, inputs: Tensor, *, origin: Origin, 
     reference = copy.deepcopy(student.get_submodule(origin.encoder)).cpu()
     like = next(reference.parameters()).new_empty(0)
     reference = reference.to(like.dtype).float()  # compare bf16 in float32, but with all buffers rounded to bf16
-    inputs = inputs.cpu().contiguous()
-    probe = {"inputs": inputs, "output": _output(reference, inputs, folder), "like": like}
+    inputs = inputs.cpu()
+    named = inputs.tensors if isinstance(inputs, Inputs) else {}
+    probe = {"output": _output(reference, inputs, folder), "like": like}
+    probe |= {f"inputs.{name}": tensor for name, tensor in named.items()}
+    if not isinstance(inputs, Inputs):
+        probe["inputs"] = inputs.contiguous()
     image, pixels = _image_of(origin)
     if pixels is not None:
         probe["pixels"] = pixels
-        if pixels.shape == inputs.shape[1:]:
+        if not isinstance(inputs, Inputs) and pixels.shape == inputs.shape[1:]:
             probe["output_of_image"] = _output(reference, pixels[None], folder)
     return _run_check.get()(_check(folder, origin, probe, image, stock=stock, load=True))
 
@@ -262,21 +268,21 @@ def _image_of(origin: Origin) -> tuple[bytes, Tensor | None]:
         return b"", None
 
 
-def _output(model: nn.Module, inputs: Tensor, folder: Path) -> Tensor:
+def _output(model: nn.Module, inputs: Tensor | Inputs, folder: Path) -> Tensor:
     """Run a model in memory.
 
     Raises:
         NotFiniteError: its output is not finite.
     """
     with evaluating(model):
-        output = model(inputs)
+        output = run_on(model, inputs)
     output = first_tensor(output)
     if not bool(output.isfinite().all()):
         raise NotFiniteError(f"{folder}: the model is not finite: {_first_not_finite(model, inputs)}.")
     return output.clone().contiguous()
 
 
-def _first_not_finite(model: nn.Module, inputs: Tensor) -> str:
+def _first_not_finite(model: nn.Module, inputs: Tensor | Inputs) -> str:
     """Name the first tensor of a model that holds NaN or infinity: a weight, or the first output that it runs into."""
     for name, parameter in model.named_parameters():
         wrong = int((~parameter.isfinite()).sum())
@@ -294,7 +300,7 @@ def _first_not_finite(model: nn.Module, inputs: Tensor) -> str:
     ]
     try:
         with evaluating(model):
-            model(inputs)
+            run_on(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

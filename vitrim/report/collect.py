@@ -129,7 +129,7 @@ def look(teacher: nn.Module, student: nn.Module, origin: Origin, batches: Sequen
     seen = dict(NOTHING)
     if has_answers:
         seen["answers"] = {"labels": numbers, "before": theirs["answers"], "after": mine["answers"]}
-    if images[0].ndim != 3:  # text
+    if images[0].ndim != 3:  # text, or named tensors
         return seen
     if "skeleton" in origin.preprocessing:
         return seen | {"frames": _frames(teacher, student, batches[0], origin)}

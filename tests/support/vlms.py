@@ -1,0 +1,46 @@
+"""Whole vision-language models of transformers at toy size, and what they say and see."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+TEXT |= {"intermediate_size": 48, "vocab_size": 99, "pad_token_id": 0}
+TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "layer_types": ["full_attention"] * 2}
+TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+GRID = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32, "patch_size": 8}
+# Its class, what its tower is given, and the last layer of an MLP in it.
+VLMS = {
+    "Qwen3-VL": ("Qwen3VL", {**GRID, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}, "linear_fc2"),
+    "Qwen2.5-VL": ("Qwen2_5_VL", {**GRID, "fullatt_block_indexes": [1]}, "down_proj"),
+    "Qwen3.5": ("Qwen3_5", {**GRID, "num_position_embeddings": 16}, "linear_fc2"),
+    "GLM-4.5V": ("Glm4v", {**GRID, "image_size": 32}, "down_proj"),
+}
+
+
+def build_vlm(name):
+    family, vision, _ = VLMS[name]
+    config = getattr(transformers, f"{family}Config")(text_config=copy.deepcopy(TEXT), vision_config=vision)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+
+
+def generated(model):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with torch.inference_mode():
+        return model.generate(input_ids=torch.tensor([[5, 6, 7]]), **options)[0].tolist()
+
+
+def seen(model):
+    """What the tower of a VLM makes of an image of 4 x 4 patches."""
+    vision = model.config.vision_config
+    size = 3 * vision.temporal_patch_size * vision.patch_size**2
+    patches = torch.randn(16, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        output = model.model.visual(patches, grid_thw=torch.tensor([[1, 4, 4]]))
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
