@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import vitrim
 from tests.support.people import TINY, tiny, write_parquet
+from vitrim.cli.app import run
 from vitrim.config.options import RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import open_images, split_indices
@@ -74,6 +75,24 @@ def test_joints_of_others_are_refused(people, tmp_path):
     rows = [[1.0] * 34] * 4
     with pytest.raises(DataError, match="has 17 joints a person, and the model 14"):
         vitrim.evaluate(tiny(), tiny(), write_parquet(tmp_path / "a.parquet", 4, rows), latency=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([], "row 2 has no person; leave it out"),
+        ([1.0] * 30, "row 2 has 30 numbers for joints; use 28"),
+        ([float("inf")] * 28, "row 2 has joints out of range; use pixels"),
+    ],
+)
+def test_pictures_without_a_person_end_a_command_in_one_line_before_any_work(row, said, tmp_path, capsys):
+    write_parquet(tmp_path / "a.parquet", 3, [[1.0] * 28, [1.0] * 28, row])
+    given = ["--data", str(tmp_path / "a.parquet"), "--quiet"]
+    for command in (["compress", "--out", str(tmp_path / "out")], ["evaluate", "--against", "vitrim/pose-small"]):
+        assert run([command[0], "vitrim/pose-small", *command[1:], *given]) == 2
+        shown = capsys.readouterr().err
+        assert said in shown and len(shown.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_the_report_shows_the_joints_of_both_where_they_are_furthest_apart(cut):

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 import vitrim
 from tests.support.skeletons import pairs, write_table
@@ -154,3 +157,31 @@ def test_streams_are_judged_together_on_the_command_line(streams, tmp_path, caps
     for more, said in ((["--index", table], "index: goes with one model"), (["--exit", "1"], "exit: goes with one")):
         assert run([*given, *more]) == 2
         assert said in capsys.readouterr().err
+
+
+def numbered(joints, label=0, frames=None):
+    """One more recording as a row of a table."""
+    return {"label": label, "num_frames": len(joints) if frames is None else frames, "joints": joints.tobytes()}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (numbered(np.zeros((4, 25, 3), np.float32)), "has 25 joints in each of 4 frames, and the model takes 20"),
+        (numbered(np.zeros((4, 20, 3), np.float32), frames=5), "has 16 joints in each of 5 frames"),
+        (numbered(np.zeros((4, 20, 3), np.float32), frames=7), "says 7 frames and holds 960 bytes"),
+        (numbered(np.zeros((0, 20, 3), np.float32)), "has no frames; leave empty sequences out"),
+        (numbered(np.zeros((4, 20, 3), np.float32), label=7), "has classes 0 to 7, the model's head classes 0 to 2"),
+    ],
+)
+def test_bad_recordings_end_a_command_in_one_line_before_any_work(row, said, tmp_path, capsys):
+    rows = [*(numbered(joints, label) for joints, label in pairs(30)), row]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    (tmp_path / "labels.yaml").write_text("recover: {loss: labels, steps: 1}")
+    given = ["compress", "vitrim/skeleton-hyperformer", "--method", "lortsar", "--keep-ratio", "0.5", "--quiet"]
+    given += [word for name, value in ARGS.items() for word in ("--model-arg", f"{name}={value}")]
+    given += ["--recipe", str(tmp_path / "labels.yaml"), "--data", str(tmp_path / "data.parquet")]
+    assert run([*given, "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and len(shown.strip().splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"data.parquet", "labels.yaml"}

@@ -126,7 +126,7 @@ def bad(joints):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (bad(np.zeros((4, 25, 3), np.float32)), "item 0 has 25 joints, and the model takes 20"),
+        (bad(np.zeros((4, 25, 3), np.float32)), "item 0 has 25 joints in each of 4 frames, and the model takes 20"),
         (bad(np.zeros((0, 20, 3), np.float32)), "item 0 has no frames"),
         (bad(np.zeros((4, 20, 2), np.float32)), r"array \(4, 20, 2\)"),
         (bad("text"), "item 0 is an array"),

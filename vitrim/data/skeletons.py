@@ -222,7 +222,8 @@ def _check(each: Recording, where: str, num_joints: int) -> None:
     if not len(joints):
         raise DataError(f"{name} has no frames; leave empty sequences out.")
     if joints.shape[1] != num_joints:
-        raise DataError(f"{name} has {joints.shape[1]} joints, and the model takes {num_joints}.")
+        said = f"{joints.shape[1]} joints in each of {len(joints)} frames"
+        raise DataError(f"{name} has {said}, and the model takes {num_joints}; pass others, or the frames that lack.")
 
 
 class SkeletonTransform:
