@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitrim.errors import ModelError
 from vitrim.models import from_timm
 from vitrim.models.fit import check_fit, read_for
-from vitrim.models.origin import Origin, Reading, in_one_line, on_meta, plain_json, require, same_names
+from vitrim.models.origin import Origin, Reading, in_one_line, on_meta, plain_json, require, same_names, same_tensors
 from vitrim.storage.tensor_files import user_path
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
@@ -162,7 +162,7 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     return known.image_transform_v2(known.PreprocessCfg(**origin.config["preprocess_cfg"]), is_train=False)
 
 
-names = same_names  # open_clip converts only checkpoints of other code
+names, stored = same_names, same_tensors  # open_clip converts only checkpoints of other code
 
 
 def tokenizer(origin: Origin) -> Callable[[Sequence[str]], Tensor]:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitrim.errors import ModelError, reason_of
 from vitrim.models.fit import check_fit, check_floats, in_model_names
-from vitrim.models.origin import Origin, Reading, in_one_line, match_buffers_, on_meta, plain_json
+from vitrim.models.origin import Origin, Reading, in_one_line, match_buffers_, on_meta, plain_json, same_tensors
 from vitrim.models.timm_args import check_args, find_args, in_words, saved_preprocessing
 from vitrim.storage.tensor_files import TensorFiles, find_weights, open_tensors, user_path
 from vitrim.surgery import KeepUnits
@@ -251,6 +251,9 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     from timm.data.transforms_factory import create_transform
 
     return create_transform(**origin.preprocessing) if origin.preprocessing else None  # type: ignore[return-value]
+
+
+stored = same_tensors
 
 
 def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitrim.errors import ModelError
-from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, same_names
+from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, same_names, same_tensors
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 
@@ -88,4 +88,4 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     return None
 
 
-names = same_names
+names, stored = same_names, same_tensors

@@ -8,19 +8,19 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, ModelError
+from vitrim.models import stored_names
 from vitrim.models.features import encoder_path, needs_beside_images, takes_token_ids
 from vitrim.models.fit import read_for
-from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require, same_names
+from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.processors import processing_of
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
@@ -242,32 +242,7 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """Map names in a file to names in the model, by transformers' own rules for names of older versions."""
-    conversion, loading = _renaming_modules()
-    if conversion is None or loading is None:
-        return same_names(model, fakes)
-    known = model.state_dict()
-    rules = conversion.get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
-    prefix = getattr(model, "base_model_prefix", None)  # in front of the names of a larger relative
-    found = {}
-    for name in fakes:
-        new, converted = loading.rename_source_key(name, renamings, converters, prefix, known)
-        if new not in known and name in known:
-            new, converted = name, None
-        if converted is None and new in known:
-            found[name] = new
-    return found
-
-
-def _renaming_modules() -> tuple[Any, Any]:
-    """Return transformers 5's modules that rename on loading; None for older versions, which don't rename."""
-    try:
-        return import_module("transformers.conversion_mapping"), import_module("transformers.core_model_loading")
-    except ImportError:
-        return None, None
+names, stored = stored_names.names, stored_names.stored
 
 
 def _config(transformers: Any, source: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import ModelError
 from vitrim.models.fit import check_fit, check_floats
-from vitrim.models.origin import Origin, Reading, match_buffers_, on_meta, plain_json, same_names
+from vitrim.models.origin import Origin, Reading, match_buffers_, on_meta, plain_json, same_names, same_tensors
 from vitrim.models.pose import CONFIGS, pose_model
 from vitrim.models.skeleton import Hyperformer
 from vitrim.storage.tensor_files import open_tensors, user_path
@@ -140,4 +140,4 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     return None
 
 
-names = same_names
+names, stored = same_names, same_tensors

@@ -195,6 +195,10 @@ class ModelBackend(Protocol):
         """
         ...
 
+    def stored(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a model's tensors under the names that they have in the library's own files."""
+        ...
+
 
 def same_names(model: nn.Module, fakes: Mapping[str, Tensor]) -> Mapping[str, str]:
     """Map names in a file to themselves, for those that the model has: `names` of a library that renames nothing."""
@@ -212,6 +216,11 @@ def require(package: str, extra: str) -> ModuleType:
         return import_module(package)
     except ImportError:
         raise MissingExtraError(f"{package} is not installed; pip install 'vitrim[{extra}]'.") from None
+
+
+def same_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors as they are: `stored` of a library that has the same names in memory and in files."""
+    return tensors
 
 
 @contextmanager

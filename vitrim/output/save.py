@@ -124,9 +124,13 @@ def save(
     """
     forms = {"try_stock": try_stock, "remote_code": remote_code}
     path = folder / write_configs(folder, student, origin=origin, plan=plan, **forms)
-    save_file(_apart(student), path, metadata={"format": "pt"})
+    stock, backend = bool(read_about(folder)["stock"]), backend_of(origin.library)
+    tensors = _apart(student)
+    if stock and backend is not None:
+        tensors = dict(backend.stored(student, tensors))
+    save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o666 & ~_umask())  # safetensors writes 0600
-    return bool(read_about(folder)["stock"])
+    return stock
 
 
 def write_configs(
