@@ -14,7 +14,7 @@ UNPINNED := ^(vitrim|setuptools|torch|torchvision|triton|nvidia-.*|cuda-.*)==
 # docs/reliability.md says why
 NOT_WITH_OLDEST := int8 or shards or torch_compile or table_in_the_docs or (every_form and True-torch) or silent_nothing
 
-.PHONY: demo test anywhere check docs bench faults lock audit oldest clean
+.PHONY: demo test anywhere check docs bench faults lock audit oldest transformers4 clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,9 @@ oldest:  ## run the tests with the oldest versions that vitrim allows; Python 3.
 	$(VENV)/oldest/bin/pip install --quiet --no-deps --editable .
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -W default -n auto --maxprocesses 8 --dist loadfile \
 		--ignore tests/test_parallel.py -k 'not ($(NOT_WITH_OLDEST))'
+
+transformers4: $(VENV)/.test  ## which versions 4 of transformers load what vitrim writes; makes environments in .cache
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/transformers4.py
 
 clean:
 	rm -rf $(VENV) vitrim-demo build dist site .cache

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ import transformers
 import vitrim
 from tests.support.families import FAMILIES, HF_VIT, randomised
 from tests.support.models import timm_vit
-from vitrim.errors import MissingExtraError, RecipeError
+from vitrim.errors import MissingExtraError, ModelError, RecipeError
+from vitrim.models.attention import find_attentions
 from vitrim.models.features import first_tensor
 from vitrim.models.remote_code import FILE, KEY, RELOAD, write_remote_code
 from vitrim.models.sites import find_mlps
 from vitrim.output import save
-from vitrim.surgery import KeepUnits, Plan, apply_
+from vitrim.surgery import KeepHeadDims, KeepHeads, KeepPaddedDims, KeepUnits, Plan, apply_
 
 VIT = "transformers: ViT: `ViTModel`"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -90,6 +92,33 @@ def test_any_width_of_any_mlp(tmp_path, name):
         assert torch.equal(output(loaded, inputs, origin.encoder), expected)
 
 
+@pytest.mark.parametrize("name", ["timm: ViT", VIT, "transformers: DINOv3 S, B, L: `DINOv3ViTModel`"])
+def test_heads(tmp_path, name):
+    """Whole heads and narrower ones; where positions are rotated (DINOv3), what is gone is padded with zeros."""
+    model, origin = FAMILIES[name].build(source(name, tmp_path / "big"))
+    first, second = (replace(site, as_tuple="transformers" in name) for site in find_attentions(model))
+    dims = [(tuple(range(count)),) * second.num_heads for count in (3, 2)]
+    slim = [KeepHeads(site=first, keep=(1,)), KeepHeadDims(site=second, keep_qk=dims[0], keep_v=dims[1])]
+    padded = [KeepPaddedDims(site=site, num_qk=6, num_v=5) for site in (first, second)]
+    [mlp, _] = find_mlps(model)
+    edits = (*(padded if "DINOv3" in name else slim), KeepUnits.first(mlp, 40))
+    apply_(model, edits)
+    (tmp_path / "out").mkdir()
+    assert not save.save(tmp_path / "out", model, origin=origin, plan=Plan(edits=edits, method="x"), remote_code=True)
+    expected = output(model.eval(), IMAGES)
+    for loaded in (reload(tmp_path / "out"), vitrim.load(tmp_path / "out")):
+        assert torch.equal(output(loaded, IMAGES), expected)
+    is_clean(tmp_path / "out" / FILE)
+
+
+def is_clean(code):
+    """A file is formatted, and ruff finds nothing in it."""
+    for check in (["check", "--select", "E,F,I,B,UP,D,RUF", "--ignore", "D107,D203,D213,D413"], ["format", "--check"]):
+        options = ["--isolated", "--no-cache", "--line-length", "120"]
+        done = subprocess.run([sys.executable, "-m", "ruff", *check, *options, code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """A ViT with a head, in bfloat16, cut in one block; and its folder."""
@@ -114,6 +143,8 @@ def test_the_model_is_saved_and_loaded_again_by_transformers(classifier, tmp_pat
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config[KEY] == json.loads((classifier.out / "config.json").read_text())[KEY]
     again = reload(tmp_path / "again")
+    with pytest.raises(ModelError, match=r"modeling file beside it.*download the folder that vitrim wrote"):
+        vitrim.inspect(str(tmp_path / "again"))
     assert torch.equal(output(again, IMAGES.bfloat16()), output(classifier.model.eval(), IMAGES.bfloat16()))
 
 
@@ -140,10 +171,7 @@ def test_the_files_are_for_people(classifier):
     assert config[KEY] == {f"{path}.fc1": {"out_features": 64}, f"{path}.fc2": {"in_features": 64}}
     assert "per_layer_config" not in config and config["architectures"] == ["PrunedViTForImageClassification"]
     code = classifier.out / FILE
-    for check in (["check", "--select", "E,F,I,B,UP,D,RUF", "--ignore", "D107,D203,D213,D413"], ["format", "--check"]):
-        options = ["--isolated", "--no-cache", "--line-length", "120"]
-        done = subprocess.run([sys.executable, "-m", "ruff", *check, *options, code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+    is_clean(code)
     assert "vitrim" not in {name for name in code.read_text().split() if name.startswith(("import", "from"))}
     card = (classifier.out / "README.md").read_text()
     assert 'transformers.AutoModel.from_pretrained("FOLDER", trust_remote_code=True)' in card

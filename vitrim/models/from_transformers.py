@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, ModelError
@@ -22,6 +23,7 @@ from vitrim.models.features import encoder_path, needs_beside_images, takes_toke
 from vitrim.models.fit import read_for
 from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.processors import processing_of
+from vitrim.models.remote_code import KEY
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 
@@ -71,6 +73,11 @@ def load(source: str, weights: bool, reading: Reading) -> tuple[nn.Module, Origi
     transformers = require("transformers", "hf")
     with in_one_line(f"hf/{source}"):
         config = _config(transformers, source)
+        if hasattr(config, KEY):
+            raise ModelError(
+                f"hf/{source}: its widths are built by the modeling file beside it, and vitrim does not run code from "
+                "a repository; download the folder that vitrim wrote, with its vitrim.json, and pass that."
+            )
         if getattr(config, "quantization_config", None):
             raise ModelError(f"hf/{source}: its weights are quantized; pass the model from before it was quantized.")
         model_class: Any = _known_class(transformers, (config.architectures or [""])[0]) or transformers.AutoModel
@@ -94,10 +101,12 @@ def _filled(model_class: Any, config: Any, build: Callable[[], nn.Module], sourc
     files = None
     if Path(source).is_dir():
         files = read_for(Path(source), build, reading, prefer="model", plain=PLAIN)
-    given = {"trust_remote_code": False} if files is None else {"config": config, "state_dict": dict(files)}
+    given: dict[str, Any] = (
+        {"trust_remote_code": False} if files is None else {"config": config, "state_dict": dict(files)}
+    )
+    given[_dtype_key(require("transformers", "hf"))] = "auto"
     model, report = model_class.from_pretrained(
         source if files is None else None,
-        dtype="auto",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         **given,
@@ -215,9 +224,10 @@ def describe_(student: nn.Module, origin: Origin) -> None:
 
 def write_config(student: nn.Module, folder: Path, origin: Origin) -> None:
     """Write config.json, and generation_config.json for a model that has one, by transformers' own functions."""
-    config = _config_of(require("transformers", "hf"), origin)
+    transformers = require("transformers", "hf")
+    config = _config_of(transformers, origin)
     config.architectures = [origin.architecture]
-    config.dtype = next(student.parameters()).dtype
+    setattr(config, _dtype_key(transformers), next(student.parameters()).dtype)
     config.save_pretrained(folder)
     beside = Path(origin.folder or "") / "generation_config.json"  # copied from there, as it was
     if getattr(student, "generation_config", None) is None or not student.can_generate():  # type: ignore[operator]
@@ -240,6 +250,11 @@ def transform(origin: Origin) -> Callable[[Any], Tensor] | None:
     with in_one_line(str(origin.folder)):
         processor = transformers.AutoImageProcessor.from_pretrained(origin.folder, trust_remote_code=False)
     return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def _dtype_key(transformers: Any) -> str:
+    """Return what transformers calls the type of tensors."""
+    return "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
 names, stored = stored_names.names, stored_names.stored

@@ -9,7 +9,7 @@ but that class. Models of timm are loaded this way through the wrapper that tran
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 from torch import nn
 
 from vitrim.errors import RecipeError
+from vitrim.layers.attention import SlimAttention
+from vitrim.layers.padded_heads import PaddedHeads, PickedHeads
 from vitrim.models.load import backend_of, build_empty
 from vitrim.models.origin import Origin, require
 from vitrim.models.stock import settings_of
 from vitrim.storage.documents import write_json
-from vitrim.surgery import DropBlocks, Edit, KeepUnits, reshape_
+from vitrim.surgery import DropBlocks, Edit, KeepHeadDims, KeepHeads, KeepPaddedDims, KeepUnits, reshape_
 
 FILE, KEY = "modeling_vitrim.py", "vitrim_widths"
 RELOAD = """
@@ -29,14 +31,43 @@ import transformers
 model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
 model = getattr(model, "timm_model", model)
 """
-EDITS = (KeepUnits, DropBlocks)
+EDITS = (KeepUnits, DropBlocks, KeepHeads, KeepHeadDims, KeepPaddedDims)
+# Layers of ours for which the file has code, with the arguments by which it builds them.
+LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
+    SlimAttention: lambda layer: {
+        "d_model": layer.q.in_features,
+        "num_heads": layer.num_heads,
+        "num_qk": layer.q.out_features // layer.num_heads,
+        "num_v": layer.v.out_features // layer.num_heads,
+        "scale": layer.scale,
+        "qkv_bias": layer.q.bias is not None,
+        "proj_bias": layer.proj.bias is not None,
+        "as_tuple": layer.as_tuple,
+    },
+    PaddedHeads: lambda layer: {
+        "in_features": layer.in_features,
+        "num_heads": layer.num_heads,
+        "head_dim": layer.head_dim,
+        "kept": list(layer.kept),
+        "bias": layer.bias is not None,
+    },
+    PickedHeads: lambda layer: {
+        "num_heads": layer.num_heads,
+        "kept": layer.kept,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+    },
+}
 TIMM = "timm_model"  # where the wrapper has timm's model
-Sizes = Mapping[str, Mapping[str, int]]
+Sizes = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteCode:
-    """What the modeling file goes by: the original with as many blocks as are left, and sizes by path of a layer."""
+    """What the modeling file goes by: the original with as many blocks as are left, and sizes by path of a layer.
+
+    Sizes are by torch's names for them, or arguments by the name of a class in the file that takes the layer's place.
+    """
 
     origin: Origin
     sizes: Sizes
@@ -62,7 +93,7 @@ def check_remote_code(origin: Origin, kinds: Sequence[type[Edit]]) -> None:
     require("transformers", "hf")
     others = [kind for kind in (*kinds, *map(type, origin.earlier_edits)) if kind not in EDITS]
     if others:
-        allowed = " and ".join(kind.MAKES for kind in EDITS)
+        allowed = ", ".join(sorted({kind.MAKES for kind in EDITS}))
         raise RecipeError(
             f"remote_code: the file has no code for {others[0].MAKES}, only for {allowed}; drop remote_code, the "
             "result loads with vitrim.load(path)."
@@ -90,9 +121,9 @@ def remote_code_of(origin: Origin, edits: Sequence[Edit]) -> RemoteCode | None:
         built = build_empty(candidate)
         sizes = _sizes(wanted, built)
         if sizes is not None:
-            resized = {f"{path}.{side}" for path, sides in sizes.items() for side in sides}
+            resized = tuple(f"{path}." for path in sizes)
             others = settings_of(built, drops).items() ^ settings_of(wanted, drops).items()
-            if {name for name, _ in others} <= resized:
+            if all(name.startswith(resized) for name, _ in others):
                 return RemoteCode(origin=candidate, sizes=sizes)
     return None
 
@@ -125,16 +156,18 @@ def write_remote_code(student: nn.Module, folder: Path, remote: RemoteCode) -> N
         KEY: {f"{prefix}{path}": dict(sizes) for path, sizes in remote.sizes.items()},
     }
     write_json(path, config)
-    (folder / FILE).write_text(_modeling_file(stock), encoding="utf-8")
+    kinds = {kind.__name__ for kind in LAYERS}
+    layers = any(kinds & sizes.keys() for sizes in remote.sizes.values())
+    (folder / FILE).write_text(_modeling_file(stock, layers), encoding="utf-8")
 
 
-def _modeling_file(stock: str) -> str:
-    """Return the text of the file for a class of transformers."""
+def _modeling_file(stock: str, layers: bool) -> str:
+    """Return the text of the file for a class of transformers, with code for other layers where they are needed."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("vitrim", "models")
-    environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template("modeling.py.j2").render(stock=stock, key=KEY)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.get_template("modeling.py.j2").render(stock=stock, key=KEY, layers=layers)
 
 
 def _auto_classes(transformers: Any, stock_class: Any) -> Iterator[str]:
@@ -155,24 +188,25 @@ def _shorter(origin: Origin, drops: Sequence[DropBlocks]) -> Iterator[Origin]:
     yield from origins
 
 
-def _sizes(wanted: nn.Module, built: nn.Module) -> Sizes | None:
-    """Return the sizes of each layer of one model that differ in the other; None if more than sizes does."""
-    modules, found = dict(built.named_modules()), {}
-    if modules.keys() != dict(wanted.named_modules()).keys():
+def _sizes(wanted: nn.Module, built: nn.Module, path: str = "") -> Sizes | None:
+    """Return the sizes of each layer of one model that differ in the other; None if more than these does."""
+    if type(wanted) in LAYERS:
+        return {path: {type(wanted).__name__: LAYERS[type(wanted)](wanted)}}
+    own, other = (dict(module.named_parameters(recurse=False)) for module in (wanted, built))
+    children, others = dict(wanted.named_children()), dict(built.named_children())
+    if type(wanted) is not type(built) or own.keys() != other.keys() or children.keys() != others.keys():
         return None
-    for path, module in wanted.named_modules():
-        own, other = (dict(each.named_parameters(recurse=False)) for each in (module, modules[path]))
-        if type(module) is not type(modules[path]) or own.keys() != other.keys():
+    sides = ("out_features", "in_features") if any(each.ndim == 2 for each in own.values()) else ("normalized_shape",)
+    sizes = {
+        side: after
+        for name, parameter in own.items()
+        for side, after, before in zip(sides, parameter.shape, other[name].shape, strict=False)
+        if after != before
+    }
+    found = {path: sizes} if sizes else {}
+    for name, child in children.items():
+        below = _sizes(child, others[name], f"{path}.{name}".strip("."))
+        if below is None:
             return None
-        sides = (
-            ("out_features", "in_features") if any(each.ndim == 2 for each in own.values()) else ("normalized_shape",)
-        )
-        sizes = {
-            side: after
-            for name, parameter in own.items()
-            for side, after, before in zip(sides, parameter.shape, other[name].shape, strict=False)
-            if after != before
-        }
-        if sizes:
-            found[path] = sizes
+        found |= below
     return found
