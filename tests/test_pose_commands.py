@@ -1,9 +1,12 @@
 """A pose model from end to end: cut, written, loaded, trained with joints, evaluated by them, exported."""
 
+import base64
 import copy
+import io
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import vitrim
@@ -21,7 +24,7 @@ from vitrim.models.pose import predict_joints
 from vitrim.recover.labels import train_labels_
 from vitrim.recover.losses import heatmap_loss
 from vitrim.report.collect import look
-from vitrim.report.tiles import ORIGINAL_LINE, SMALLER_LINE, TILE_PX, _person
+from vitrim.report.tiles import ORIGINAL_LINE, SMALLER_LINE, TILE_PX, _person, draw_poses
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,13 @@ def test_the_report_shows_the_joints_of_both_where_they_are_furthest_apart(cut):
     furthest = apart.topk(8).indices
     torch.testing.assert_close(shown["before"][..., :2], both[0][furthest])
     torch.testing.assert_close(shown["after"][..., :2], both[1][furthest])
+
+
+def test_rows_of_people_are_equally_wide():
+    found = {"images": torch.rand(7, 3, 32, 24), "before": torch.rand(7, 14, 3), "after": torch.rand(7, 14, 3)}
+    strips = draw_poses({**found, "bones": [(0, 1)]}).strips
+    sizes = [Image.open(io.BytesIO(base64.b64decode(strip.uri.partition(",")[2]))).size for strip in strips]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 def test_bones_are_drawn_from_joint_to_joint():

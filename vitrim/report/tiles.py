@@ -147,7 +147,7 @@ def draw_poses(found: Mapping[str, Any]) -> Picture | None:
         caption="Thick orange lines join the joints that the original sees, thin blue ones those that the smaller one "
         "sees: where both agree, the thin line runs within the thick one. Held-out images of the first batch where "
         "they are furthest apart, the furthest first.",
-        strips=tuple(_joined("People", part) for part in parts),
+        strips=tuple(_joined("People", part, columns=half) for part in parts),
     )
 
 
@@ -212,9 +212,9 @@ def _strip(label: str, tiles: Sequence[Tensor], *, smooth: bool = False) -> Stri
     return _joined(label, [Image.fromarray(tile).resize((TILE_PX, TILE_PX), resample) for tile in pixels])
 
 
-def _joined(label: str, pictures: Sequence[Image.Image]) -> Strip:
-    """Put pictures of one size in a row, as one PNG with transparent gaps."""
-    size = (len(pictures) * (TILE_PX + GAP_PX) - GAP_PX, pictures[0].height)
+def _joined(label: str, pictures: Sequence[Image.Image], *, columns: int | None = None) -> Strip:
+    """Put pictures of one size in a row of so many, or of as many as they are, as one PNG with transparent gaps."""
+    size = ((columns or len(pictures)) * (TILE_PX + GAP_PX) - GAP_PX, pictures[0].height)
     canvas = Image.new("RGBA", size, (0, 0, 0, 0))
     for index, picture in enumerate(pictures):
         canvas.paste(picture, (index * (TILE_PX + GAP_PX), 0))
