@@ -159,7 +159,8 @@ def _steps(shrunk: Shrunk, scratch: Path) -> Iterator[tuple[str, Callable[[], di
         empty = on_meta(shrunk.build)
         yield "inspect", lambda: _inspected(empty)
         return
-    model, images, out = _random(shrunk.build), torch.randn(IMAGES, *shrunk.size), scratch / "out"
+    model, out = _random(shrunk.build), scratch / "out"
+    images = _images(model, shrunk.size)
     yield "inspect", lambda: _inspected(model)
     yield "without images", lambda: _cut(model, "magnitude", None, exact=True)
     yield "with images", lambda: _cut_with_images(_saved(shrunk, model, scratch / "stock"), images, out)
@@ -205,7 +206,7 @@ def _cut(model: Any, method: str, out: Path | None, **given: Any) -> dict[str, A
     return {**found, "format": about["origin"]["library"] if about["stock"] else "own"}
 
 
-def _cut_with_images(model: Any, images: Tensor, out: Path) -> dict[str, Any]:
+def _cut_with_images(model: Any, images: Any, out: Path) -> dict[str, Any]:
     """Cut with images; a model that takes none of them is cut without, and the reason is kept."""
     try:
         return _cut(model, "dgmr", out, data=images, repair=REPAIR)
@@ -214,6 +215,14 @@ def _cut_with_images(model: Any, images: Tensor, out: Path) -> dict[str, Any]:
     except VitrimError as error:
         found = _cut(model, "magnitude", out)
         return {**found, "outcome": "cut without images", "why": _general(str(error))}
+
+
+def _images(model: nn.Module, size: tuple[int, ...]) -> Any:
+    """Return random images, or what a model's processor makes of random pictures."""
+    origin = origin_of(model)
+    if "processor" not in origin.preprocessing:
+        return torch.randn(IMAGES, *size)
+    return list(random_inputs(origin, IMAGES))  # type: ignore[call-overload]
 
 
 def _saved(shrunk: Shrunk, model: nn.Module, folder: Path) -> Any:
@@ -226,13 +235,13 @@ def _saved(shrunk: Shrunk, model: nn.Module, folder: Path) -> Any:
     return str(folder) if any(folder.iterdir()) else model
 
 
-def _reloaded(out: Path, images: Tensor) -> dict[str, Any]:
+def _reloaded(out: Path, images: Any) -> dict[str, Any]:
     """Load an output and run it; that it gives the same was checked when it was written."""
     if read_about(out)["origin"]["library"] is None:
         return {}
     encoder, _ = open_encoder(str(out))
     with evaluating(encoder):
-        encoder(images[:2])
+        run_on(encoder, images[:2] if isinstance(images, Tensor) else torch.cat(images[:2]))
     return {}
 
 

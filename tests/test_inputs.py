@@ -226,3 +226,23 @@ def test_images_that_see_each_other_are_found_in_one_row_too():
     )
     with pytest.raises(vitrim.ModelError, match="depend on the others in its batch"):
         check_repeatable(model, origin, random_inputs(origin, 2))
+
+
+def test_the_encoder_of_a_video_model_is_cut_with_clips_and_its_predictor_is_left_alone(tmp_path):
+    predictor = {"pred_hidden_size": 16, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    config = transformers.VJEPA2Config(**sizes, **predictor, crop_size=32, patch_size=8, pred_num_mask_tokens=1)
+    model = randomised(lambda: transformers.VJEPA2Model(config))
+    clips = list(torch.randn(20, 1, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    data = [vitrim.Inputs([{"pixel_values_videos": clip}]) for clip in clips]
+    result = vitrim.compress(model, data=data, keep_ratio=0.5, out=tmp_path / "out", **CHEAP)
+    assert (
+        list(result.plan.widths) == [f"encoder.layer.{n}.mlp" for n in range(2)] and result.metrics.encoder == "encoder"
+    )
+    assert result.metrics.after_cut.relative_error < 0.5
+    alone = transformers.VJEPA2Model.from_pretrained(tmp_path / "out").eval()
+    with torch.inference_mode():
+        outputs = [each(clips[0], skip_predictor=True).last_hidden_state for each in (alone, result.model.eval())]
+    assert torch.equal(*outputs)
+    with pytest.raises(vitrim.DataError, match=r"pass clips, as vitrim.Inputs\(\[{\"pixel_values_videos\""):
+        vitrim.compress(model, data=list(torch.randn(8, 3, 32, 32)), keep_ratio=0.5, quiet=True)

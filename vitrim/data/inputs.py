@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -175,6 +176,8 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
                 needs = f"no data, to cut it by its weights alone (magnitude, dgmr-paper): it also wants {more}"
                 if "processor" in origin.preprocessing:
                     needs = f"pictures, from which its processor makes all that it takes ({more} as well), or {needs}"
+            if "video" in (name := next(iter(inspect.signature(model.forward).parameters))):
+                needs = f'clips, as vitrim.Inputs([{{"{name}": ...}}]) of its video processor\'s tensor (1, T, C, H, W)'
             reason = reason_of(error)
             got = "named tensors" if isinstance(first, Inputs) else _kind(first)
             where = f"{origin.name} {origin.encoder}".strip()

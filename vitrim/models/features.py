@@ -28,6 +28,8 @@ TOWERS = ("visual", "vision_model", "vision_tower", "vision_encoder", "image_enc
 
 def encoder_path(model: nn.Module) -> str:
     """Return the path of the outermost image tower in a larger model, or "" if the model itself takes the images."""
+    if all(isinstance(getattr(model, name, None), nn.Module) for name in ("encoder", "predictor")):  # V-JEPA 2
+        return "encoder"
     named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWERS]
     return min(named, key=lambda name: name.count("."), default="")
 
