@@ -48,7 +48,9 @@ from shrinking import Named, Shrunk  # noqa: E402
 import vitrim  # noqa: E402
 from tests.support.checks import in_this_process  # noqa: E402
 from vitrim.cost.latency import measure_latency  # noqa: E402
+from vitrim.data.inputs import random_inputs  # noqa: E402
 from vitrim.errors import OutputError, SiteNotFoundError, VitrimError  # noqa: E402
+from vitrim.inputs import run_on  # noqa: E402
 from vitrim.models.features import evaluating  # noqa: E402
 from vitrim.models.load import origin_of  # noqa: E402
 from vitrim.models.origin import on_meta  # noqa: E402

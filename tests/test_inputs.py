@@ -208,6 +208,16 @@ def test_a_folders_own_processor_is_taken_before_the_librarys_default(tmp_path):
     assert load_model(str(tmp_path / "out"))[1].preprocessing == origin.preprocessing
 
 
+def test_a_processor_that_does_not_fit_is_no_obstacle_to_a_cut_by_weights_alone(tmp_path):
+    model = randomised(build_siglip2)
+    model.save_pretrained(tmp_path)
+    transformers.Siglip2ImageProcessor(patch_size=4, max_num_patches=16).save_pretrained(tmp_path)
+    result = vitrim.compress(str(tmp_path), method="magnitude", keep_ratio=0.5, out=tmp_path / "out", quiet=True)
+    assert len(result.plan.edits) == 3 and result.metrics.stock
+    with pytest.raises(vitrim.DataError, match="can't run on named tensors"):
+        vitrim.compress(str(tmp_path), data=pictures(20), keep_ratio=0.5, quiet=True)
+
+
 def test_named_tensors_can_be_given_in_place_of_pictures():
     model = randomised(lambda: build_vlm("Qwen3-VL"))
     process = transform_for(origin_of(model).preprocessing)

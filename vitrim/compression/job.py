@@ -15,9 +15,10 @@ from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream, Split
 from vitrim.data.images import check_workers
-from vitrim.data.inputs import check_repeatable, match_labels, open_inputs, random_inputs
+from vitrim.data.inputs import can_run, check_repeatable, match_labels, open_inputs, random_inputs
 from vitrim.data.poses import poses_of
 from vitrim.errors import RecipeError
+from vitrim.inputs import Inputs
 from vitrim.methods import SiteMethod, find_method
 from vitrim.models.features import num_classes
 from vitrim.models.live import as_it_is
@@ -122,6 +123,8 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     recipe, note = _with_published(recipe, origin)
     space = None if recipe.recover is None else embedding_space_of(whole, origin, recipe.recover)
     noise = random_inputs(origin, 1 if data is None else 2)  # one alone says nothing about batches
+    if data is None and isinstance(noise, Inputs) and not can_run(whole.get_submodule(encoder), noise):
+        origin, noise = replace(origin, preprocessing={}), None  # cut by its weights alone, it need not
     check_repeatable(whole.get_submodule(encoder), origin, noise)  # before the first image is read
     _check_training(recipe, whole.get_submodule(encoder), scope.removeprefix(encoder).removeprefix("."))
     images = None if data is None else open_inputs(data, origin)

@@ -186,6 +186,16 @@ def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Ten
             check_repeatable(model, origin, images)
 
 
+def can_run(model: nn.Module, inputs: Tensor) -> bool:
+    """Return whether a model can run on inputs."""
+    try:
+        with evaluating(model):
+            run_on(model, inputs_for(model, inputs))
+    except Exception:  # foreign code says in its own ways what it does not take
+        return False
+    return True
+
+
 def _kind(inputs: Tensor) -> str:
     return f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape[1:])}"
 

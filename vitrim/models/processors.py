@@ -20,6 +20,7 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 # What configs of towers call what their processors have under another name.
 SIZES = {
     "patch_size": "patch_size",
+    "encoder_patch_size": "patch_size",
     "temporal_patch_size": "temporal_patch_size",
     "merge_size": "spatial_merge_size",
     "max_num_patches": "num_patches",
