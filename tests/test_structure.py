@@ -234,6 +234,14 @@ WHOLE = {
         lambda: build_convnext("DINOv3ConvNextModel", "DINOv3ConvNextConfig"),
         ["model.stages.0.layers.0", "model.stages.1.layers.0", "model.stages.1.layers.1"],
     ),
+    "timm ConvNeXt": (  # of convolutions, as the next
+        lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 24, 16), num_classes=5),
+        [f"stages.{stage}.blocks.0.mlp" for stage in range(4)],
+    ),
+    "FastViT": (
+        lambda: timm.create_model("fastvit_t8", layers=(1, 1), embed_dims=(16, 32), num_classes=5),
+        ["stages.0.blocks.0.mlp", "stages.1.blocks.0.mlp"],
+    ),
 }
 
 
@@ -246,7 +254,7 @@ def test_a_whole_model_goes_through(tmp_path, name):
         model, data=IMAGES, keep_ratio=0.5, repair={"refit_steps": 2}, out=tmp_path / "o", quiet=True
     )
     assert list(result.plan.widths) == paths
-    loaded = vitrim.load(tmp_path / "o", model=None if "ConvNeXt" in name else build())
+    loaded = vitrim.load(tmp_path / "o", model=build() if name in ("by hand", "rearranging") else None)
     with torch.inference_mode():
         outputs = [each.eval()(torch.stack(IMAGES[:2])) for each in (loaded, result.model)]
         first, second = (output if isinstance(output, torch.Tensor) else output[0] for output in outputs)
@@ -284,7 +292,7 @@ def test_what_stands_behind_the_encoder_is_cut_if_asked(name):
     assert [site.path for site in find_mlps(nn.ModuleDict({name: Tower(Block())}))] == [f"{name}.layers.0"]
 
 
-@pytest.mark.parametrize("name", ["fastvit_t8", "resnet18"])
+@pytest.mark.parametrize("name", ["mobileone_s0", "resnet18"])
 def test_a_convolutional_model_is_called_so(name):
     with torch.device("meta"), pytest.raises(SiteNotFoundError, match=r"it is convolutional \(\d+% of its weights\)"):
         find_mlps(timm.create_model(name))

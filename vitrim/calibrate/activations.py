@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrim.inputs import real_tokens, run_on
 from vitrim.models.features import device_of, evaluating, first_tensor
-from vitrim.surgery import submodule
+from vitrim.surgery import channels_last, submodule
 from vitrim.types import AttentionSite, MlpSite
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -131,20 +131,26 @@ def observe(model: nn.Module, site: MlpSite | AttentionSite, call: Call) -> tupl
     seen: dict[str, Tensor] = {}
     block, value, output = (submodule(model, path) for path in (site.block, site.value, site.output))
 
-    def see_input(_: nn.Module, args: Any) -> None:
-        seen["input"] = args[0]
+    def see_input(layer: nn.Module, args: Any) -> None:
+        seen["input"] = channels_last(layer, args[0])
 
-    def see_output(_: nn.Module, args: Any, out: Any) -> None:
-        seen["hidden"], seen["output"] = args[0], out
+    def see_output(layer: nn.Module, args: Any, out: Any) -> None:
+        seen["hidden"], seen["output"] = channels_last(layer, args[0]), channels_last(layer, out)
 
     handles = [value.register_forward_pre_hook(see_input), output.register_forward_hook(see_output)]
     try:
         with evaluating(block):
-            out, seen["stream"], _ = run_to_end(block, call)
+            out, stream, _ = run_to_end(block, call)
+            seen["stream"] = stream_like(output, stream)
     finally:
         for handle in handles:
             handle.remove()
     return out, {name: tensor.reshape(-1, tensor.shape[-1]).float() for name, tensor in seen.items()}
+
+
+def stream_like(layer: nn.Module, stream: Tensor) -> Tensor:
+    """Return the residual stream behind a layer with its channels last; behind a convolution a map has them second."""
+    return channels_last(layer, stream) if stream.ndim == 4 else stream
 
 
 def run_to_end(block: nn.Module, call: Call) -> tuple[Tensor, Tensor, str]:

@@ -18,7 +18,7 @@ from vitrim.errors import ModelError
 from vitrim.models.features import device_of, evaluating, features, frozen
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.output_metric import signs_like
-from vitrim.surgery import submodule
+from vitrim.surgery import channels_last, submodule
 
 NUM_IMAGES, NUM_PROBES = 256, 4  # for a metric: many vectors beside any width, as each token gives one per probe
 AT_ONCE = 16  # images whose graph is held at a time
@@ -64,7 +64,7 @@ def final_metrics(
 
     Args:
         model: the model, which is not changed.
-        paths: layers whose outputs have their width last.
+        paths: the layers.
         batches: calibration inputs.
         num_images: how many of them are used.
         num_probes: random signs for each.
@@ -89,7 +89,7 @@ def final_metrics(
             for probe in range(num_probes):
                 signs = [signs_like(part, generator) for part in parts]
                 for path, gradient in _gradients(parts, seen, signs, last=probe + 1 == num_probes):
-                    sums[path] = sums.get(path, 0) + _gram(gradient)
+                    sums[path] = sums.get(path, 0) + _gram(channels_last(submodule(model, path), gradient))
             seen.clear()
     for path, gram_DD in sums.items():
         check_finite(path, "a gradient of the features", gram_DD)

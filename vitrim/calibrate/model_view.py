@@ -26,7 +26,7 @@ from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of, evaluating, features, first_tensor
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
-from vitrim.surgery import Edit, KeepHeadDims, apply_, mlp_output, read_weights, submodule, turned
+from vitrim.surgery import Edit, KeepHeadDims, apply_, channels_last, mlp_output, read_weights, submodule, turned
 from vitrim.types import (
     AttentionSite,
     BlockRun,
@@ -261,7 +261,8 @@ class LiveModelView:
                 gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
                 for (path, hidden), gradient in zip(seen, gradients, strict=True):
                     check_finite(path, "an input or its gradient", hidden, gradient)
-                    see(path, hidden.detach(), gradient)
+                    layer = submodule(self.model, path)
+                    see(path, channels_last(layer, hidden.detach()), channels_last(layer, gradient))
                 seen.clear()
 
     def run(self, site: MlpSite, tokens_ND: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -328,10 +329,10 @@ def _agrees(module: nn.Module, edit: Edit, args: Any, kwargs: Any, expected: Ten
 
 
 def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..., None]:
-    """Return a forward hook that passes on a module's first input and first output, once known to be finite."""
+    """Return a forward hook that passes on a module's first input and output, channels last, once they are finite."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        inputs, outputs = args[0], first_tensor(output)
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        inputs, outputs = channels_last(module, args[0]), channels_last(module, first_tensor(output))
         check_finite(path, "an input", inputs)
         check_finite(path, "an output", outputs)
         see(path, inputs, outputs)
@@ -340,9 +341,11 @@ def _watch(path: str, see: Callable[[str, Tensor, Tensor], None]) -> Callable[..
 
 
 def _silence(positions: Tensor) -> Callable[..., tuple[Any, ...]]:
-    """Return a forward hook that zeroes positions along the last dimension of a module's first input."""
+    """Return a forward hook that zeroes channels of a module's first input."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        return args[0].index_fill(-1, positions.to(args[0].device), 0), *args[1:]
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        inputs = args[0].clone()
+        channels_last(module, inputs).index_fill_(-1, positions.to(inputs.device), 0)
+        return inputs, *args[1:]
 
     return hook

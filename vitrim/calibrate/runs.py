@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitrim.calibrate.activations import Call, catch_call, run_to_end
+from vitrim.calibrate.activations import Call, catch_call, run_to_end, stream_like
 from vitrim.calibrate.sums import passes
 from vitrim.calibrate.walk import Sums, layer_scale
 from vitrim.errors import BudgetError
@@ -243,17 +243,19 @@ def _watched(model: nn.Module, runs: Sequence[BlockRun], hooks: ExitStack) -> di
     """Return what every forward pass fills with first input and output, as tokens, of the modules that runs look at."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def see(path: str, args: Any, kwargs: Any, output: Any) -> None:
+    def see(path: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         came = args[0] if args else next(iter(kwargs.values()))
-        seen[path] = cast(
-            tuple[Tensor, Tensor],
-            tuple(each.reshape(-1, each.shape[-1]).float() for each in (came, first_tensor(output))),
-        )
+        came, output = (stream_like(layer, each) for each in (came, first_tensor(output)))
+        seen[path] = (came.reshape(-1, came.shape[-1]).float(), output.reshape(-1, output.shape[-1]).float())
 
-    paths = [path for run in runs for path in (run.output, run.norm or run.before, run.last_norm or run.last)]
-    for path in dict.fromkeys(paths):
+    layers = {
+        path: submodule(model, run.output)
+        for run in runs
+        for path in (run.output, run.norm or run.before, run.last_norm or run.last)
+    }
+    for path, layer in layers.items():
         handle = submodule(model, path).register_forward_hook(
-            lambda _, args, kwargs, output, path=path: see(path, args, kwargs, output), with_kwargs=True
+            lambda _, *given, path=path, layer=layer: see(path, layer, *given), with_kwargs=True
         )
         hooks.callback(handle.remove)
     return seen

@@ -51,8 +51,8 @@ class LayerAdder:
         return 8 * self.layer.groups * width * (width + 1)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add a batch."""
-        seen = inputs if self.of_inputs else outputs.movedim(1, -1) if self.layer.kind == "conv" else outputs
+        """Add a batch, with channels last."""
+        seen = inputs if self.of_inputs else outputs
         self.sums.add(seen.reshape(-1, self.layer.groups, seen.shape[-1] // self.layer.groups).transpose(0, 1))
 
     def finished(self) -> LayerSums | None:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate.activations import Activations, Call, forward_order, run_to_end
+from vitrim.calibrate.activations import Activations, Call, forward_order, run_to_end, stream_like
 from vitrim.calibrate.sums import check_finite
 from vitrim.models.features import evaluating
 from vitrim.ops.products import Products
-from vitrim.surgery import mlp_output, submodule, weight_of
+from vitrim.surgery import channels_last, mlp_output, submodule, weight_of
 from vitrim.types import MlpSite, Stats
 
 JUDGING = 4096  # tokens that judge how much feedback pays, at most; spread over all images that are not in the sums
@@ -130,7 +130,7 @@ def layer_scale(model: nn.Module, block: str, output: str, call: Call) -> Tensor
     width, put_out = weight_of(model, output).shape[0], []
     handle = submodule(model, output).register_forward_hook(lambda _, args, out: put_out.append(float(out.abs().max())))
     try:
-        stream_ND = _stream(model, block, call)
+        stream_ND = _stream(model, block, output, call)
     finally:
         handle.remove()
     stream = float(stream_ND.abs().max())
@@ -161,26 +161,29 @@ def moved(
 ) -> Tensor:
     """Return by how much the stream at a block's end moves (N, D) where an offset is added to what a layer puts out.
 
-    `offset_of` returns the offset for an output, in a shape that can be added to it. `before_ND` is the stream without
-    it, if that is known.
+    `offset_of` returns the offset for an output with its channels last, in a shape that can be added to it. `before_ND`
+    is the stream without it, if that is known.
     """
 
-    def add(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return out + offset_of(out).to(out.dtype)
+    def add_(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        seen = channels_last(layer, out)
+        seen += offset_of(seen).to(out.dtype)
+        return out
 
-    before_ND = _stream(model, block, call) if before_ND is None else before_ND
-    handle = submodule(model, output).register_forward_hook(add)
+    before_ND = _stream(model, block, output, call) if before_ND is None else before_ND
+    handle = submodule(model, output).register_forward_hook(add_)
     try:
-        return _stream(model, block, call) - before_ND
+        return _stream(model, block, output, call) - before_ND
     finally:
         handle.remove()
 
 
-def _stream(model: nn.Module, block: str, call: Call) -> Tensor:
-    """Return the residual stream at a block's end (N, D)."""
+def _stream(model: nn.Module, block: str, output: str, call: Call) -> Tensor:
+    """Return the residual stream at a block's end (N, D), behind the layer `output` in it."""
     part = submodule(model, block)
     with evaluating(part):
-        return run_to_end(part, call)[1].float().flatten(0, -2)
+        return stream_like(submodule(model, output), run_to_end(part, call)[1]).float().flatten(0, -2)
 
 
 class Sums:

@@ -26,7 +26,7 @@ from vitrim.models.attention import find_attentions
 from vitrim.models.features import device_of
 from vitrim.recover.range_test import SHARE
 from vitrim.repair.refit import BATCH_TOKENS
-from vitrim.surgery import submodule
+from vitrim.surgery import channels_last, submodule
 from vitrim.types import AttentionSite, MlpSite
 
 LOG = logging.getLogger("vitrim")
@@ -184,8 +184,8 @@ def _tokens_and_macs(
     seen: dict[str, float] = {site.path: 0.0 for site in sites}
 
     def see(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def add(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen[path] += output.numel() / output.shape[-1] / len(images_BCHW)
+        def add(layer: nn.Module, _: Any, output: Tensor) -> None:
+            seen[path] += output.numel() / channels_last(layer, output).shape[-1] / len(images_BCHW)
 
         return add
 

@@ -24,6 +24,7 @@ from vitrim.models.features import evaluating
 from vitrim.models.sites import find_mlps
 from vitrim.ops.products import CHUNK_TOKENS, TILE_ROWS
 from vitrim.storage.tensor_files import CHUNK_BYTES
+from vitrim.surgery import channels_last
 from vitrim.types import MlpSite
 
 LOG = logging.getLogger("vitrim")
@@ -269,8 +270,8 @@ def tokens_per_site(encoder: nn.Module, inputs: Tensor, sites: Sequence[MlpSite]
     first, seen = next(encoder.parameters()), [0] * len(sites)
 
     def note(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[index] = args[0].numel() // args[0].shape[-1]
+        def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[index] = args[0].numel() // channels_last(layer, args[0]).shape[-1]
 
         return see
 

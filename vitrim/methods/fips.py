@@ -91,6 +91,8 @@ class Fips(ModelMethod):
             raise SiteNotFoundError(
                 "fips: no MLP is left to share a basis; put fips before what replaces their layers."
             )
+        if odd := next((site.output for site in view.sites if view.tensor(f"{site.output}.weight").ndim > 2), None):
+            raise SiteNotFoundError(f"{odd}: is a convolution; fips shares a basis among linear layers alone.")
         groups = _groups(view.sites, self.group)
         if view.keep_ratio >= 1:
             view.note("fips: the full budget pays for the matrices themselves, so they stay as they are.")

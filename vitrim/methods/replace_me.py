@@ -119,7 +119,7 @@ def _error(pair: tuple[DropBlocks, float]) -> float:
 
 def _folded(view: ModelView, run: BlockRun, stats: Stats, of: RunInputs, ridge: float) -> DropBlocks:
     """Return the edit with the map for a run folded into the projection in front of it."""
-    weight_DH, bias_D = view.tensor(f"{run.output}.weight"), optional_tensor(view, f"{run.output}.bias")
+    weight_DH, bias_D = view.tensor(f"{run.output}.weight").flatten(1), optional_tensor(view, f"{run.output}.bias")
     start = torch.eye(len(weight_DH)) if of == "output" else weight_DH.cpu()
     keep = torch.arange(start.shape[1])
     ridge = ridge_for(stats.num_tokens, len(keep), ridge)

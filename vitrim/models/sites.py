@@ -182,7 +182,10 @@ def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
     said = f"({sum(1 for _ in root.modules())} modules seen)"
     if kernels > matrices:
         share = kernels / (kernels + matrices)
-        said += f": it is convolutional ({share:.0%} of its weights), and MLPs are cut in linear layers alone."
+        said += (
+            f": it is convolutional ({share:.0%} of its weights), and MLPs are cut in linear layers and 1 x 1 "
+            "convolutions alone, where one feeds another through a function of single units."
+        )
     else:
         said += ": no linear layer feeds another, of fitting shape, through a function of single units."
     if not_run:
@@ -223,8 +226,8 @@ def _matches(container: nn.Module, path: str) -> Iterator[MlpSite]:
     for gate_name, value_name, output_name in NAMES:
         names = [name for name in (gate_name, value_name, output_name) if name]
         layers = [linear_at(container, name) for name in names]
-        if any(layer is None for layer in layers):
-            continue
+        if any(layer is None or isinstance(layer, nn.Conv2d) for layer in layers):
+            continue  # convolutions are told by what they do alone: squeeze-and-excitation has the names of an MLP
         *firsts, output = [weight_of(container, name).shape for name in names]
         d_out, d_hidden = output
         if any(width != d_out for _, width in firsts) or d_hidden < 2:

@@ -1,5 +1,7 @@
 """Find MLPs by what they do: linear layers that feed one another through a pointwise function, under any names.
 
+A convolution of 1 x 1 is a linear layer, too, of maps whose channels come first.
+
 The smallest module that holds two linear layers of fitting shapes is run on noise. In a copy of it each linear layer is
 replaced by one that notes its input and puts out noise, so no layer is seen through another, no weight is read, and a
 module on the meta device runs too. Which layers feed which, and unit by unit, is then read from gradients.
@@ -25,7 +27,7 @@ Found = tuple[str | None, str, str, str | None]
 
 
 def linear_at(container: nn.Module, name: str) -> nn.Module | None:
-    """Return a linear layer below a container by name, or None.
+    """Return a linear layer below a container by name, or None; a convolution of 1 x 1 is one.
 
     Its weight must be (out, in) and a parameter of its own, or computed by a parametrization.
     """
@@ -34,9 +36,16 @@ def linear_at(container: nn.Module, name: str) -> nn.Module | None:
     except AttributeError:
         return None
     weight = getattr(layer, "weight", None)
-    features = (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0))
     plain = isinstance(weight, nn.Parameter) or is_computed(layer)
-    return layer if plain and weight is not None and tuple(weight.shape) == features else None
+    return layer if plain and weight is not None and tuple(weight.shape) == _weight_shape(layer) else None
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return the shape that a layer's weight has if it is linear, or a convolution that looks at one position alone."""
+    if isinstance(layer, nn.Conv2d):
+        alone = layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1
+        return (*_shape(layer), 1, 1) if alone and layer.padding in ((0, 0), "same", "valid") else ()
+    return _shape(layer)
 
 
 def is_computed(layer: nn.Module) -> bool:
@@ -145,17 +154,19 @@ class _Stub(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.out_features, self.in_features = _shape(layer)
+        self.out_features, self.in_features = self.out_channels, self.in_channels = _shape(layer)
+        self.is_conv = isinstance(layer, nn.Conv2d)
         self.weight = torch.zeros(1).expand(self.out_features, self.in_features)  # foreign code may ask for its type
         self.bias = None
         self.calls: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
+        tokens = inputs.movedim(1, -1) if self.is_conv else inputs
         if tokens.shape[-1] != self.in_features:
             raise ValueError(f"an input of width {tokens.shape[-1]}, not {self.in_features}")
         output = torch.randn(*tokens.shape[:-1], self.out_features, requires_grad=True)
         self.calls.append((tokens, output))
-        return output
+        return output.movedim(-1, 1) if self.is_conv else output
 
 
 @dataclass(frozen=True)
@@ -263,5 +274,6 @@ def _pointwise(hidden_NH: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, li
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
-    """Return how many outputs and inputs a linear layer has."""
-    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+    """Return how many outputs and inputs a linear layer or a convolution has, 0 for another module."""
+    what = "channels" if isinstance(layer, nn.Conv2d) else "features"
+    return getattr(layer, f"out_{what}", 0), getattr(layer, f"in_{what}", 0)

@@ -149,6 +149,7 @@ def _output_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
 
 def _fitted(model: nn.Module, visit: SiteVisit, ridge: float) -> dict[str, Tensor]:
     """Fit the output projection's tensors by least squares on the sums of a calibration visit, by full name."""
+    own = _output_tensors(model, visit.site)
     weights, site = read_weights(model, visit.site), visit.site
     all_units = torch.arange(site.d_hidden)
     ridge = ridge_for(visit.stats.num_tokens, site.d_hidden, ridge)
@@ -156,7 +157,7 @@ def _fitted(model: nn.Module, visit: SiteVisit, ridge: float) -> dict[str, Tenso
         visit.stats, all_units, weights.output_DH, weights.output_bias_D, ridge=ridge, where=site.path
     )
     fitted = {f"{site.output}.weight": weight_DK, f"{site.output}.bias": bias_D}
-    return {name: tensor.to(weights.output_DH) for name, tensor in fitted.items() if tensor is not None}
+    return {name: tensor.to(own[name]).view_as(own[name]) for name, tensor in fitted.items() if tensor is not None}
 
 
 def _put_(model: nn.Module, site: MlpSite, tensors: Mapping[str, Tensor]) -> None:

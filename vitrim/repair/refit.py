@@ -236,7 +236,7 @@ def _solve_output_(student: nn.Module, visit: SiteVisit, ridge: float) -> None:
     keep = torch.arange(weights.num_units)
     ridge = ridge_for(stats.num_tokens, len(keep), ridge)
     weight_DK, bias_D = fit_output(stats, keep, weights.output_DH, weights.output_bias_D, ridge=ridge, where=site.path)
-    own[f"{site.output}.weight"].copy_(weight_DK)
+    weight_of(student, site.output).copy_(weight_DK)
     if bias_D is not None:
         own[f"{site.output}.bias"].copy_(bias_D)
 

@@ -12,7 +12,15 @@ from vitrim.surgery.keep_units import KeepUnits
 from vitrim.surgery.low_rank import ToLowRank
 from vitrim.surgery.merge_tokens import MergeTokens
 from vitrim.surgery.mixed_heads import mix_heads, turned
-from vitrim.surgery.modules import hidden_and_output, mlp_output, read_weights, site_weights, submodule, weight_of
+from vitrim.surgery.modules import (
+    channels_last,
+    hidden_and_output,
+    mlp_output,
+    read_weights,
+    site_weights,
+    submodule,
+    weight_of,
+)
 from vitrim.surgery.moefication import ToMoefication
 from vitrim.surgery.plan import Plan
 from vitrim.surgery.recursive import ToRecursive
@@ -38,6 +46,7 @@ __all__ = [
     "ToRecursive",
     "TopKActivation",
     "apply_",
+    "channels_last",
     "edit_of",
     "hidden_and_output",
     "mix_heads",

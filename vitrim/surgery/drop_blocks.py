@@ -71,7 +71,7 @@ class DropBlocks(Edit):
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield a tensor of a later block under its new name, nothing for one of a dropped block."""
         if name in self.tensors:
-            yield name, self.given(name, tensor)
+            yield name, self.given(name, tensor).reshape(tensor.shape)  # a matrix for a 1x1 convolution
         elif (new := self.new_path(name)) is not None:
             yield new, tensor
 

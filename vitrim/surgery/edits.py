@@ -233,10 +233,10 @@ def edit_of(edits: Iterable[Edit]) -> dict[str, Edit]:
     return {name: edit for edit in edits for name in edit.affected_tensors()}
 
 
-def resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
+def resize_(module: nn.Module, *, dim: int, size: int, attributes: Sequence[str]) -> None:
     """Replace the parameters of a linear or norm layer by uninitialised ones with another size along `dim`.
 
-    `attribute` is the layer's own record of that size, such as `out_features`.
+    `attributes` are the layer's own records of that size, such as `out_features`, of which it has some.
     """
     for name, old in list(module.named_parameters(recurse=False)):
         if dim < old.ndim:
@@ -244,8 +244,8 @@ def resize_(module: nn.Module, *, dim: int, size: int, attribute: str) -> None:
             shape[dim] = size
             fresh = torch.empty(shape, dtype=old.dtype, device=old.device)
             setattr(module, name, nn.Parameter(fresh, requires_grad=old.requires_grad))
-    if hasattr(module, attribute):
-        setattr(module, attribute, (size,) if attribute == "normalized_shape" else size)
+    for name in [name for name in attributes if hasattr(module, name)]:
+        setattr(module, name, (size,) if name == "normalized_shape" else size)
 
 
 def replace_(model: nn.Module, path: str, new: nn.Module) -> None:

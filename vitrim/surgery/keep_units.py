@@ -76,14 +76,22 @@ class KeepUnits(Edit):
         site = self.site
         for name in (site.value, site.gate):
             if name is not None:
-                resize_(submodule(model, name), dim=0, size=self.width * site.num_groups, attribute="out_features")
-        resize_(submodule(model, site.output), dim=1, size=self.width, attribute="in_features")
+                size = self.width * site.num_groups
+                resize_(submodule(model, name), dim=0, size=size, attributes=("out_features", "out_channels"))
+        resize_(submodule(model, site.output), dim=1, size=self.width, attributes=("in_features", "in_channels"))
         if site.norm is not None:
-            resize_(submodule(model, site.norm), dim=-1, size=self.width, attribute="normalized_shape")
+            resize_(submodule(model, site.norm), dim=-1, size=self.width, attributes=["normalized_shape"])
 
     def map_tensor(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield one tensor of the MLP without the removed units."""
-        yield name, self.given(name, tensor) if name in self.tensors else self._cut(name, tensor)
+        """Yield one tensor of the MLP without the removed units.
+
+        A matrix that is given for a 1x1 convolution gets the two dimensions that it lacks, of size 1.
+        """
+        if name not in self.tensors:
+            yield name, self._cut(name, tensor)
+            return
+        given = self.given(name, tensor)
+        yield name, given.reshape(*given.shape, *tensor.shape[given.ndim :])
 
     def _check_units(self) -> None:
         total = self.site.d_hidden

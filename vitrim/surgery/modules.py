@@ -26,18 +26,18 @@ def read_weights(model: nn.Module, site: MlpSite) -> MlpWeights:
 def site_weights(tensors: Mapping[str, Tensor], site: MlpSite) -> MlpWeights:
     """Return the weights of an MLP as (H, D) and (D, H) matrices, from a mapping of names to tensors."""
     gate_weight = gate_bias = None
-    value_weight, value_bias = tensors[f"{site.value}.weight"], tensors.get(f"{site.value}.bias")
+    value_weight, value_bias = _matrix(tensors[f"{site.value}.weight"]), tensors.get(f"{site.value}.bias")
     if site.kind == "packed_gated":
         gate_weight, value_weight = value_weight.chunk(2)
         gate_bias, value_bias = (None, None) if value_bias is None else value_bias.chunk(2)
     elif site.gate is not None:
-        gate_weight, gate_bias = tensors[f"{site.gate}.weight"], tensors.get(f"{site.gate}.bias")
+        gate_weight, gate_bias = _matrix(tensors[f"{site.gate}.weight"]), tensors.get(f"{site.gate}.bias")
     return MlpWeights(
         value_HD=value_weight,
         value_bias_H=value_bias,
         gate_HD=gate_weight,
         gate_bias_H=gate_bias,
-        output_DH=tensors[f"{site.output}.weight"],
+        output_DH=_matrix(tensors[f"{site.output}.weight"]),
         output_bias_D=tensors.get(f"{site.output}.bias"),
     )
 
@@ -78,7 +78,17 @@ def check_weight(layer: LayerSite, shape: Sequence[int]) -> None:
 
 def weight_of(model: nn.Module, path: str) -> Tensor:
     """Return a layer's weight (out, in) without its graph; writing to it changes the layer."""
-    return cast(Tensor, submodule(model, path).weight).detach()
+    return _matrix(cast(Tensor, submodule(model, path).weight).detach())
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Return a weight as a matrix (out, in): that of a 1x1 convolution has two more dimensions, of size 1."""
+    return weight.flatten(1)
+
+
+def channels_last(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """Return what a layer is given, or puts out, with its channels last: those of a convolution come second."""
+    return tensor.movedim(1, -1) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else tensor
 
 
 def mlp_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> Tensor:
@@ -90,8 +100,8 @@ def hidden_and_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> tup
     """Run the MLP on tokens (N, D) and return input (N, H) and output (N, D) of its output projection."""
     caught: list[tuple[Tensor, Tensor]] = []
 
-    def catch(_: nn.Module, args: Any, output: Any) -> None:
-        caught.append((args[0], output))
+    def catch(layer: nn.Module, args: Any, output: Any) -> None:
+        caught.append((channels_last(layer, args[0]), channels_last(layer, output)))
 
     hook = submodule(model, site.output).register_forward_hook(catch)
     try:
@@ -99,15 +109,17 @@ def hidden_and_output(model: nn.Module, site: MlpSite, tokens_ND: Tensor) -> tup
     finally:
         hook.remove()
     hidden, output = caught[0]
-    return hidden[0], output[0]
+    return hidden.flatten(0, -2), output.flatten(0, -2)
 
 
 def run_mlp(container: nn.Module, site: MlpSite, tokens: Tensor) -> Tensor:
     """Run an MLP on tokens; the parts of one that is spread over two modules (`intermediate`, `output`) in turn.
 
     The second part of these adds the residual itself (BERT), or leaves it to the block (Swin). Of a `Sequential` the
-    members between the two layers are run, without a norm in front.
+    members between the two layers are run, without a norm in front. To convolutions, tokens (B, N, D) are a map.
     """
+    if tokens.ndim == 3 and isinstance(submodule(container, site.value), nn.Conv2d):
+        tokens = tokens.mT[..., None]
     if site.value.startswith("intermediate."):
         hidden, output = container.get_submodule("intermediate")(tokens), container.get_submodule("output")
         return output(hidden, tokens) if len(inspect.signature(output.forward).parameters) > 1 else output(hidden)
