@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.activations import inputs_of, targets_of
 from vitrim.calibrate import activations, layer_scale, walk
 from vitrim.surgery import KeepUnits, apply_
 
@@ -180,7 +181,7 @@ def test_a_chain_and_a_forward_for_each_block_give_the_same_sums(build, name, mo
     for a, b in zip(fast, slow, strict=True):
         for part in ("hidden_H", "hidden_HH", "target_D", "cross_HD"):
             torch.testing.assert_close(getattr(a.stats, part), getattr(b.stats, part), atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(a.fit.inputs_ND, b.fit.inputs_ND, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(inputs_of(a.fit), inputs_of(b.fit), atol=1e-5, rtol=1e-5)
 
 
 def test_a_change_between_blocks_breaks_the_chain(build):
@@ -203,17 +204,17 @@ def test_held_out_batches_are_judged_on_and_not_summed(build, num_held_out):
     )
     assert first.stats.num_tokens == (4 - num_held_out) * 3 * 17
     assert torch.equal(first.stats.hidden_HH, second.stats.hidden_HH)
-    assert torch.equal(first.fit.inputs_ND, second.fit.inputs_ND)
-    assert len(first.held_out.inputs_ND) == num_held_out * 3 * 17
-    assert not torch.equal(first.held_out.inputs_ND, second.held_out.inputs_ND)
+    assert torch.equal(inputs_of(first.fit), inputs_of(second.fit))
+    assert len(inputs_of(first.held_out)) == num_held_out * 3 * 17
+    assert not torch.equal(inputs_of(first.held_out), inputs_of(second.held_out))
 
 
 @pytest.mark.parametrize("num_held_out", [0, 1])
 def test_one_batch_serves_both(build, num_held_out):
     case = build("timm-vit")
     for visit in walk(case.model, case.copy(), case.sites, case.batches[:1], num_held_out=num_held_out):
-        assert visit.stats.num_tokens == len(visit.fit.inputs_ND) == 3 * 17
-        assert torch.equal(visit.fit.inputs_ND, visit.held_out.inputs_ND)
+        assert visit.stats.num_tokens == len(inputs_of(visit.fit)) == 3 * 17
+        assert torch.equal(inputs_of(visit.fit), inputs_of(visit.held_out))
 
 
 @pytest.mark.parametrize("name", ["timm-split-norm", "timm-vit-scaled"])
@@ -235,9 +236,9 @@ def test_samples_are_pairs_of_one_token_spread_over_all_images(build):
     seen = stored(case.model, [site.value, site.output], case.batches)
     for tokens, limit, first, last in ((visit.fit, 20, 0, 153), (visit.held_out, 15, 153, 204)):
         inputs, outputs = seen[site.value][0][first:last], seen[site.output][1][first:last]
-        distance, index = torch.cdist(tokens.inputs_ND.double(), inputs).min(1)
+        distance, index = torch.cdist(inputs_of(tokens).double(), inputs).min(1)
         assert distance.max() < 1e-4
-        torch.testing.assert_close(tokens.targets_ND.double(), outputs[index], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(targets_of(tokens).double(), outputs[index], atol=1e-4, rtol=1e-4)
         assert (index // 51).bincount().tolist() == [limit] * ((last - first) // 51)
 
 
@@ -245,7 +246,7 @@ def test_a_walk_repeats_itself_bit_for_bit(build):
     case = build("timm-vit-scaled")
     first, second = (list(walk(case.model, case.copy(), case.sites, case.batches)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.stats.cross_HD, b.stats.cross_HD) and torch.equal(a.fit.targets_ND, b.fit.targets_ND)
+        assert torch.equal(a.stats.cross_HD, b.stats.cross_HD) and torch.equal(targets_of(a.fit), targets_of(b.fit))
 
 
 @pytest.mark.parametrize(("name", "alone"), [("timm-vit", True), ("hf-bert", True), ("encoder", False)])

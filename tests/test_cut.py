@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.activations import inputs_of, targets_of
 from vitrim.calibrate import walk
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
@@ -140,7 +141,7 @@ def first_visit(case, share=0.4):
 def held_out_error(student, visit):
     """Squared error of the MLP on the held-out tokens, weighted by the layer scale, by calling the MLP."""
     with torch.no_grad():
-        error = student.get_submodule(visit.site.path)(visit.held_out.inputs_ND) - visit.held_out.targets_ND
+        error = student.get_submodule(visit.site.path)(inputs_of(visit.held_out)) - targets_of(visit.held_out)
     return float((error * (1 if visit.scale_D is None else visit.scale_D)).double().square().sum(1).mean())
 
 

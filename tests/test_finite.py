@@ -133,7 +133,7 @@ def test_sums_that_are_not_finite_name_the_mlp_before_anything_is_solved():
 def test_a_held_out_error_that_is_no_number_is_an_error_and_a_diverged_refit_is_said(told):
     layer = torch.nn.Linear(2, 2)
     start = copy.deepcopy(layer.state_dict())
-    given = {"loss": lambda: layer.weight.sum(), "num_steps": 2, "lr": 1e-3, "where": "blocks.0.mlp"}
+    given = {"losses": lambda: [layer.weight.sum()], "num_steps": 2, "lr": 1e-3, "where": "blocks.0.mlp"}
     with pytest.raises(ModelError, match=r"^blocks\.0\.mlp: the held-out error is nan before anything"):
         improve_(layer, list(layer.parameters())[:1], judge=lambda: math.nan, **given)
     errors = iter([2.0, math.nan])

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from tests.support.activations import inputs_of, targets_of
 from tests.support.rescaled import images, tiny_vit
 from vitrim import compress
 from vitrim.calibrate import walk
@@ -44,7 +45,7 @@ def test_both_fits_are_judged_as_if_each_had_been_made(vit):
             fitted = copy.deepcopy(again)
             apply_(fitted, [KeepUnits(site=first, keep=tuple(keep.tolist())).with_output(weight, bias)])
             with torch.no_grad():
-                error = mlp_output(fitted, first, visit.held_out.inputs_ND) - visit.held_out.targets_ND
+                error = mlp_output(fitted, first, inputs_of(visit.held_out)) - targets_of(visit.held_out)
             scale = 1.0 if visit.scale_D is None else visit.scale_D
             tried.append(float((error * scale).square().sum(1).mean()))
         found = report.errors[first.path][key]

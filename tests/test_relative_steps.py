@@ -39,7 +39,9 @@ def trained(model, *, scale=None, num_steps=30):
     behind = 1.0 if scale is None else scale
     parameters = [p for name, p in model.named_parameters() if not name.startswith("0.")]
     steps = RelativeSteps(model, parameters, scales_M=None if scale is None else {model[3].weight: scale})
-    descend_(steps, parameters, lambda: (model(X) * behind - Y).square().sum(1).mean(), share=0.03, num_steps=num_steps)
+    descend_(
+        steps, parameters, lambda: [(model(X) * behind - Y).square().sum(1).mean()], peak=0.03, num_steps=num_steps
+    )
     steps.close()
     return (model(X) * behind).detach()
 
@@ -100,7 +102,7 @@ def test_gates_and_values_of_one_matrix_move_as_two():
         model = Gated(factor)
         parameters = list(model.parameters())
         steps = RelativeSteps(model, parameters, gated=[model.both.weight])
-        descend_(steps, parameters, lambda model=model: (model(X) - Y).square().mean(), share=0.03, num_steps=10)
+        descend_(steps, parameters, lambda model=model: [(model(X) - Y).square().mean()], peak=0.03, num_steps=10)
         ends.append(model(X).detach())
     torch.testing.assert_close(ends[1], ends[0], atol=2e-3, rtol=1e-3)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from vitrim.calibrate import Tokens
 from vitrim.types import Stats
 
 
@@ -17,3 +19,11 @@ def stored_stats(hidden: Tensor, target: Tensor) -> Stats:
         cross_HD=hidden.T @ target,
         target_square=float(target.square().sum()),
     )
+
+
+def inputs_of(tokens: Tokens) -> Tensor:
+    return torch.cat([lane.inputs_ND for lane in tokens.lanes])
+
+
+def targets_of(tokens: Tokens) -> Tensor:
+    return torch.cat([lane.targets_ND for lane in tokens.lanes])

@@ -21,6 +21,7 @@ LAYERS: tuple[dict[str, str], ...] = (
     {
         "catalog": "what methods and options say of themselves, read without importing torch",
         "checked": "the base of everything a user fills in: frozen, checked, unknown keys refused",
+        "share": "one process's part of the images of a run, and how it agrees with the others",
         "types": "what all others speak of: an MLP's place and weights, sums, what a method sees",
         "inputs": "images as named tensors, for models that take more than one of all images",
         "storage": "tensors and JSON in files, read and written piece by piece",

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrim.inputs import real_tokens, run_on
 from vitrim.models.features import device_of, evaluating, first_tensor
+from vitrim.share import ALONE, Share
 from vitrim.surgery import channels_last, submodule
 from vitrim.types import AttentionSite, MlpSite
 
@@ -39,11 +40,20 @@ class Activations:
         batches: calibration images (B, C, H, W).
         frozen: whether the model stays unchanged throughout.
         offload: folder for the values, one file per batch; None keeps them in memory.
+        share: of the batches: those of other processes are not run.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Tensor], *, frozen: bool, offload: Path | None
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        batches: Sequence[Tensor],
+        *,
+        frozen: bool,
+        offload: Path | None,
+        share: Share = ALONE,
     ) -> None:
+        self.own = share.batches(len(batches))
         self.model, self.blocks, self.batches, self.frozen = model, blocks, batches, frozen
         self.outputs = Store(offload and offload / "outputs")
         self.device = device_of(model)
@@ -63,7 +73,7 @@ class Activations:
             self._go_on(start, index)
         else:
             block = self.blocks[index]
-            for i in range(len(self.batches)):
+            for i in self.own:
                 batch = self.batches[i].to(self.device)
                 self.calls.put(i, _to(catch_call(self.model, block, batch), "cpu"))
         self.outputs.clear()
@@ -72,7 +82,7 @@ class Activations:
         """Run blocks `start`..`end` - 1 on their arguments, but take known outputs of the first one."""
         passed = [submodule(self.model, block) for block in self.blocks[start:end]]
         with evaluating(self.model):
-            for i in range(len(self.batches)):
+            for i in self.own:
                 (args, kwargs), left = self.calls.get(i), passed
                 if self.outputs.has(i):
                     args, left = (self.outputs.get(i), *args[1:]), passed[1:]

@@ -21,7 +21,8 @@ from vitrim.calibrate.walk import JUDGING, Sums, corrected, fed_part, layer_scal
 from vitrim.models.features import evaluating
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.head_factors import LogitSums
-from vitrim.surgery import submodule
+from vitrim.share import ALONE, Share
+from vitrim.surgery import submodule, weight_of
 from vitrim.types import AttentionSite, Stats
 
 
@@ -37,6 +38,7 @@ class HeadVisit:
         feedback: share of the accumulated error of the residual stream that a target corrects, 0..1.
         num_fit: number of batches in the sums.
         metric_DD: metric on the attention's outputs, or None.
+        share: of the images; sums are over all of them.
         scale_D: layer scale behind the attention, or None if there is no fixed one.
     """
 
@@ -47,37 +49,48 @@ class HeadVisit:
     feedback: float
     num_fit: int
     metric_DD: Tensor | None = None
+    share: Share = ALONE
 
     scale_D: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self.scale_D = self.share.on_main(self._scale)
+
+    def _scale(self) -> Tensor | None:
         with silenced(self.student.model, self.silent):
             model, call = self.student.model, self.student.call(0)
             block, output = self.site.block, self.site.output
-            in_order = _in_order(model, self.site, call)
-            self.scale_D = layer_scale(model, block, output, call) if in_order else None
+            return layer_scale(model, block, output, call) if _in_order(model, self.site, call) else None
 
     def logits(self) -> LogitSums:
         """Return the sums of queries and keys; the student's attention must still be whole."""
-        parts: dict[str, Tensor] = {}
-        for index in range(self.num_fit):
+        device, site = self.student.device, self.site
+        none_GFF = torch.zeros(site.num_heads, site.head_dim, site.head_dim, dtype=working_dtype(device), device=device)
+        names = [f"{role}{kind}_GFF" for role in ("query", "key") for kind in ("", "_cross")]
+        parts = {name: none_GFF.clone() for name in names}
+        for index in self.fitted:
             theirs, ours = (_projected(each, self.site, each.call(index)) for each in (self.teacher, self.student))
             for role in ("query", "key"):
                 for name, other in ((f"{role}_GFF", ours), (f"{role}_cross_GFF", theirs)):
-                    product = ours[role].mT @ other[role]
-                    parts[name] = parts[name] + product if name in parts else product
+                    parts[name] += ours[role].mT @ other[role]
+        self.share.sum_(parts.values())
         check_finite(self.site.path, "a sum of queries and keys", *parts.values())
         return LogitSums(**parts)
 
     def values(self, site: AttentionSite) -> Stats:
         """Return the sums of the mixed values, which the student now has at `site`, and of the wanted outputs."""
-        sums = Sums()
-        for index in range(self.num_fit):
+        sums = Sums(share=self.share)
+        for index in self.fitted:
             theirs = self.teacher.observe(self.site, index, silent=self.silent)
             ours = self.student.observe(site, index, silent=self.silent)
             target_ND = corrected(theirs, ours, self.scale_D, self.feedback)
             sums.add(ours["hidden"], target_ND, fed_part(theirs, target_ND) if self.has_held_out else None)
         return sums.done(self.site.path)
+
+    @property
+    def fitted(self) -> list[int]:
+        """The numbers of this process's batches that are in the sums."""
+        return [index for index in self.student.own if index < self.num_fit]
 
     @property
     def has_held_out(self) -> bool:
@@ -87,16 +100,18 @@ class HeadVisit:
     def held_out(self, site: AttentionSite) -> tuple[Tensor, Tensor] | None:
         """Return mixed values, which the student has at `site`, with wanted outputs, of some tokens not in the sums.
 
-        None if there are no such tokens.
+        Of processes that share images each gets those of its own batches. None if there are no such tokens.
         """
         if not self.has_held_out:
             return None
-        found, numbers = [], range(self.num_fit, len(self.student.batches))
-        for index in numbers:
+        width, inputs = weight_of(self.student.model, site.output).shape
+        found = [tuple(torch.empty(0, size, device=self.student.device) for size in (inputs, width))]
+        num = len(self.student.batches) - self.num_fit
+        for index in [index for index in self.student.own if index >= self.num_fit]:
             theirs = self.teacher.observe(self.site, index, silent=self.silent)
             ours = self.student.observe(site, index, silent=self.silent)
             target_ND = corrected(theirs, ours, self.scale_D, self.feedback)
-            step = -(-len(target_ND) * len(numbers) // JUDGING)
+            step = -(-len(target_ND) * num // JUDGING)
             found.append((ours["hidden"][::step], target_ND[::step]))
         hidden, targets = zip(*found, strict=True)
         return torch.cat(hidden), torch.cat(targets)

@@ -13,19 +13,20 @@ from torch import Tensor
 
 from vitrim.errors import ModelError
 from vitrim.ops.products import Products
+from vitrim.share import ALONE, Share
 from vitrim.types import LayerSite, LayerSums, MlpWeights, Stats, T
 
 # Limit for the float64 sums of one pass over the images; larger models take several passes. A ViT-L needs 0.8 GiB.
 MAX_SUM_BYTES = 2**30
 
 
-def check_finite(path: str, what: str, *tensors: Tensor) -> None:
-    """Check activations, or sums of them, before anything is solved with them.
+def check_finite(path: str, what: str, *tensors: Tensor, share: Share = ALONE) -> None:
+    """Check activations, or sums of them, before anything is solved with them; those of all processes that share them.
 
     Raises:
         ModelError: a value is NaN or infinite.
     """
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if share.total(float(not all(bool(torch.isfinite(tensor).all()) for tensor in tensors))):
         raise ModelError(
             f"{path}: {what} is not finite on the calibration images, whose own values are; run the model on them and "
             "look where that begins, or leave this part out with scope."

@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vitrim.calibrate.activations import Activations, Call, forward_order, run_t
 from vitrim.calibrate.sums import check_finite
 from vitrim.models.features import evaluating
 from vitrim.ops.products import Products
+from vitrim.share import ALONE, LANES, Share
 from vitrim.surgery import channels_last, mlp_output, submodule, weight_of
 from vitrim.types import MlpSite, Stats
 
@@ -31,11 +33,32 @@ FARTHEST = 2.0**20  # times an MLP's largest output: the largest offset by which
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """A sample of MLP inputs of the student, and the outputs that the MLP should have for them."""
+class Lane:
+    """Tokens that are run together on any number of processes; `numbers_N` are their places in the whole sample."""
 
     inputs_ND: Tensor
     targets_ND: Tensor
+    numbers_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A sample of MLP inputs of the student, and the outputs that the MLP should have for them.
+
+    Processes that share images hold some `lanes` of it each; `num_all` tokens are in all of them.
+    """
+
+    lanes: Sequence[Lane]
+    num_all: int
+
+    def thinned(self, most: int) -> Tokens:
+        """Return at most so many tokens, evenly spread over all."""
+        step, lanes = max(1, -(-self.num_all // most)), []
+        for lane in self.lanes:
+            rows = lane.numbers_N % step == 0
+            parts = (each[rows] for each in (lane.inputs_ND, lane.targets_ND, lane.numbers_N))
+            lanes.append(Lane(**dict(zip(("inputs_ND", "targets_ND", "numbers_N"), parts, strict=True))))
+        return Tokens(lanes=lanes, num_all=-(-self.num_all // step))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +68,7 @@ class SiteVisit:
     `scale_D` is the layer scale behind it, None if there is no fixed one. `stands_alone`: the MLP can be run on tokens
     by itself, outside its block. `again` measures once more, with the student as it is at that time. `metric_DD` is the
     metric on its outputs, where a caller has one. `half` are the sums over the first half of the batches in `stats`,
-    where they were asked for and there are two.
+    where they were asked for and there are two. `share` is that of the images; sums are over all of them.
     """
 
     site: MlpSite
@@ -57,6 +80,7 @@ class SiteVisit:
     again: Callable[[], SiteVisit]
     metric_DD: Tensor | None = None
     half: Stats | None = None
+    share: Share = ALONE
 
 
 def num_in_half(num_fit: int) -> int:
@@ -78,6 +102,7 @@ def walk(
     moments: torch.dtype = torch.float64,
     halves: bool = False,
     entered: Callable[[str, Activations, Activations], None] | None = None,
+    share: Share = ALONE,
 ) -> Iterator[SiteVisit]:
     """Visit each MLP in forward order; the caller cuts the student's MLP before asking for the next visit.
 
@@ -95,14 +120,23 @@ def walk(
         halves: also give the sums over the first half of the batches.
         entered: called with each block and both models' activations at it before its MLPs are visited, to cut what is
             in front of them.
+        share: of the batches, where several processes walk together; then all of them cut alike.
 
     Yields:
         One visit per site.
     """
     blocks = forward_order(teacher, sites, batches[0][:2])
     both = (
-        Activations(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher"),
-        Activations(student, blocks, batches, frozen=False, offload=offload and offload / "student"),
+        Activations(teacher, blocks, batches, frozen=True, offload=offload and offload / "teacher", share=share),
+        Activations(student, blocks, batches, frozen=False, offload=offload and offload / "student", share=share),
+    )
+    asked = _Asked(
+        feedback=feedback,
+        num_held_out=num_held_out,
+        max_tokens=max_tokens,
+        moments=moments,
+        halves=halves,
+        share=share,
     )
     for index, block in enumerate(blocks):
         for activations in both:
@@ -110,7 +144,7 @@ def walk(
         if entered is not None:
             entered(block, *both)
         for site in [site for site in sites if site.block == block and site.path not in skip]:
-            yield _visit(site, *both, feedback, num_held_out, max_tokens, moments, halves)
+            yield _visit(site, *both, asked)
 
 
 def layer_scale(model: nn.Module, block: str, output: str, call: Call) -> Tensor | None:
@@ -189,21 +223,28 @@ def _stream(model: nn.Module, block: str, output: str, call: Call) -> Tensor:
 class Sums:
     """Running sums of hidden activations and targets."""
 
-    def __init__(self, moments: torch.dtype = torch.float64) -> None:
-        self.products, self.width = Products(moments), 0
+    def __init__(self, moments: torch.dtype = torch.float64, share: Share = ALONE) -> None:
+        self.products, self.width = Products(moments, share), 0
 
     def add(self, hidden_NH: Tensor, target_ND: Tensor, fed_ND: Tensor | None = None) -> None:
         """Add a batch of tokens; `fed_ND` is the part of the targets that is feedback, if its own sums are wanted."""
         self.width = target_ND.shape[-1]
         self.products.add(hidden_NH, target_ND if fed_ND is None else torch.cat([target_ND, fed_ND], dim=-1))
 
+    def so_far(self) -> Sums:
+        """Return a copy that is not added to any more."""
+        self.products.begin()
+        return copy.deepcopy(self)
+
     def done(self, path: str) -> Stats:
-        """Return the sums as a frozen value; `path` is the MLP's.
+        """Return the sums of all processes as a frozen value; `path` is the MLP's.
 
         Raises:
             ModelError: they are not finite.
         """
-        sums, width, fed = self.products, self.width, None
+        sums, fed = self.products, None
+        sums.begin()  # a process without tokens has not yet
+        width = max(sums.share.gathered(self.width))
         sums.finish_()
         parts = {
             "hidden_H": sums.total_K,
@@ -220,49 +261,83 @@ class Sums:
         return Stats(num_tokens=sums.num_tokens, target_square=square, rounding=sums.rounding, **{**parts, "fed": fed})
 
 
-def _visit(
-    site: MlpSite,
-    teacher: Activations,
-    student: Activations,
-    feedback: float,
-    num_held_out: int,
-    max_tokens: int,
-    moments: torch.dtype,
-    halves: bool,
-) -> SiteVisit:
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a walk asks of each visit; the fields are the arguments of `walk`."""
+
+    feedback: float
+    num_held_out: int
+    max_tokens: int
+    moments: torch.dtype
+    halves: bool
+    share: Share
+
+
+def _visit(site: MlpSite, teacher: Activations, student: Activations, asked: _Asked) -> SiteVisit:
     """Sum up one MLP over all batches."""
-    half, sums, samples = None, Sums(moments), {"fit": [], "held_out": []}
-    scale_D = layer_scale(student.model, site.block, site.output, student.call(0))
-    num_fit = max(1, len(student.batches) - num_held_out)
-    limits = {"fit": max_tokens // num_fit, "held_out": max_tokens // 4 // max(1, num_held_out)}
-    generator = torch.Generator().manual_seed(0)
-    for index in range(len(student.batches)):
+    share, sums, half, alone = asked.share, Sums(asked.moments, asked.share), None, False
+    scale_D = share.on_main(lambda: layer_scale(student.model, site.block, site.output, student.call(0)))
+    num_fit = max(1, len(student.batches) - asked.num_held_out)
+    middle = num_in_half(num_fit) if asked.halves else 0
+    samples = _Samples(fit=asked.max_tokens // num_fit, held_out=asked.max_tokens // 4 // max(1, asked.num_held_out))
+    for index in student.own:
         theirs, ours = teacher.observe(site, index), student.observe(site, index)
-        target_ND = corrected(theirs, ours, scale_D, feedback)
-        part = "fit" if index < num_fit else "held_out"
-        if halves and index == num_in_half(num_fit) > 0:
-            half = copy.deepcopy(sums)
-        if part == "fit":
-            sums.add(ours["hidden"], target_ND, fed_part(theirs, target_ND) if num_held_out else None)
+        target_ND = corrected(theirs, ours, scale_D, asked.feedback)
+        if index >= middle > 0 and half is None:
+            half = sums.so_far()
+        if index < num_fit:
+            sums.add(ours["hidden"], target_ND, fed_part(theirs, target_ND) if asked.num_held_out else None)
         if index == 0:
             alone = stands_alone(student.model, site, ours)
-        rows = torch.randperm(len(target_ND), generator=generator)[: limits[part]].to(target_ND.device)
-        samples[part].append((ours["input"][rows].cpu(), target_ND[rows].cpu()))
+        samples.add("fit" if index < num_fit else "held_out", index, ours["input"], target_ND)
         del theirs, ours, target_ND  # not beside those of the next batch
-    stats = sums.done(site.path)
-    pools = {part: _join(pairs or samples["fit"]) for part, pairs in samples.items()}
-    for part, pool in pools.items():
-        check_finite(site.path, f"a sampled token ({part})", pool.inputs_ND, pool.targets_ND)
+    if middle > 0 and half is None:
+        half = sums.so_far()
     return SiteVisit(
         site=site,
-        stats=stats,
+        stats=sums.done(site.path),
         scale_D=scale_D,
-        stands_alone=alone,
-        fit=pools["fit"],
-        held_out=pools["held_out"],
-        again=lambda: _visit(site, teacher, student, feedback, num_held_out, max_tokens, moments, halves),
+        stands_alone=share.on_main(lambda: alone),
+        fit=samples.joined("fit", site.path, share),
+        held_out=samples.joined("held_out" if num_fit < len(student.batches) else "fit", site.path, share),
+        again=lambda: _visit(site, teacher, student, asked),
         half=None if half is None else half.done(site.path),
+        share=share,
     )
+
+
+class _Samples:
+    """Tokens of an MLP that are drawn from each batch; `limits` are the most of one, by what they are for."""
+
+    def __init__(self, **limits: int) -> None:
+        self.limits = limits
+        self.drawn: dict[str, dict[int, tuple[Tensor, Tensor]]] = {part: {} for part in limits}
+
+    def add(self, part: str, index: int, inputs_ND: Tensor, targets_ND: Tensor) -> None:
+        """Draw from a batch; which tokens does not depend on the batches before it, which others may have."""
+        generator = torch.Generator().manual_seed(index)
+        rows = torch.randperm(len(targets_ND), generator=generator)[: self.limits[part]].to(targets_ND.device)
+        self.drawn[part][index] = (inputs_ND[rows].cpu(), targets_ND[rows].cpu())
+
+    def joined(self, part: str, path: str, share: Share) -> Tokens:
+        """Concatenate what was drawn, and number it among the tokens of all processes.
+
+        Raises:
+            ModelError: a token of any process is not finite.
+        """
+        mine = self.drawn[part]
+        counts = {index: len(inputs) for index, (inputs, _) in mine.items()}
+        every = dict(sorted(pair for each in share.gathered(counts) for pair in each.items()))
+        starts = dict(zip(every, accumulate(every.values(), initial=0), strict=False))
+        lanes = []
+        for number in sorted({index % LANES for index in mine}):
+            here = [index for index in mine if index % LANES == number]
+            inputs_ND, targets_ND = (torch.cat(each) for each in zip(*(mine[index] for index in here), strict=True))
+            numbers_N = torch.cat([torch.arange(starts[index], starts[index] + counts[index]) for index in here])
+            lanes.append(Lane(inputs_ND=inputs_ND, targets_ND=targets_ND, numbers_N=numbers_N))
+        tensors = [tensor for lane in lanes for tensor in (lane.inputs_ND, lane.targets_ND)]
+        check_finite(path, f"a sampled token ({part})", *tensors, share=share)
+        return Tokens(lanes=lanes, num_all=sum(every.values()))
 
 
 def corrected(
@@ -301,9 +376,3 @@ def stands_alone(model: nn.Module, site: MlpSite, seen: dict[str, Tensor]) -> bo
         return False
     expected_ND = seen["output"][:64]
     return bool((again_ND - expected_ND).abs().max() <= 1e-3 * expected_ND.abs().max())
-
-
-def _join(pairs: list[tuple[Tensor, Tensor]]) -> Tokens:
-    """Concatenate the samples of several batches."""
-    inputs, targets = zip(*pairs, strict=True)
-    return Tokens(inputs_ND=torch.cat(inputs), targets_ND=torch.cat(targets))

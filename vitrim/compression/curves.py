@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit, num_held_out, walk
 from vitrim.calibrate.runs import with_edits
-from vitrim.compression.cut import metrics_for, select
+from vitrim.compression.asking import metrics_for, select
 from vitrim.compression.head_curves import HeadCurves
 from vitrim.compression.heads import HeadsCut
 from vitrim.config.options import RepairOptions

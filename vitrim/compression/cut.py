@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate import LiveModelView, SiteVisit, final_metrics, num_held_out, walk
+from vitrim.calibrate import LiveModelView, SiteVisit, num_held_out, walk
 from vitrim.calibrate.activations import Activations
 from vitrim.calibrate.runs import past_run
+from vitrim.compression.asking import metrics_for, select
 from vitrim.compression.budget import solve_widths
 from vitrim.compression.heads import HeadsCut, equal_share
 from vitrim.config.options import RepairOptions
@@ -30,8 +31,9 @@ from vitrim.output.provenance import versions
 from vitrim.progress import progress
 from vitrim.recover.factors import TrainingSource, train_factors_
 from vitrim.repair.closed_form import repair_, visit_notes
+from vitrim.share import ALONE, Share
 from vitrim.surgery import DropBlocks, Edit, KeepUnits, Plan, apply_, read_weights
-from vitrim.types import AttentionSite, MlpSite, MlpWeights, SiteView
+from vitrim.types import MlpSite
 
 Entered = Callable[[str, Activations, Activations], None]
 WHOLE = "every hidden unit stays, so nothing was cut or repaired."
@@ -62,6 +64,7 @@ def cut_(
     moments: torch.dtype = torch.float64,
     halves: bool = False,
     source: TrainingSource | None = None,
+    share: Share = ALONE,
 ) -> CutReport:
     """Cut a student in place, applying a recipe's steps in turn.
 
@@ -81,6 +84,7 @@ def cut_(
         moments: type in which second moments are stored.
         halves: also fit each MLP on half of the images, for what more of them would bring; takes sums twice.
         source: images for a method that trains, and where its state is kept; None trains on `batches`.
+        share: of the calibration images, where processes cut together; each is given all `batches`.
 
     Returns:
         The plan (with the tensors from repair) and what was measured on the way.
@@ -119,6 +123,7 @@ def cut_(
             in_pick_order=recipe.recover is not None and recipe.recover.elastic is not None,
             number=number,
             source=source,
+            share=share,
         )
         before, last = len(edits), number + 1 == len(recipe.steps)
         whole = student if last or DropBlocks not in work.method.edits else copy.deepcopy(student)
@@ -181,6 +186,7 @@ class _StepRun:
     in_pick_order: bool
     number: int
     source: TrainingSource | None
+    share: Share
 
     def __post_init__(self) -> None:
         self.method = self.step.make_method()
@@ -218,11 +224,13 @@ class _StepRun:
                     apply_(self.student, [edit])
                     self.edits.append(edit)
                 bar.advance(1, edit.where)
-        if method.needs_mlps and not self.sites and not chosen and len(self.edits) == num_before:
+        picked = self.share.on_main(lambda: chosen)  # each process has chosen by itself
+        self.share.give_([*self.student.parameters(), *self.student.buffers()])
+        if method.needs_mlps and not self.sites and not picked and len(self.edits) == num_before:
             raise _nothing_left(method.name)
-        if self.repair is not None and not chosen:
+        if self.repair is not None and not picked:
             view.note(f"repair: {method.name} cut no hidden units, so nothing was repaired.")
-        return view.notes + (self._cut_sites_(chosen, quiet) if chosen else [])
+        return view.notes + (self._cut_sites_(picked, quiet) if picked else [])
 
     def _train(self, model: nn.Module, **given: Any) -> Mapping[str, Tensor]:
         """Train factors in front of a model for a method."""
@@ -272,15 +280,15 @@ class _StepRun:
     def _select(self, site: MlpSite, visit: SiteVisit | None) -> KeepUnits:
         """Ask the method which units of an MLP to keep."""
         assert isinstance(self.method, SiteMethod)
-        weights, seed = read_weights(self.student, site), self.seed + len(self.edits)
-        return select(weights, site, visit, self.widths[site.path], self.method, seed)
+        given = site, visit, self.widths[site.path], self.method, self.seed + len(self.edits)
+        return self.share.on_main(lambda: select(read_weights(self.student, site), *given))
 
     def _heads(self) -> HeadsCut | None:
         """Return how attention is cut on the way, None if it is not."""
         method = self.method
         if not isinstance(method, SiteMethod) or method.cuts() == "mlp":
             return None
-        return HeadsCut.of(self.student, self.sites, self.batches, method, self.repair, self.metrics)
+        return HeadsCut.of(self.student, self.sites, self.batches, method, self.repair, self.metrics, self.share)
 
     def _entered(self, heads: HeadsCut) -> Entered:
         """Return what is done in a block before its MLPs are visited: its attentions are cut, and kept in the plan."""
@@ -316,19 +324,10 @@ class _StepRun:
             moments=self.moments,
             halves=self.halves and self.repair is not None,
             entered=None if heads is None else self._entered(heads),
+            share=self.share,
         ):
             yield visit.site, replace(visit, metric_DD=self.metrics.get(visit.site.output))
             del visit
-
-
-def metrics_for(
-    method: Method, teacher: nn.Module, sites: Sequence[MlpSite | AttentionSite], batches: Sequence[Tensor] | None
-) -> dict[str, Tensor]:
-    """Return the metrics on these outputs, by path of a projection, if the method weighs by them."""
-    if batches is None or not (isinstance(method, SiteMethod) and method.weighs_by_features()):
-        return {}
-    fitted = batches[: max(1, len(batches) - num_held_out(batches))]
-    return final_metrics(teacher, [site.output for site in sites], fitted)
 
 
 def _sites_left(student: nn.Module, sites: Sequence[MlpSite], step: Step) -> list[MlpSite]:
@@ -368,22 +367,6 @@ def _plan(recipe: Recipe, edits: Sequence[Edit], run: DropBlocks | None) -> Plan
 def keeps_all(sites: Sequence[MlpSite], widths: Mapping[str, int]) -> bool:
     """Return whether widths by path keep every unit of these MLPs; those without a width are left alone."""
     return all(widths.get(site.path, site.d_hidden) == site.d_hidden for site in sites)
-
-
-def select(
-    weights: MlpWeights, site: MlpSite, visit: SiteVisit | None, width: int, method: SiteMethod, seed: int
-) -> KeepUnits:
-    """Ask a method which units of an MLP to keep, and return the cut."""
-    view = SiteView(
-        site=site,
-        weights=weights,
-        num_keep=width,
-        generator=torch.Generator().manual_seed(seed),
-        stats=None if visit is None else visit.stats,
-        scale_D=None if visit is None else visit.scale_D,
-        metric_DD=None if visit is None else visit.metric_DD,
-    )
-    return KeepUnits(site=site, keep=tuple(int(i) for i in method.select(view)))
 
 
 def _notes(method: Method, step: Step, batches: Sequence[Tensor] | None) -> list[str]:

@@ -15,6 +15,7 @@ from vitrim.errors import RecipeError
 from vitrim.methods import SiteMethod
 from vitrim.methods.registry import ATTENTION
 from vitrim.repair.heads import cut_heads_, pick_heads_
+from vitrim.share import ALONE, Share
 from vitrim.surgery import Edit, KeepHeadDims, KeepHeads, KeepPaddedDims
 from vitrim.types import AttentionSite, MlpSite
 
@@ -24,7 +25,8 @@ class HeadsCut:
     """How the attentions of a student are cut, and what is needed to do so.
 
     `sites` are the attentions to cut; `outputs` are, by block, the output projections of its MLPs.
-    `metrics` are those on outputs, by path of a projection. `notes` grows as attentions are cut.
+    `metrics` are those on outputs, by path of a projection. `notes` grows as attentions are cut. `share` is that of the
+    images.
     """
 
     student: nn.Module
@@ -36,6 +38,7 @@ class HeadsCut:
     outputs: Mapping[str, Sequence[str]]
     metrics: Mapping[str, Tensor]
     notes: list[str]
+    share: Share = ALONE
 
     @classmethod
     def of(
@@ -46,6 +49,7 @@ class HeadsCut:
         method: SiteMethod,
         repair: RepairOptions | None,
         metrics: Mapping[str, Tensor],
+        share: Share = ALONE,
     ) -> HeadsCut:
         """Find the attentions in the blocks of these MLPs.
 
@@ -57,7 +61,7 @@ class HeadsCut:
         num_fit = len(batches or ()) - num_held_out(batches or ())
         feedback = 0.0 if repair is None else repair.feedback
         given = {"student": student, "method": method, "repair": repair, "metrics": metrics, "notes": notes}
-        return cls(**given, feedback=feedback, num_fit=num_fit, sites=sites, outputs=outputs)
+        return cls(**given, share=share, feedback=feedback, num_fit=num_fit, sites=sites, outputs=outputs)
 
     def size_of(self, site: AttentionSite) -> int:
         """Return how much an uncut attention has of what is cut: heads, or dimensions of each."""
@@ -86,6 +90,7 @@ class HeadsCut:
             feedback=self.feedback,
             num_fit=self.num_fit,
             metric_DD=self.metrics.get(site.output),
+            share=self.share,
         )
 
     def cut_(self, visit: HeadVisit, size: int) -> tuple[Edit, dict[str, float]]:

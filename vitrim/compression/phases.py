@@ -28,6 +28,7 @@ from vitrim.data import split_images
 from vitrim.data.inputs import check_inputs, random_inputs, scaled_notes
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import from_main, on_main, plan_from_main
+from vitrim.distributed.sharing import shared_on
 from vitrim.errors import DataError, RecipeError, SiteNotFoundError
 from vitrim.evaluation import measure
 from vitrim.inputs import Inputs
@@ -247,6 +248,7 @@ def _cut_(models: Models, job: Job, widths: ChosenWidths, context: RunContext) -
         quiet=context.quiet,
         halves=True,
         source=training_source(models, job, context),
+        share=shared_on(device_of(models.teacher)),
     )
     return _from_main(cut, models.student) or cut
 

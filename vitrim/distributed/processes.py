@@ -155,6 +155,22 @@ def mean_(tensors: Iterable[Tensor]) -> None:
         tensor.div_(num_processes())
 
 
+@torch.no_grad()
+def sum_(tensors: Iterable[Tensor]) -> None:
+    """Put the sum over the processes into tensors, the same bits on each; as for `mean_`."""
+    for tensor in tensors if num_processes() > 1 else ():
+        dist.all_reduce(tensor, group=_control() if tensor.device.type == "cpu" else None)
+
+
+def gathered(value: T) -> list[T]:
+    """Return the values of all processes, in their order."""
+    if num_processes() == 1:
+        return [value]
+    every: list[Any] = [None] * num_processes()
+    dist.all_gather_object(every, value, group=_control())
+    return every
+
+
 def plan_from_main(plan: Plan | None, student: nn.Module) -> Plan | None:
     """Give every process the main process's plan and student.
 

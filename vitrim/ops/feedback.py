@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitrim.ops.least_squares import fit_output
+from vitrim.share import ALONE, Share
 from vitrim.types import Stats
 
 STRONGER = (1, 10, 100, 1000)  # the ridges that are tried, beside the given one
@@ -33,6 +34,7 @@ def fit_judged(
     *,
     ridge: float,
     where: str,
+    share: Share = ALONE,
 ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
     """Fit the output projection of the kept units as `fit_output` does, with what ridge and as much feedback as pay.
 
@@ -45,14 +47,15 @@ def fit_judged(
         scale_D: layer scale behind the output, by which channels count; None if there is none.
         ridge: the least that is tried, as for `fit_output`.
         where: path of the layer, for messages.
+        share: of the held-out tokens, where each process has some.
 
     Returns:
         Weight (D, K), bias (D,) or None, and what was chosen: `ridge`, and where there is any, the share of
         `feedback` that was taken, 0..1.
     """
     tried = [
-        fit_fed(stats, keep, weight_DK, bias_D, held_out, scale_D, ridge=ridge * stronger, where=where)
-        for stronger in (STRONGER if len(held_out[0]) else STRONGER[:1])
+        fit_fed(stats, keep, weight_DK, bias_D, held_out, scale_D, ridge=ridge * stronger, where=where, share=share)
+        for stronger in (STRONGER if share.total(len(held_out[0])) else STRONGER[:1])
     ]
     best = 0
     for number, (error, _) in enumerate(tried):
@@ -71,13 +74,14 @@ def fit_fed(
     *,
     ridge: float,
     where: str,
+    share: Share = ALONE,
 ) -> tuple[float, tuple[Tensor, Tensor | None, dict[str, float]]]:
     """Return the squared error on other tokens at one ridge, and the fit; arguments and result as for `fit_judged`."""
     hidden_NK, scale = held_out[0][:, keep.to(held_out[0].device)], 1.0 if scale_D is None else scale_D
     if stats.fed is None:
         weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge, where=where)
         output_ND = hidden_NK.to(weight_DK) @ weight_DK.T + (0.0 if bias_D is None else bias_D)
-        error = float(((held_out[1].to(output_ND) - output_ND) * scale).square().sum())
+        error = share.total(float(((held_out[1].to(output_ND) - output_ND) * scale).square().sum()))
         return error, (weight_DK, bias_D, {"ridge": ridge})
     fed_D, fed_HD = stats.fed
     apart = replace(
@@ -94,16 +98,16 @@ def fit_fed(
         for number, part in enumerate((plain_DK, added_DK))
     )
     missing_ND = (held_out[1].to(plain_ND) - plain_ND) * scale
-    share = paying_share(missing_ND, added_ND * scale)
-    error = float((missing_ND - share * scale * added_ND).square().sum())
-    bias_D = None if biases is None else biases[0] + share * biases[1]
-    return error, (plain_DK + share * added_DK, bias_D, {"ridge": ridge, "feedback": share})
+    pays = paying_share(missing_ND, added_ND * scale, share)
+    error = share.total(float((missing_ND - pays * scale * added_ND).square().sum()))
+    bias_D = None if biases is None else biases[0] + pays * biases[1]
+    return error, (plain_DK + pays * added_DK, bias_D, {"ridge": ridge, "feedback": pays})
 
 
-def paying_share(missing_ND: Tensor, added_ND: Tensor) -> float:
-    """Return the share, 0..1, of what is added that leaves the least of what is missing."""
-    size = float(added_ND.square().sum())
-    return min(1.0, max(0.0, float((missing_ND * added_ND).sum()) / size)) if size > 0 else 1.0
+def paying_share(missing_ND: Tensor, added_ND: Tensor, share: Share = ALONE) -> float:
+    """Return the share, 0..1, of what is added that leaves the least of what is missing, over all processes' tokens."""
+    size, common = (share.total(float((each * added_ND).sum())) for each in (added_ND, missing_ND))
+    return min(1.0, max(0.0, common / size)) if size > 0 else 1.0
 
 
 def aimed(stats: Stats, share: float) -> Stats:

@@ -63,4 +63,5 @@ def relative_steps(
     steps = RelativeSteps(model, list(parameters.values()), gated=gated, norms=norms, mean=mean)
     with torch.no_grad():
         features(model, images_BCHW, at=at)
+    steps.close()
     return steps

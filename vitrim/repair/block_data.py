@@ -23,19 +23,11 @@ from vitrim.calibrate.activations import Activations, Store, activation_bytes, f
 from vitrim.calibrate.walk import corrected, stands_alone
 from vitrim.config.options import BlockwiseOptions
 from vitrim.data import ImageSet
-from vitrim.distributed.processes import mean
 from vitrim.errors import DataError
 from vitrim.models.features import device_of, kept_positions
+from vitrim.share import Share
 from vitrim.surgery import mlp_output, submodule
 from vitrim.types import MlpSite
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Place of a process among those that share the images; a single process reads them all."""
-
-    rank: int = 0
-    num: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +65,7 @@ class BlockTask:
         for batch in read_ahead(self.read, self.held_out):
             errors = self._errors(batch)
             total, num_tokens = total + float(errors.double().sum()), num_tokens + errors.numel()
-        if self.share.num > 1:
-            total, num_tokens = mean(total), mean(num_tokens)
-        return total / num_tokens
+        return self.share.total(total) / self.share.total(num_tokens)
 
     def _errors(self, batch: tuple[Any, Tensor]) -> Tensor:
         inputs, target = _movable(batch, self.device)
@@ -217,7 +207,7 @@ def _decode(images: ImageSet, options: BlockwiseOptions, seed: int, share: Share
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     loader = images.loader(
         batch_size=max(1, options.batch_size // share.num),
-        indices=order[: options.num_images][share.rank :: share.num],
+        indices=share.own(order[: options.num_images]),
         num_workers=options.num_workers,
     )
     batches = Store(folder)

@@ -27,15 +27,17 @@ from vitrim.config.options import BlockwiseOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream, Split, first_images
-from vitrim.distributed.processes import any_process, is_main, join_, mean, num_processes, rank
+from vitrim.distributed.processes import any_process, is_main, join_, rank
+from vitrim.distributed.sharing import shared_on
 from vitrim.errors import Interrupted, OutputError
 from vitrim.metrics.judging import features_on_cpu, relative_error
 from vitrim.models.features import device_of
 from vitrim.progress import Progress, progress
-from vitrim.repair.block_data import BlockData, BlockTask, Share, disk_bytes
+from vitrim.repair.block_data import BlockData, BlockTask, disk_bytes
 from vitrim.repair.finished_blocks import Errors, FinishedBlocks, Parts, exchange_, is_mine
 from vitrim.repair.refit import improve_
 from vitrim.repair.relative_steps import gated_weights
+from vitrim.share import ALONE
 from vitrim.surgery import submodule
 from vitrim.types import MlpSite
 
@@ -96,7 +98,7 @@ def recover_blocks_(
     """
     join_(device_of(student).type)
     spread, folder, seed = options.inputs == "teacher", context.work, context.seed
-    share = Share() if spread else Share(rank=rank(), num=num_processes())
+    share = ALONE if spread else shared_on(device_of(student))
     if isinstance(images, ImageStream):
         images, _ = images.take(options.num_images, seed=seed)
     sample = torch.cat(first_images(images, 2, seed=seed)[0])
@@ -182,32 +184,23 @@ def _train_(
     end = bar.done + options.steps
     with closing(task.losses(seed[0] * 1_000_003 + seed[1])) as losses:
 
-        def loss() -> Tensor:
+        def drawn() -> list[Tensor]:
             bar.advance(1)
-            return next(losses)
+            return [next(losses) / task.share.num]
 
         before, after = improve_(
             block,
             list(parameters.values()),
-            loss=loss,
+            losses=drawn,
             judge=task.judge,
             num_steps=options.steps,
             lr=options.lr,
             where=next(iter(parameters), "").rpartition(".")[0],
             gated=gated_weights(sites, parameters),
-            average_=_average_ if task.share.num > 1 else None,
-            mean=mean if task.share.num > 1 else float,
+            share=task.share,
         )
     bar.done = end  # also where there was nothing to do
     return {"before": before, "after": after}
-
-
-def _average_(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over all processes."""
-    for p in parameters:
-        if p.grad is not None:
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= num_processes()
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from vitrim.models.features import evaluating
 from vitrim.ops.feedback import fit_judged
 from vitrim.ops.least_squares import fit_output, ridge_for, squared_error
 from vitrim.repair.learning import judged_halves
-from vitrim.repair.refit import refit_, site_tensors
+from vitrim.repair.refit import refit_, site_parameters, site_tensors
+from vitrim.share import ALONE, Share
 from vitrim.surgery import KeepUnits, apply_, hidden_and_output, read_weights, weight_of
 from vitrim.types import Stats
 
@@ -30,8 +31,8 @@ def repair_(
         edit, visit = KeepUnits.first(site, edit.width), visit.again()
     weights = read_weights(student, site)
     start_DK, bias_D = weights.output_DH[:, keep.to(weights.output_DH.device)], weights.output_bias_D
-    judging = _judging(student, visit) if visit.stands_alone and len(visit.held_out.inputs_ND) else None
-    pays = {"held_out": judging, "scale_D": visit.scale_D}
+    judging = _judging(student, visit) if visit.stands_alone and visit.held_out.num_all else None
+    pays = {"held_out": judging, "scale_D": visit.scale_D, "share": visit.share}
     fitted_DK, fitted_D, errors = fitted(visit.stats, keep, start_DK, bias_D, repair.ridge, site.path, **pays)
     apply_(student, [edit.with_output(fitted_DK, fitted_D)])
     if visit.half is not None and visit.stands_alone:
@@ -41,6 +42,7 @@ def repair_(
         given = {"num_steps": repair.refit_steps, "lr": repair.refit_lr, "ridge": repair.ridge}
         before, after = refit_(student, visit, **given, seed=seed)
         errors |= {"held_out_repaired": before, "held_out_refitted": after}
+    visit.share.give_(site_parameters(student, site).values())
     return replace(original, tensors=site_tensors(student, site)), errors
 
 
@@ -54,12 +56,13 @@ def fitted(
     *,
     held_out: tuple[Tensor, Tensor] | None = None,
     scale_D: Tensor | None = None,
+    share: Share = ALONE,
 ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
     """Fit an output projection to the kept units, unless `ridge` is None; return it with its errors per token.
 
     With `held_out`, hidden values (N, H) and targets (N, D) of tokens that are not in the sums, of `ridge` and
     stronger ones the best there is used, and only as much of the feedback in the targets is taken as pays: `ridge` and
-    `feedback` among the errors are what was chosen. `scale_D` is the layer scale behind.
+    `feedback` among the errors are what was chosen. `scale_D` is the layer scale behind, `share` that of these tokens.
     """
     errors = {"unrepaired": squared_error(stats, keep, weight_DK, bias_D)}
     if ridge is not None:
@@ -68,7 +71,8 @@ def fitted(
         if held_out is None:
             weight_DK, bias_D = fit_output(*given, ridge=strength, where=where)
         else:
-            weight_DK, bias_D, chosen = fit_judged(*given, held_out, scale_D, ridge=strength, where=where)
+            held = {"held_out": held_out, "scale_D": scale_D, "share": share}
+            weight_DK, bias_D, chosen = fit_judged(*given, **held, ridge=strength, where=where)
             errors |= chosen
         errors["repaired"] = squared_error(stats, keep, weight_DK, bias_D)
     return weight_DK, bias_D, errors
@@ -76,11 +80,13 @@ def fitted(
 
 def _judging(student: nn.Module, visit: SiteVisit) -> tuple[Tensor, Tensor]:
     """Return hidden activations and targets of some held-out tokens, for the student as it is now."""
-    inputs_ND, targets_ND = visit.held_out.inputs_ND, visit.held_out.targets_ND
-    step, device = -(-len(inputs_ND) // JUDGING), weight_of(student, visit.site.output).device
+    weight_DH = weight_of(student, visit.site.output)
+    hidden, targets = [weight_DH.new_empty(0, weight_DH.shape[1])], [weight_DH.new_empty(0, weight_DH.shape[0])]
     with evaluating(student):
-        hidden_NH, _ = hidden_and_output(student, visit.site, inputs_ND[::step].to(device))
-    return hidden_NH, targets_ND[::step].to(device)
+        for lane in visit.held_out.thinned(JUDGING).lanes:
+            hidden.append(hidden_and_output(student, visit.site, lane.inputs_ND.to(weight_DH.device))[0])
+            targets.append(lane.targets_ND.to(weight_DH.device))
+    return torch.cat(hidden), torch.cat(targets)
 
 
 def visit_notes(visit: SiteVisit, repair: RepairOptions, num_keep: int) -> list[str]:

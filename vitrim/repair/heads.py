@@ -28,13 +28,15 @@ def pick_heads_(
 ) -> tuple[KeepHeads, dict[str, float]]:
     """Drop whole heads of one attention in place; arguments and result as for `cut_heads_`."""
     site, sums, held_out = visit.site, value_sums(student, visit, visit.site), visit.held_out(visit.site)
-    heads = tuple(sorted(int(head) for head in method.pick_heads(_aimed(sums, held_out, ridge, site.path), num_keep)))
+    aims = _aimed(sums, held_out, ridge, visit)
+    heads = visit.share.on_main(lambda: tuple(sorted(int(head) for head in method.pick_heads(aims, num_keep))))
     keep = torch.tensor([head * site.head_dim + dim for head in heads for dim in range(site.head_dim)])
     start_DP = sums.output_DA[:, keep.to(sums.output_DA.device)]
-    output, errors = _fitted(sums, sums.stats, keep, start_DP, ridge, site.path, held_out)
+    output, errors = _fitted(sums, sums.stats, keep, start_DP, ridge, visit, held_out)
     tensors = {f"{site.path}.proj.{name}": tensor.contiguous() for name, tensor in output.items()}
     edit = KeepHeads(site=site, keep=heads, tensors=tensors)
     apply_(student, [edit])
+    visit.share.give_(submodule(student, site.path).parameters())
     return edit, errors
 
 
@@ -53,23 +55,26 @@ def cut_heads_(
     Returns:
         The edit with all tensors of the new attention, and mean squared errors per token.
     """
-    site, whole = visit.site, copy.deepcopy(submodule(student, visit.site.path))
+    site, share, whole = visit.site, visit.share, copy.deepcopy(submodule(student, visit.site.path))
     mixtures: dict[str, Tensor] = {}
     if site.mixes != "values":
-        mixtures["q"], mixtures["k"] = method.mix_logits(visit.logits(), num_keep)
+        logits = visit.logits()
+        mixtures["q"], mixtures["k"] = share.on_main(lambda: method.mix_logits(logits, num_keep))
     edit = mix_heads(whole, site, mixtures, {})
     apply_(student, [edit])  # for the probabilities that are left
     sums, held_out = value_sums(student, visit, edit.after), visit.held_out(edit.after)
     replace_(student, site.path, whole)
-    mixtures["v"] = method.mix_values(_aimed(sums, held_out, ridge, site.path), num_keep)
+    aims = _aimed(sums, held_out, ridge, visit)
+    mixtures["v"] = share.on_main(lambda: method.mix_values(aims, num_keep))
     small, start_DP = mixed(sums.stats, sums.output_DA, mixtures["v"])
     keep = torch.arange(start_DP.shape[1])
     if held_out is not None:
         whole_PA = torch.block_diag(*mixtures["v"])
         held_out = held_out[0].to(whole_PA) @ whole_PA.T, held_out[1]
-    output, errors = _fitted(sums, small, keep, start_DP, ridge, site.path, held_out)
+    output, errors = _fitted(sums, small, keep, start_DP, ridge, visit, held_out)
     edit = mix_heads(whole, site, mixtures, output)
     apply_(student, [edit])
+    share.give_(submodule(student, site.path).parameters())
     return edit, errors
 
 
@@ -86,7 +91,7 @@ def value_sums(student: nn.Module, visit: HeadVisit, site: AttentionSite) -> Val
     )
 
 
-def _aimed(sums: ValueSums, held_out: tuple[Tensor, Tensor] | None, ridge: float | None, where: str) -> ValueSums:
+def _aimed(sums: ValueSums, held_out: tuple[Tensor, Tensor] | None, ridge: float | None, visit: HeadVisit) -> ValueSums:
     """Return the sums for targets with as much feedback as pays for the whole attention: by them it is decided.
 
     Else what stays is what learns feedback by heart best, and no weight behind it makes up for that. The ridge is the
@@ -97,7 +102,8 @@ def _aimed(sums: ValueSums, held_out: tuple[Tensor, Tensor] | None, ridge: float
     every = torch.arange(sums.output_DA.shape[1])
     strength = ridge_for(sums.stats.num_tokens, len(every), ridge)
     start = (sums.output_DA, sums.output_bias_D)
-    _, (_, _, chosen) = fit_fed(sums.stats, every, *start, held_out, sums.scale_D, ridge=strength, where=where)
+    given = {"ridge": strength, "where": visit.site.path, "share": visit.share}
+    _, (_, _, chosen) = fit_fed(sums.stats, every, *start, held_out, sums.scale_D, **given)
     return replace(sums, stats=aimed(sums.stats, chosen["feedback"]))
 
 
@@ -107,10 +113,10 @@ def _fitted(
     keep: Tensor,
     weight_DP: Tensor,
     ridge: float | None,
-    where: str,
+    visit: HeadVisit,
     held_out: tuple[Tensor, Tensor] | None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the output projection of the kept dimensions by name, fitted unless `ridge` is None, and its errors."""
     start, given = (weight_DP, sums.output_bias_D), {"held_out": held_out, "scale_D": sums.scale_D}
-    weight_DP, bias_D, errors = fitted(stats, keep, *start, ridge, where, **given)
+    weight_DP, bias_D, errors = fitted(stats, keep, *start, ridge, visit.site.path, **given, share=visit.share)
     return {"weight": weight_DP} | ({} if bias_D is None else {"bias": bias_D}), errors

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import SiteVisit
 from vitrim.calibrate.walk import num_in_half
-from vitrim.surgery import hidden_and_output, weight_of
+from vitrim.surgery import hidden_and_output
 
 # Of an MLP's errors: what tokens cost that were held out, and what there was to say.
 ALL, HALF, ENERGY = "held_out_all", "held_out_half", "held_out_energy"
@@ -35,14 +35,22 @@ def judged_halves(student: nn.Module, visit: SiteVisit, half: tuple[Tensor, Tens
         half: weight (D, K) and bias of the fit on half of the images.
     """
     weight_DK, bias_D = half
-    step, device = -(-len(visit.held_out.inputs_ND) // MOST_TOKENS), weight_of(student, visit.site.output).device
-    inputs_ND, targets_ND = (each[::step].to(device) for each in (visit.held_out.inputs_ND, visit.held_out.targets_ND))
+    tokens, share, device = visit.held_out.thinned(MOST_TOKENS), visit.share, weight_DK.device
     scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(device)
-    hidden_NK, output_ND = hidden_and_output(student, visit.site, inputs_ND)
-    other_ND = hidden_NK @ weight_DK.to(hidden_NK).T + (0.0 if bias_D is None else bias_D.to(hidden_NK))
-    spread_ND = targets_ND - targets_ND.mean(0)
-    found = {ALL: output_ND - targets_ND, HALF: other_ND - targets_ND, ENERGY: spread_ND}
-    return {name: float((each * scale_D).square().sum(-1).mean()) for name, each in found.items()}
+    mean_D = torch.zeros(len(weight_DK), dtype=weight_DK.dtype, device=device)
+    for lane in tokens.lanes:
+        mean_D += lane.targets_ND.to(mean_D).sum(0)
+    share.sum_([mean_D])
+    mean_D /= tokens.num_all
+    total = {ALL: 0.0, HALF: 0.0, ENERGY: 0.0}
+    for lane in tokens.lanes:
+        hidden_NK, output_ND = hidden_and_output(student, visit.site, lane.inputs_ND.to(device))
+        other_ND = hidden_NK @ weight_DK.to(hidden_NK).T + (0.0 if bias_D is None else bias_D.to(hidden_NK))
+        targets_ND = lane.targets_ND.to(device)
+        found = {ALL: output_ND - targets_ND, HALF: other_ND - targets_ND, ENERGY: targets_ND - mean_D}
+        for name, each in found.items():
+            total[name] += float((each * scale_D).square().sum())
+    return {name: share.total(value) / tokens.num_all for name, value in total.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate import SiteVisit
+from vitrim.calibrate import SiteVisit, Tokens
 from vitrim.calibrate.walk import Sums
 from vitrim.distributed.precision import has_fast_bf16
 from vitrim.errors import ModelError
 from vitrim.ops.least_squares import fit_output, ridge_for
 from vitrim.repair.relative_steps import RelativeSteps, descend_, gated_weights
+from vitrim.share import ALONE, Share
 from vitrim.surgery import hidden_and_output, mlp_output, read_weights, submodule, weight_of
 from vitrim.types import MlpSite
 
@@ -62,30 +63,33 @@ def refit_(
     Returns:
         Mean squared error on held-out tokens before and after.
     """
-    site, inputs, targets = visit.site, visit.fit.inputs_ND, visit.fit.targets_ND
-    weights = dict(_site_parameters(student, site))
+    site, share = visit.site, visit.share
+    weights = dict(site_parameters(student, site))
     output = weights[f"{site.output}.weight"]
     device = output.device
     scale_D = 1.0 if visit.scale_D is None else visit.scale_D.to(device)
-    energy = float((targets.to(device) * scale_D).square().sum(1).mean())
-    generator = torch.Generator().manual_seed(seed)
+    squares = (float((lane.targets_ND.to(device) * scale_D).square().sum()) for lane in visit.fit.lanes)
+    energy = share.total(sum(squares)) / visit.fit.num_all
     judge = partial(_held_out_error, student, visit, scale_D)
     with torch.no_grad():
         coarse = has_fast_bf16(device) and judge() > COARSE * energy
 
-    def loss() -> Tensor:
-        rows = torch.randint(len(inputs), (min(batch_tokens, len(inputs)),), generator=generator)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=coarse):
-            predicted = mlp_output(student, site, inputs[rows].to(device))
-        return ((predicted.float() - targets[rows].to(device)) * scale_D).square().sum(-1).mean()
+    draws = _Draws(visit.fit, min(batch_tokens, visit.fit.num_all), seed)
+
+    def losses() -> Iterator[Tensor]:
+        for inputs_ND, targets_ND in draws.next():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=coarse):
+                predicted = mlp_output(student, site, inputs_ND.to(device))
+            yield ((predicted.float() - targets_ND.to(device)) * scale_D).square().sum() / draws.size
 
     return improve_(
         submodule(student, site.path),
         list(weights.values()),
-        loss=loss,
+        losses=losses,
         judge=judge,
         num_steps=num_steps,
         lr=lr,
+        share=share,
         exact=EXACT * energy,
         where=site.path,
         gated=gated_weights([site], weights),
@@ -93,6 +97,32 @@ def refit_(
         dtype=torch.bfloat16 if coarse else torch.float32,
         finish_=partial(_solve_output_, student, visit, ridge),
     )
+
+
+class _Draws:
+    """Batches of tokens, the same ones for any number of processes; each gets those of a batch that it holds.
+
+    Args:
+        tokens: what is drawn from.
+        size: tokens of a batch, over all processes.
+        seed: of their order.
+    """
+
+    def __init__(self, tokens: Tokens, size: int, seed: int) -> None:
+        self.tokens, self.size = tokens, size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.places = [torch.full((tokens.num_all,), -1) for _ in tokens.lanes]
+        for places, lane in zip(self.places, tokens.lanes, strict=True):
+            places[lane.numbers_N] = torch.arange(len(lane.numbers_N))
+
+    def next(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and targets of the next batch, lane by lane."""
+        drawn = torch.randint(self.tokens.num_all, (self.size,), generator=self.generator)
+        for places, lane in zip(self.places, self.tokens.lanes, strict=True):
+            rows = places[drawn]
+            rows = rows[rows >= 0]
+            if len(rows):
+                yield lane.inputs_ND[rows], lane.targets_ND[rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +138,14 @@ def improve_(
     module: nn.Module,
     parameters: Sequence[nn.Parameter],
     *,
-    loss: Callable[[], Tensor],
+    losses: Callable[[], Iterable[Tensor]],
     judge: Callable[[], float],
     num_steps: int,
     where: str,
     lr: float | None = None,
     exact: float = 0.0,
     finish_: Callable[[], None] | None = None,
-    average_: Callable[[Sequence[nn.Parameter]], None] | None = None,
+    share: Share = ALONE,
     **sizes: Any,
 ) -> tuple[float, float]:
     """Train parameters of a module in place by a short run, and keep the best of what was met on held-out data.
@@ -126,14 +156,14 @@ def improve_(
     Args:
         module: held in eval mode; its other parameters take no gradients.
         parameters: the parameters to train.
-        loss: draws a batch and returns its loss.
+        losses: draws a batch and yields the parts of its loss, of which the loss over all processes is the sum.
         judge: returns the error on held-out data.
         num_steps: number of steps, trials included.
         where: path of what is trained, for messages.
         lr: largest step as a share of each weight's norm; None finds it.
         exact: an error up to this counts as none, and nothing is trained.
         finish_: what is done to the parameters behind the steps, and kept where it helps.
-        average_: replaces gradients by their means over the processes, before each step.
+        share: of the data, where processes train together; then `judge` has to say the same on each.
         sizes: the keyword arguments of `RelativeSteps`.
 
     Returns:
@@ -143,7 +173,7 @@ def improve_(
         ModelError: the error before is not finite, so that nothing could be compared with it.
     """
     training = _Training(
-        module=module, parameters=parameters, loss=loss, judge=judge, finish_=finish_, average_=average_, sizes=sizes
+        module=module, parameters=parameters, losses=losses, judge=judge, finish_=finish_, share=share, sizes=sizes
     )
     with _only(module, parameters):
         start = training.look()
@@ -174,10 +204,10 @@ class _Training:
 
     module: nn.Module
     parameters: Sequence[nn.Parameter]
-    loss: Callable[[], Tensor]
+    losses: Callable[[], Iterable[Tensor]]
     judge: Callable[[], float]
     finish_: Callable[[], None] | None
-    average_: Callable[[Sequence[nn.Parameter]], None] | None
+    share: Share
     sizes: Mapping[str, Any]
 
     @torch.no_grad()
@@ -188,9 +218,10 @@ class _Training:
     def run_(self, start: _Best, rate: float, num_steps: int) -> _Best:
         """Train from the start; return where it ended, or what the finish made of that if it is better."""
         _put_(self.parameters, start.values)
-        steps = RelativeSteps(self.module, self.parameters, **self.sizes)
+        steps = RelativeSteps(self.module, self.parameters, mean=self.share.total, **self.sizes)
         try:
-            descend_(steps, self.parameters, self.loss, share=rate, num_steps=num_steps, average_=self.average_)
+            given = {"peak": rate, "num_steps": num_steps, "share": self.share}
+            descend_(steps, self.parameters, self.losses, **given)
         finally:
             steps.close()
         found = self.look(rate)
@@ -227,9 +258,9 @@ def _put_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def _solve_output_(student: nn.Module, visit: SiteVisit, ridge: float) -> None:
     """Fit the output projection to the cached tokens by least squares, as the rest of the MLP is now."""
-    site, sums, own = visit.site, Sums(), _site_parameters(student, visit.site)
+    site, sums, own = visit.site, Sums(share=visit.share), site_parameters(student, visit.site)
     device = own[f"{site.output}.weight"].device
-    for inputs, targets in zip(visit.fit.inputs_ND.split(8192), visit.fit.targets_ND.split(8192), strict=True):
+    for inputs, targets in _chunks(visit.fit):
         hidden, _ = hidden_and_output(student, site, inputs.to(device))
         sums.add(hidden, targets.to(device))
     weights, stats = read_weights(student, site), sums.done(site.path)
@@ -242,8 +273,8 @@ def _solve_output_(student: nn.Module, visit: SiteVisit, ridge: float) -> None:
 
 
 def site_tensors(model: nn.Module, site: MlpSite) -> dict[str, Tensor]:
-    """Return copies of the parameters of a site's layers, by full name, in a fixed order."""
-    return {name: p.detach().clone() for name, p in _site_parameters(model, site).items()}
+    """Return copies of `site_parameters`."""
+    return {name: p.detach().clone() for name, p in site_parameters(model, site).items()}
 
 
 @contextmanager
@@ -267,17 +298,23 @@ def _only(module: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[Non
             p.grad = None
 
 
-def _site_parameters(model: nn.Module, site: MlpSite) -> dict[str, nn.Parameter]:
+def site_parameters(model: nn.Module, site: MlpSite) -> dict[str, nn.Parameter]:
+    """Return the parameters of a site's layers, by full name, in a fixed order."""
     paths = [path for path in (site.gate, site.value, site.norm, site.output) if path is not None]
     found = ((path, submodule(model, path).named_parameters(recurse=False)) for path in paths)
     return {f"{path}.{name}": p for path, parameters in found for name, p in parameters}
 
 
+def _chunks(tokens: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets of a lane, or of some of its tokens, at a time."""
+    for lane in tokens.lanes:
+        yield from zip(lane.inputs_ND.split(8192), lane.targets_ND.split(8192), strict=True)
+
+
 def _held_out_error(student: nn.Module, visit: SiteVisit, scale_D: Tensor | float) -> float:
-    """Compute the mean squared error on the held-out tokens, in chunks."""
+    """Compute the mean squared error on the held-out tokens of all processes, in chunks."""
     total, device = 0.0, weight_of(student, visit.site.output).device
-    pairs = zip(visit.held_out.inputs_ND.split(8192), visit.held_out.targets_ND.split(8192), strict=True)
-    for inputs, targets in pairs:
+    for inputs, targets in _chunks(visit.held_out):
         error = (mlp_output(student, visit.site, inputs.to(device)) - targets.to(device)) * scale_D
         total += float(error.square().sum())
-    return total / len(visit.held_out.inputs_ND)
+    return visit.share.total(total) / visit.held_out.num_all

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.orthogonal import orthogonalized
+from vitrim.share import ALONE, Share
 from vitrim.types import MlpSite
 
 MOMENTUM = 0.95
@@ -28,7 +30,7 @@ VECTOR_MOMENTUM, VECTOR_SQUARES, VECTOR_SHARE = 0.9, 0.99, 0.1
 
 
 class RelativeSteps:
-    """An optimizer for some parameters of a module; `close` takes its hooks off.
+    """An optimizer for some parameters of a module; `close` takes its hooks off, and what runs then is not measured.
 
     What it remembers lies in `state`, by parameter, in tensors, as torch's own optimizers have it; and so does the
     size of steps, as `lr` in `param_groups`.
@@ -40,7 +42,7 @@ class RelativeSteps:
         scales_M: by weight, factors (M,) that the layer's outputs meet behind it; steps are measured behind them.
         norms: by weight without a bias, the norm to take in place of its own, which may be zero.
         dtype: type in which directions are computed.
-        mean: joins a number over the processes that share the data.
+        mean: joins a number over the processes that share the data: their mean, or their sum.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class RelativeSteps:
             p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p)
 
     def close(self) -> None:
-        """Take off the hooks of layers that were never called."""
+        """Take off the hooks that measure the sizes of layers' inputs in front of the first step."""
         for handle in self.handles:
             handle.remove()
 
@@ -104,8 +106,10 @@ class RelativeSteps:
         matrix = _Matrix(weight, self.state, bias=bias, num_parts=num_parts, transposed=transposed, scale_M=scale_M)
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if matrix.size_in is None:
-                matrix.size_in = float(args[0].detach().float().square().mean())
+            if weight not in self.state:
+                values = args[0].detach()
+                matrix.seen[0] += float(values.float().square().mean()) * values.numel()
+                matrix.seen[1] += values.numel()
 
         self.handles.append(layer.register_forward_pre_hook(see))
         self.matrices.append(matrix)
@@ -113,9 +117,10 @@ class RelativeSteps:
 
 @dataclass(eq=False)
 class _Matrix:
-    """A layer's weight with its bias as one more column; `size_in` is the mean square of the layer's inputs.
+    """A layer's weight with its bias as one more column.
 
-    `norm` is what its steps are shares of, None for its own.
+    `seen` are the sum of squares and the number of the layer's inputs in front of the first step. `norm` is what its
+    steps are shares of, None for its own.
     """
 
     weight: nn.Parameter
@@ -124,14 +129,15 @@ class _Matrix:
     num_parts: int = 1
     transposed: bool = False
     scale_M: Tensor | None = None
-    size_in: float | None = None
+    seen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     norm: float | None = None
 
     def measure(self, mean: Callable[[float], float]) -> None:
         """Settle, before the first step, how large the layer's inputs and its weights are."""
         if self.weight in self.state:
             return
-        size = 1.0 if self.bias is None else math.sqrt(mean(self.size_in or 0.0)) or 1.0
+        square, count = (0.0, 1.0) if self.bias is None else (mean(each) for each in self.seen)
+        size = math.sqrt(square / (count or 1.0)) or 1.0
         values = self._parts(self.weight, self.bias, self._scales()[0], 1 / size)
         given = None if self.norm is None else self.norm / math.sqrt(self.num_parts)
         kept = {f"norm{n}": _number(float(part.norm()) if given is None else given) for n, part in enumerate(values)}
@@ -229,19 +235,29 @@ def shares(peak: float, num_steps: int, warmup: float = 0.1) -> Iterator[float]:
 def descend_(
     steps: RelativeSteps,
     parameters: Sequence[nn.Parameter],
-    loss: Callable[[], Tensor],
+    losses: Callable[[], Iterable[Tensor]],
     *,
-    share: float,
+    peak: float,
     num_steps: int,
-    average_: Callable[[Sequence[nn.Parameter]], None] | None = None,
+    share: Share = ALONE,
 ) -> None:
-    """Take steps along a loss that draws a batch at each call; `average_` joins gradients of several processes."""
-    for size in shares(share, num_steps):
-        value = loss()
-        for p in parameters:
-            p.grad = None
-        value.backward()
-        if average_ is not None:
-            average_(parameters)
+    """Take steps of sizes up to `peak` along a loss of which each call draws a batch, and yields it in parts.
+
+    The parts' gradients are added in float64, also over the processes of a `share`, so that it makes no difference to a
+    step which of them computes which part.
+    """
+    for size in shares(peak, num_steps):
+        sums = [torch.zeros_like(p, dtype=working_dtype(p.device)) for p in parameters]
+        unused = set(range(len(sums)))
+        for number, part in enumerate(losses()):
+            found = torch.autograd.grad(part, parameters, allow_unused=True)
+            for total, gradient in zip(sums, found, strict=True):
+                if gradient is not None:
+                    total += gradient
+            missed = {index for index, gradient in enumerate(found) if gradient is None}
+            unused = missed if number == 0 else unused & missed
+        share.sum_(sums)
+        for index, (p, total) in enumerate(zip(parameters, sums, strict=True)):
+            p.grad = None if share.num == 1 and index in unused else total.to(p)
         steps.param_groups[0]["lr"] = size
         steps.step()
