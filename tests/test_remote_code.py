@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import transformers
 
@@ -90,6 +91,18 @@ def test_any_width_of_any_mlp(tmp_path, name):
     expected = output(model.eval(), inputs, origin.encoder)
     for loaded in (reload(tmp_path / "out"), vitrim.load(tmp_path / "out")):
         assert torch.equal(output(loaded, inputs, origin.encoder), expected)
+
+
+@pytest.mark.fresh
+def test_mlps_of_convolutions(tmp_path):
+    sizes = {"depths": (1, 1, 1, 1), "dims": (16, 24, 24, 16), "conv_mlp": True, "num_classes": 5}
+    big = randomised(lambda: timm.create_model("convnext_atto", **sizes)).eval()
+    out = tmp_path / "out"
+    result = vitrim.compress(big, out=out, **UNEVEN)
+    config = json.loads((out / "config.json").read_text())
+    assert {"out_channels", "in_channels"} == {side for sizes in config[KEY].values() for side in sizes}
+    assert torch.equal(output(reload(out), IMAGES), output(vitrim.load(out), IMAGES))
+    assert result.metrics.remote_code and result.metrics.reload_difference <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["timm: ViT", VIT, "transformers: DINOv3 S, B, L: `DINOv3ViTModel`"])

@@ -58,6 +58,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
         "bias": layer.bias is not None,
     },
 }
+SIDES = {2: ("out_features", "in_features"), 4: ("out_channels", "in_channels")}  # by dimensions of the weight
 TIMM = "timm_model"  # where the wrapper has timm's model
 Sizes = dict[str, dict[str, Any]]
 
@@ -196,7 +197,7 @@ def _sizes(wanted: nn.Module, built: nn.Module, path: str = "") -> Sizes | None:
     children, others = dict(wanted.named_children()), dict(built.named_children())
     if type(wanted) is not type(built) or own.keys() != other.keys() or children.keys() != others.keys():
         return None
-    sides = ("out_features", "in_features") if any(each.ndim == 2 for each in own.values()) else ("normalized_shape",)
+    sides = SIDES.get(max((each.ndim for each in own.values()), default=0), ("normalized_shape",))
     sizes = {
         side: after
         for name, parameter in own.items()
