@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
-from tests.support.models import Gated, Residual
+from tests.support.models import Attending, Gated, Residual
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 
@@ -210,6 +210,7 @@ TRANSFORMERS = (
     hf_family("CLIP, both towers", "CLIPModel", {"vision_config": HF_VIT, "text_config": TEXT}, "encoder.layers"),
     hf_family("SigLIP image tower", "SiglipVisionModel", HF_VIT, sites=SIGLIP),
     hf_family("SigLIP, both towers", "SiglipModel", {"vision_config": HF_VIT, "text_config": TEXT}, sites=SIGLIP),
+    hf_family("MetaCLIP 2 image tower", "MetaClip2VisionModel", HF_VIT, "encoder.layers"),
     hf_family("BEiT", "BeitModel", HF_VIT, pre_norm=False),
     hf_family(
         "Swin",
@@ -351,6 +352,10 @@ def torch_layers() -> nn.Module:
     return Patches(*(nn.TransformerEncoderLayer(32, 2, 128, batch_first=True, norm_first=True) for _ in range(2)))
 
 
+def attending_blocks() -> nn.Module:
+    return Patches(Attending(), Attending())
+
+
 def own_blocks() -> nn.Module:
     return Patches(*(Residual(Gated(("w1", "w3", "w2"), 32, 64), 32) for _ in range(2)))
 
@@ -379,6 +384,9 @@ TORCH = (
         SwinTransformer,
         {**TV_SWIN, "block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2},
         sites=(("features.*.*.mlp", 2),),
+    ),
+    module_family(
+        "own blocks, `nn.MultiheadAttention` and `Sequential`", attending_blocks, sites=(("layers.*.mlp", 2),)
     ),
     module_family("`TransformerEncoderLayer`", torch_layers, sites=(("layers.*", 2),)),
     module_family("own blocks, `w1`, `w3`, `w2`", own_blocks, kind=SPLIT, sites=(("layers.*.mlp", 2),)),

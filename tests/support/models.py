@@ -44,6 +44,21 @@ class Residual(nn.Module):
         return tokens + self.mlp(tokens)
 
 
+class Attending(nn.Module):
+    """A block as people write it by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attention(normed, normed, normed, need_weights=False)[0]
+        return tokens + self.mlp(self.norm2(tokens))
+
+
 class Tower(nn.Module):
     """Patches through a list of modules, then the mean."""
 
