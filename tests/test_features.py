@@ -44,6 +44,7 @@ TRANSFORMERS = {
     "CLIPVisionModel": ("CLIPVision", HF, "pooler_output", "tokens 1 and on of last_hidden_state", 16, 0),
     "CLIPVisionModelWithProjection": ("CLIPVision", HF, "pooler_output", "tokens 1 and on of last_hidden_state", 16, 0),
     "SiglipVisionModel": ("SiglipVision", HF, "pooler_output", "last_hidden_state", 16, 0),
+    "Aimv2VisionModel": ("Aimv2Vision", HF, "pooler_output", "last_hidden_state", 16, 0),
     "BeitModel": ("Beit", HF, "pooler_output", "tokens 1 and on of last_hidden_state", 16, 0),
     "BeitForImageClassification": ("Beit", HF, "pooler_output", "tokens 1 and on of {}beit", 16, 2),
     "BeitForMaskedImageModeling": ("Beit", HF, "token 0 of {}beit", "tokens 1 and on of {}beit", 16, 0),

@@ -372,7 +372,9 @@ def num_prefix_tokens(model: nn.Module) -> int:
         return int(model.num_prefix_tokens)  # type: ignore[arg-type]
     if takes_token_ids(model):
         return 1
-    for _, module in model.named_modules():
+    for path, module in model.named_modules():
+        if any(word in path.rpartition(".")[2] for word in ("head", "pool")):  # the query of a pool behind the blocks
+            continue
         found = [getattr(module, key, None) for key in ("cls_token", "class_token", "class_embedding")]
         if any(isinstance(token, Tensor) for token in found):
             registers, distillation = (getattr(module, key, None) for key in ("register_tokens", "distillation_token"))
