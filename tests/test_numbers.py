@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("elastic", "docs/recovery.md", "markdown"),
         ("export", "docs/sharing.md", "markdown"),
         ("lora_prune-cifar10", "docs/methods/lora-prune.md", "markdown"),
+        ("patch_slimming-cifar10", "docs/methods/patch-slimming.md", "markdown"),
         ("registry", "docs/models.md", "summary"),
         ("registry", "docs/models.md", "families"),
         ("registry", "docs/models.md", "refusals"),
