@@ -1,4 +1,4 @@
-"""Images shared by the processes of a run: what `types.Share` says, by talks between them."""
+"""Images shared by the processes of a run: what `vitrim.share.Share` says, by talks between them."""
 
 from __future__ import annotations
 
