@@ -22,11 +22,12 @@ from tests.support.checkpoints import VIT, timm_folder, timm_shards
 from tests.support.documents import PAGES, ROOT, blocks_of, commands_of, name
 from tests.support.pairs import write_pair
 from tests.support.texts import WORDS, bert_tokenizer, build_bert
+from tests.support.vlms import build_vlm
 from vitrim.cli.app import run
 
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
 # What a name in the documentation stands for here, by how it starts.
-STAND_INS = {"timm/swin": "swin", "timm/": "vit", "open_clip/": "pair", "hf/": "bert"}
+STAND_INS = {"timm/swin": "swin", "timm/": "vit", "open_clip/": "pair", "hf/Qwen/": "vlm", "hf/": "bert"}
 FINISHED = ("small", "relu")  # how folders of finished runs are called, or begin
 MORE = {"leaderboard": ["--methods", "random"]}  # all methods take minutes
 
@@ -44,6 +45,7 @@ def models(tmp_path_factory):
     timm_folder(root / "vit", "vit_tiny_patch16_224", VIT)
     timm_folder(root / "swin", "swin_tiny_patch4_window7_224", SWIN)
     write_pair("open_clip", root / "pair")
+    build_vlm("Qwen2.5-VL").save_pretrained(root / "vlm")
     build_bert().save_pretrained(root / "bert")
     bert_tokenizer().save_pretrained(root / "bert")
     vitrim.compress(str(root / "vit"), method="magnitude", mlp_ratio=2, out=root / "small", quiet=True)

@@ -159,7 +159,7 @@ def kept(**options):
 
 
 def test_each_output_gets_its_own_metric_on_the_way_through_a_model(monkeypatch):
-    module, of_ones = importlib.import_module("vitrim.compression.cut"), {}
+    module, of_ones = importlib.import_module("vitrim.compression.asking"), {}
 
     def ones(model, paths, batches):
         of_ones.update({path: torch.eye(32, dtype=torch.float64) for path in paths})

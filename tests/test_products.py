@@ -81,7 +81,7 @@ def test_groups_are_summed_as_one_by_one():
     torch.testing.assert_close(sums.square_KK, rows.double().mT @ rows.double(), rtol=1e-5, atol=0)
     layer = LayerSite(path="a", kind="conv", num_in=12, num_out=12, groups=3, kernel=(1,))
     adder = LayerAdder(layer=layer)
-    adder.add(torch.zeros(200, 4), rows.transpose(0, 1).flatten(1)[:, :, None])
+    adder.add(torch.zeros(200, 4), rows.transpose(0, 1).flatten(1)[:, None])  # channels last
     torch.testing.assert_close(adder.finished().square_GKK, sums.square_KK, rtol=1e-5, atol=0)
 
 

@@ -16,6 +16,7 @@ from vitrim.cli.app import run
 from vitrim.errors import DataError, SiteNotFoundError
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.sites import find_mlps
+from vitrim.models.stored_names import stored
 from vitrim.output.load import read_about
 from vitrim.output.save import save
 from vitrim.output.stage import staged_output
@@ -188,8 +189,8 @@ def test_only_the_tower_of_a_vlm_changes_and_the_whole_is_saved(llava, result):
     assert len(changed) == 2 * 4
     assert result.metrics.encoder == "model.vision_tower" and result.metrics.stock
     assert result.metrics.reload_difference <= 1e-5 and result.metrics.after_cut.fidelity["num_images"] == 2
-    stored, live = load_file(result.out / "model.safetensors"), result.model.state_dict()
-    assert stored.keys() == live.keys() and all(torch.equal(stored[name], live[name]) for name in live)
+    written, live = load_file(result.out / "model.safetensors"), stored(result.model, result.model.state_dict())
+    assert written.keys() == live.keys() and all(torch.equal(written[name], live[name]) for name in live)
     names = {path.name for path in result.out.iterdir()}
     assert {"config.json", "generation_config.json", "preprocessor_config.json"} <= names
     config = json.loads((result.out / "config.json").read_text())
