@@ -11,6 +11,7 @@ Shapes: N tokens, H hidden units, K kept units, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,8 @@ from vitrim.types import Stats
 STRONGER = (1, 10, 100, 1000)  # the ridges that are tried, beside the given one
 PAYS = 1e-3  # least share of the error on other tokens that a stronger one has to save
 
+Fit = tuple[Tensor, Tensor | None, dict[str, float]]
+
 
 def fit_judged(
     stats: Stats,
@@ -34,8 +37,9 @@ def fit_judged(
     *,
     ridge: float,
     where: str,
+    stronger: Sequence[float] = STRONGER,
     share: Share = ALONE,
-) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+) -> Fit:
     """Fit the output projection of the kept units as `fit_output` does, with what ridge and as much feedback as pay.
 
     Args:
@@ -47,61 +51,63 @@ def fit_judged(
         scale_D: layer scale behind the output, by which channels count; None if there is none.
         ridge: the least that is tried, as for `fit_output`.
         where: path of the layer, for messages.
+        stronger: the ridges that are tried, as multiples of the least.
         share: of the held-out tokens, where each process has some.
 
     Returns:
         Weight (D, K), bias (D,) or None, and what was chosen: `ridge`, and where there is any, the share of
         `feedback` that was taken, 0..1.
     """
-    tried = [
-        fit_fed(stats, keep, weight_DK, bias_D, held_out, scale_D, ridge=ridge * stronger, where=where, share=share)
-        for stronger in (STRONGER if share.total(len(held_out[0])) else STRONGER[:1])
-    ]
-    best = 0
-    for number, (error, _) in enumerate(tried):
-        if error < (1 - PAYS) * tried[best][0]:
-            best = number
-    return tried[best][1]
+    whole, start_DK = stats, weight_DK
+    if stats.fed is not None:
+        whole = _apart(stats, *stats.fed)
+        start_DK = torch.cat([weight_DK, torch.zeros_like(weight_DK)])  # the ridge pulls feedback alone to nothing
+    judged = held_out[0][:, keep.to(held_out[0].device)], held_out[1], 1.0 if scale_D is None else scale_D
+    best: tuple[float, Fit] | None = None
+    for number in stronger if share.total(len(held_out[0])) else stronger[:1]:
+        fitted = fit_output(whole, keep, start_DK, bias_D, ridge=ridge * number, where=where)
+        error, (weight, bias, chosen) = _judge(*fitted, *judged, fed=stats.fed is not None, share=share)
+        if best is None or error < (1 - PAYS) * best[0]:
+            best = error, (weight, bias, {"ridge": ridge * number, **chosen})
+    assert best is not None
+    return best[1]
 
 
-def fit_fed(
-    stats: Stats,
-    keep: Tensor,
-    weight_DK: Tensor,
-    bias_D: Tensor | None,
-    held_out: tuple[Tensor, Tensor],
-    scale_D: Tensor | None,
-    *,
-    ridge: float,
-    where: str,
-    share: Share = ALONE,
-) -> tuple[float, tuple[Tensor, Tensor | None, dict[str, float]]]:
-    """Return the squared error on other tokens at one ridge, and the fit; arguments and result as for `fit_judged`."""
-    hidden_NK, scale = held_out[0][:, keep.to(held_out[0].device)], 1.0 if scale_D is None else scale_D
-    if stats.fed is None:
-        weight_DK, bias_D = fit_output(stats, keep, weight_DK, bias_D, ridge=ridge, where=where)
-        output_ND = hidden_NK.to(weight_DK) @ weight_DK.T + (0.0 if bias_D is None else bias_D)
-        error = share.total(float(((held_out[1].to(output_ND) - output_ND) * scale).square().sum()))
-        return error, (weight_DK, bias_D, {"ridge": ridge})
-    fed_D, fed_HD = stats.fed
-    apart = replace(
+def _apart(stats: Stats, fed_D: Tensor, fed_HD: Tensor) -> Stats:
+    """Return the sums for targets without their feedback, and beside them those for the feedback alone."""
+    return replace(
         stats,
         target_D=torch.cat([stats.target_D - fed_D, fed_D]),
         cross_HD=torch.cat([stats.cross_HD - fed_HD, fed_HD], dim=1),
         fed=None,
     )
-    start_DK = torch.cat([weight_DK, torch.zeros_like(weight_DK)])  # the ridge pulls feedback alone towards nothing
-    weight, bias = fit_output(apart, keep, start_DK, bias_D, ridge=ridge, where=where)
-    (plain_DK, added_DK), biases = weight.chunk(2), None if bias is None else bias.chunk(2)
-    plain_ND, added_ND = (
-        hidden_NK.to(part) @ part.T + (0.0 if biases is None else biases[number])
-        for number, part in enumerate((plain_DK, added_DK))
-    )
-    missing_ND = (held_out[1].to(plain_ND) - plain_ND) * scale
-    pays = paying_share(missing_ND, added_ND * scale, share)
-    error = share.total(float((missing_ND - pays * scale * added_ND).square().sum()))
-    bias_D = None if biases is None else biases[0] + pays * biases[1]
-    return error, (plain_DK + pays * added_DK, bias_D, {"ridge": ridge, "feedback": pays})
+
+
+def _judge(
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden_NK: Tensor,
+    target_ND: Tensor,
+    scale: Tensor | float,
+    *,
+    fed: bool,
+    share: Share,
+) -> tuple[float, Fit]:
+    """Return the squared error of a fit on other tokens, and the fit, with the share of feedback that pays there."""
+    outputs = hidden_NK.to(weight) @ weight.T + (0.0 if bias is None else bias)
+    plain_ND, *added = outputs.chunk(1 + fed, dim=1)
+    missing_ND, pays = (target_ND.to(plain_ND) - plain_ND) * scale, 0.0
+    if added:
+        pays = paying_share(missing_ND, added[0] * scale, share)
+        missing_ND = missing_ND - pays * scale * added[0]
+    error = share.total(float(missing_ND.square().sum()))
+    bias = None if bias is None else _blended(bias.chunk(1 + fed), pays)
+    return error, (_blended(weight.chunk(1 + fed), pays), bias, {"feedback": pays} if fed else {})
+
+
+def _blended(parts: Sequence[Tensor], pays: float) -> Tensor:
+    """Return what is plain, and a share of what is added to it if anything is."""
+    return parts[0] if len(parts) == 1 else parts[0] + pays * parts[1]
 
 
 def paying_share(missing_ND: Tensor, added_ND: Tensor, share: Share = ALONE) -> float:

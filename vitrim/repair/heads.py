@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import HeadVisit
 from vitrim.methods import SiteMethod
-from vitrim.ops.feedback import aimed, fit_fed
+from vitrim.ops.feedback import aimed, fit_judged
 from vitrim.ops.head_factors import ValueSums, mixed
 from vitrim.ops.least_squares import ridge_for
 from vitrim.repair.closed_form import fitted
@@ -102,8 +102,8 @@ def _aimed(sums: ValueSums, held_out: tuple[Tensor, Tensor] | None, ridge: float
     every = torch.arange(sums.output_DA.shape[1])
     strength = ridge_for(sums.stats.num_tokens, len(every), ridge)
     start = (sums.output_DA, sums.output_bias_D)
-    given = {"ridge": strength, "where": visit.site.path, "share": visit.share}
-    _, (_, _, chosen) = fit_fed(sums.stats, every, *start, held_out, sums.scale_D, **given)
+    given = {"ridge": strength, "stronger": (1,), "where": visit.site.path, "share": visit.share}
+    _, _, chosen = fit_judged(sums.stats, every, *start, held_out, sums.scale_D, **given)
     return replace(sums, stats=aimed(sums.stats, chosen["feedback"]))
 
 
