@@ -4,8 +4,8 @@
 student sees 24 of the 64 patches, in other colours. From these it predicts the tokens that its own running average has
 at the hidden patches (mean of the last blocks, as data2vec, arXiv 2202.03555); and the class tokens of two crops of an
 image find each other among those of other images (SimCLR, arXiv 2002.05709), which keeps the average from collapsing.
-Needs ../shared; test images are not trained on. Repeats on one machine at one number of threads; products are bf16. A
-stopped run goes on.
+Needs ../shared; test images are not trained on. Repeats on one machine at one number of threads; products are bf16
+where the processor is fast in it. A stopped run goes on.
 
     nice python benchmarks/deep_vit.py                    # 30 minutes on one core alone; benchmarks/models/deep-vit
     python benchmarks/deep_vit.py --steps 4 --batch-size 8 --num-train 64 --num-test 32 --out /tmp/deep  # to see it run
@@ -31,6 +31,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitrim.data import open_images, transform_for
+from vitrim.distributed.precision import has_fast_bf16
 from vitrim.metrics.classify import extract, knn_top1
 from vitrim.output.load import open_model
 
@@ -230,7 +231,7 @@ def learn(state: Training, first: Tensor, second: Tensor, rate: float) -> tuple[
     """Take one step on two crops of each image, and return the losses of class tokens and of patches."""
     both = coloured(torch.cat([first, second]), state.generator)
     visible, hidden = choose(len(both), state.generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16(torch.device("cpu"))):
         with torch.no_grad():
             patches = state.average.targets(first)
         found, filled = state.student.predictions(both, visible, hidden)
