@@ -104,10 +104,13 @@ def test_a_loss_that_is_no_number_on_one_process_sends_all_back(together, kept):
     assert furthest(results[0]["diverging"][kept], results[1]["diverging"][kept]) == 0
 
 
-def test_errors_of_the_main_process_end_all(together):
+def test_errors_of_one_process_end_all(together):
     _, (main, other) = together
     main, other = main["failing"], other["failing"]
-    assert "No space left on device" in main["full disk"] and main["full disk"] == other["full disk"]
+    assert (
+        "(process 1: No space left on device); make room" in main["full disk"]
+        and main["full disk"] == other["full disk"]
+    )
     assert main["for users"] == other["for users"] == "VitrimError: no such thing"
     assert main["other"] == "ZeroDivisionError: by nought" and "the main process failed" in other["other"]
     assert "exists already" in main["taken"] and main["taken"] == other["taken"]

@@ -18,7 +18,7 @@ from tests.support.distillation import HELD_OUT, make_student, make_teacher, wei
 from vitrim.config.options import RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import augment_for, open_images
-from vitrim.recover import state as state_module
+from vitrim.recover import state_file as state_module
 from vitrim.recover.distill import recover_
 from vitrim.recover.files import RECOVERY_LOG, RECOVERY_STATE
 from vitrim.recover.state import has_state, load_state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -22,7 +23,6 @@ from vitrim.data import open_images
 from vitrim.distributed.processes import is_main, join_, on_main, plan_from_main
 from vitrim.errors import OutputError, VitrimError
 from vitrim.recover import run as run_module
-from vitrim.recover import state as state_module
 from vitrim.recover.distill import recover_
 from vitrim.recover.result import Validation
 
@@ -139,19 +139,22 @@ def diverging(folder: Path) -> dict[str, Any]:
 
 
 def failing(folder: Path) -> dict[str, Any]:
-    """Errors of the main process reach both."""
+    """Errors of one process reach both."""
     said = {}
+    sync = os.fsync
 
     def full(number: int) -> None:
-        raise OSError(28, "No space left on device")
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        sync(number)
 
-    sync, state_module.os.fsync = state_module.os.fsync, full
+    os.fsync = full
     try:
         train({**SHORT, **SHARDED}, work=folder / "full")
     except OutputError as error:
         said["full disk"] = str(error)
     finally:
-        state_module.os.fsync = sync
+        os.fsync = sync
     for name, error in (("for users", VitrimError("no such thing")), ("other", ZeroDivisionError("by nought"))):
 
         def fail(error: Exception = error) -> None:

@@ -21,6 +21,7 @@ from vitrim.errors import DAMAGED, CheckpointError, RecipeError, VitrimError
 from vitrim.output.stage import CUT_STATE
 from vitrim.recover.files import AT_ONCE, RECOVERY_STATE
 from vitrim.repair.blockwise import FINISHED
+from vitrim.storage.places import remove
 from vitrim.storage.sealed import read_sealed, read_tensors, write_sealed, write_tensors
 from vitrim.surgery import Plan, reshape_
 
@@ -40,7 +41,7 @@ def save_cut(student: nn.Module, cut: CutReport, recipe: Recipe, work: Path) -> 
         states = f"{RECOVERY_STATE}*"
         for path in (*work.glob(states), *(work / AT_ONCE).glob(states), *(work / FINISHED).glob("*")):
             log.warning("%s: belongs to another cut than this one; it is made again.", path)
-            path.unlink()
+            remove(path)
     digest = write_tensors(work / CUT_TENSORS, tensors, made)
     about = {"plan": cut.plan.to_json(), "errors": cut.errors, "notes": list(cut.notes), "tensors": digest}
     write_sealed(work / CUT_STATE, {**made, **about})

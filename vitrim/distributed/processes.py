@@ -50,7 +50,7 @@ def _leave() -> None:
     with it ("terminate called without an active exception"), though all work is done. The groups end when the last
     reference to them goes: those of the cache, and those of trained models in cycles.
     """
-    _control_beside.cache_clear()
+    _group_beside.cache_clear()
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -203,14 +203,19 @@ def _words(error: Exception | None) -> VitrimError | None:
     return VitrimError(f"the main process failed ({type(error).__name__}: {error}); its own message says where.")
 
 
+def states_group() -> dist.ProcessGroup:
+    """Return a group for states alone, which are written while other messages pass; all processes have to ask."""
+    return _group_beside(dist.group.WORLD, "states")
+
+
 def _control() -> dist.ProcessGroup:
     """Return the group for messages between processes."""
-    return _control_beside(dist.group.WORLD)
+    return _group_beside(dist.group.WORLD, "control")
 
 
 @cache
-def _control_beside(world: Any) -> dist.ProcessGroup:
-    """Make that group, once for each group of all processes."""
+def _group_beside(world: Any, purpose: str) -> dist.ProcessGroup:
+    """Make a group, once for each purpose and each group of all processes."""
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from vitrim.errors import OutputError
 from vitrim.output.load import ABOUT
+from vitrim.storage.places import remove
 
 CUT_STATE, PICKS, TEXT_STATE = "cut.json", "picks.jsonl", "text.state"
 STATES = (CUT_STATE, PICKS, TEXT_STATE)  # a stopped run can be resumed from each of these
@@ -52,7 +53,7 @@ def staged_output(out: Path, *, resume: bool = False, overwrite: bool = False) -
                 _settle(folder)
                 _place(folder, out, work, overwrite=overwrite)
                 for state in STATES:
-                    (work / state).unlink(missing_ok=True)
+                    remove(work / state)
             except (OSError, SafetensorError) as error:  # safetensors raises the second if the disk is full
                 reason = getattr(error, "strerror", None) or error
                 raise OutputError(f"{out}: could not be written ({reason}).") from error

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from vitrim.config.options import RecoverOptions
 from vitrim.config.run_context import RunContext
 from vitrim.data import ImageSet, ImageStream
 from vitrim.distributed.processes import any_process
-from vitrim.errors import Interrupted, RecipeError
+from vitrim.errors import Interrupted, OutputError, RecipeError
 from vitrim.progress import progress
 from vitrim.recover.cycles import CycleRun
 from vitrim.recover.elastic import Widths
@@ -35,8 +36,8 @@ from vitrim.recover.result import Recovery, Validation
 from vitrim.recover.run import Run
 from vitrim.recover.sampler import StreamSampler
 from vitrim.recover.schedule import stop_on_interrupt
-from vitrim.recover.snapshot import intervene_, place_tensor, restore_, roll_back_, take_snapshot
-from vitrim.recover.state import clear_state, load_state, resumed_state, save_state
+from vitrim.recover.snapshot import held_like, intervene_, restore_, roll_back_, take_snapshot
+from vitrim.recover.state import Saving, clear_state, load_state, resumed_state, start_saving
 from vitrim.recover.trackers import Trackers
 
 LOG = logging.getLogger("vitrim")
@@ -103,8 +104,9 @@ def distil_(run: Run, on_validation: OnValidation | None = None) -> Recovery:
         keeper.open_log()
         try:
             _loop(run, keeper, on_validation)
+            keeper.settle()
         finally:
-            keeper.trackers.close()
+            keeper.close()
         run.finish()
     said = run.result.verdict(sum(len(images) for images, _ in run.judge.held_out), run.result_name)
     run.result.notes = [*run.notes, *run.targets.notes, *run.result.notes, *_left_out(run), *said]
@@ -160,6 +162,7 @@ def _loop(run: Run, keeper: _Keeper, on_validation: OnValidation | None) -> None
                 if stopped or run.is_kept():
                     keeper.keep()
                 if stopped:
+                    keeper.settle()
                     where = f"; continue with --resume (state in {keeper.state})" if keeper.state else ""
                     raise Interrupted(f"{run.name} stopped at step {run.step} of {run.num_steps}{where}.")
                 if run.result.ended_at is not None:
@@ -176,25 +179,42 @@ class _Keeper:
         self.log = None if work is None else work / RECOVERY_LOG
         self.trackers = Trackers(run.accelerator, run.options, work and work / TRACKER_LOGS)
         self.copy: dict[str, Any] = {}
+        self.saving: Saving | None = None
 
     def keep(self) -> None:
-        """Keep the run as it is now."""
+        """Keep the run as it is now; several processes write the state while the next steps are taken."""
         if self.state is None:
             self.copy = _copied(take_snapshot(self.run))
         else:
-            save_state(self.state, take_snapshot(self.run))
+            self.settle()
+            self.saving = start_saving(self.state, take_snapshot(self.run))
+
+    def settle(self) -> None:
+        """Return once the state that was kept last is on disk."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.wait()
+
+    def close(self) -> None:
+        """Close the trackers, and let a state be written that is still on its way when a run ends by an error."""
+        self.trackers.close()
+        try:
+            self.settle()
+        except OutputError as error:
+            LOG.warning("%s", error)
 
     def last(self) -> dict[str, Any]:
         """Return the last good state."""
+        self.settle()
         if self.state is None:
             return self.copy
-        return load_state(self.state, lambda keys, tensor: place_tensor(self.run, keys, tensor))
+        return load_state(self.state, partial(held_like, self.run))
 
     def resumed(self) -> dict[str, Any] | None:
         """Return the state of a stopped run, if the run is to continue and there is a whole one."""
         if self.state is None or not self.run.context.resume:
             return None
-        return resumed_state(self.state, lambda keys, tensor: place_tensor(self.run, keys, tensor))
+        return resumed_state(self.state, partial(held_like, self.run))
 
     def open_log(self) -> None:
         """Start the log and the trackers, or cut off what a stopped run logged after its last state."""

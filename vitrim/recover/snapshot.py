@@ -1,4 +1,4 @@
-"""The state of a run as nested tensors and plain values: taken, put back, and placed in shards.
+"""The state of a run as nested tensors and plain values: taken, put back, and told how it is spread.
 
 Tensors are stored under the names of their parameters, so any number of processes can restore them.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from vitrim.distributed.sharding import share_of
 from vitrim.recover.result import Recovery
 from vitrim.recover.run import Run
 
@@ -121,16 +120,15 @@ def _end_(run: Run) -> None:
     result.notes = [*result.notes, said]
 
 
-def place_tensor(run: Run, keys: Sequence[Any], tensor: Tensor) -> Tensor:
-    """Return a tensor of a saved state as this process holds it.
+def held_like(run: Run, keys: Sequence[Any]) -> Tensor | None:
+    """Return what a tensor of a saved state is to be spread like.
 
     Args:
         run: the run that will take it up.
         keys: the keys that lead to the tensor in the saved state; one of them may be the name of a parameter.
-        tensor: the whole tensor.
 
     Returns:
-        This process's share, where the run holds the parameter of that name in shards; else the tensor itself.
+        What the run holds under that name; None if no key is a name.
     """
     held = run.trained.state_dict()
-    return share_of(tensor, held[name]) if (name := next((key for key in keys if key in held), None)) else tensor
+    return next((held[key] for key in keys if key in held), None)
