@@ -12,7 +12,8 @@ from vitrim.config.recipe import Recipe
 from vitrim.errors import ModelError, OutputError, VitrimError
 from vitrim.layers.moefication import ExpertMlp
 from vitrim.methods import METHODS
-from vitrim.output.export import SUFFIXES, export
+from vitrim.output.export import TOLERANCES, export
+from vitrim.output.runtimes import RUNTIMES
 from vitrim.surgery.edits import KINDS
 
 # Of each kind of edit, the first method that makes one.
@@ -34,15 +35,52 @@ def cut(build):
     return make
 
 
-@pytest.mark.parametrize("to", SUFFIXES)
-@pytest.mark.parametrize("tokens", [False, True])
-def test_every_form_gives_what_the_model_gives(cut, tmp_path, to, tokens):
+@pytest.mark.parametrize(
+    ("to", "precision", "tokens"),
+    [
+        *((to, "fp32", tokens) for to in ("onnx", "openvino", "torch") for tokens in (False, True)),
+        *((to, precision, True) for to in ("onnx", "openvino") for precision in ("fp16", "int8")),
+        ("executorch", "fp32", True),
+        ("executorch", "int8", False),
+        ("litert", "fp32", True),
+        ("litert", "int8", False),
+        ("tensorrt", "fp16", True),
+    ],
+)
+def test_every_runtime_gives_what_the_model_gives(cut, tmp_path, to, precision, tokens):
+    for package in RUNTIMES[to].needs:
+        pytest.importorskip(package)
     student, _ = cut("magnitude")
-    found = export(student, tmp_path / f"small{SUFFIXES[to]}", to=to, tokens=tokens, latency=False)
+    path = tmp_path / f"small{RUNTIMES[to].suffix}"
+    found = export(student, path, to=to, precision=precision, tokens=tokens, latency=False)
     assert found.outputs == (("pooled", "patches") if tokens else ("output",))
-    assert found.differences.keys() == {"noise"} and max(found.differences.values()) <= 1e-4
-    assert (found.opset is not None) == (to == "onnx")
+    assert found.differences.keys() == {"noise"} and max(found.differences.values()) <= TOLERANCES[precision]
+    assert precision == "fp32" or to == "tensorrt" or min(found.differences.values()) > 1e-6  # it was rounded
+    assert (found.opset is not None) == (path.suffix == ".onnx")
     assert found.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix != ".json")
+    assert (found.next_step or "").startswith("trtexec --onnx=") == (to == "tensorrt")
+
+
+@pytest.mark.parametrize(("precision", "tokens"), [("fp16", True), ("int8", False)])
+def test_core_ml_is_read_back_where_it_can_not_run(cut, tmp_path, capsys, precision, tokens):
+    coremltools = pytest.importorskip("coremltools")
+    student, _ = cut("magnitude")
+    found = export(student, tmp_path / "small.mlpackage", to="coreml", precision=precision, tokens=tokens)
+    assert found.differences == {} and found.latency == {} and found.largest_batch == 8
+    said = coremltools.models.MLModel(str(found.path), skip_model_load=True).get_spec().description
+    assert tuple(output.name for output in said.output) == found.outputs
+    assert [taken.name for taken in said.input] == ["images"]
+    whole = sum(p.numel() for p in student.parameters())
+    assert found.num_bytes < whole * (2 if precision == "fp16" else 1) * 1.3 + 150_000
+
+
+def test_smaller_numbers_make_smaller_files(cut, tmp_path):
+    student, _ = cut("magnitude")
+    sizes = [
+        export(student, tmp_path / f"{precision}.onnx", precision=precision, latency=False).num_bytes
+        for precision in ("fp32", "fp16", "int8")
+    ]
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 @pytest.mark.parametrize("edit", KINDS)
@@ -73,7 +111,7 @@ def test_the_file_alone_gives_what_the_model_gives_for_any_batch(cut, tmp_path):
 
 
 def test_what_puts_out_something_else_is_not_left_behind(cut, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitrim.output.export._runner", lambda path, to: lambda inputs: (torch.ones(len(inputs), 5),))
+    monkeypatch.setattr("vitrim.output.export.load", lambda path, to: lambda inputs: (torch.ones(len(inputs), 5),))
     with pytest.raises(OutputError, match="puts out something else than PyTorch"):
         export(cut("magnitude")[0], tmp_path / "small.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -86,7 +124,11 @@ def test_bad_requests_are_refused_before_anything_is_written(cut, tmp_path):
         ("there.onnx", {}, "exists already"),
         ("small.pb", {}, "ends in .onnx"),
         ("nowhere/small.onnx", {}, "can't be written"),
-        ("small.onnx", {"to": "tflite"}, "one of onnx, openvino, torch"),
+        ("small.onnx", {"to": "tflite"}, "one of onnx, openvino, torch, executorch, coreml, litert, tensorrt"),
+        ("small.onnx", {"precision": "fp8"}, "precision: 'fp8' is not known; use one of fp32, fp16, int8"),
+        ("small.pt2", {"to": "torch", "precision": "fp16"}, "torch files are fp32; load it and call .half()"),
+        ("small.onnx", {"to": "tensorrt", "precision": "int8"}, "tensorrt files are fp32 or fp16; int8 needs"),
+        ("small.pt2", {"to": "torch", "opset": 18}, "opset: is of ONNX, and torch files have none"),
         ("small.onnx", {"data": "no-such-folder/"}, "no-such-folder"),
     ):
         with pytest.raises(VitrimError, match=said):

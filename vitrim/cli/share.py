@@ -34,7 +34,8 @@ def export(
     model: str,
     *,
     out: Path,
-    to: Literal["onnx", "openvino", "torch"] = "onnx",
+    to: Literal["onnx", "openvino", "torch", "executorch", "coreml", "litert", "tensorrt"] = "onnx",
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
     data: str | None = None,
     tokens: Annotated[bool, Parameter(negative="")] = False,
     opset: int | None = None,
@@ -46,27 +47,35 @@ def export(
 
     Args:
         model: a folder that vitrim wrote, or any model that compress takes.
-        out: file to write, ending in .onnx, .xml (OpenVINO) or .pt2 (torch); it must not exist.
-        to: the form to write; it takes any batch size, and its weights are float32.
+        out: file to write, ending in .onnx (also tensorrt), .xml (openvino), .pt2 (torch), .pte (executorch),
+            .mlpackage (coreml) or .tflite (litert); it must not exist.
+        to: the runtime to write for.
+        precision: of the weights, by the runtime's own way.
         data: images to compare on, in addition to noise.
         tokens: export the pooled vector and the patch tokens instead of the model's own output.
         opset: ONNX opset; by default the one that torch prefers.
     """
     from vitrim.cost.memory import show_bytes
     from vitrim.metrics.record import relative_latency
-    from vitrim.output.export import TOLERANCE
     from vitrim.output.export import export as run
 
-    found = run(model, out, to=to, data=data, tokens=tokens, opset=opset)
+    found = run(model, out, to=to, precision=precision, data=data, tokens=tokens, opset=opset)
     if as_json:
         return print_json(found.to_json())
-    times = found.latency[to]
-    row = (to, *(relative_latency(found) for found in times.values()))
-    print_table(("time on the CPU, 1 is PyTorch's", *(f"batch {size}" for size in times)), [row])
     for name, difference in found.differences.items():
-        say(f"Largest difference from PyTorch on {name}: {difference:.1e} (allowed {TOLERANCE:g})")
+        say(f"Largest difference from PyTorch on {name}: {difference:.1e} (allowed {found.tolerance:g})")
+    if found.latency:
+        times = found.latency[to]
+        row = (to, *(relative_latency(found) for found in times.values()))
+        print_table(("time on the CPU, 1 is PyTorch's", *(f"batch {size}" for size in times)), [row])
+    else:
+        say(f"{to} does not run on this system: the file's description was read back, nothing was compared or timed.")
     opset_said = "" if found.opset is None else f", opset {found.opset}"
-    say(f"Written: {found.path}, {show_bytes(found.num_bytes)}{opset_said}, gives {', '.join(found.outputs)}")
+    batch = "1 image" if found.largest_batch == 1 else f"1 to {found.largest_batch} images"
+    size = show_bytes(found.num_bytes)
+    say(f"Written: {found.path}, {size}{opset_said}, takes {batch} at a time, gives {', '.join(found.outputs)}")
+    if found.next_step is not None:
+        say(f"Next: {found.next_step}")
 
 
 @app.command

@@ -1,24 +1,21 @@
-"""Writes a model's encoder in a form that runs without its library: ONNX, OpenVINO, or torch's own export.
+"""Writes a model's encoder in a form that runs without its library: for one of the runtimes of `runtimes.py`.
 
 The file is loaded by its runtime and compared with PyTorch, also on batch sizes that were not traced; a file that
-differs is removed. Weights in the file are always float32. Of a pair (CLIP) or a VLM the part that takes the images is
-exported. Matrices that share a basis are multiplied out. A JSON file beside it says what the model's own library would
-know: preprocessing, labels, tag and licence.
+differs is removed. Of a pair (CLIP) or a VLM the part that takes the images is exported. Matrices that share a basis
+are multiplied out. A JSON file beside it says what the model's own library would know: preprocessing, labels, tag and
+licence.
 """
 
 from __future__ import annotations
 
 import copy
-import io
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 from vitrim.cost.latency import Latency, measure_latency
@@ -34,20 +31,14 @@ from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, require
 from vitrim.output.card import licence_of
 from vitrim.output.load import Model, open_model
+from vitrim.output.runtimes import RUNTIMES, Form, Precision, Traced, load, opset_of, trtexec, write
 from vitrim.output.stage import refuse_existing
 from vitrim.storage.documents import write_json
 from vitrim.surgery.edits import replace_
 from vitrim.torch_state import own_torch_state
 
-Form = Literal["onnx", "openvino", "torch"]
-SUFFIXES: Mapping[Form, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-NEEDS: Mapping[Form, tuple[str, ...]] = {
-    "onnx": ("onnxscript", "onnxruntime"),
-    "openvino": ("onnxscript", "openvino"),
-    "torch": (),
-}
 # Largest difference from PyTorch, as a share of the largest output, that still counts as equal.
-TOLERANCE = 1e-4
+TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.25}
 # Number of images to trace with, and batch sizes on which the file is compared and timed.
 TRACED, COMPARED, TIMED = 2, (1, 3, 8), (1, 8)
 
@@ -57,19 +48,29 @@ class Exported:
     """Result of an export: the file, its outputs, how far they are from PyTorch's, and the latency of both.
 
     `differences` are the largest ones, relative to the largest output, on noise and, if there was data, on images.
+    There are none, and no latency, where the runtime does not run on this system. `next_step` is the command that comes
+    next, where there is one.
     """
 
     path: Path
     form: Form
+    precision: Precision
     outputs: tuple[str, ...]
     opset: int | None
     num_bytes: int
+    largest_batch: int
     differences: Mapping[str, float]
     latency: Mapping[str, Mapping[int, Latency]]
+    next_step: str | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference that counts as equal."""
+        return TOLERANCES[self.precision]
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-ready values."""
-        return {**asdict(self), "path": str(self.path), "tolerance": TOLERANCE}
+        return {**asdict(self), "path": str(self.path), "tolerance": self.tolerance}
 
 
 @own_torch_state()
@@ -78,6 +79,7 @@ def export(
     out: str | Path,
     *,
     to: Form = "onnx",
+    precision: Precision = "fp32",
     data: Any = None,
     tokens: bool = False,
     opset: int | None = None,
@@ -89,7 +91,9 @@ def export(
         model: a module, a name, or a folder that vitrim wrote.
         out: the file to write; it must not exist. Beside it stand its description, `.json` added to the name, and
             OpenVINO's weights in a `.bin`.
-        to: `onnx`, `openvino` or `torch` (an archive of `torch.export`).
+        to: `onnx`, `openvino`, `torch` (an archive of `torch.export`), `executorch`, `coreml`, `litert`, or `tensorrt`
+            (ONNX, and the command that builds an engine of it).
+        precision: `fp32`, `fp16` or `int8` (weights), by the runtime's own way.
         data: images to compare on, in addition to noise.
         tokens: export the pooled vector and the patch tokens instead of the model's own output.
         opset: ONNX opset; by default the one that torch prefers.
@@ -102,7 +106,7 @@ def export(
         MissingExtraError: a package that writes or runs the form is not installed.
         ModelError: the model's image size is not known, or a part of the model can't be exported.
         OutputError: `out` exists or can't be written, or the file's outputs differ from the model's.
-        RecipeError: the form is unknown.
+        RecipeError: the form is unknown, or can't be had in this precision.
 
     Example:
         >>> from importlib.resources import files
@@ -116,49 +120,103 @@ def export(
         ('digits.pt2', ('output',))
     """
     out = Path(out)
-    _check_request(out, to)
+    _check_request(out, to, precision, opset)
     whole, origin = open_model(model)
     encoder, live = whole.get_submodule(origin.encoder), isinstance(model, nn.Module)
+    inputs = _compared_on(origin, data)
+    wrapped = _Tensors(_multiplied_out(copy.deepcopy(encoder).cpu().float().eval()), tokens=tokens)
+    with _placed(out) as path, evaluating(wrapped):
+        traced = _write(wrapped, inputs["noise"], path, to, precision, opset)
+        run = load(path, to)
+        session = None if run is None else _Session(run)
+        differences = _differences(wrapped, session, inputs, out, precision, traced.largest)
+        sizes = [size for size in TIMED if size <= traced.largest]
+        models = {} if session is None or not latency else {"pytorch": wrapped, to: session}
+        times = measure_latency(list(models.values()), inputs["noise"][:1], batch_sizes=sizes) if models else []
+        num_bytes = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+        said = with_its_classes(whole, origin) if live else origin
+        _describe(_about(path), said, wrapped.names, kept_patches(encoder))
+        version = opset_of(path) if path.suffix == ".onnx" else None
+    return Exported(
+        path=out,
+        form=to,
+        precision=precision,
+        outputs=wrapped.names,
+        opset=version,
+        num_bytes=num_bytes,
+        largest_batch=traced.largest,
+        differences=differences,
+        latency=dict(zip(models, times, strict=True)),
+        next_step=trtexec(out, traced.example, precision) if to == "tensorrt" else None,
+    )
+
+
+def _check_request(out: Path, to: Form, precision: Precision, opset: int | None) -> None:
+    """Refuse a form that is unknown or can't be written here, and a file that is not named as its form is."""
+    if to not in get_args(Form):
+        raise RecipeError(f"to: {to!r} is no form to export to; use one of {', '.join(get_args(Form))}.")
+    if precision not in get_args(Precision):
+        raise RecipeError(f"precision: {precision!r} is not known; use one of {', '.join(get_args(Precision))}.")
+    runtime = RUNTIMES[to]
+    if precision not in runtime.precisions:
+        raise RecipeError(f"precision: {to} files are {' or '.join(runtime.precisions)}; {runtime.other}.")
+    if opset is not None and runtime.suffix != ".onnx":
+        raise RecipeError(f"opset: is of ONNX, and {to} files have none; leave it out.")
+    for package, extra in runtime.needs.items():
+        require(package, extra)
+    if out.suffix != runtime.suffix:
+        raise OutputError(f"{out}: a file of {to} ends in {runtime.suffix}; name it {out.with_suffix(runtime.suffix)}.")
+
+
+def _compared_on(origin: Origin, data: Any) -> dict[str, Tensor]:
+    """Return what a file is compared on: noise, and images if there are any."""
     noise = random_inputs(origin, max(COMPARED))
     if noise is None:
         raise ModelError(f"{origin.name}: the size of its inputs is not known, so it can't be traced.")
     if isinstance(noise, Inputs):
         raise ModelError(f"{origin.name}: takes {', '.join(noise.tensors)}; only models of one tensor are exported.")
-    inputs = {"noise": noise}
-    if data is not None:
-        batch = next(iter(open_set(data, origin, limit=max(COMPARED)).loader(batch_size=max(COMPARED))))
-        inputs["images"] = batch.images_BCHW
-    wrapped = _Tensors(_multiplied_out(copy.deepcopy(encoder).cpu().float().eval()), tokens=tokens)
-    with _placed(out) as path, evaluating(wrapped):
-        opset = _write(wrapped, noise[:TRACED], path, to, opset)
-        session = _Session(_runner(path, to))
-        differences = {name: _difference(wrapped, session, batch) for name, batch in inputs.items()}
-        if max(differences.values()) > TOLERANCE:
-            raise OutputError(f"{out}: puts out something else than PyTorch ({differences}; allowed {TOLERANCE:g}).")
-        models = {"pytorch": wrapped, to: session} if latency else {}
-        times = measure_latency(list(models.values()), noise[:1], batch_sizes=TIMED)
-        num_bytes = sum(file.stat().st_size for file in path.parent.iterdir())
-        said = with_its_classes(whole, origin) if live else origin
-        _describe(_about(path), said, wrapped.names, kept_patches(encoder))
-    return Exported(
-        path=out,
-        form=to,
-        outputs=wrapped.names,
-        opset=opset,
-        num_bytes=num_bytes,
-        differences=differences,
-        latency=dict(zip(models, times, strict=True)),
-    )
+    if data is None:
+        return {"noise": noise}
+    batch = next(iter(open_set(data, origin, limit=max(COMPARED)).loader(batch_size=max(COMPARED))))
+    return {"noise": noise, "images": batch.images_BCHW}
 
 
-def _check_request(out: Path, to: Form) -> None:
-    """Refuse a form that is unknown or can't be written here, and a file that is not named as its form is."""
-    if to not in get_args(Form):
-        raise RecipeError(f"to: {to!r} is no form to export to; use one of {', '.join(get_args(Form))}.")
-    for package in NEEDS[to]:
-        require(package, "export")
-    if out.suffix != SUFFIXES[to]:
-        raise OutputError(f"{out}: a file of {to} ends in {SUFFIXES[to]}; name it {out.with_suffix(SUFFIXES[to])}.")
+def _write(model: _Tensors, noise: Tensor, path: Path, to: Form, precision: Precision, opset: int | None) -> Traced:
+    """Trace the model, write it, and check what can be checked without running it."""
+    model(noise[:TRACED])  # sets the names of the outputs
+    runtime = RUNTIMES[to]
+    traced = Traced(model=model, example=noise[:TRACED], names=model.names, largest=runtime.largest, opset=opset)
+    try:
+        write(traced, path, to, precision)
+    except OSError:
+        raise
+    except Exception as error:  # exporters raise errors of many kinds, none of them public
+        raise _not_traceable(model, to, error) from error
+    if runtime.check is not None:
+        try:
+            runtime.check(traced, path)
+        except ValueError as error:
+            raise OutputError(f"{path.name}: is not what was asked for: {error}.") from error
+    return traced
+
+
+def _differences(
+    model: nn.Module,
+    session: nn.Module | None,
+    inputs: Mapping[str, Tensor],
+    out: Path,
+    precision: Precision,
+    largest: int,
+) -> dict[str, float]:
+    """Return how far a file's outputs are from the model's, and refuse too much."""
+    if session is None:
+        return {}
+    sizes = [size for size in COMPARED if size <= largest]
+    found = {name: _difference(model, session, batch, sizes) for name, batch in inputs.items()}
+    if not max(found.values()) <= TOLERANCES[precision]:
+        allowed = f"{found}; allowed {TOLERANCES[precision]:g} in {precision}"
+        raise OutputError(f"{out}: puts out something else than PyTorch ({allowed}).")
+    return found
 
 
 def _about(out: Path) -> Path:
@@ -200,13 +258,13 @@ class _Tensors(nn.Module):
         self.encoder, self.tokens = encoder, tokens
         self.names: tuple[str, ...] = ("output",)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.tokens:
-            found = features(self.encoder, inputs)
+            found = features(self.encoder, images)
             patches = () if found.patches_BND is None else (found.patches_BND,)
             self.names = ("pooled", "patches")[: 1 + len(patches)]
             return (found.pooled_BD, *patches)
-        return (first_tensor(run_on(self.encoder, inputs)),)
+        return (first_tensor(run_on(self.encoder, images)),)
 
 
 class _Session(nn.Module):
@@ -237,75 +295,18 @@ def _placed(out: Path) -> Iterator[Path]:
         raise OutputError(f"{out}: can't be written ({error.strerror or error}); choose another place.") from error
 
 
-def _write(model: _Tensors, example: Tensor, path: Path, to: Form, opset: int | None) -> int | None:
-    """Trace the model and write it; return the ONNX opset, None for other forms."""
-    model(example)  # sets the names of the outputs
-    shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # tracing warns about libraries' own code, which is not the user's
-            if to == "torch":
-                archive = io.BytesIO()  # given a path, torch aborts the process when the disk is full
-                torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), archive)
-                path.write_bytes(archive.getbuffer())
-                return None
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=opset,
-                input_names=["images"],
-                output_names=list(model.names),
-                verbose=False,
-            )
-    except OSError:
-        raise
-    except Exception as error:  # torch.export raises errors of many kinds, none of them public
-        raise _not_traceable(model, error) from error
-    assert program is not None
-    file = path.with_suffix(".onnx")
-    program.save(file)
-    if to == "onnx":
-        return program.model.opset_imports[""]
-    import openvino
-
-    openvino.save_model(openvino.convert_model(file), path, compress_to_fp16=False)
-    file.unlink()
-    return None
-
-
-def _runner(path: Path, to: Form) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return a function that runs a written file on the CPU, with as many threads as torch uses."""
-    if to == "torch":
-        module = torch.export.load(path).module()
-        return lambda inputs: tuple(module(inputs))
-    if to == "openvino":
-        import openvino
-
-        # By default it runs in bf16 on CPUs that support it.
-        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.compile_model(path, "CPU", settings)
-        return lambda inputs: tuple(torch.from_numpy(found) for found in compiled(inputs.numpy()).values())
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: tuple(torch.from_numpy(found) for found in session.run(None, {"images": inputs.numpy()}))
-
-
-def _difference(model: nn.Module, session: nn.Module, inputs: Tensor) -> float:
+def _difference(model: nn.Module, session: nn.Module, inputs: Tensor, sizes: Sequence[int]) -> float:
     """Return the largest difference of an output over several batch sizes, relative to the largest value."""
     largest = 0.0
-    for size in COMPARED:
+    for size in sizes:
         batch = inputs[:size]
         for mine, theirs in zip(model(batch), session(batch), strict=True):
-            largest = max(largest, float((mine - theirs).abs().max() / mine.abs().max().clamp(min=1e-30)))
+            found = float((mine - theirs).abs().max() / mine.abs().max().clamp(min=1e-30))
+            largest = max(largest, float("inf") if found != found else found)  # nan is no number to be near
     return largest
 
 
-def _not_traceable(model: nn.Module, error: Exception) -> ModelError:
+def _not_traceable(model: nn.Module, to: Form, error: Exception) -> ModelError:
     """Return the error that says in one line why a model can't be exported."""
     experts = [name for name, module in model.named_modules() if isinstance(module, ExpertMlp)]
     if experts:
@@ -314,5 +315,5 @@ def _not_traceable(model: nn.Module, error: Exception) -> ModelError:
             f"{where}: which experts a token runs is decided while it runs, which no static graph can say; "
             "export a model that was made by another method."
         )
-    reason = reason_of(error.__cause__ or error)
-    return ModelError(f"{type(model.get_submodule('encoder')).__name__}: can't be traced by torch.export ({reason}).")
+    reason, name = reason_of(error.__cause__ or error), type(model.get_submodule("encoder")).__name__
+    return ModelError(f"{name}: can't be written for {to} by its exporter ({reason}).")
