@@ -23,6 +23,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import torch
 from rows import MODELS, SHARED, Rows, by_seed, mean, mean_top1, results, table
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from vitrim.cost.count import model_size
 from vitrim.cost.sure import judge_sure
 from vitrim.data import ImageSet, augment_for, first_images, split_indices
 from vitrim.data.inputs import open_set
+from vitrim.distributed.precision import has_fast_bf16
 from vitrim.evaluation import own_top1, top1_of
 from vitrim.metrics.fidelity import compare
 from vitrim.models.exits import Loops, UntilSure
@@ -106,7 +108,8 @@ class Bench:
             options=RecoverOptions(**self.trained, optimizer="relative"),
             context=RunContext(quiet=True, seed=seed),
         )
-        return {**found, "after": self.judged(student), "seconds": time.process_time() - started}, student
+        seconds, precision = time.process_time() - started, self.arguments.precision
+        return {**found, "after": self.judged(student), "seconds": seconds, "precision": precision}, student
 
     def exits(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """Error and top-1 of each exit before and after its training, and of leaving once sure."""
@@ -168,6 +171,7 @@ def markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     """Run every row with every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    precision = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"  # rows say which
     parser.add_argument("--model", choices=MODELS, default="cifar10")
     parser.add_argument("--source", help="where the model is, if it is elsewhere")
     parser.add_argument("--quick", action="store_true", help=", ".join(f"{k} {v}" for k, v in QUICK.items()))
@@ -176,7 +180,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, help="step as a share of each weight's norm; by default some are tried")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the training")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default=precision, help="of the training")
     parser.add_argument("--num-test", type=int, default=1000)
     parser.add_argument("--num-images", type=int, default=400, help="for the calibration of dgmr")
     parser.add_argument("--out", type=Path)
@@ -184,7 +188,7 @@ def main() -> None:
     if arguments.quick:
         vars(arguments).update(QUICK)
     out = arguments.out or results(f"recursive-{arguments.model}{'-quick' if arguments.quick else ''}")
-    same = ("model", "steps", "batch_size", "lr", "precision", "num_test", "num_images")
+    same = ("model", "steps", "batch_size", "lr", "num_test", "num_images")
     bench, kept = Bench(arguments), Rows(out, {key: vars(arguments)[key] for key in same})
     kept.get("original", lambda: {"top1": top1_of(bench.teacher, bench.test)})
     ranks = arguments.ranks or [0, 8, 32, 64, bench.full]

@@ -58,6 +58,7 @@ def export(
     from vitrim.cost.memory import show_bytes
     from vitrim.metrics.record import relative_latency
     from vitrim.output.export import export as run
+    from vitrim.output.runtimes import RUNTIMES
 
     found = run(model, out, to=to, precision=precision, data=data, tokens=tokens, opset=opset)
     if as_json:
@@ -68,6 +69,8 @@ def export(
         times = found.latency[to]
         row = (to, *(relative_latency(found) for found in times.values()))
         print_table(("time on the CPU, 1 is PyTorch's", *(f"batch {size}" for size in times)), [row])
+    elif found.differences:
+        say(f"Compared in {RUNTIMES[to].stands_in}; {to} itself did not run, so nothing was timed.")
     else:
         say(f"{to} does not run on this system: the file's description was read back, nothing was compared or timed.")
     opset_said = "" if found.opset is None else f", opset {found.opset}"

@@ -28,10 +28,10 @@ from vitrim.layers.recursive import RecursiveLinear, Shared
 from vitrim.models.features import are_names, evaluating, features, first_tensor, kept_patches
 from vitrim.models.live import with_its_classes
 from vitrim.models.load import backend_of
-from vitrim.models.origin import Origin, require
+from vitrim.models.origin import Origin
 from vitrim.output.card import licence_of
 from vitrim.output.load import Model, open_model
-from vitrim.output.runtimes import RUNTIMES, Form, Precision, Traced, load, opset_of, trtexec, write
+from vitrim.output.runtimes import RUNTIMES, Form, Precision, Traced, installed, load, opset_of, trtexec, write
 from vitrim.output.stage import refuse_existing
 from vitrim.storage.documents import write_json
 from vitrim.surgery.edits import replace_
@@ -131,7 +131,8 @@ def export(
         session = None if run is None else _Session(run)
         differences = _differences(wrapped, session, inputs, out, precision, traced.largest)
         sizes = [size for size in TIMED if size <= traced.largest]
-        models = {} if session is None or not latency else {"pytorch": wrapped, to: session}
+        timed = latency and session is not None and RUNTIMES[to].stands_in is None
+        models: dict[str, nn.Module] = {"pytorch": wrapped, to: session} if timed else {}  # type: ignore[dict-item]
         times = measure_latency(list(models.values()), inputs["noise"][:1], batch_sizes=sizes) if models else []
         num_bytes = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
         said = with_its_classes(whole, origin) if live else origin
@@ -162,8 +163,7 @@ def _check_request(out: Path, to: Form, precision: Precision, opset: int | None)
         raise RecipeError(f"precision: {to} files are {' or '.join(runtime.precisions)}; {runtime.other}.")
     if opset is not None and runtime.suffix != ".onnx":
         raise RecipeError(f"opset: is of ONNX, and {to} files have none; leave it out.")
-    for package, extra in runtime.needs.items():
-        require(package, extra)
+    installed(to)
     if out.suffix != runtime.suffix:
         raise OutputError(f"{out}: a file of {to} ends in {runtime.suffix}; name it {out.with_suffix(runtime.suffix)}.")
 

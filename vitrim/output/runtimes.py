@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,7 @@ class Runtime:
         precisions: of the weights, and of the arithmetic where the runtime's own way has it so.
         largest: images in a batch, at most.
         check: raises ValueError if a file is not what was asked for.
+        stands_in: what runs the file here in the runtime's place; its time says nothing of the runtime's.
         other: what to do for a precision that can't be had.
     """
 
@@ -71,6 +72,7 @@ class Runtime:
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     largest: int = ANY_BATCH
     check: Callable[[Traced, Path], None] | None = None
+    stands_in: str | None = None
     other: str = ""
 
 
@@ -303,6 +305,7 @@ RUNTIMES: Mapping[Form, Runtime] = {
         needs=ONNX,
         write=_write_tensorrt,
         load=_load_onnx,
+        stands_in="ONNX Runtime",
         precisions=("fp32", "fp16"),
         other="int8 needs a calibration by TensorRT's own tools",
     ),
@@ -311,15 +314,26 @@ RUNTIMES: Mapping[Form, Runtime] = {
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hold back what converters log and warn of, which is about their own parts."""
+    """Hold back what converters log, warn of and draw, which is about their own parts."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+
+
+def installed(to: Form) -> None:
+    """Import what a runtime needs.
+
+    Raises:
+        MissingExtraError: a package is not installed.
+    """
+    with _silent():
+        for package, extra in RUNTIMES[to].needs.items():
+            require(package, extra)
 
 
 def write(traced: Traced, path: Path, to: Form, precision: Precision) -> None:
