@@ -19,6 +19,7 @@ from vitrim.errors import BudgetError, ModelError, RecipeError, SiteNotFoundErro
 from vitrim.layers.kept_tokens import KeptTokens
 from vitrim.methods import PatchSlimming
 from vitrim.metrics.fidelity import block_fidelity, fidelity
+from vitrim.metrics.judging import FeatureModel, features_on_cpu, read_features, relative_error
 from vitrim.models.attention import find_attentions
 from vitrim.models.features import features, first_tensor, same_patches
 from vitrim.models.sites import find_mlps
@@ -214,6 +215,18 @@ def test_patches_that_stay_are_compared_with_the_same_patches():
     other = slim(case, (0, 15, 16))
     with pytest.raises(ModelError, match="keeps patches that the other one has not"):
         fidelity(student, other, case.batches)
+
+
+@pytest.mark.parametrize("method", ["patch-slimming", "tome"])
+def test_registers_shift_no_patch_where_a_run_is_judged(method):
+    case = deep(reg_tokens=4)
+    student, _ = search(case, method=method, keep_ratio=0.5)
+    images = case.batches[0]
+    direct, wrapped = features(student, images), read_features(FeatureModel(student, "final").eval(), images, "final")
+    assert wrapped.token_positions == direct.token_positions
+    judged = [(batch, features_on_cpu(case.model, batch, "final")) for batch in case.batches]
+    errors = [relative_error(model, judged, "final") for model in (student, FeatureModel(student, "final"))]
+    assert errors[0] == errors[1] > 0
 
 
 def test_other_sizes_and_masks_are_refused_in_a_line():

@@ -45,7 +45,7 @@ def read_features(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Feat
     if not isinstance(model, FeatureModel):
         return features(model, images_BCHW, at=at)
     pooled_BD, patches_BND = model(images_BCHW)
-    return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, token_positions=kept_patches(model))
+    return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, token_positions=kept_patches(model.model))
 
 
 def features_on_cpu(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Features:
