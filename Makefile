@@ -14,7 +14,7 @@ UNPINNED := ^(vitrim|setuptools|torch|torchvision|triton|nvidia-.*|cuda-.*)==
 # docs/reliability.md says why
 NOT_WITH_OLDEST := int8 or shards or torch_compile or table_in_the_docs or (every_form and True-torch) or silent_nothing
 
-.PHONY: demo test anywhere check docs bench faults lock audit oldest transformers4 clean
+.PHONY: demo test anywhere check docs bench faults lock audit oldest transformers4 litert clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,11 @@ oldest:  ## run the tests with the oldest versions that vitrim allows; Python 3.
 
 transformers4: $(VENV)/.test  ## which versions 4 of transformers load what vitrim writes; makes environments in .cache
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/transformers4.py
+
+litert:  ## the tests of export with LiteRT, whose packages don't go with the lock; makes an environment in .cache
+	test -x .cache/litert/bin/python || $(PYTHON) -m venv .cache/litert
+	.cache/litert/bin/pip install --quiet --editable '.[test,litert]'
+	OMP_NUM_THREADS=1 .cache/litert/bin/python -m pytest -q -W default tests/test_export.py
 
 clean:
 	rm -rf $(VENV) vitrim-demo build dist site .cache

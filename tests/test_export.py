@@ -41,7 +41,6 @@ def cut(build):
         *((to, "fp32", tokens) for to in ("onnx", "openvino", "torch") for tokens in (False, True)),
         *((to, precision, True) for to in ("onnx", "openvino") for precision in ("fp16", "int8")),
         ("executorch", "fp32", True),
-        ("executorch", "int8", False),
         ("litert", "fp32", True),
         ("litert", "int8", False),
         ("tensorrt", "fp16", True),

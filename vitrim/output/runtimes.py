@@ -186,12 +186,17 @@ def _write_executorch(traced: Traced, path: Path, precision: Precision) -> None:
     path.write_bytes(lowered.buffer)
 
 
-def _load_executorch(path: Path) -> Run:
-    program = require("executorch.runtime", "executorch").Runtime.get().load_program(path.read_bytes())
-    method = program.load_method("forward")
-    assert method is not None
-    # What it returns are views of memory that the next pass writes over.
-    return lambda inputs: tuple(found.clone() for found in method.execute([inputs.contiguous()]))
+class _ExecuTorch:
+    """A program with the bytes that it was read from: its method points into both, and keeps neither."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = path.read_bytes()
+        self.program = require("executorch.runtime", "executorch").Runtime.get().load_program(self.data)
+        self.method = self.program.load_method("forward")
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        # What comes back are views of memory that the next pass writes over.
+        return tuple(found.clone() for found in self.method.execute([inputs.contiguous()]))
 
 
 def _write_coreml(traced: Traced, path: Path, precision: Precision) -> None:
@@ -280,7 +285,7 @@ RUNTIMES: Mapping[Form, Runtime] = {
         suffix=".pte",
         needs={"executorch": "executorch"},
         write=_write_executorch,
-        load=_load_executorch,
+        load=_ExecuTorch,
         largest=PLANNED_BATCH,  # its memory is planned for the largest batch
     ),
     "coreml": Runtime(
@@ -346,4 +351,5 @@ def write(traced: Traced, path: Path, to: Form, precision: Precision) -> None:
 def load(path: Path, to: Form) -> Any:
     """Return what runs a file here, or None."""
     found = RUNTIMES[to].load
-    return None if found is None else found(path)
+    with _silent():
+        return None if found is None else found(path)
