@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=", ".join(f"{k} {v}" for k, v in QUICK.items()))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ranks", type=int, nargs="+", help="by default 0, 8, 32, 64 and the full one")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these, such as 'lower, rank 64'; not the exits")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, help="step as a share of each weight's norm; by default some are tried")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -194,11 +195,15 @@ def main() -> None:
     ranks = arguments.ranks or [0, 8, 32, 64, bench.full]
     for seed in arguments.seeds:
         for name, options in rows(ranks, bench.full):
+            if arguments.rows and name not in arguments.rows:
+                continue
             found = kept.get(f"{name}, seed {seed}", lambda: bench.row(bench.looped(options), seed)[0])  # noqa: B023
             if name.startswith("average, rank") and found["parameters"] < 1:
                 recipe = bench.narrower(found["parameters"])
                 beside = f"dgmr beside rank {options['rank']}, seed {seed}"
                 kept.get(beside, lambda: bench.row(recipe, seed)[0])  # noqa: B023
+        if arguments.rows:
+            continue
         options = {"rank": EXAMPLE, "norms": "own"}
         kept.get(f"exits, rank {EXAMPLE}, seed {seed}", lambda: bench.exits(options, seed))  # noqa: B023
     print(markdown(kept.found))
