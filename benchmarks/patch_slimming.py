@@ -222,9 +222,11 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     times = [
         [name, *(f"{row[str(size)]:.2f}" if str(size) in row else "-" for size in BATCHES)]
-        for name, row in found["rows"]["latency"].items()
+        for name, row in found["rows"].get("latency", {}).items()
     ]
     tokens = table(["", *(f"{share} of MACs" for share in columns)], lines)
+    if not times:  # a run that was stopped in front of them
+        return tokens
     return f"{tokens}\n\n{table(['', *(f'batch {size}' for size in BATCHES)], times)}"
 
 
