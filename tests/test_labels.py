@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import datasets
 import numpy as np
@@ -16,9 +17,10 @@ from PIL import Image
 from pyarrow import parquet
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+import vitrim
 from vitrim.config.recipe import Recipe
 from vitrim.data import open_images, open_stream, split_images
-from vitrim.data.inputs import match_labels, match_names
+from vitrim.data.match import check_numbers, match_labels, match_names
 from vitrim.errors import DataError
 from vitrim.evaluation import _like, top1_of
 
@@ -215,3 +217,44 @@ def test_names_for_zero_shot_are_matched_by_name(tmp_path):
     assert labels_of(match_names(images, ["a cat", "a dog"])) == [0, 0, 1, 1]
     with pytest.raises(DataError, match=r"2 classes \(cat, dog\), and the names given are 3 classes \(ant, bee, cow\)"):
         match_names(images, ["ant", "bee", "cow"])
+
+
+def test_numbers_outside_of_a_head_are_refused_where_they_are_meant_for_it_and_only_features_judged_where_not():
+    def check(labels, model):
+        images = open_images([(Image.new("RGB", (8, 8)), label) for label in labels])
+        return check_numbers(images, list(images.loader(batch_size=2)), model)
+
+    for labels, said in (
+        ([1, 2, 3], "label 3 (1 of 3 images)"),
+        ([0, 1, 2, 0, 1, 0, 9, 7], "labels 7, 9 (2 of 8 images)"),
+    ):
+        with pytest.raises(
+            DataError, match=re.escape(f"{said}, but the model's head has 3 classes; use 0..2, or text")
+        ):
+            check(labels, vit(3))
+    for labels, num_classes in (
+        ([0, 1, 2], 3),
+        ([0, 3, 4, 5], 3),
+        ([7, 8], 0),
+        (["ant", "bee", "cow", "dog"], 3),
+        ([None, 0], 3),
+    ):
+        check(labels, vit(num_classes))
+
+
+def test_evaluate_refuses_numbers_outside_of_the_head():
+    model = vit(3)
+    images = [(Image.new("RGB", (8, 8)), label) for label in (1, 2, 3)]
+    with pytest.raises(DataError, match=r"label 3 \(1 of 3 images\)"):
+        vitrim.evaluate(model, model, images, latency=False, quiet=True)
+
+
+def test_images_of_which_few_have_a_label_are_evaluated():
+    model = vit(3)
+    noise = torch.randint(256, (25, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    for known in ({0: 1, 7: 2, 12: 0, 20: 1}, {3: 0, 9: 2}, {4: 2, 5: 2, 6: 2}):
+        pairs = [(Image.fromarray(picture), known.get(number)) for number, picture in enumerate(noise)]
+        found = vitrim.evaluate(model, model, pairs, latency=False, quiet=True).student
+        assert set(found.scores) <= {"knn", "linear_probe", "top1"} and found.num_images["top1"] == len(known)
+    with pytest.raises(DataError, match="knn: training: no image has a label"):
+        vitrim.evaluate(model, model, pairs, index=[picture for picture, _ in pairs], latency=False, quiet=True)

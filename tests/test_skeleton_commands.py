@@ -12,10 +12,11 @@ import vitrim
 from tests.support.skeletons import pairs, write_table
 from vitrim.cli.app import run
 from vitrim.data.inputs import open_inputs
-from vitrim.errors import DataError, ModelError
+from vitrim.errors import DataError, ModelError, SiteNotFoundError
 from vitrim.models.features import features
 from vitrim.models.load import load_model
 from vitrim.models.origin import Reading
+from vitrim.models.sites import find_mlps
 from vitrim.output.save import save
 from vitrim.report.collect import look
 from vitrim.report.tiles import BONE, JOINT_PX, MARGIN_PX, SMALLER_LINE, TILE_PX, _skeleton, draw_frames
@@ -185,3 +186,20 @@ def test_bad_recordings_end_a_command_in_one_line_before_any_work(row, said, tmp
     shown = capsys.readouterr().err
     assert said in shown and len(shown.strip().splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"data.parquet", "labels.yaml"}
+
+
+def test_labels_of_skeletons_are_the_heads_if_there_are_fewer_and_refused_outside_of_it(tmp_path, capsys):
+    model, _, origin = two()
+    (tmp_path / "m").mkdir()
+    save(tmp_path / "m", model, origin=origin, plan=Plan(edits=(), method="none", options={}, seed=0, versions={}))
+    joints = [each for each, _ in pairs(6)]
+    write_table(tmp_path / "few.parquet", list(zip(joints, [0, 1, 0, 1, 1, 0], strict=True)))
+    write_table(tmp_path / "out.parquet", list(zip(joints, [0, 1, 5, 9, 4, 7], strict=True)))
+    folder = str(tmp_path / "m")
+    found = vitrim.evaluate(folder, folder, str(tmp_path / "few.parquet"), latency=False, quiet=True)
+    assert found.student.num_images["top1"] == 6
+    assert run(["evaluate", folder, "--against", folder, "--data", str(tmp_path / "out.parquet"), "--quiet"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].endswith("labels 4, 5, 7, ... (4 of 6 images), but the model's head has 3 classes; use 0..2.")
+    with pytest.raises(SiteNotFoundError, match="The method lortsar makes convolutions smaller, too"):
+        find_mlps(model)

@@ -13,8 +13,9 @@ from vitrim.cost.count import count_macs, num_parameters, peak_memory_mib
 from vitrim.cost.latency import BATCH_SIZES, measure_latency
 from vitrim.cost.sure import judge_sure
 from vitrim.data import Batch, ImageSet, split_indices
-from vitrim.data.inputs import check_inputs, check_repeatable, match_labels, open_set, random_inputs, scaled_notes
+from vitrim.data.inputs import check_inputs, check_repeatable, open_set, random_inputs, scaled_notes
 from vitrim.data.labels import Classes
+from vitrim.data.match import check_numbers, match_labels
 from vitrim.data.poses import PoseSet, poses_of
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DataError
@@ -231,6 +232,7 @@ def evaluate(
     people = poses_of(teacher_model, images)
     with progress("evaluate", 0, quiet=quiet) as bar:
         batches, num_skipped = _read(images, batch_size, bar)
+        check_numbers(images, batches, teacher_model)
         if old is not None:
             old.check(sum(len(batch.labels_B) for batch in batches), num_skipped)
         for model, built in both:
@@ -348,10 +350,13 @@ def quality_of(
         train, test = (pooled[rest], labels[rest]), (pooled[held], labels[held])
     else:
         train, test = extract(model, learn), (pooled, labels)
-    scores = {"knn": 100 * knn_top1(*train, *test, k=min(20, len(train[0])))}
-    if len(train[1][train[1] >= 0].unique()) > 1:
+    num_known, num_judged = (int((part >= 0).sum()) for part in (train[1], test[1]))
+    scores = {}
+    if learn is not None or (num_known and num_judged):  # an index without labels is refused there
+        scores["knn"] = 100 * knn_top1(*train, *test, k=min(20, num_known))
+    if num_judged and len(train[1][train[1] >= 0].unique()) > 1:
         scores["linear_probe"] = 100 * linear_probe_top1(*train, *test)
-    num_images = dict.fromkeys(scores, int((test[1] >= 0).sum()))
+    num_images = dict.fromkeys(scores, num_judged)
     own = own_top1(model, outputs) if top1 else None
     if own is not None:
         scores["top1"], num_images["top1"] = own, outputs.num_labelled

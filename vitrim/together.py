@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vitrim.cost.count import count_macs, num_parameters
 from vitrim.data import Batch, ImageSet
-from vitrim.data.inputs import match_labels, open_set
+from vitrim.data.inputs import open_set
+from vitrim.data.match import match_labels
 from vitrim.distributed.devices import resolve_device
 from vitrim.errors import DataError, ModelError
 from vitrim.evaluation import Evaluation, Scored

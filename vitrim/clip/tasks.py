@@ -46,7 +46,8 @@ from vitrim.clip.text_tower import TextOptions, TextTuning, tune_text_
 from vitrim.config.run_context import RunContext
 from vitrim.cost.count import num_parameters
 from vitrim.data import PairSet, open_pairs, transform_for
-from vitrim.data.inputs import match_names, open_set, random_inputs
+from vitrim.data.inputs import open_set, random_inputs
+from vitrim.data.match import match_names
 from vitrim.distributed.devices import resolve_device
 from vitrim.distributed.processes import entered_on_main, join_, on_main
 from vitrim.errors import OutputError, RecipeError

@@ -15,7 +15,8 @@ from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream, Split
 from vitrim.data.images import check_workers
-from vitrim.data.inputs import can_run, check_repeatable, match_labels, open_inputs, random_inputs
+from vitrim.data.inputs import can_run, check_repeatable, open_inputs, random_inputs
+from vitrim.data.match import match_labels
 from vitrim.data.poses import poses_of
 from vitrim.errors import RecipeError
 from vitrim.inputs import Inputs

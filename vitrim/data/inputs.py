@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vitrim.data.decode import UNREADABLE
 from vitrim.data.images import Batch, ImageSet, open_images
-from vitrim.data.labels import Classes
 from vitrim.data.parts import Part
 from vitrim.data.skeletons import open_skeletons
 from vitrim.data.streams import ImageStream, open_stream
@@ -23,12 +22,10 @@ from vitrim.data.transforms import is_known, transform_for
 from vitrim.errors import DataError, ModelError, reason_of
 from vitrim.inputs import Inputs, run_on
 from vitrim.models.features import (
-    class_names,
     evaluating,
     features,
     inputs_for,
     needs_beside_images,
-    num_classes,
     takes_token_ids,
 )
 from vitrim.models.load import tokenizer_of
@@ -110,48 +107,6 @@ def scaled_notes(kinds: Mapping[str, int], origin: Origin) -> tuple[str, ...]:
         f"{origin.name}: how it wants images is not known, so they went in at their own size, scaled to 0..1; if that "
         "is not as it was trained, pass float tensors (C, H, W) that are preprocessed already.",
     )
-
-
-def match_labels(images: ImageSet, model: nn.Module) -> tuple[ImageSet, bool, str | None]:
-    """Call the classes of images as a model's head does: by name, or as they are where both have as many.
-
-    Returns:
-        The images, whether their labels are those of the head, and a note if they are not.
-    """
-    size, mine, theirs = num_classes(model), images.classes, class_names(model)
-    if not size:
-        return images, False, None
-    if mine is None:
-        return images, False, f"{images.name}: has no labels, so top-1 is not measured."
-    if mine.names and set(mine.names) <= set(theirs):
-        return _by_name(images, mine.names, theirs), True, None
-    if mine.count == size and not set(mine.names) & set(theirs):
-        return images, True, None
-    head = Classes(count=size, names=theirs).words
-    note = f"{images.name}: has {mine.words}, the model's head {head}, so top-1 is not measured."
-    return images, False, note
-
-
-def match_names(images: ImageSet, names: Sequence[str]) -> ImageSet:
-    """Call the classes of images by their places in a list of names; as they are if their own names are others.
-
-    Raises:
-        DataError: the images have other names, and not as many.
-    """
-    mine = images.classes
-    if mine is None or not mine.names:
-        return images
-    if set(mine.names) <= set(names):
-        return _by_name(images, mine.names, tuple(names))
-    if len(mine.names) != len(names):
-        given = Classes(count=len(names), names=tuple(names)).words
-        raise DataError(f"{images.name}: has {mine.words}, and the names given are {given}; give one for each class.")
-    return images
-
-
-def _by_name(images: ImageSet, mine: Sequence[str], theirs: tuple[str, ...]) -> ImageSet:
-    numbers = [theirs.index(name) for name in mine]
-    return images.relabelled(numbers, Classes(count=len(theirs), names=theirs))
 
 
 def check_inputs(model: nn.Module, origin: Origin, batches: Sequence[Batch | Tensor]) -> None:

@@ -19,7 +19,7 @@ from vitrim.config.options import CalibrateOptions
 from vitrim.config.recipe import Recipe
 from vitrim.data.decode import UNREADABLE
 from vitrim.data.images import Batch, ImageSet, first_images, split_indices
-from vitrim.data.inputs import match_labels
+from vitrim.data.match import match_labels
 from vitrim.data.pixels import digest, distinct
 from vitrim.data.streams import ImageStream, Place
 from vitrim.data.views import are_images, fitting_views, with_views

@@ -129,7 +129,8 @@ def linear_probe_top1(
         test_ND: features to classify; never used to choose `c`.
         test_labels: their classes.
         c: inverse strength of the L2 penalty. None picks the best of PROBE_CS on a seeded fifth of the
-            training images (the stronger penalty if two are equal) and fits once more on all of them.
+            training images (the stronger penalty if two are equal) and fits once more on all of them; where only one
+            class would be left to fit on, the strongest penalty is taken.
         seed: of that split.
 
     Raises:
@@ -143,7 +144,8 @@ def linear_probe_top1(
         order = torch.randperm(len(train_ND), generator=torch.Generator().manual_seed(seed))
         held, rest = order[: len(order) // 5], order[len(order) // 5 :]
         parts = (train_ND[rest], train_labels[rest], train_ND[held], train_labels[held])
-        c = max(PROBE_CS, key=lambda candidate: _fit_and_score(*parts, c=candidate))
+        can_choose = len(held) and len(train_labels[rest].unique()) > 1
+        c = max(PROBE_CS, key=lambda candidate: _fit_and_score(*parts, c=candidate)) if can_choose else PROBE_CS[0]
     return _fit_and_score(train_ND, train_labels, test_ND, test_labels, c=c)
 
 

@@ -184,7 +184,8 @@ def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
         share = kernels / (kernels + matrices)
         said += (
             f": it is convolutional ({share:.0%} of its weights), and MLPs are cut in linear layers and 1 x 1 "
-            "convolutions alone, where one feeds another through a function of single units."
+            "convolutions alone, where one feeds another through a function of single units. The method lortsar makes "
+            "convolutions smaller, too (--method lortsar)."
         )
     else:
         said += ": no linear layer feeds another, of fitting shape, through a function of single units."
