@@ -71,6 +71,15 @@ def test_positions_are_added_to_patches_before_every_block_but_only_once_before_
         ({"image_size": [30, 24]}, "is not made of patches"),
         ({"num_heads": 5}, "use a multiple of 4"),
         ({"wide": 1}, "unknown size wide"),
+        ({"num_heads": 0}, "num_heads is 0; use a whole number of 1 or more"),
+        ({"depth": 0}, "depth is 0; use a whole number"),
+        ({"width": "wide"}, "width is 'wide'; use a whole number"),
+        ({"image_size": 64}, r"image_size is 64; use height and width"),
+        ({"image_size": [64]}, "use height and width"),
+        ({"patch_size": [0, 3]}, "patch_size is .* use height and width"),
+        ({"mlp_ratio": -1}, "mlp_ratio is -1; use a number above 0"),
+        ({"mlp_ratio": float("nan")}, "use a number above 0"),
+        ({"mlp_ratio": 0.01}, "is no hidden unit"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, said):
@@ -213,12 +222,16 @@ def tiny_of(num_joints):
         ([[1.0] * 28, [1.0] * 34], "row 1 has 34 numbers for joints; use 28"),
         ([[1.0] * 30] * 2, "row 0 has 30 numbers"),
         ([[1.0] * 28, [float("nan")] * 28], "row 1 has joints out of range"),
+        ([[0.25, 0.75] * 14] * 2, "all joints are within 0..1, so shares of the picture; use pixels"),
+        ([3.5, 4.5], "row 0 has float for joints; use a list"),
         ([[1.0, 1.0, 0.0] * 14] * 2, "row 0 has no person, since no joint is known"),
     ],
 )
 def test_what_is_no_person_is_refused(tmp_path, rows, said):
+    images = open_images(write_parquet(tmp_path / "a.parquet", 2, rows))
+    assert len(list(images)) == 2  # whoever wants no joints never hears of them
     with pytest.raises(DataError, match=said):
-        open_images(write_parquet(tmp_path / "a.parquet", 2, rows))
+        _ = images.joints
 
 
 @pytest.mark.parametrize(
@@ -228,6 +241,11 @@ def test_what_is_no_person_is_refused(tmp_path, rows, said):
         ({"bbox": [1, 2, 0, 3]}, "person 0 has the box"),
         ({"image_id": 99}, "image 99, which has no file"),
         ({"keypoints": [1.0] * 50}, "row 0 has 50 numbers"),
+        ({"keypoints": 7}, "row 0 has int for joints"),
+        ({"bbox": [1, 2, "a", 3]}, "person 0 has the box"),
+        ({"area": "large"}, "person 0 has the area 'large'"),
+        ({"area": -4}, "person 0 has the area -4"),
+        ({"image_id": [1]}, "is not COCO's JSON"),
     ],
 )
 def test_a_damaged_file_of_persons_is_refused(tmp_path, changed, said):
@@ -241,5 +259,8 @@ def test_images_without_joints_or_with_others_are_refused(tmp_path):
     with pytest.raises(DataError, match="14 joints a person, and the model 17"):
         PoseSet(open_images(write_parquet(tmp_path / "a.parquet")), FRAME, 17)
     (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(DataError, match="is not COCO's JSON"):
+        open_images(tmp_path / "b.json")
+    (tmp_path / "b.json").write_text('{"images": [], "annotations": [1, 2]}')
     with pytest.raises(DataError, match="is not COCO's JSON"):
         open_images(tmp_path / "b.json")

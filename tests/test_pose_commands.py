@@ -75,7 +75,7 @@ def test_pictures_without_joints_are_evaluated_by_features_alone(cut):
 
 
 def test_joints_of_others_are_refused(people, tmp_path):
-    rows = [[1.0] * 34] * 4
+    rows = [[2.0] * 34] * 4
     with pytest.raises(DataError, match="has 17 joints a person, and the model 14"):
         vitrim.evaluate(tiny(), tiny(), write_parquet(tmp_path / "a.parquet", 4, rows), latency=False)
 
@@ -84,12 +84,12 @@ def test_joints_of_others_are_refused(people, tmp_path):
     ("row", "said"),
     [
         ([], "row 2 has no person; leave it out"),
-        ([1.0] * 30, "row 2 has 30 numbers for joints; use 28"),
+        ([2.0] * 30, "row 2 has 30 numbers for joints; use 28"),
         ([float("inf")] * 28, "row 2 has joints out of range; use pixels"),
     ],
 )
 def test_pictures_without_a_person_end_a_command_in_one_line_before_any_work(row, said, tmp_path, capsys):
-    write_parquet(tmp_path / "a.parquet", 3, [[1.0] * 28, [1.0] * 28, row])
+    write_parquet(tmp_path / "a.parquet", 3, [[2.0] * 28, [2.0] * 28, row])
     given = ["--data", str(tmp_path / "a.parquet"), "--quiet"]
     for command in (["compress", "--out", str(tmp_path / "out")], ["evaluate", "--against", "vitrim/pose-small"]):
         assert run([command[0], "vitrim/pose-small", *command[1:], *given]) == 2

@@ -152,8 +152,11 @@ def _check_labels(recipe: Recipe, images: ImageSet | ImageStream | None, encoder
     """Check that there are labels for the head, if a method or training reads them.
 
     Raises:
+        DataError: the model is one of poses, and the images have joints that can't be.
         RecipeError: there are none, or training with them goes with no option that was given.
     """
+    if hasattr(encoder, "joint_tokens") and isinstance(images, ImageSet):
+        _ = images.joints  # read here, so that damaged ones are refused before any work
     name = next((step.method for step in recipe.steps if step.make_method().reads_labels()), None)
     key = "options" if name is not None else "recover"
     if recipe.recover is not None and recipe.recover.loss == "labels":

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitrim.data.decode import decode, to_rgb
 from vitrim.data.folders import is_image, walk
 from vitrim.data.labels import Classes
-from vitrim.errors import DataError
+from vitrim.errors import DAMAGED, DataError
 from vitrim.models.joints import LAYOUTS
 
 MARGIN = 1.25  # of a person's box, on each side together
@@ -34,11 +34,13 @@ class CocoPeople:
             raise DataError(f"{path}: no image has a person with joints; pass COCO's person_keypoints file.")
         values = [person.get("keypoints") for person in self._people]
         for row, person in enumerate(self._people):
-            box = person.get("bbox")
-            if not isinstance(box, list) or len(box) != 4 or not min(box[2:]) > 0:
-                raise DataError(f"{path}: person {row} has the box {box!r}; use x, y, width and height.")
+            box, area = person.get("bbox"), person.get("area") or 0.0
+            if not isinstance(box, list) or len(box) != 4 or not all(map(_is_place, box)) or not min(box[2:]) > 0:
+                raise DataError(f"{path}: person {row} has the box {box!r:.60}; use x, y, width and height.")
             if person.get("image_id") not in self._files:
                 raise DataError(f"{path}: person {row} is in image {person.get('image_id')!r}, which has no file.")
+            if not isinstance(area, int | float) or not 0 <= area < math.inf:
+                raise DataError(f"{path}: person {row} has the area {area!r:.40}; use pixels, 0 or more.")
         areas = [person.get("area") or 0.0 for person in self._people]
         self.joints = joints_of(values, str(path), areas)
         corners_N2 = torch.tensor([_around(person["bbox"])[:2] for person in self._people], dtype=torch.float32)
@@ -70,10 +72,12 @@ def joints_of(values: Sequence[Any], where: str, areas: Sequence[float] = ()) ->
     for number, row in enumerate(values):
         if not row:
             raise DataError(f"{where}: row {number} has no person; leave it out.")
+        if not isinstance(row, Sequence) or isinstance(row, str | bytes):
+            raise DataError(f"{where}: row {number} has {type(row).__name__} for joints; use a list (x, y, ...).")
         if len(row) not in sizes or len(row) != len(values[0]):
             wanted = " or ".join(map(str, sizes if number == 0 else [len(values[0])]))
             raise DataError(f"{where}: row {number} has {len(row)} numbers for joints; use {wanted} (x, y, ...).")
-        if not all(isinstance(value, int | float) and math.isfinite(value) and abs(value) < FARTHEST for value in row):
+        if not all(map(_is_place, row)):
             raise DataError(f"{where}: row {number} has joints out of range; use pixels.")
         rows.append(row)
     count, parts = sizes[len(rows[0])]
@@ -82,6 +86,8 @@ def joints_of(values: Sequence[Any], where: str, areas: Sequence[float] = ()) ->
     empty = (known_NK1.sum((1, 2)) == 0).nonzero().flatten().tolist()
     if empty:
         raise DataError(f"{where}: row {empty[0]} has no person, since no joint is known; leave it out.")
+    if bool(((joints_NKX[..., :2] >= 0) & (joints_NKX[..., :2] <= 1)).all()):
+        raise DataError(f"{where}: all joints are within 0..1, so shares of the picture; use pixels.")
     size_N = torch.tensor(areas or [0.0] * len(rows)).sqrt()
     return torch.cat([joints_NKX[..., :2], known_NK1, size_N[:, None, None].expand(-1, count, 1)], dim=-1)
 
@@ -94,13 +100,19 @@ def _read_coco(path: Path) -> tuple[dict[Any, Path], list[dict[str, Any]]]:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         names = {image["id"]: Path(image["file_name"]).name for image in said["images"]}
-        people = list(said["annotations"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        people = [{**person, "image_id": person.get("image_id")} for person in said["annotations"]]
+        hash(tuple(person["image_id"] for person in people))  # a list is no number of an image
+    except DAMAGED as error:
         raise DataError(f"{path}: is not COCO's JSON ({error!r:.80}); it has 'images' and 'annotations'.") from None
     root = path.parent.parent if path.parent.name == "annotations" else path.parent
     wanted = set(names.values())
     files = {file.name: file for _, inside in walk(root) for file in inside if is_image(file) and file.name in wanted}
     return {number: files[name] for number, name in names.items() if name in files}, people
+
+
+def _is_place(value: Any) -> bool:
+    """Return whether a value is a place in a picture, along one axis."""
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < FARTHEST
 
 
 def _around(box: Sequence[float]) -> tuple[int, int, int, int]:

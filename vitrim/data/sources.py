@@ -10,6 +10,7 @@ import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -169,7 +170,7 @@ class _Parquet(Rows):
         self._columns: list[str] = []
         labels: list[Any] = []
         names: tuple[str, ...] = ()
-        joints: list[Any] = []
+        self._joints: list[Any] = []
         self._cache: OrderedDict[int, Any] = OrderedDict()
         for path in files:
             try:
@@ -179,7 +180,7 @@ class _Parquet(Rows):
                         labels += file.read(columns=self._columns[1:]).column(0).to_pylist()
                         names = names or names_in_schema(file.schema_arrow, self._columns[1])
                     if JOINT_COLUMN in file.schema_arrow.names:
-                        joints += file.read(columns=[JOINT_COLUMN]).column(0).to_pylist()
+                        self._joints += file.read(columns=[JOINT_COLUMN]).column(0).to_pylist()
                     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable parquet file ({error}); write or download it again.") from None
@@ -187,7 +188,16 @@ class _Parquet(Rows):
                 self._groups.append((path, group))
                 self._starts.append(self._starts[-1] + size)
         self._labels, self.classes = number_labels(labels or [None] * self._starts[-1], str(files[0]), names)
-        self.joints = joints_of(joints, str(files[0])) if len(joints) == len(self) > 0 else None
+        self._name = str(files[0])
+
+    @cached_property
+    def joints(self) -> Tensor | None:
+        """Joints (N, K, 4), None if the files have none; made when asked for, since most models want no joints.
+
+        Raises:
+            DataError: a row has no person, another number of joints, or a value that is no place in a picture.
+        """
+        return joints_of(self._joints, self._name) if len(self._joints) == len(self) > 0 else None
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -73,6 +73,7 @@ class PoseConfig:
             raise ModelError(f"{where}: unknown size {', '.join(sorted(unknown))}; use the fields of PoseConfig.")
         sizes: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         found = cls(**sizes)
+        _check_kinds(found, where)
         layout_of(found.num_joints, where)
         steps = [STRIDE * side for side in found.patch_size]
         if any(side % step for side, step in zip(found.image_size, steps, strict=True)):
@@ -80,6 +81,26 @@ class PoseConfig:
         if found.width % 4 or found.width % found.num_heads:
             raise ModelError(f"{where}: width {found.width}; use a multiple of 4 and of the {found.num_heads} heads.")
         return found
+
+
+def _check_kinds(sizes: PoseConfig, where: str) -> None:
+    """Refuse a size that is no positive number, or no pair of them.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for name, value in asdict(sizes).items():
+        is_pair, wanted = name in ("image_size", "patch_size"), "a whole number of 1 or more"
+        kinds: tuple[type, ...] = (int,)
+        if is_pair:
+            wanted = "height and width in whole numbers, such as [128, 96]"
+        elif name == "mlp_ratio":
+            kinds, wanted = (int, float), "a number above 0"
+        values = value if isinstance(value, tuple) else (value,)
+        if len(values) != 1 + is_pair or not all(type(each) in kinds and 0 < each < math.inf for each in values):
+            raise ModelError(f"{where}: {name} is {value!r:.40}; use {wanted}.")
+    if not round(sizes.mlp_ratio * sizes.width):
+        raise ModelError(f"{where}: mlp_ratio {sizes.mlp_ratio:g} of width {sizes.width} is no hidden unit; use more.")
 
 
 CONFIGS: Mapping[str, PoseConfig] = {
