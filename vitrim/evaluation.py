@@ -231,8 +231,7 @@ def evaluate(
     images, fits, note = match_labels(open_set(data, origin, split=split, limit=limit, default="test"), teacher_model)
     people = poses_of(teacher_model, images)
     with progress("evaluate", 0, quiet=quiet) as bar:
-        batches, num_skipped = _read(images, batch_size, bar)
-        check_numbers(images, batches, teacher_model)
+        batches, num_skipped = _read(images, batch_size, bar, judged_by=teacher_model)
         if old is not None:
             old.check(sum(len(batch.labels_B) for batch in batches), num_skipped)
         for model, built in both:
@@ -261,10 +260,14 @@ def evaluate(
     )
 
 
-def _read(images: ImageSet, batch_size: int, bar: Progress) -> tuple[list[Batch], int]:
-    """Return all images in batches, and how many could not be read."""
+def _read(
+    images: ImageSet, batch_size: int, bar: Progress, *, judged_by: nn.Module | None = None
+) -> tuple[list[Batch], int]:
+    """Return all images in batches, with labels that the head of a model may judge, and how many could not be read."""
     bar.say(f"images of {images.about}")
     batches = list(bar.track(images.loader(batch_size=batch_size), "batches read"))
+    if judged_by is not None:
+        check_numbers(images, batches, judged_by)
     return batches, sum(batch.num_skipped for batch in batches)
 
 
@@ -351,9 +354,8 @@ def quality_of(
     else:
         train, test = extract(model, learn), (pooled, labels)
     num_known, num_judged = (int((part >= 0).sum()) for part in (train[1], test[1]))
-    scores = {}
-    if learn is not None or (num_known and num_judged):  # an index without labels is refused there
-        scores["knn"] = 100 * knn_top1(*train, *test, k=min(20, num_known))
+    can_vote = learn is not None or (num_known and num_judged)  # an index without labels is refused there
+    scores = {"knn": 100 * knn_top1(*train, *test, k=min(20, num_known))} if can_vote else {}
     if num_judged and len(train[1][train[1] >= 0].unique()) > 1:
         scores["linear_probe"] = 100 * linear_probe_top1(*train, *test)
     num_images = dict.fromkeys(scores, num_judged)
