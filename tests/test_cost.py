@@ -64,7 +64,7 @@ def test_attention_formula_equals_torchs_own():
     query, key, value = (torch.randn(shape) for shape in shapes)
     with FlopCounterMode(display=False) as counter:
         (query @ key.transpose(-1, -2)).softmax(-1) @ value
-    assert cost._attention_flops(*shapes) == counter.get_total_flops()
+    assert cost.attention_flops(*shapes) == counter.get_total_flops()
 
 
 def test_macs_restore_training_mode(vit):

@@ -56,7 +56,7 @@ def compress(
     from vitrim.compression.pipeline import compress as run
     from vitrim.distributed.processes import is_main
 
-    asked = _recipe(
+    asked = recipe_of(
         cut,
         {"model": model, "data": data, "remote_code": remote_code}
         | {**reading.given(), **budget.given(), **cut.given(), **train.given()},
@@ -105,7 +105,7 @@ def prune_checkpoint(
     result = prune(
         source,
         out,
-        recipe=_recipe(cut, {"model": source, "data": data, **reading.given(), **budget.given(), **cut.given()}),
+        recipe=recipe_of(cut, {"model": source, "data": data, **reading.given(), **budget.given(), **cut.given()}),
         memory_budget=memory_budget,
         shard_size=shard_size,
         resume=resume,
@@ -233,7 +233,7 @@ def demo(
     say(f"Open {out / 'report.html'} for the pictures.")
 
 
-def _recipe(cut: CutOptions, given: dict[str, Any]) -> Recipe:
+def recipe_of(cut: CutOptions, given: dict[str, Any]) -> Recipe:
     """Return the recipe from a file, or an empty one, updated with the command line's values."""
     from vitrim.config.recipe import Recipe
 

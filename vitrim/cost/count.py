@@ -80,7 +80,7 @@ def count_macs(model: nn.Module, images_BCHW: Tensor) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-    formulas = dict.fromkeys(UNCOUNTED_ATTENTION, _attention_flops) | UNCOUNTED_PRODUCTS
+    formulas = dict.fromkeys(UNCOUNTED_ATTENTION, attention_flops) | UNCOUNTED_PRODUCTS
     packets = {name: getattr(torch.ops.aten, name) for name in formulas if hasattr(torch.ops.aten, name)}
     mapping: dict[Any, Any] = {
         packet: formulas[name] for name, packet in packets.items() if packet not in flop_registry
@@ -176,7 +176,7 @@ UNCOUNTED_PRODUCTS: dict[str, Callable[..., int]] = {
 }
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+def attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """Return the FLOPs of softmax(QK')V from the shapes (B, heads, tokens, width): two matrix products."""
     batch, heads, num_queries, width = query
     return 2 * batch * heads * num_queries * key[-2] * (width + value[-1])

@@ -8,7 +8,7 @@ type: autocast decides what runs in bf16, as it does without shards, so that bot
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -102,16 +102,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def checkpointed(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+def checkpointed(
+    model: nn.Module, blocks: Sequence[str], *, around: Callable[[], Any] = around_recomputation
+) -> Iterator[None]:
     """Let blocks keep only their inputs for the backward pass and run again in it: exact, for a third more compute.
 
     Args:
         model: holds the blocks.
         blocks: paths of modules without randomness: dropout would draw anew.
+        around: returns two contexts, around the forward pass and around its repetition.
     """
     modules = _modules(model, blocks)
     before = [vars(module).get("forward") for module in modules]
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=around_recomputation)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=around)
     for module in modules:
         module.forward = partial(again, module.forward)
     try:
