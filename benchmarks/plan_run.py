@@ -4,8 +4,8 @@ A ViT with random weights, on CPUs over gloo; each process's resident memory abo
 its highest. What a GPU would hold apart from main memory is one here, so the plan's two are added. A state is written
 while the next step is taken, as a large one is. Prints a table and writes JSON with machine, versions and command.
 
-    python benchmarks/plan_run.py            # about 5 minutes on 2 cores
-    python benchmarks/plan_run.py --quick    # a minute: a smaller model, two of the ways
+    python benchmarks/plan_run.py            # five ways
+    python benchmarks/plan_run.py --quick    # a smaller model, two of the ways
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ def planned(way: dict[str, Any], size: tuple[int, tuple[int, ...]]) -> float:
         on_gpu=False,
     )
     held = setup.device_bytes(pair.sizes, pair.rehearsed(setup, options).peak)
-    print(way, {name: f"{size / 1e6:.1f}" for name, size in held.items()}, f"{setup.main_bytes(pair.sizes) / 1e6:.1f}")
     return sum(held.values()) + setup.main_bytes(pair.sizes)
 
 

@@ -99,7 +99,7 @@ def test_the_fastest_way_that_fits_is_chosen(source, monkeypatch):
     parts = planned(0.8 * found.peak).options
     assert parts["gradient_accumulation_steps"] * parts["batch_size"] == 256
     with pytest.raises(BudgetError, match=r"gpus: the run does not fit into .* on each of 1 l40s; give "):
-        planned(0.3 * found.peak, gpus=1)
+        planned(0.1 * found.peak, gpus=1)
 
 
 def test_the_command_says_what_was_planned_and_parses(source, capsys):
