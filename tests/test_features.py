@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import vitrim
 from tests.support.pairs import OPEN_CLIP
 from vitrim.errors import ModelError
-from vitrim.models.features import encoder_path, features, logits, num_classes
+from vitrim.models.features import features, logits, num_classes
+from vitrim.models.takes import encoder_path
 
 HF = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32}
 HF |= {"patch_size": 8}

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 import vitrim
 from vitrim.data import transform_for
 from vitrim.errors import CheckpointError, MissingExtraError, ModelError
-from vitrim.models.features import encoder_path, features, final_norm
+from vitrim.models.features import features, final_norm
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin, crop_pct
 from vitrim.models.stock import stock_origin, why_not_stock
+from vitrim.models.takes import encoder_path
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")

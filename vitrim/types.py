@@ -391,10 +391,12 @@ class Features:
 
     `pooled_BD` is the CLS token, or the mean of the patch tokens if a model has none. `patches_BND` is None for a model
     that returns one vector per image. `taken` says in words where in the model both were read. `token_positions` are
-    those of the patches in the image's grid, where a model keeps some of them; None for all.
+    those of the patches in the image's grid, where a model keeps some of them; None for all. `num_prefix` tokens (CLS,
+    registers) stood in front of the patches.
     """
 
     pooled_BD: Tensor
     patches_BND: Tensor | None = None
     taken: str = ""
     token_positions: tuple[int, ...] | None = None
+    num_prefix: int = 0

@@ -18,7 +18,8 @@ from vitrim.calibrate.activations import block_calls
 from vitrim.calibrate.runs import with_edits
 from vitrim.errors import SiteNotFoundError
 from vitrim.layers.kept_tokens import KeptTokens
-from vitrim.models.features import device_of, evaluating, features, first_tensor, num_prefix_tokens, takes_token_ids
+from vitrim.models.features import device_of, evaluating, features, first_tensor
+from vitrim.models.takes import takes_token_ids
 from vitrim.surgery import KeepTokens, apply_, submodule
 from vitrim.types import AttentionSite, MlpSite
 
@@ -41,7 +42,8 @@ def find_token_blocks(
     Raises:
         SiteNotFoundError: a block can't be split, or no token stands in front of the patches.
     """
-    name, num_prefix = type(model).__name__, num_prefix_tokens(model)
+    with evaluating(model):
+        name, num_prefix = type(model).__name__, features(model, images[:1].to(device_of(model))).num_prefix
     if takes_token_ids(model) or not num_prefix:
         raise SiteNotFoundError(
             f"{name}: has no CLS token that all patches could be judged by (it pools patches, or takes text); {ADVICE}"

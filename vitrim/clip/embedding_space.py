@@ -11,8 +11,8 @@ from torch import nn
 from vitrim.config.options import RecoverOptions
 from vitrim.errors import RecipeError
 from vitrim.metrics.zero_shot import embed_all
-from vitrim.models.features import encoder_path
 from vitrim.models.origin import Origin
+from vitrim.models.takes import encoder_path
 from vitrim.models.towers import image_projection, open_pair, scale_and_bias, unit
 from vitrim.recover.losses import EmbeddingSpace
 

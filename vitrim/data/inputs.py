@@ -21,15 +21,10 @@ from vitrim.data.texts import is_text, open_texts
 from vitrim.data.transforms import is_known, transform_for
 from vitrim.errors import DataError, ModelError, reason_of
 from vitrim.inputs import Inputs, run_on
-from vitrim.models.features import (
-    evaluating,
-    features,
-    inputs_for,
-    needs_beside_images,
-    takes_token_ids,
-)
+from vitrim.models.features import evaluating, features, inputs_for
 from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
+from vitrim.models.takes import needs_beside_images, takes_token_ids
 from vitrim.types import Features
 
 

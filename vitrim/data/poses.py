@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from vitrim.data.decode import READ_ERRORS
 from vitrim.data.images import Batch, ImageSet, collate
 from vitrim.errors import DataError
-from vitrim.models.features import num_prefix_tokens
 from vitrim.models.joints import JointLayout, layout_of
+from vitrim.models.prefix import num_prefix_tokens
 
 HALF_BODY, MIN_JOINTS, MARGIN = 0.3, 8, 1.5  # how often half a body is shown, of how many joints or more, and around it
 TURNED, DEGREES, ZOOM = 0.6, 45, 0.35  # how often a picture is turned; spread of the angle, and of the scale

@@ -39,7 +39,7 @@ def at_confidence(student: UntilSure, teacher: nn.Module, batches: Iterable[Any]
         for images, labels in images_and_labels(batches):
             exit_B, classes_B, found = _left(student, inputs_for(student.model, images))
             target = same_patches(features(teacher, inputs_for(teacher, images)), found)
-            for one, other in zip(kinds(student.model, found)[""], kinds(teacher, target)[""], strict=True):
+            for one, other in zip(kinds(found)[""], kinds(target)[""], strict=True):
                 compared.update(one, other)
             taken.append(exit_B.cpu())
             right.append((classes_B.cpu() == labels)[labels >= 0])

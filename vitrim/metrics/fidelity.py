@@ -23,7 +23,6 @@ from vitrim.models.features import (
     kept_positions,
     logits,
     num_classes,
-    num_prefix_tokens,
     same_patches,
 )
 from vitrim.types import Features, FeaturesAt
@@ -112,7 +111,7 @@ def fidelity(
             pairs = [(model, inputs_for(model, images)) for model in (student, teacher)]
             found = [features(model, moved, at=at) for model, moved in pairs]
             found[1] = same_patches(found[1], found[0])
-            mine, theirs = (kinds(model, own) for model, own in zip((student, teacher), found, strict=True))
+            mine, theirs = map(kinds, found)
             _check_shapes(mine, theirs)
             for kind in theirs:
                 for one, other in zip(mine[kind], theirs[kind], strict=True):
@@ -245,13 +244,13 @@ def retrieval_recall(
     return {f"recall@{k}": hits[k] / len(student_BD) for k in ks}
 
 
-def kinds(model: nn.Module, found: Features) -> dict[str, list[Tensor]]:
+def kinds(found: Features) -> dict[str, list[Tensor]]:
     """Return tokens (B, tokens, D) by the prefix of their results; a pooled vector that is a mean is no token."""
     pooled = [found.pooled_BD[:, None]]
     if found.patches_BND is None:
         return {"": pooled, "pooled_": pooled}
     patches = [found.patches_BND]
-    return {"": pooled + patches if num_prefix_tokens(model) > 0 else patches, "pooled_": pooled, "patches_": patches}
+    return {"": pooled + patches if found.num_prefix else patches, "pooled_": pooled, "patches_": patches}
 
 
 def _kept_tokens(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.metrics.fidelity import TokenComparison
-from vitrim.models.features import device_of, evaluating, features, kept_patches, same_patches
+from vitrim.models.features import device_of, evaluating, features, kept_patches, kept_positions, same_patches
 from vitrim.types import Features, FeaturesAt
 
 # Batches of held-out images, each with the teacher's features on the CPU.
@@ -46,6 +46,14 @@ def read_features(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Feat
         return features(model, images_BCHW, at=at)
     pooled_BD, patches_BND = model(images_BCHW)
     return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, token_positions=kept_patches(model.model))
+
+
+def kept_by(model: nn.Module, images_BCHW: Tensor) -> tuple[int, ...] | None:
+    """Return which patches a model's features have, found out on one of some images; None for all."""
+    if not kept_positions(model):
+        return None
+    with evaluating(model):
+        return features(model, images_BCHW[:1].to(device_of(model))).token_positions
 
 
 def features_on_cpu(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Features:

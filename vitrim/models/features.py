@@ -7,7 +7,6 @@ encoder the first token is the pooled vector and the others are the patches.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,19 +18,10 @@ from torch import Tensor, nn
 from vitrim.errors import ModelError
 from vitrim.inputs import Inputs, in_one_row, run_on, tokens_by_image
 from vitrim.layers.kept_tokens import SplitBlock
+from vitrim.models.prefix import Prefix, num_prefix_tokens
 from vitrim.types import Features, FeaturesAt
 
 FINAL_NORMS = ("norm", "fc_norm", "ln_post", "layernorm", "encoder.layernorm", "encoder.ln", "post_layernorm")
-# What libraries call the part of a larger model (a CLIP pair, a VLM) that takes the images.
-TOWERS = ("visual", "vision_model", "vision_tower", "vision_encoder", "image_encoder", "vision_backbone")
-
-
-def encoder_path(model: nn.Module) -> str:
-    """Return the path of the outermost image tower in a larger model, or "" if the model itself takes the images."""
-    if all(isinstance(getattr(model, name, None), nn.Module) for name in ("encoder", "predictor")):  # V-JEPA 2
-        return "encoder"
-    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWERS]
-    return min(named, key=lambda name: name.count("."), default="")
 
 
 def features(model: nn.Module, inputs: Tensor, *, at: FeaturesAt = "final") -> Features:
@@ -96,8 +86,10 @@ def same_patches(found: Features, like: Features) -> Features:
 
 def _read(model: nn.Module, inputs: Tensor, at: FeaturesAt) -> Features:
     """Return features after or in front of the final norm."""
+    prefix = Prefix(model, at)
     if at == "final":
-        return _features(model, inputs)
+        with prefix.watched():
+            return _features(model, inputs, prefix)
     if at == "logits":
         scores_BC = logits(model, inputs)
         if scores_BC is None:
@@ -109,7 +101,8 @@ def _read(model: nn.Module, inputs: Tensor, at: FeaturesAt) -> Features:
     caught: list[Tensor] = []
     handle = norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
-        found = _features(model, inputs)
+        with prefix.watched():
+            found = _features(model, inputs, Prefix(model, "final"))
     finally:
         handle.remove()
     if not caught:  # the norm is for the pooled token alone, behind the features: timm's `fc_norm`
@@ -117,7 +110,7 @@ def _read(model: nn.Module, inputs: Tensor, at: FeaturesAt) -> Features:
     if caught[-1].ndim == 2 and found.patches_BND is not None:  # CLIP's norm is for the pooled token alone
         _, _, patches = found.taken.partition("; ")
         return replace(found, pooled_BD=caught[-1], taken=f"pooled: input of the final norm; {patches}")
-    return _split(model, caught[-1], "the final norm's input", inputs)
+    return _split(prefix, caught[-1], "the final norm's input", inputs)
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
@@ -243,22 +236,22 @@ def _modes_kept(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _features(model: nn.Module, inputs: Tensor) -> Features:
+def _features(model: nn.Module, inputs: Tensor, prefix: Prefix) -> Features:
     """Return features after the final norm, in whichever way the model's library returns them."""
     if hasattr(model, "trunk") and hasattr(model, "head"):  # open_clip's wrapper around a timm tower
         trunk: Any = model.trunk
         output = trunk.forward_features(inputs)
         pooled_BD = cast(nn.Module, model.head)(trunk.forward_head(output))
-        found = _split(trunk, _tokens(trunk, output), "trunk.forward_features", inputs)
+        found = _split(Prefix(trunk, prefix.at), _tokens(trunk, output), "trunk.forward_features", inputs)
         return _with_pooled(found, pooled_BD, "trunk.forward_head, then head")
     if hasattr(model, "output_tokens"):  # open_clip's own tower: the projected pooled vector, and tokens without CLS
         with _held(model, "output_tokens", True):
             pooled_BD, patches_BND = model(inputs)
         taken = "pooled: the tower's output, projected; patches: its tokens before the projection"
-        return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, taken=taken)
+        return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, taken=taken, num_prefix=1)
     output, where = _output(model, inputs)
     tokens = _tokens(model, output)
-    found = _split(model, tokens, where, inputs)
+    found = _split(prefix, tokens, where, inputs)
     if in_one_row(tokens, inputs):  # and so is what the model calls its pooled output
         return found
     pooled_BD, name = _own_pooled(model, output, tokens)
@@ -310,7 +303,7 @@ def _tokens(model: nn.Module, output: Any) -> Tensor:
     return output
 
 
-def _split(model: nn.Module, tokens: Tensor, where: str, inputs: Tensor | Inputs) -> Features:
+def _split(prefix: Prefix, tokens: Tensor, where: str, inputs: Tensor | Inputs) -> Features:
     """Split tokens, read at a place of this name, into pooled vector and patches, by the number of prefix tokens."""
     if in_one_row(tokens, inputs) or (isinstance(inputs, Inputs) and inputs.real_BN is not None):
         parts = tokens_by_image(tokens, inputs)
@@ -319,15 +312,15 @@ def _split(model: nn.Module, tokens: Tensor, where: str, inputs: Tensor | Inputs
         return Features(pooled_BD=pooled_BD, patches_BND=patches, taken=f"pooled: mean over {where}; patches: {where}")
     if tokens.ndim == 2:
         return Features(pooled_BD=tokens, taken=f"pooled: {where}")
-    if tokens.ndim == 4:
-        tokens = tokens.flatten(1, 2)
-    num_prefix = num_prefix_tokens(model)
+    tokens = tokens.flatten(1, -2)
+    num_prefix = prefix.number(tokens.shape[1])
     if 0 < tokens.shape[1] <= num_prefix:  # PiT gives its prefix alone
-        return Features(pooled_BD=tokens[:, 0], taken=f"pooled: token 0 of {where}")
+        return Features(pooled_BD=tokens[:, 0], taken=f"pooled: token 0 of {where}", num_prefix=num_prefix)
     patches = tokens[:, num_prefix:]
     pooled = f"token 0 of {where}" if num_prefix else f"mean over {where}"
     taken = f"pooled: {pooled}; patches: {f'tokens {num_prefix} and on of ' if num_prefix else ''}{where}"
-    return Features(pooled_BD=tokens[:, 0] if num_prefix else patches.mean(1), patches_BND=patches, taken=taken)
+    pooled_BD = tokens[:, 0] if num_prefix else patches.mean(1)
+    return Features(pooled_BD=pooled_BD, patches_BND=patches, taken=taken, num_prefix=num_prefix)
 
 
 def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> tuple[Tensor | None, str]:
@@ -364,37 +357,3 @@ def _held(model: nn.Module, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(model, name, before)
-
-
-def num_prefix_tokens(model: nn.Module) -> int:
-    """Return how many CLS, distillation and register tokens precede the patches; 1 for a text encoder."""
-    if hasattr(model, "num_prefix_tokens"):
-        return int(model.num_prefix_tokens)  # type: ignore[arg-type]
-    if takes_token_ids(model):
-        return 1
-    for path, module in model.named_modules():
-        if any(word in path.rpartition(".")[2] for word in ("head", "pool")):  # the query of a pool behind the blocks
-            continue
-        found = [getattr(module, key, None) for key in ("cls_token", "class_token", "class_embedding")]
-        if any(isinstance(token, Tensor) for token in found):
-            registers, distillation = (getattr(module, key, None) for key in ("register_tokens", "distillation_token"))
-            num_registers = registers.shape[1] if isinstance(registers, Tensor) else 0
-            return 1 + num_registers + int(isinstance(distillation, Tensor))
-    return 0
-
-
-def takes_token_ids(model: nn.Module) -> bool:
-    """Whether a model is a text encoder: transformers says it takes token ids, and it holds words and no image tower.
-
-    Image towers that don't say what they take inherit "input_ids" from the base of all models; their `forward` does.
-    """
-    first = next(iter(inspect.signature(model.forward).parameters), "")
-    said = getattr(model, "main_input_name", None) == "input_ids" and first != "pixel_values"
-    return said and hasattr(getattr(model, "config", None), "vocab_size") and not encoder_path(model)
-
-
-def needs_beside_images(model: nn.Module) -> list[str]:
-    """Return what a model's `forward` must be given after its first argument: a grid, token ids, boxes."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [each.name for each in parameters if each.kind in kinds and each.default is each.empty]

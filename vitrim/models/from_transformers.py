@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from vitrim.errors import CheckpointError, ModelError
 from vitrim.models import stored_names
-from vitrim.models.features import encoder_path, needs_beside_images, takes_token_ids
 from vitrim.models.fit import read_for
 from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.processors import processing_of
 from vitrim.models.remote_code import KEY
+from vitrim.models.takes import encoder_path, needs_beside_images, takes_token_ids
 from vitrim.surgery import KeepUnits
 from vitrim.types import BlockRun
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from vitrim.errors import CheckpointError, ModelError
-from vitrim.models.features import encoder_path
 from vitrim.models.origin import ModelBackend, Origin, Reading, in_one_line, on_meta, require
+from vitrim.models.takes import encoder_path
 from vitrim.storage.tensor_files import find_weights, user_path
 from vitrim.surgery import reshape_
 

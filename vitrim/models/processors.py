@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from vitrim.inputs import MASKS, REACHES, Inputs
-from vitrim.models.features import needs_beside_images
 from vitrim.models.origin import in_one_line, plain_json, require
+from vitrim.models.takes import needs_beside_images
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 # What configs of towers call what their processors have under another name.

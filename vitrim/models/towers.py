@@ -17,9 +17,10 @@ from torch.nn.functional import normalize
 
 from vitrim.errors import ModelError
 from vitrim.models import from_open_clip
-from vitrim.models.features import device_of, encoder_path, features
+from vitrim.models.features import device_of, features
 from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
+from vitrim.models.takes import encoder_path
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 

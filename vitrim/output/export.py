@@ -136,7 +136,7 @@ def export(
         times = measure_latency(list(models.values()), inputs["noise"][:1], batch_sizes=sizes) if models else []
         num_bytes = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
         said = with_its_classes(whole, origin) if live else origin
-        _describe(_about(path), said, wrapped.names, kept_patches(encoder))
+        _describe(_about(path), said, wrapped.names, kept_patches(wrapped.encoder))
         version = opset_of(path) if path.suffix == ".onnx" else None
     return Exported(
         path=out,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
 from vitrim.models.cycles import Cycle
-from vitrim.models.features import num_prefix_tokens, same_patches
+from vitrim.models.features import same_patches
 from vitrim.models.pose import encode_joints
+from vitrim.models.prefix import num_prefix_tokens
 from vitrim.models.towers import unit
 from vitrim.types import Features
 

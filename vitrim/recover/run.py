@@ -22,8 +22,8 @@ from vitrim.distributed.precision import attention_in_float32, is_bf16
 from vitrim.distributed.processes import join_, mean, num_processes
 from vitrim.distributed.sharding import block_paths, checkpointed, full, local, shard
 from vitrim.errors import RecipeError
-from vitrim.metrics.judging import FeatureModel, read_features
-from vitrim.models.features import kept_patches, restored
+from vitrim.metrics.judging import FeatureModel, kept_by, read_features
+from vitrim.models.features import restored
 from vitrim.recover.adapters import adapted, notes_on
 from vitrim.recover.elastic import Widths, at_width
 from vitrim.recover.judge import Judge, score
@@ -109,7 +109,7 @@ class Run:
         self.best_score = math.inf
         self.ema: dict[str, Tensor] = {}
         self.space = None if space is None else space.to(self.device)
-        self.kept_patches = kept_patches(student)
+        self.kept_patches = kept_by(student, self.judge.held_out[0][0])
         cached = options.cache_teacher
         if self.kept_patches and cached is not None and (cached.num_patches or cached.patch_ratio):
             raise RecipeError(
