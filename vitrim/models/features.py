@@ -298,8 +298,9 @@ def _tokens(model: nn.Module, output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ModelError(f"{type(model).__name__}: returned {type(output).__name__}; need a tensor of features.")
     if output.ndim == 4:  # Swin: channels last; convolutional stages: channels first
-        width = pooled.shape[-1] if isinstance(pooled, Tensor) else getattr(model, "num_features", output.shape[-1])
-        output = output.flatten(1, 2) if output.shape[-1] == width else output.flatten(2).transpose(1, 2)
+        width = pooled.shape[-1] if isinstance(pooled, Tensor) else getattr(model, "num_features", None)
+        is_last = output.shape[-1] != output.shape[-2] if width is None else output.shape[-1] == width
+        output = output.flatten(1, 2) if is_last else output.flatten(2).transpose(1, 2)
     return output
 
 
