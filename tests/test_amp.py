@@ -19,7 +19,8 @@ from vitrim.errors import RecipeError
 from vitrim.methods import Amp, amp
 from vitrim.models.features import features
 from vitrim.surgery import KeepUnits, apply_, read_weights, submodule
-from vitrim.types import Features, MlpSite
+from vitrim.tokens import Features
+from vitrim.types import MlpSite
 
 TAU = 15.0
 

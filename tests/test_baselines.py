@@ -19,7 +19,8 @@ from vitrim.methods import Taylor, make_method
 from vitrim.methods.subspace_node import unexplained_variance
 from vitrim.models.features import features
 from vitrim.surgery import read_weights, submodule
-from vitrim.types import Features, MlpSite, MlpWeights, SiteView
+from vitrim.tokens import Features
+from vitrim.types import MlpSite, MlpWeights, SiteView
 
 
 def view_of(value: Tensor, output: Tensor, *, num_keep: int, gate: Tensor | None = None, stats=None) -> SiteView:

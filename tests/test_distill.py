@@ -30,7 +30,7 @@ from vitrim.recover.losses import feature_loss
 from vitrim.recover.range_test import RATES
 from vitrim.recover.result import Recovery
 from vitrim.recover.schedule import rate_shape
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 
 def test_the_loss_is_the_sum_of_two_means_and_zero_for_equal_features():

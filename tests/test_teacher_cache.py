@@ -35,7 +35,7 @@ from vitrim.recover.cache_layout import Layout, cache_bytes, decode, draw_positi
 from vitrim.recover.sampler import Sampler
 from vitrim.recover.targets import LiveTargets, open_cached
 from vitrim.recover.teacher_cache import TeacherCache
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ from vitrim.models.features import features
 from vitrim.models.towers import embed_images
 from vitrim.output.load import read_about
 from vitrim.recover.losses import EmbeddingSpace, feature_loss, space_loss
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")

@@ -177,9 +177,9 @@ def in_float32(images: Any) -> Any:
     return images.float() if images.is_floating_point() else images
 
 
-def run_on(model: nn.Module, images: Tensor | Inputs) -> Any:
-    """Run a model on a batch of images, or of token ids."""
-    return model(**images.tensors) if isinstance(images, Inputs) else model(images)
+def run_on(model: nn.Module, images: Tensor | Inputs, **options: Any) -> Any:
+    """Run a model on a batch of images, or of token ids, with options of its own."""
+    return model(**images.tensors, **options) if isinstance(images, Inputs) else model(images, **options)
 
 
 def in_one_row(tokens: Tensor, images: Tensor | Inputs) -> bool:

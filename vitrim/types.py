@@ -16,6 +16,8 @@ from typing_extensions import Self
 if TYPE_CHECKING:  # `vitrim --help` imports names from here, and torch takes seconds to import
     from torch import Generator, Tensor
 
+    from vitrim.tokens import Features
+
 T = TypeVar("T")
 MlpKind = Literal["plain", "packed_gated", "split_gated"]
 LayerKind = Literal["linear", "transposed_linear", "conv"]
@@ -383,20 +385,3 @@ class ModelView(Protocol):
     def attention_maps(self, site: AttentionSite, tokens_BND: Tensor) -> Iterator[Tensor]:
         """Yield the attention (B, N, N) of each head, from the tokens that its block is given."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """Output of a vision encoder: B images, N patch tokens, D width.
-
-    `pooled_BD` is the CLS token, or the mean of the patch tokens if a model has none. `patches_BND` is None for a model
-    that returns one vector per image. `taken` says in words where in the model both were read. `token_positions` are
-    those of the patches in the image's grid, where a model keeps some of them; None for all. `num_prefix` tokens (CLS,
-    registers) stood in front of the patches.
-    """
-
-    pooled_BD: Tensor
-    patches_BND: Tensor | None = None
-    taken: str = ""
-    token_positions: tuple[int, ...] | None = None
-    num_prefix: int = 0

@@ -16,6 +16,7 @@ LAYERS: tuple[dict[str, str], ...] = (
         "errors": "what can go wrong, each kind with a line that says what to do",
         "progress": "bars, and messages to the log",
         "stopping": "SIGTERM taken as Ctrl-C",
+        "tokens": "what is read of images: the one description that reads, compares, distils and prints go by",
         "torch_state": "torch's global state, held still for the time of an entry point",
     },
     {

@@ -38,7 +38,8 @@ from vitrim.models.stock import nearest_stock_width, stock_origin
 from vitrim.output.save import save
 from vitrim.output.verify import WITHOUT_VITRIM
 from vitrim.surgery import KeepUnits, Plan, apply_, weight_of
-from vitrim.types import Features, FeaturesAt, MlpSite
+from vitrim.tokens import Features
+from vitrim.types import FeaturesAt, MlpSite
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- table: python -m tests.support.models_table --write -->\n", "<!-- end of table -->\n"

@@ -44,3 +44,23 @@ def seen(model):
     with torch.inference_mode():
         output = model.model.visual(patches, grid_thw=torch.tensor([[1, 4, 4]]))
     return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def build_llava(vision=None, **text):
+    """A Llava whose projector reads the last hidden state but one of a CLIP tower with three blocks."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    vision = vision or {"model_type": "clip_vision_model", **sizes, "image_size": 32, "patch_size": 8}
+    text = {key: value for key, value in TEXT.items() if key not in ("layer_types", "rope_parameters")} | text
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config={"model_type": "llama", **text}, image_token_index=5
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def generated_for(model, images, *, image_token=5, count=16):
+    """What a VLM says of an image, whose tokens have this number in the text."""
+    ids = torch.tensor([[1, *[image_token] * count, 6, 7]])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with torch.inference_mode():
+        return model.generate(input_ids=ids, pixel_values=images, **options)[0].tolist()

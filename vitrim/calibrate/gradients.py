@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitrim.calibrate.sums import check_finite
 from vitrim.errors import ModelError
 from vitrim.models.features import device_of, evaluating, features, frozen
+from vitrim.models.reads import reads
 from vitrim.ops.gram_schmidt import working_dtype
 from vitrim.ops.output_metric import signs_like
 from vitrim.surgery import channels_last, submodule
@@ -85,10 +86,10 @@ def final_metrics(
             found = features(model, batch.to(device_of(model)))
             if missed := [path for path in paths if path not in dict(seen)]:
                 raise ModelError(f"{missed[0]}: did not run as a layer, so its part in the features is not known.")
-            parts = [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
+            parts, unread = found.tensors, reads(model) is not None
             for probe in range(num_probes):
                 signs = [signs_like(part, generator) for part in parts]
-                for path, gradient in _gradients(parts, seen, signs, last=probe + 1 == num_probes):
+                for path, gradient in _gradients(parts, seen, signs, last=probe + 1 == num_probes, unread=unread):
                     sums[path] = sums.get(path, 0) + _gram(channels_last(submodule(model, path), gradient))
             seen.clear()
     for path, gram_DD in sums.items():
@@ -97,17 +98,17 @@ def final_metrics(
 
 
 def _gradients(
-    parts: Sequence[Tensor], seen: Sequence[tuple[str, Tensor]], signs: Sequence[Tensor], *, last: bool
+    parts: Sequence[Tensor], seen: Sequence[tuple[str, Tensor]], signs: Sequence[Tensor], *, last: bool, unread: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the gradient of signed features for what each module put out."""
+    """Yield the gradient of signed features for what each module put out; zeros where some modules may be unread."""
     if not all(part.requires_grad for part in parts):
         raise ModelError("the model's features have no gradient, so it can't be said what they feel of an MLP's error.")
     outputs = [output for _, output in seen]
     found = torch.autograd.grad(parts, outputs, signs, retain_graph=not last, allow_unused=True)
-    for (path, _), gradient in zip(seen, found, strict=True):
-        if gradient is None:
+    for (path, output), gradient in zip(seen, found, strict=True):
+        if gradient is None and not unread:
             raise ModelError(f"{path}: no gradient of the features comes back to it, so its errors can't be weighed.")
-        yield path, gradient
+        yield path, torch.zeros_like(output) if gradient is None else gradient
 
 
 def _gram(gradient: Tensor) -> Tensor:

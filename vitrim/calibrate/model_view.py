@@ -27,18 +27,8 @@ from vitrim.models.features import device_of, evaluating, features, first_tensor
 from vitrim.models.layers import find_layers
 from vitrim.progress import Progress
 from vitrim.surgery import Edit, KeepHeadDims, apply_, channels_last, mlp_output, read_weights, submodule, turned
-from vitrim.types import (
-    AttentionSite,
-    BlockRun,
-    Features,
-    LayerSite,
-    LayerSums,
-    MlpSite,
-    MlpWeights,
-    RunInputs,
-    Stats,
-    T,
-)
+from vitrim.tokens import Features
+from vitrim.types import AttentionSite, BlockRun, LayerSite, LayerSums, MlpSite, MlpWeights, RunInputs, Stats, T
 
 
 class LiveModelView:

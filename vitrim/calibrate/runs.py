@@ -119,13 +119,10 @@ def with_edits(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
 
 
 def tokens_of(model: nn.Module, batches: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return a model's features on each batch as float32 tokens on the CPU: pooled vectors, and patches."""
+    """Return a model's features on each batch as float32 tokens on the CPU: pooled vectors, and those of each layer."""
     with evaluating(model):
         every = [features(model, batch.to(device_of(model))) for batch in batches]
-    return [
-        [part.flatten(0, -2).float().cpu() for part in (found.pooled_BD, found.patches_BND) if part is not None]
-        for found in every
-    ]
+    return [[part.flatten(0, -2).float().cpu() for part in found.tensors] for found in every]
 
 
 def relative_error(mine: list[list[Tensor]], theirs: list[list[Tensor]]) -> float:

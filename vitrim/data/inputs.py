@@ -25,7 +25,7 @@ from vitrim.models.features import evaluating, features, inputs_for
 from vitrim.models.load import tokenizer_of
 from vitrim.models.origin import Origin
 from vitrim.models.takes import needs_beside_images, takes_token_ids
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 
 def open_inputs(
@@ -197,7 +197,7 @@ def check_repeatable(model: nn.Module, origin: Origin, inputs: Tensor | None) ->
 def _distance(first: Features, second: Features) -> float:
     """Return how far the features of the first input differ, relative to their size; 0 where they are not finite."""
     one, other = (
-        torch.cat([part[0].flatten().double() for part in (each.pooled_BD, each.patches_BND) if part is not None])
+        torch.cat([part[0].flatten().double() for part in each.parts[:2] if part is not None])
         for each in (first, second)
     )
     other = other[: len(one)]  # in one row of all images the tokens of others follow

@@ -25,16 +25,16 @@ from vitrim.distributed.processes import broadcast_, num_processes
 from vitrim.errors import RecipeError
 from vitrim.metrics.judging import FeatureModel
 from vitrim.models.sites import find_mlps
+from vitrim.tokens import Parts
 from vitrim.types import FeaturesAt
 
 
 class Sharded(FeatureModel):
     """Model in shards. Every process has to call it as often as the others: each call gathers from all."""
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return pooled vector and patch tokens, in memory of their own: hooks of a sharding don't work on views."""
-        pooled_BD, patches_BND = super().forward(images_BCHW)
-        return pooled_BD.clone(), None if patches_BND is None else patches_BND.clone()
+    def forward(self, images_BCHW: Tensor) -> Parts:
+        """Return the features in memory of their own: hooks of a sharding don't work on views."""
+        return tuple(None if part is None else part.clone() for part in super().forward(images_BCHW))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model outside of inference mode: tensors gathered there could never take part in training."""

@@ -24,7 +24,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from vitrim.errors import RecipeError
 from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.surgery import KeepUnits
-from vitrim.types import Features, ModelView
+from vitrim.tokens import Features
+from vitrim.types import ModelView
 
 DELTAS = (1e-5, 1.0)  # in nats; the paper's lie between 2e-4 and 1e-1
 

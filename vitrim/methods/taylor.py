@@ -19,7 +19,8 @@ from torch import Tensor
 from vitrim.methods.registry import ModelMethod, register
 from vitrim.ops.output_metric import signs_like
 from vitrim.surgery import KeepUnits
-from vitrim.types import Features, ModelView
+from vitrim.tokens import Features
+from vitrim.types import ModelView
 
 
 @register
@@ -42,8 +43,7 @@ class Taylor(ModelMethod):
         scores = {site.output: torch.zeros(site.d_hidden, dtype=torch.float64) for site in view.sites}
 
         def random_sum(found: Features) -> Tensor:
-            parts = [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
-            return torch.stack([(part * signs_like(part, view.generator)).sum() for part in parts]).sum()
+            return torch.stack([(part * signs_like(part, view.generator)).sum() for part in found.tensors]).sum()
 
         def see(path: str, hidden: Tensor, gradient: Tensor) -> None:
             effects_BH = (hidden * gradient).reshape(len(hidden), -1, hidden.shape[-1]).sum(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from vitrim.metrics.fidelity import TokenComparison, kinds
 from vitrim.metrics.outputs import images_and_labels
 from vitrim.models.exits import UntilSure
 from vitrim.models.features import evaluating, features, inputs_for, logits, same_patches
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 
 def at_confidence(student: UntilSure, teacher: nn.Module, batches: Iterable[Any], *, top1: bool) -> dict[str, float]:
@@ -39,8 +38,8 @@ def at_confidence(student: UntilSure, teacher: nn.Module, batches: Iterable[Any]
         for images, labels in images_and_labels(batches):
             exit_B, classes_B, found = _left(student, inputs_for(student.model, images))
             target = same_patches(features(teacher, inputs_for(teacher, images)), found)
-            for one, other in zip(kinds(found)[""], kinds(target)[""], strict=True):
-                compared.update(one, other)
+            for (layer, one), (_, other) in zip(kinds(found)[""], kinds(target)[""], strict=True):
+                compared.update(one, other, layer=layer)
             taken.append(exit_B.cpu())
             right.append((classes_B.cpu() == labels)[labels >= 0])
     if not taken:
@@ -60,7 +59,6 @@ def _left(student: UntilSure, inputs: Tensor) -> tuple[Tensor, Tensor, Features]
     every = student.loops.exits(lambda: features(student.model, inputs))
     exit_B = student.first_sure(scores_EBC)
     at_B = (exit_B, torch.arange(len(exit_B), device=exit_B.device))
-    patches = [found.patches_BND for found in every if found.patches_BND is not None]
-    patches_BND = torch.stack(patches)[at_B] if patches else None
-    pooled_BD = torch.stack([found.pooled_BD for found in every])[at_B]
-    return exit_B, scores_EBC.argmax(-1)[at_B], replace(every[-1], pooled_BD=pooled_BD, patches_BND=patches_BND)
+    columns = zip(*(found.parts for found in every), strict=True)
+    left = [None if column[0] is None else torch.stack(column)[at_B] for column in columns]
+    return exit_B, scores_EBC.argmax(-1)[at_B], every[-1].with_parts(left)

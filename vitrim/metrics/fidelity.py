@@ -25,7 +25,8 @@ from vitrim.models.features import (
     num_classes,
     same_patches,
 )
-from vitrim.types import Features, FeaturesAt
+from vitrim.tokens import Features
+from vitrim.types import FeaturesAt
 
 # Of fewer images, shares such as recall and agreement say nothing, so they are not given.
 MIN_IMAGES = 50
@@ -39,7 +40,8 @@ class TokenComparison:
 
     Relative error is ||S - T||^2 / ||T - mean(T)||^2: 0 is identical, 1 is predicting the mean. The spread
     around the mean is merged from batch to batch (Chan's update), not taken as a difference of large sums.
-    Tokens of several widths (CLIP's projected pooled vector and its patches) each have their own mean.
+    Tokens of several widths (CLIP's projected pooled vector and its patches) each have their own mean, and so have
+    those of several layers.
     """
 
     def __init__(self):
@@ -47,20 +49,21 @@ class TokenComparison:
         self._error = 0.0
         self._spread = 0.0
         self._cosine = 0.0
-        self._means: dict[int, tuple[int, Tensor]] = {}  # by width: how many tokens, and their mean
+        self._means: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by layer and width: how many tokens, their mean
 
-    def update(self, student: Tensor, teacher: Tensor) -> None:
+    def update(self, student: Tensor, teacher: Tensor, *, layer: int = 0) -> None:
         """Add tokens; both tensors have the same shape, with the feature width last."""
         teacher_ND = _float64(teacher.flatten(0, -2))
         student_ND = _float64(student.flatten(0, -2)).to(teacher_ND.device)
         count, mean_D = len(teacher_ND), teacher_ND.mean(0)
-        before, old_mean_D = self._means.get(teacher_ND.shape[-1], (0, torch.zeros_like(mean_D)))
+        kind = (layer, teacher_ND.shape[-1])
+        before, old_mean_D = self._means.get(kind, (0, torch.zeros_like(mean_D)))
         shift_D, total = mean_D - old_mean_D, before + count
         self._error += float((student_ND - teacher_ND).square().sum())
         self._cosine += float(cosine_similarity(student_ND, teacher_ND, dim=-1).sum())
         self._spread += float((teacher_ND - mean_D).square().sum())
         self._spread += float(shift_D.square().sum()) * before * count / total
-        self._means[teacher_ND.shape[-1]] = (total, mean_D - shift_D * (before / total))
+        self._means[kind] = (total, mean_D - shift_D * (before / total))
         self.num_tokens += count
 
     @property
@@ -96,7 +99,8 @@ def fidelity(
     Returns:
         `relative_error` and `cosine` of all tokens together (patches, and the pooled vector where it is a
         token of its own), `pooled_relative_error`, `pooled_cosine`; with patch tokens
-        `patches_relative_error`, `patches_cosine`; `top1_agreement` (0..1) if both have a head with as many
+        `patches_relative_error`, `patches_cosine`, and of further layers `maps_relative_error`, `maps_cosine`, which
+        count in `relative_error`, too; `top1_agreement` (0..1) if both have a head with as many
         classes; `num_images`.
 
     Raises:
@@ -112,10 +116,10 @@ def fidelity(
             found = [features(model, moved, at=at) for model, moved in pairs]
             found[1] = same_patches(found[1], found[0])
             mine, theirs = map(kinds, found)
-            _check_shapes(mine, theirs)
+            _check_shapes(*({kind: [t for _, t in own] for kind, own in side.items()} for side in (mine, theirs)))
             for kind in theirs:
-                for one, other in zip(mine[kind], theirs[kind], strict=True):
-                    compared.setdefault(kind, TokenComparison()).update(one, other)
+                for (layer, one), (_, other) in zip(mine[kind], theirs[kind], strict=True):
+                    compared.setdefault(kind, TokenComparison()).update(one, other, layer=layer)
             num_images += len(images)
             scores = [logits(*pair) if has_heads or outputs else None for pair in pairs]
             num_agreed += _count_agreed(*scores) if has_heads else 0
@@ -244,13 +248,21 @@ def retrieval_recall(
     return {f"recall@{k}": hits[k] / len(student_BD) for k in ks}
 
 
-def kinds(found: Features) -> dict[str, list[Tensor]]:
-    """Return tokens (B, tokens, D) by the prefix of their results; a pooled vector that is a mean is no token."""
-    pooled = [found.pooled_BD[:, None]]
-    if found.patches_BND is None:
-        return {"": pooled, "pooled_": pooled}
-    patches = [found.patches_BND]
-    return {"": pooled + patches if found.num_prefix else patches, "pooled_": pooled, "patches_": patches}
+def kinds(found: Features, *, pooled: bool | None = None) -> dict[str, list[tuple[int, Tensor]]]:
+    """Return tokens (B, tokens, D), each with the number of its layer, by the prefix of their results.
+
+    Args:
+        found: the features.
+        pooled: whether the pooled vector is one of all tokens; None if it is the model's own, and no mean of others.
+    """
+    pooled = bool(found.num_prefix) or found.patches_BND is None if pooled is None else pooled
+    parts = {"pooled_": [(0, found.pooled_BD[:, None])]}
+    if found.patches_BND is not None:
+        parts["patches_"] = [(0, found.patches_BND)]
+    if found.maps:
+        parts["maps_"] = list(enumerate(found.maps, 1))
+    every = [part for kind, own in parts.items() if pooled or kind != "pooled_" for part in own]
+    return {"": every, **parts}
 
 
 def _kept_tokens(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> dict[str, list[int]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from vitrim.metrics.fidelity import TokenComparison
+from vitrim.metrics.fidelity import TokenComparison, kinds
 from vitrim.models.features import device_of, evaluating, features, kept_patches, kept_positions, same_patches
-from vitrim.types import Features, FeaturesAt
+from vitrim.tokens import Features, Parts, features_of
+from vitrim.types import FeaturesAt
 
 # Batches of held-out images, each with the teacher's features on the CPU.
 Judged = Sequence[tuple[Tensor, Features]]
@@ -34,18 +34,16 @@ class FeatureModel(nn.Module):
         self.model = model
         self.at: FeaturesAt = at
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return pooled vector (B, D), and patch tokens (B, N, D) where the model has any."""
-        found = features(self.model, images_BCHW, at=self.at)
-        return found.pooled_BD, found.patches_BND
+    def forward(self, images_BCHW: Tensor) -> Parts:
+        """Return pooled vector (B, D), patch tokens (B, N, D) or None, and those of further layers."""
+        return features(self.model, images_BCHW, at=self.at).parts
 
 
 def read_features(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Features:
     """Return the features of a model, or of a `FeatureModel`, which reads them where it was told to."""
     if not isinstance(model, FeatureModel):
         return features(model, images_BCHW, at=at)
-    pooled_BD, patches_BND = model(images_BCHW)
-    return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, token_positions=kept_patches(model.model))
+    return features_of(model(images_BCHW), token_positions=kept_patches(model.model))
 
 
 def kept_by(model: nn.Module, images_BCHW: Tensor) -> tuple[int, ...] | None:
@@ -60,8 +58,7 @@ def features_on_cpu(model: nn.Module, images_BCHW: Tensor, at: FeaturesAt) -> Fe
     """Return a model's features of a batch, float32 on the CPU, to judge others by."""
     with torch.no_grad():
         found = features(model, images_BCHW.to(device_of(model)), at=at)
-    patches = None if found.patches_BND is None else found.patches_BND.float().cpu()
-    return replace(found, pooled_BD=found.pooled_BD.float().cpu(), patches_BND=patches)
+    return found.each(lambda tensor: tensor.float().cpu())
 
 
 def relative_error(student: nn.Module, judged: Judged, at: FeaturesAt) -> float:
@@ -76,11 +73,7 @@ def relative_error(student: nn.Module, judged: Judged, at: FeaturesAt) -> float:
     with evaluating(student):
         for images, target in judged:
             found = read_features(student, images.to(device_of(student)), at)
-            for mine, theirs in zip(_tensors(found), _tensors(same_patches(target, found)), strict=True):
-                compared.update(mine.cpu(), theirs)
+            mine, theirs = kinds(found, pooled=True)[""], kinds(same_patches(target, found), pooled=True)[""]
+            for (layer, one), (_, other) in zip(mine, theirs, strict=True):
+                compared.update(one.cpu(), other, layer=layer)
     return compared.relative_error if math.isfinite(compared.relative_error) else math.inf
-
-
-def _tensors(found: Features) -> list[Tensor]:
-    """Return the tensors that features hold."""
-    return [found.pooled_BD] + ([] if found.patches_BND is None else [found.patches_BND])

@@ -7,7 +7,7 @@ encoder the first token is the pooled vector and the others are the patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -19,7 +19,9 @@ from vitrim.errors import ModelError
 from vitrim.inputs import Inputs, in_one_row, run_on, tokens_by_image
 from vitrim.layers.kept_tokens import SplitBlock
 from vitrim.models.prefix import Prefix, num_prefix_tokens
-from vitrim.types import Features, FeaturesAt
+from vitrim.models.reads import Reads, feature_maps, reads
+from vitrim.tokens import Features
+from vitrim.types import FeaturesAt
 
 FINAL_NORMS = ("norm", "fc_norm", "ln_post", "layernorm", "encoder.layernorm", "encoder.ln", "post_layernorm")
 
@@ -87,7 +89,7 @@ def same_patches(found: Features, like: Features) -> Features:
 def _read(model: nn.Module, inputs: Tensor, at: FeaturesAt) -> Features:
     """Return features after or in front of the final norm."""
     prefix = Prefix(model, at)
-    if at == "final":
+    if at == "final" or (at == "pre_norm" and reads(model) is not None):  # hidden states are in front of the norm
         with prefix.watched():
             return _features(model, inputs, prefix)
     if at == "logits":
@@ -249,13 +251,45 @@ def _features(model: nn.Module, inputs: Tensor, prefix: Prefix) -> Features:
             pooled_BD, patches_BND = model(inputs)
         taken = "pooled: the tower's output, projected; patches: its tokens before the projection"
         return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, taken=taken, num_prefix=1)
+    if (said := reads(model)) is not None:
+        return _hidden_states(model, said, prefix, inputs)
     output, where = _output(model, inputs)
+    if maps := feature_maps(model, output):
+        return _several(prefix, {f"feature_maps[{number}]": tokens for number, tokens in enumerate(maps)}, inputs)
     tokens = _tokens(model, output)
     found = _split(prefix, tokens, where, inputs)
     if in_one_row(tokens, inputs):  # and so is what the model calls its pooled output
-        return found
+        further = getattr(output, "deepstack_features", None) or ()  # read inside of Qwen3-VL's language model
+        return _with_maps(found, [_split(prefix, each, where, inputs) for each in further], "deepstack_features")
     pooled_BD, name = _own_pooled(model, output, tokens)
     return found if pooled_BD is None else _with_pooled(found, pooled_BD, name)
+
+
+def _hidden_states(model: nn.Module, said: Reads, prefix: Prefix, inputs: Tensor) -> Features:
+    """Return the hidden states of a tower that a projector reads."""
+    states = run_on(model, inputs, output_hidden_states=True).hidden_states
+    found = _several(prefix, {f"hidden_states[{layer}]": states[layer] for layer in said.layers}, inputs)
+    if not said.prefix and found.num_prefix:
+        _, _, rest = found.taken.partition("; ")
+        pooled = f"mean over {rest.partition('; ')[0].removeprefix('patches: ')}"
+        found = replace(_with_pooled(found, cast(Tensor, found.patches_BND).mean(1), pooled), num_prefix=0)
+    unread = len(states) - 1 - max(range(len(states))[layer] for layer in said.layers)
+    behind = f"; no user reads what the last {unread} of {len(states) - 1} blocks make of it" if unread else ""
+    return replace(found, taken=found.taken + behind)
+
+
+def _several(prefix: Prefix, tokens: Mapping[str, Tensor], inputs: Tensor) -> Features:
+    """Return the features of the last of several layers, with the patches of the others as maps."""
+    *others, last = (_split(prefix, each, where, inputs) for where, each in tokens.items())
+    return _with_maps(last, others, ", ".join(list(tokens)[:-1]))
+
+
+def _with_maps(found: Features, others: Sequence[Features], names: str) -> Features:
+    """Return features with the patches of others as maps, which were read at places of these names."""
+    if not others:
+        return found
+    maps = tuple(each.pooled_BD[:, None] if each.patches_BND is None else each.patches_BND for each in others)
+    return replace(found, maps=maps, taken=f"{found.taken}; maps: {names}")
 
 
 def _with_pooled(found: Features, pooled_BD: Tensor, name: str) -> Features:
@@ -272,7 +306,8 @@ def _output(model: nn.Module, inputs: Tensor) -> tuple[Any, str]:
     if isinstance(base, nn.Module) and base is not model:  # transformers: an encoder below a head, or in an encoder
         with _caught(base) as seen:
             output = run_on(model, inputs)
-        if getattr(output, "last_hidden_state", None) is None and seen:
+        own = (getattr(output, name, None) for name in ("last_hidden_state", "feature_maps"))
+        if all(each is None for each in own) and seen:
             return seen[-1], f"last_hidden_state of {getattr(model, 'base_model_prefix', 'base_model')}"
         return output, "last_hidden_state"
     if _class_head(model) is not None and (norm := final_norm(model)) is not None:  # torchvision

@@ -22,6 +22,7 @@ from vitrim.models import stored_names
 from vitrim.models.fit import read_for
 from vitrim.models.origin import Origin, Reading, crop_pct, in_one_line, on_meta, plain_json, require
 from vitrim.models.processors import processing_of
+from vitrim.models.reads import tell_reads_
 from vitrim.models.remote_code import KEY
 from vitrim.models.takes import encoder_path, needs_beside_images, takes_token_ids
 from vitrim.surgery import KeepUnits
@@ -139,6 +140,7 @@ def build(origin: Origin) -> nn.Module:
     if model_class is None:  # a name from a file is never called but for a model
         raise CheckpointError(f"origin: transformers has no model {origin.architecture!r}; update it.")
     model = model_class(config)
+    tell_reads_(model, origin.encoder, origin.model_args)
     model.name_or_path = origin.folder or ""  # where transformers itself keeps where a model came from
     return model
 
@@ -301,6 +303,7 @@ def _origin(model: nn.Module, name: str, folder: str | None) -> Origin:
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     for key in ("_name_or_path", "architectures", "transformers_version"):
         config.pop(key, None)
+    tell_reads_(model, encoder, config)
     found = Origin(
         name=name,
         library="transformers",
@@ -378,6 +381,7 @@ def _config_of_encoder(args: Any, encoder: str) -> dict[str, Any]:
 def _nested_key(args: Any, encoder: str) -> str | None:
     """Return the name of the part that describes the encoder, or None if the whole config does."""
     nested = "text_config" if "text" in encoder or "language" in encoder else "vision_config"
+    nested = "backbone_config" if encoder.endswith("backbone") else nested
     return nested if encoder and isinstance(args.get(nested), dict) else None
 
 

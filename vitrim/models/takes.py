@@ -14,8 +14,21 @@ def encoder_path(model: nn.Module) -> str:
     """Return the path of the outermost image tower in a larger model, or "" if the model itself takes the images."""
     if all(isinstance(getattr(model, name, None), nn.Module) for name in ("encoder", "predictor")):  # V-JEPA 2
         return "encoder"
-    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWERS]
-    return min(named, key=lambda name: name.count("."), default="")
+    modules = dict(model.named_modules())
+    named = [name for name in modules if name.rpartition(".")[2] in TOWERS]
+    if not named:
+        named = [name for name, module in modules.items() if _is_backbone(name, module)]
+    outermost = min(named, key=lambda name: name.count("."), default="")
+    inner = f"{outermost}.backbone"  # RF-DETR's, with a projector behind it
+    return inner if outermost.endswith("backbone") and inner in modules else outermost
+
+
+def _is_backbone(path: str, module: nn.Module) -> bool:
+    """Whether a module is the encoder of a detector: by its name, and by linear layers, which a ResNet has not."""
+    *around, name = path.split(".")
+    if name != "backbone" or any("embed" in each for each in around):  # a stem in front of a ViT is a part of it
+        return False
+    return sum(isinstance(each, nn.Linear) for each in module.modules()) > 1
 
 
 def takes_token_ids(model: nn.Module) -> bool:

@@ -261,9 +261,9 @@ class _Tensors(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if self.tokens:
             found = features(self.encoder, images)
-            patches = () if found.patches_BND is None else (found.patches_BND,)
-            self.names = ("pooled", "patches")[: 1 + len(patches)]
-            return (found.pooled_BD, *patches)
+            names = ("pooled", "patches", *(f"map{number + 1}" for number in range(len(found.maps))))
+            self.names = names[: len(found.tensors)]
+            return tuple(found.tensors)
         return (first_tensor(run_on(self.encoder, images)),)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitrim.config.options import CacheOptions
 from vitrim.errors import RecipeError
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 # A scale of zero, of a vector of zeros, would give 0 / 0.
 TINY = torch.finfo(torch.float32).tiny
@@ -47,8 +47,12 @@ class Layout:
         """Build the layout for features of these sizes.
 
         Raises:
-            RecipeError: more patches are asked for than the model has.
+            RecipeError: more patches are asked for than the model has, or it has tokens of several layers.
         """
+        if found.maps:
+            raise RecipeError(
+                f"recover.cache_teacher: keeps tokens of one layer, and {1 + len(found.maps)} are compared; drop it."
+            )
         pooled = found.pooled_BD.shape[-1]
         if found.patches_BND is None:
             return cls(dtype=options.dtype, pooled=pooled, patches=None, num_kept=0)

@@ -20,7 +20,8 @@ from vitrim.models.features import kept_positions
 from vitrim.recover.judge import Judge
 from vitrim.recover.losses import cycle_loss, parts_of, pull_losses
 from vitrim.recover.run import Run
-from vitrim.types import Features, FeaturesAt
+from vitrim.tokens import Features, Parts, one_below_the_other
+from vitrim.types import FeaturesAt
 
 
 def with_cycles(
@@ -56,11 +57,10 @@ class CycleFeatures(FeatureModel):
         super().__init__(model, at)
         self.count, self.blocks = count, block_row(model)
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return pooled vectors (C B, D), and patch tokens (C B, N, D) where the model has any."""
+    def forward(self, images_BCHW: Tensor) -> Parts:
+        """Return pooled vectors (C B, D), patch tokens (C B, N, D) or None, and those of further layers."""
         found = cycles(self.model, self.blocks, self.count, lambda: FeatureModel.forward(self, images_BCHW))
-        patches = [cycle.output[1] for cycle in found if cycle.output[1] is not None]
-        return torch.cat([cycle.output[0] for cycle in found]), torch.cat(patches) if patches else None
+        return one_below_the_other([cycle.output for cycle in found])
 
 
 class OnePassJudge(Judge):

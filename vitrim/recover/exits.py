@@ -27,7 +27,8 @@ from vitrim.recover.judge import Judge
 from vitrim.recover.losses import detached, parts_of
 from vitrim.recover.result import Recovery
 from vitrim.recover.run import Run
-from vitrim.types import Features, FeaturesAt
+from vitrim.tokens import Features, Parts, one_below_the_other
+from vitrim.types import FeaturesAt
 
 
 def train_exits_(
@@ -74,11 +75,9 @@ class ExitModel(FeatureModel):
         super().__init__(model, at)
         self.loops = Loops(model)
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return pooled vectors (E B, D), and patch tokens (E B, N, D) where the model has any."""
-        found = self.loops.exits(lambda: FeatureModel.forward(self, images_BCHW))
-        patches = [part for _, part in found if part is not None]
-        return torch.cat([pooled for pooled, _ in found]), torch.cat(patches) if patches else None
+    def forward(self, images_BCHW: Tensor) -> Parts:
+        """Return pooled vectors (E B, D), patch tokens (E B, N, D) or None, and those of further layers."""
+        return one_below_the_other(self.loops.exits(lambda: FeatureModel.forward(self, images_BCHW)))
 
 
 class ExitJudge(Judge):

@@ -37,7 +37,7 @@ from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import rate_shape, stop_on_interrupt
 from vitrim.recover.state import clear_state, resumed_state, save_state
 from vitrim.recover.targets import LiveTargets, in_precision
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 # A state is kept this often in a training.
 NUM_STATES, WARMUP = 10, 0.1
@@ -204,7 +204,7 @@ class _Loop:
             with in_precision(self.options, self.device):
                 found = features(self.model, images)
             loss = feature_loss(found, target)
-            if float(loss.detach()) > SAME * sum(float(part.float().square().mean()) for part in _parts(target)):
+            if float(loss.detach()) > SAME * sum(float(part.float().square().mean()) for part in target.tensors):
                 return loss
             self.probed = True
             return _projected(found, seed=self.source.context.seed * 1_000_003 + self.step)
@@ -285,14 +285,10 @@ def _masked(model: nn.Module, layers: Sequence[str], between: BetweenSteps) -> I
             handle.remove()
 
 
-def _parts(found: Features) -> list[Tensor]:
-    return [part for part in (found.pooled_BD, found.patches_BND) if part is not None]
-
-
 def _projected(found: Features, *, seed: int) -> Tensor:
     """Return the mean over images of the sum of features times random signs, the same for all images."""
     generator, total = torch.Generator().manual_seed(seed), torch.zeros((), device=found.pooled_BD.device)
-    for part in _parts(found):
+    for part in found.tensors:
         signs = torch.randint(2, part.shape[1:], generator=generator) * 2 - 1
         total = total + (part.float() * signs.to(part.device)).sum() / len(part)
     return total

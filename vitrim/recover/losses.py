@@ -21,7 +21,7 @@ from vitrim.models.features import same_patches
 from vitrim.models.pose import encode_joints
 from vitrim.models.prefix import num_prefix_tokens
 from vitrim.models.towers import unit
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,15 @@ def patches_at(found: Features, positions_BP: Tensor | None) -> Features:
 def feature_loss(student: Features, teacher: Features) -> Tensor:
     """Compute the mean squared error of the pooled vectors plus that of the patch tokens; labels never enter.
 
-    A student that keeps some patches is compared at these. Paper: DGMR, arXiv 2506.08591, section 3; no normalisation,
-    no temperature.
+    Of several layers of tokens each counts alike. A student that keeps some patches is compared at these. Paper: DGMR,
+    arXiv 2506.08591, section 3; no normalisation, no temperature.
     """
     teacher = same_patches(teacher, student)
     loss = mse_loss(student.pooled_BD.float(), teacher.pooled_BD.float())
-    if student.patches_BND is not None and teacher.patches_BND is not None:
-        loss = loss + mse_loss(student.patches_BND.float(), teacher.patches_BND.float())
-    return loss
+    pairs = zip(student.parts[1:], teacher.parts[1:], strict=True)
+    both = [(mine, wanted) for mine, wanted in pairs if mine is not None and wanted is not None]
+    layers = [mse_loss(mine.float(), wanted.float()) for mine, wanted in both]
+    return loss + torch.stack(layers).mean() if layers else loss
 
 
 def class_loss(student: Features, teacher: Features) -> Tensor:
@@ -149,12 +150,10 @@ def pull_losses(
 
 def parts_of(found: Features, count: int) -> list[Features]:
     """Return features that stand one below the other, as several."""
-    patches = [None] * count if found.patches_BND is None else found.patches_BND.chunk(count)
-    pairs = zip(found.pooled_BD.chunk(count), patches, strict=True)
-    return [replace(found, pooled_BD=pooled, patches_BND=part) for pooled, part in pairs]
+    columns = [[None] * count if part is None else part.chunk(count) for part in found.parts]
+    return [found.with_parts(parts) for parts in zip(*columns, strict=True)]
 
 
 def detached(found: Features) -> Features:
     """Return features without a gradient."""
-    patches = None if found.patches_BND is None else found.patches_BND.detach()
-    return replace(found, pooled_BD=found.pooled_BD.detach(), patches_BND=patches)
+    return found.each(Tensor.detach)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from vitrim.distributed.precision import attention_in_float32, is_bf16
 from vitrim.distributed.processes import join_, mean, num_processes
 from vitrim.distributed.sharding import block_paths, checkpointed, full, local, shard
 from vitrim.errors import RecipeError
+from vitrim.inputs import is_named
 from vitrim.metrics.judging import FeatureModel, kept_by, read_features
 from vitrim.models.features import restored
 from vitrim.recover.adapters import adapted, notes_on
@@ -34,7 +34,7 @@ from vitrim.recover.sampler import MicroBatch, open_sampler
 from vitrim.recover.schedule import cosine_between, rate_shape
 from vitrim.recover.targets import LiveTargets, Target, Targets, cache_folder, in_precision, open_cached
 from vitrim.repair.relative_steps import RelativeSteps
-from vitrim.types import Features
+from vitrim.tokens import Features, features_of
 
 # A loss this many times the usual one, or one that is no number, means that the run has diverged.
 EXPLODED = 100.0
@@ -157,9 +157,15 @@ class Run:
 
     def _probe(self) -> Tensor:
         """Return the loss of two images."""
-        probe, target = self.judge.held_out[0]
-        found = read_features(self._reader(), probe[:2].to(self.device), self.options.features_at)
-        return self._compared(found, _first(target, 2, self.device))
+        probe, target = self._few(2)
+        found = read_features(self._reader(), probe.to(self.device), self.options.features_at)
+        return self._compared(found, target)
+
+    def _few(self, count: int) -> tuple[Tensor, Features]:
+        """Return some held-out images with the teacher's features; all of a batch of named tensors, which are a row."""
+        images, target = self.judge.held_out[0]
+        count = len(images) if is_named(images) else count
+        return images[:count], target.each(lambda tensor: tensor[:count].to(self.device))
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -305,11 +311,10 @@ class Run:
         if readable or self.teacher_spread:  # a teacher in shards runs on all processes or none
             target = self.targets(batch)
         else:
-            target = Target(_first(self.judge.held_out[0][1], 1, self.device))
+            target = Target(self._few(1)[1])
         with in_precision(self.options, self.device):
-            pooled, patches = self.model(batch.images_BCHW.to(self.device))
-        found = Features(pooled_BD=pooled, patches_BND=patches, token_positions=self.kept_patches)
-        found = patches_at(found, target.positions_BP)
+            parts = self.model(batch.images_BCHW.to(self.device))
+        found = patches_at(features_of(parts, token_positions=self.kept_patches), target.positions_BP)
         return self._compared(found, target.features)
 
     def _compared(self, found: Features, target: Features) -> Tensor:
@@ -320,7 +325,7 @@ class Run:
 
     def _stood_in(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch, or zeros in its place where no image of it could be read."""
-        stand_in = torch.zeros_like(self.judge.held_out[0][0][:1])
+        stand_in = torch.zeros_like(self._few(1)[0])
         return batch if len(batch.images_BCHW) else batch._replace(images_BCHW=stand_in)
 
     def validate(self, loss: float) -> Validation:
@@ -384,9 +389,3 @@ class Run:
     def values(self) -> dict[str, Tensor]:
         """Return copies of all tensors that the trained student holds, by name."""
         return {name: tensor.detach().clone() for name, tensor in self.trained.state_dict().items()}
-
-
-def _first(found: Features, count: int, device: torch.device) -> Features:
-    """Return the features of the first `count` images, on a device."""
-    patches = None if found.patches_BND is None else found.patches_BND[:count].to(device)
-    return replace(found, pooled_BD=found.pooled_BD[:count].to(device), patches_BND=patches)

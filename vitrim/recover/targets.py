@@ -20,7 +20,7 @@ from vitrim.recover.files import TEACHER_CACHE
 from vitrim.recover.sampler import MicroBatch
 from vitrim.recover.teacher_cache import TeacherCache
 from vitrim.storage.hashes import tensor_sha256
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 # Images that stand for all of them when a cache is opened again: their pixels under augmentation must be the same.
 NUM_WITNESSES = 16

@@ -29,7 +29,7 @@ from vitrim.recover.cache_shards import Shard
 from vitrim.recover.losses import patches_at
 from vitrim.storage.sealed import read_sealed, read_tensors, write_sealed, write_tensors
 from vitrim.storage.tensor_files import TensorFiles, open_tensors
-from vitrim.types import Features
+from vitrim.tokens import Features
 
 FORMAT, INDEX, SUFFIX = "vitrim-teacher-cache/1", "index.json", ".safetensors"
 # Targets of a shard stay in memory until it is written.
