@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import vitrim
-from tests.support.vlms import VLMS, build_vlm, generated, seen
+from tests.support.families import randomised
+from tests.support.vlms import VLMS, build_gemma3, build_gemma4, build_vlm, generated, generated_for, seen
 from vitrim.errors import VitrimError
+from vitrim.models.features import features
+from vitrim.models.load import origin_of
 
 transformers = pytest.importorskip("transformers")
 IMAGES = list(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
@@ -65,3 +68,45 @@ def test_the_trunk_of_sam_2_is_cut_with_images(tmp_path):
     )
     assert {edit.site.output.rpartition(".")[2] for edit in result.plan.edits} == {"proj_out"}
     assert len(result.plan.edits) == 5 and result.metrics.reload_difference <= 1e-5
+
+
+def patches(*sides):
+    """Pictures of so many patches as Gemma 4 takes them: the patches in a row, and where each stands."""
+    generator = torch.Generator().manual_seed(0)
+    places = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1) for rows, columns in sides]
+    pixels = [torch.rand(1, len(each), 3 * 8 * 8, generator=generator) for each in places]
+    return [
+        vitrim.Inputs([{"pixel_values": p, "pixel_position_ids": each[None]}])
+        for p, each in zip(pixels, places, strict=True)
+    ]
+
+
+def test_padding_by_places_is_no_patch():
+    model = randomised(build_gemma4)
+    tower = model.get_submodule(origin_of(model).encoder)
+    several = patches((4, 4), (2, 6), (4, 2))
+    with torch.inference_mode():
+        together, alone = features(tower, torch.cat(several)), [features(tower, each) for each in several]
+    assert [each.patches_BND.shape[1] for each in alone] == [4, 3, 2] and together.patches_BND.shape[1] == 9
+    assert torch.allclose(together.pooled_BD, torch.cat([each.pooled_BD for each in alone]), atol=1e-5)
+    assert torch.cat(several).real_BN.sum(1).tolist() == [16, 12, 8]
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4"])
+def test_a_gemma_says_the_same_of_an_image_when_transformers_alone_loads_it(tmp_path, name):
+    if name == "Gemma 3":
+        model, data, count, given = randomised(build_gemma3), IMAGES, 4, {}
+        image = data[0][None]
+    else:
+        model, data, count = randomised(build_gemma4), patches(*[(4, 4), (2, 6)] * 8), 4
+        image, given = data[0].tensors["pixel_values"], {"image_position_ids": data[0].tensors["pixel_position_ids"]}
+    options = {"keep_ratio": 0.5, "repair": {"refit": False}, "quiet": True}
+    result = vitrim.compress(model, data=data, out=tmp_path / "out", **options)
+    paths = [path for path in result.plan.widths if "head" not in path]
+    assert paths == [f"model.vision_tower.encoder.layers.{n}.mlp" for n in range(2)] and result.metrics.stock
+    assert result.metrics.after_cut.relative_error < 0.5
+    alone = type(model).from_pretrained(tmp_path / "out").eval()
+    assert generated_for(alone, image, count=count, **given) == generated_for(result.model, image, count=count, **given)
+    with torch.inference_mode():
+        mine, theirs = (each.get_submodule("model.vision_tower") for each in (result.model, alone))
+        assert torch.equal(features(mine, data[0][None]).pooled_BD, features(theirs, data[0][None]).pooled_BD)

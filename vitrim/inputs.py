@@ -21,6 +21,8 @@ from vitrim.errors import ModelError
 REACHES = ("grid_thw", "image_grid_thw", "spatial_shapes", "image_sizes")
 # What libraries call the mask (B, N) of tokens that are no padding.
 MASKS = ("pixel_attention_mask", "patch_valid")
+# What they call places of patches (B, N, 2), of which those of padding are negative.
+POSITIONS = ("pixel_position_ids",)
 
 
 class Inputs:
@@ -47,7 +49,10 @@ class Inputs:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What the model is called with, by name: the images one behind the other, padded where their sides differ."""
-        return {name: _joined([image[name] for image in self.images]) for name in self.images[0]}
+        return {
+            name: _joined([image[name] for image in self.images], fill=-1 if name in POSITIONS else 0)
+            for name in self.images[0]
+        }
 
     @property
     def pixels(self) -> Tensor:
@@ -59,11 +64,15 @@ class Inputs:
     def reach_B(self) -> Tensor | None:
         """How far each image reaches, as the product of its sides; None if nothing says so, as of equal images."""
         names = [name for name in REACHES if name in self.images[0]]
+        if not names and any(name in self.images[0] for name in POSITIONS) and (real_BN := self.real_BN) is not None:
+            return real_BN.sum(1)
         return torch.stack([image[names[0]].prod() for image in self.images]) if names else None
 
     @property
     def real_BN(self) -> Tensor | None:
         """The mask (B, N) of tokens that are no padding; None if there is no such mask."""
+        for name in [name for name in POSITIONS if name in self.images[0]]:
+            return self.tensors[name].ge(0).all(-1)
         names = [name for name in MASKS if name in self.images[0]]
         return _joined([image[names[0]] for image in self.images]).bool() if names else None
 
@@ -150,13 +159,13 @@ class Inputs:
         return NotImplemented
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return tensors one behind the other; of those whose other sides differ, with zeros behind the shorter ones."""
+def _joined(parts: Sequence[Tensor], *, fill: int = 0) -> Tensor:
+    """Return tensors one behind the other; where other sides differ, with zeros or `fill` behind the shorter ones."""
     sides = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     if any(list(part.shape[1:]) != sides for part in parts):
         missing = [[side - own for side, own in zip(sides, part.shape[1:], strict=True)] for part in parts]
         parts = [
-            pad(part, [n for gap in reversed(gaps) for n in (0, gap)])
+            pad(part, [n for gap in reversed(gaps) for n in (0, gap)], value=fill)
             for part, gaps in zip(parts, missing, strict=True)
         ]
     return torch.cat(list(parts))

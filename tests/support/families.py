@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,69 +17,32 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from timm.models import get_model_args, save_for_hf
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
+from tests.support.family import (
+    HF,
+    HF_VIT,
+    IMAGE,
+    NORMED,
+    PACKED,
+    POOLED,
+    SPLIT,
+    VIT,
+    Built,
+    Family,
+    State,
+    hf_family,
+    randomised,
+    timm_family,
+)
 from tests.support.models import Attending, Gated, Residual
+from tests.support.recent_families import RECENT_TIMM, RECENT_TRANSFORMERS
 from vitrim.models.load import load_model, origin_of
 from vitrim.models.origin import Origin
 
-Built = tuple[nn.Module, Origin]
-State = dict[str, Tensor]
-PLAIN, PACKED, SPLIT, NORMED = "plain", "packed gated", "split gated", "split gated + norm"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One row of the table: 2 blocks, images of 32 x 32 in 16 patches, unless it says otherwise.
-
-    `sites` counts the MLPs by path, with `*` for a number. `features` is what the encoder hands out: numbers of patch
-    tokens, width of a patch token and width of the pooled vector. `pre_norm` says that there is a final norm.
-    """
-
-    source: str
-    name: str
-    build: Callable[[Path], Built]
-    kind: str = PLAIN
-    sites: tuple[tuple[str, int], ...] = (("blocks.*.mlp", 2),)
-    features: tuple[int, int, int] = (16, 32, 32)
-    size: int = 32
-    pre_norm: bool = True
-    stock: bool = True
-    text: bool = False
-
-    @property
-    def inputs(self) -> Tensor:
-        """Two images of noise, or two rows of token ids."""
-        generator = torch.Generator().manual_seed(0)
-        if self.text:
-            return torch.randint(20, (2, 16), generator=generator)
-        return torch.randn(2, 3, self.size, self.size, generator=generator)
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.name}"
-
-
-def randomised(build: Callable[[], nn.Module]) -> nn.Module:
-    """A fresh model with every parameter moved, so that no layer scale or gate hides what an MLP does."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = build().eval()
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
 # timm
-
-
-def from_timm(name: str, kwargs: dict[str, Any], folder: Path) -> Built:
-    """A model in timm's own folder, read back from there."""
-    model = randomised(lambda: timm.create_model(name, **kwargs))
-    save_for_hf(model, str(folder), model_args=get_model_args(model), safe_serialization=True)
-    return load_model(str(folder))
 
 
 def from_file(rename: Callable[[State], State], folder: Path) -> Built:
@@ -116,16 +78,9 @@ def as_openai(state: State) -> State:
     return shaped
 
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 SMALL_STAGES = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
 STAGES = {"sites": (("layers.*.blocks.*.mlp", 2),), "features": (16, 32, 32)}
 HIERA = {"img_size": (32, 32), "embed_dim": 16, "num_heads": 1, "stages": (1, 1), "q_pool": 1, "num_classes": 5}
-POOLED = (("blocks.*.mlp", 2), ("attn_pool.mlp", 1))
-
-
-def timm_family(name: str, architecture: str, kwargs: dict[str, Any] | None = None, **expected: Any) -> Family:
-    arguments = {**VIT, **(kwargs or {})} if kwargs is None or "img_size" not in kwargs else kwargs
-    return Family(source="timm", name=name, build=partial(from_timm, architecture, arguments), **expected)
 
 
 TIMM = (
@@ -166,28 +121,9 @@ TIMM = (
 # transformers
 
 
-HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-IMAGE = {**HF, "image_size": 32, "patch_size": 8}
-HF_VIT = {**IMAGE, "intermediate_size": 128}
 TEXT = {**HF, "intermediate_size": 64, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIGLIP = (("encoder.layers.*.mlp", 2), ("head.mlp", 1))
 LLAMA = {**TEXT, "model_type": "llama", "num_key_value_heads": 4}
-
-
-def from_transformers(name: str, kwargs: dict[str, Any], folder: Path) -> Built:
-    """A model in transformers' own folder, read back from there."""
-    import transformers
-
-    model_class = getattr(transformers, name)
-    model = randomised(lambda: model_class(model_class.config_class(**kwargs)))
-    model.save_pretrained(folder)
-    return load_model(str(folder))
-
-
-def hf_family(name: str, class_name: str, kwargs: dict[str, Any], layers: str = "layers", **expected: Any) -> Family:
-    expected = {"sites": ((f"{layers}.*.mlp", 2),), **expected}
-    build = partial(from_transformers, class_name, kwargs)
-    return Family(source="transformers", name=f"{name}: `{class_name}`", build=build, **expected)
 
 
 TRANSFORMERS = (
@@ -391,4 +327,5 @@ TORCH = (
     module_family("`TransformerEncoderLayer`", torch_layers, sites=(("layers.*", 2),)),
     module_family("own blocks, `w1`, `w3`, `w2`", own_blocks, kind=SPLIT, sites=(("layers.*.mlp", 2),)),
 )
-FAMILIES = {str(family): family for family in (*TIMM, *TRANSFORMERS, *OPEN_CLIP, *TORCH)}
+ROWS = (*TIMM, *RECENT_TIMM, *TRANSFORMERS, *RECENT_TRANSFORMERS, *OPEN_CLIP, *TORCH)
+FAMILIES = {str(family): family for family in ROWS}

@@ -59,6 +59,7 @@ for name, (source, encoder, code) in json.load(open(sys.argv[1])).items():
         with torch.no_grad():
             output = scope["model"].eval().get_submodule(encoder)(probe["inputs"])
         output = output if isinstance(output, torch.Tensor) else output[0]
+        output = output if isinstance(output, torch.Tensor) else output[-1]  # of several maps the last
         found[name] = float((output - probe["output"]).abs().max() / probe["output"].abs().max())
     except Exception as error:
         found[name] = repr(error)
@@ -229,7 +230,8 @@ def run(model: Callable[..., Any], inputs: Tensor) -> Tensor:
     """A model's main output."""
     with torch.no_grad():
         output = model(inputs)
-    return output if isinstance(output, Tensor) else output[0]
+    output = output if isinstance(output, Tensor) else output[0]
+    return output if isinstance(output, Tensor) else output[-1]  # of several maps the last
 
 
 def difference(output: Tensor, expected: Tensor) -> float:

@@ -58,9 +58,32 @@ def build_llava(vision=None, **text):
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
-def generated_for(model, images, *, image_token=5, count=16):
-    """What a VLM says of an image, whose tokens have this number in the text."""
-    ids = torch.tensor([[1, *[image_token] * count, 6, 7]])
-    options = {"max_new_tokens": 6, "do_sample": False}
+def build_gemma3():
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    text = {key: value for key, value in TEXT.items() if key != "rope_parameters"}
+    marks = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7, "mm_tokens_per_image": 4}
+    vision |= {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **marks)
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+def build_gemma4():
+    vision = {key: TEXT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")}
+    vision |= {"intermediate_size": 48, "num_key_value_heads": 4, "patch_size": 8, "pooling_kernel_size": 2}
+    text = {key: value for key, value in TEXT.items() if key != "rope_parameters"}
+    text |= {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    marks = {"image_token_id": 5, "boi_token_id": 6, "eoi_token_id": 7, "audio_config": None}
+    torch.manual_seed(0)
+    config = transformers.Gemma4Config(
+        text_config=text | {"global_head_dim": 8}, vision_config=vision | {"position_embedding_size": 64}, **marks
+    )
+    return transformers.Gemma4ForConditionalGeneration(config).eval()
+
+
+def generated_for(model, images, *, count=16, **given):
+    """What a VLM says of an image, which stands as so many tokens in the text."""
+    ids = torch.tensor([[1, 8, *[5] * count, 9, 10]])
+    options = {"max_new_tokens": 6, "do_sample": False, **given}
     with torch.inference_mode():
         return model.generate(input_ids=ids, pixel_values=images, **options)[0].tolist()

@@ -24,6 +24,7 @@ SIZES = {
     "temporal_patch_size": "temporal_patch_size",
     "merge_size": "spatial_merge_size",
     "max_num_patches": "num_patches",
+    "pooling_kernel_size": "pooling_kernel_size",
 }
 SUFFIXES = ("_vision_model", "_vision")  # behind a model's type, of its tower alone
 
@@ -51,7 +52,8 @@ def processing_of(tower: nn.Module, model_type: str, settings: Mapping[str, Any]
     given = list(processor.model_input_names)
     takes = {optional[0]: next((name for name in PIXELS if name in given), "")}
     for name in optional[1:]:
-        source = next((each for each in (name, f"image_{name}") if each in given), None)
+        kin = (name, f"image_{name}", name.replace("pixel_", "image_"))
+        source = next((each for each in kin if each in given), None)
         if source is not None and (name in needed or name in (*REACHES, *MASKS)):
             takes[name] = source
     if not all(takes.get(name) for name in (optional[0], *needed)):

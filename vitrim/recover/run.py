@@ -162,10 +162,14 @@ class Run:
         return self._compared(found, target)
 
     def _few(self, count: int) -> tuple[Tensor, Features]:
-        """Return some held-out images with the teacher's features; all of a batch of named tensors, which are a row."""
-        images, target = self.judge.held_out[0]
-        count = len(images) if is_named(images) else count
-        return images[:count], target.each(lambda tensor: tensor[:count].to(self.device))
+        """Return some held-out images with the teacher's features."""
+        images = self._few_images(count)
+        return images, self.judge.held_out[0][1].each(lambda tensor: tensor[: len(images)].to(self.device))
+
+    def _few_images(self, count: int) -> Tensor:
+        """Return some held-out images; all of a batch of named tensors, whose features may be a row of all images."""
+        images = self.judge.held_out[0][0]
+        return images if is_named(images) else images[:count]
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -325,8 +329,9 @@ class Run:
 
     def _stood_in(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch, or zeros in its place where no image of it could be read."""
-        stand_in = torch.zeros_like(self._few(1)[0])
-        return batch if len(batch.images_BCHW) else batch._replace(images_BCHW=stand_in)
+        if len(batch.images_BCHW):
+            return batch
+        return batch._replace(images_BCHW=torch.zeros_like(self._few_images(1)))
 
     def validate(self, loss: float) -> Validation:
         """Judge the state, or its moving average where that is better; add it to the curve, keep it if it is the best.
