@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.support.family import HF_VIT, IMAGE, SPLIT, VIT, Family, from_timm, hf_family, timm_family
+from tests.support.family import HF, HF_VIT, IMAGE, POOLED, SPLIT, VIT, Family, from_timm, hf_family, timm_family
 
 NAFLEX = {key: value for key, value in VIT.items() if key != "img_size"}
 RATIO = {**IMAGE, "mlp_ratio": 4}
@@ -12,11 +12,14 @@ LAST = {**RATIO, "out_indices": [2]}
 DAVIT = {"depths": (1, 1), "embed_dim": (16, 32), "num_heads": (2, 2), "num_groups": (2, 2), "window_size": 4}
 DAVIT |= {"patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True)}
 DEPTH = {"patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+DETR = {"d_model": 32, "decoder_layers": 1, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4}
+DETR |= {"decoder_ffn_dim": 32, "num_queries": 4, "group_detr": 1}
 
 RECENT_TIMM = (
     timm_family("RADIO v3", "vit_base_patch16_radio_v3", pre_norm=False),
     timm_family("TIPSv2", "vit_base_patch14_reg1_tipsv2"),
     timm_family("EUPE", "vit_tiny_patch16_dinov3_qkvb"),
+    timm_family("Perception Encoder (attention pool)", "vit_pe_core_tiny_patch16_384", sites=POOLED),
     Family(source="timm", name="NaFlexViT", build=partial(from_timm, "naflexvit_base_patch16_gap", NAFLEX)),
 )
 RECENT_TRANSFORMERS = (
@@ -66,5 +69,34 @@ RECENT_TRANSFORMERS = (
             },
         },
         sites=(("encoder.layer.*.mlp", 4),),
+    ),
+    hf_family(
+        "ViTPose, its backbone",
+        "VitPoseForPoseEstimation",
+        {
+            "use_simple_decoder": True,
+            "backbone_config": {
+                "model_type": "vitpose_backbone",
+                **HF,
+                "mlp_ratio": 4,
+                "image_size": [32, 32],
+                "patch_size": [8, 8],
+                "out_indices": [2],
+                "num_experts": 1,
+            },
+        },
+        "encoder.layer",
+    ),
+    hf_family(
+        "RF-DETR, its backbone",
+        "RfDetrForObjectDetection",
+        DETR | {"backbone_config": {"model_type": "rf_detr_dinov2", **LAST, "num_windows": 2}},
+        "encoder.layer",
+    ),
+    hf_family(
+        "EoMT",
+        "EomtForUniversalSegmentation",
+        {**RATIO, "num_hidden_layers": 3, "num_blocks": 1, "num_queries": 4, "num_upscale_blocks": 1},
+        sites=(("layers.*.mlp", 3),),
     ),
 )

@@ -166,9 +166,12 @@ def build(origin: Origin) -> nn.Module:
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-    """Yield an origin for every `mlp_ratio` that may give these widths."""
-    for ratio in mlp_ratios(edits):
+    """Yield an origin for every `mlp_ratio` that may give these widths, and every one of a pool that has its own."""
+    pools = [edit for edit in edits if "attn_pool" in edit.site.path]
+    for ratio in mlp_ratios([edit for edit in edits if edit not in pools] or edits):
         yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
+        for own in mlp_ratios(pools) if pools else ():
+            yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio, "attn_pool_mlp_ratio": own})
 
 
 def shortened(origin: Origin, run: BlockRun) -> Iterator[Origin]:
