@@ -77,7 +77,8 @@ def _said(model: nn.Module) -> int | None:
     """Return what a model of timm or of vitrim says itself; None for others."""
     if hasattr(model, "num_prefix_tokens"):
         return int(model.num_prefix_tokens)  # type: ignore[arg-type]
-    return 1 if takes_token_ids(model) else None
+    pooled_first = hasattr(model, "output_tokens")  # open_clip's own towers, also where the first is a pool's query
+    return 1 if pooled_first or takes_token_ids(model) else None
 
 
 class _Watch(TorchFunctionMode):
