@@ -107,10 +107,8 @@ def test_features_have_a_pooled_vector_and_patches(name):
     assert all(torch.isfinite(part).all() for part in (final.pooled_BD, final.patches_BND))
     assert (before is not None) == family.pre_norm
     if before is not None:
-        windows = (
-            4 if "RF-DETR" in name else 0
-        )  # each has a class token of its own, among the patches in front of the norm
-        assert before.pooled_BD.shape[0] == 2 and before.patches_BND.shape == (2, num_patches + windows, width)
+        assert before.pooled_BD.shape[0] == 2
+        assert before.patches_BND.shape == (2, num_patches + family.among_patches, width)
 
 
 def test_a_state_dict_means_the_same_in_other_names():

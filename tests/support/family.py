@@ -26,7 +26,8 @@ class Family:
     """One row of the table: 2 blocks, images of 32 x 32 in 16 patches, unless it says otherwise.
 
     `sites` counts the MLPs by path, with `*` for a number. `features` is what the encoder hands out: numbers of patch
-    tokens, width of a patch token and width of the pooled vector. `pre_norm` says that there is a final norm.
+    tokens, width of a patch token and width of the pooled vector. `pre_norm` says that there is a final norm, and
+    `among_patches` how many tokens of other kinds lie among the patches in front of it.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Family:
     features: tuple[int, int, int] = (16, 32, 32)
     size: int = 32
     pre_norm: bool = True
+    among_patches: int = 0
     stock: bool = True
     text: bool = False
 

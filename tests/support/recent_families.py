@@ -92,6 +92,7 @@ RECENT_TRANSFORMERS = (
         "RfDetrForObjectDetection",
         DETR | {"backbone_config": {"model_type": "rf_detr_dinov2", **LAST, "num_windows": 2}},
         "encoder.layer",
+        among_patches=4,  # a class token in each of 2 x 2 windows
     ),
     hf_family(
         "EoMT",

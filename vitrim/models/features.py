@@ -250,7 +250,8 @@ def _features(model: nn.Module, inputs: Tensor, prefix: Prefix) -> Features:
         with _held(model, "output_tokens", True):
             pooled_BD, patches_BND = model(inputs)
         taken = "pooled: the tower's output, projected; patches: its tokens before the projection"
-        return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, taken=taken, num_prefix=1)
+        num_prefix = prefix.number(1 + patches_BND.shape[1])
+        return Features(pooled_BD=pooled_BD, patches_BND=patches_BND, taken=taken, num_prefix=num_prefix)
     if (said := reads(model)) is not None:
         return _hidden_states(model, said, prefix, inputs)
     output, where = _output(model, inputs)
