@@ -277,12 +277,6 @@ def test_budgets_that_cant_be_met_are_refused(values, words):
         search(deep(), **values)
 
 
-def test_no_share_of_tokens_saves_parameters_and_the_error_says_what_to_give():
-    case = build_case("timm-vit")
-    with pytest.raises(BudgetError, match=r"patch-slimming leaves 1 at least; give keep_ratio or macs_ratio, or use"):
-        vitrim.compress(case.model, data=torch.cat(case.batches), method="patch-slimming", quiet=True)
-
-
 def test_tokens_that_are_not_there_are_refused():
     case = build_case("timm-vit")
     [site, _], *_ = view_of(case).token_blocks()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitrim.calibrate.activations import block_calls
 from vitrim.calibrate.runs import with_edits
 from vitrim.errors import SiteNotFoundError
-from vitrim.layers.kept_tokens import KeptTokens
+from vitrim.layers.kept_tokens import KeptTokens, block_names
 from vitrim.models.features import device_of, evaluating, features, first_tensor
 from vitrim.models.takes import takes_token_ids
 from vitrim.surgery import KeepTokens, apply_, submodule
@@ -71,7 +71,9 @@ def split_block(model: nn.Module, site: AttentionSite) -> KeptTokens:
     Raises:
         SiteNotFoundError: the block has other parts.
     """
-    holder = nn.Sequential(copy.deepcopy(submodule(model, site.block)))
+    block = submodule(model, site.block)
+    block_names(block, site.block)  # here, since in the holder it has another path
+    holder = nn.Sequential(copy.deepcopy(block))
     apply_(holder, [KeepTokens(site=site.within(site.block).below("0"), keep=(0,), among=(0,))])
     return cast(KeptTokens, holder[0].eval().requires_grad_(False))
 

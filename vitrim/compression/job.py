@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView
@@ -127,7 +129,10 @@ def open_job(model: nn.Module | str, recipe: Recipe, data: Any, *, out: Path | N
     if data is None and isinstance(noise, Inputs) and not can_run(whole.get_submodule(encoder), noise):
         origin, noise = replace(origin, preprocessing={}), None  # cut by its weights alone, it need not
     check_repeatable(whole.get_submodule(encoder), origin, noise)  # before the first image is read
-    _check_training(recipe, whole.get_submodule(encoder), scope.removeprefix(encoder).removeprefix("."))
+    within = scope.removeprefix(encoder).removeprefix(".")
+    _check_training(recipe, whole.get_submodule(encoder), within)
+    if data is not None:
+        _check_method(recipe, whole.get_submodule(encoder), within, noise)
     images = None if data is None else open_inputs(data, origin)
     _check_labels(recipe, images, whole.get_submodule(encoder))
     if images is None and recipe.training:
@@ -187,6 +192,22 @@ def _check_training(recipe: Recipe, encoder: nn.Module, scope: str) -> None:
     for name, options in (("recover", recipe.recover), ("exits", recipe.exits)):
         if options is not None and options.features_at == "logits" and not num_classes(encoder):
             raise RecipeError(f"{name}.features_at: logits needs a model with a class head; use final.")
+
+
+def _check_method(recipe: Recipe, encoder: nn.Module, scope: str, noise: Tensor | None) -> None:
+    """Let the first step's method look at the model; later ones see what it has left of it.
+
+    Raises:
+        VitrimError: the method can't cut this model as it is asked to.
+    """
+    first, method = recipe.steps[0], recipe.steps[0].make_method()
+    if not method.checks:
+        return
+    if any(tensor.dtype != torch.float32 for tensor in encoder.parameters()):
+        encoder = copy.deepcopy(encoder).float()  # as it will be cut
+    sites = find_mlps(encoder, scope=scope)
+    batches, widths = None if noise is None else [noise], {site.path: site.d_hidden for site in sites}
+    method.check(LiveModelView(encoder, sites, widths, batches, seed=recipe.seed, share=first.keep_ratio))
 
 
 def _loops_blocks(recipe: Recipe, encoder: nn.Module, scope: str) -> bool:

@@ -46,6 +46,7 @@ class LoraPrune(ModelMethod):
     repairs = False
     takes = "widths"
     edits = (KeepUnits, KeepHeads)
+    checks = True
     trial_options: ClassVar[Mapping[str, Any]] = {"steps": 1}
 
     parts: Parts = "mlp"
@@ -77,6 +78,23 @@ class LoraPrune(ModelMethod):
     def reads_labels(self) -> bool:
         """Return whether labels of the images are read."""
         return self.loss == "labels"
+
+    def check(self, view: ModelView) -> None:
+        """Refuse layers that can't have factors of this rank, and a model without heads to drop."""
+        if self.parts != "mlp" and not view.has_images:
+            return
+        known = {layer.path: layer for layer in view.layers()}
+        for path in dict.fromkeys(path for place in _places(view, self) for path, _ in place.layers):
+            layer = known.get(path)
+            if layer is None or layer.kind != "linear":
+                raise RecipeError(
+                    f"{path}: is no plain linear layer, so it can't have factors; use a method that cuts without "
+                    "training."
+                )
+            if self.rank > (most := min(layer.num_in, layer.num_out)):
+                raise RecipeError(
+                    f"options.rank={self.rank}: {path} is {layer.num_out} x {layer.num_in}; use 1..{most}."
+                )
 
     def propose(self, view: ModelView) -> Iterator[Edit]:
         """Train, and yield one edit for each MLP and each attention, with the merged weights.

@@ -24,7 +24,7 @@ from vitrim.errors import BudgetError
 from vitrim.methods.registry import BudgetUse, ModelMethod, register
 from vitrim.ops.token_paths import paths_behind, token_scores, with_shortcut
 from vitrim.surgery import KeepTokens
-from vitrim.types import ModelView
+from vitrim.types import AttentionSite, ModelView
 
 TOLERANCES = (1e-6, 10.0)  # relative errors between which a budget's lies: nothing lost, and everything
 
@@ -40,8 +40,9 @@ class PatchSlimming(ModelMethod):
     needs = "images"
     repairs = False
     edits = (KeepTokens,)
+    checks = True
     takes = "share"
-    senseless = ("mlp_ratio", "hidden_dim", "widths")
+    senseless = ("params_ratio", "mlp_ratio", "hidden_dim", "widths")  # all weights stay
 
     tolerance: float | None = Field(default=None, gt=0)
     """Relative squared error that a block's choice may cause in the tokens that the next one puts out (the paper's
@@ -61,6 +62,28 @@ class PatchSlimming(ModelMethod):
         """Return which part of the budget the method uses: none if `tolerance` is given."""
         return "nothing" if self.tolerance is not None else self.takes
 
+    def check(self, view: ModelView) -> None:
+        """Refuse a model that tokens can't leave, and more patches behind the last block than there are."""
+        if view.has_images:
+            blocks = _blocks(view, self)
+            if self.tolerance is None:
+                self.affordable(view.keep_ratio, *blocks[:3])
+
+    def affordable(self, share: float, sites: Sequence[AttentionSite], num_prefix: int, num_tokens: int) -> int:
+        """Return how many patches of all blocks a share keeps.
+
+        Raises:
+            BudgetError: the last block alone keeps more than that.
+        """
+        num_patches, depth = num_tokens - num_prefix, len(sites)
+        total = int(share * num_patches * depth)
+        if total < depth * self.num_last:
+            least = self.num_last / num_patches
+            raise BudgetError(
+                f"keep_ratio={share:g}: options.num_last alone keeps {least:.3g} of all patches; use more."
+            )
+        return total
+
     def propose(self, view: ModelView) -> Iterator[KeepTokens]:
         """Yield an edit for each block that loses tokens, in forward order.
 
@@ -79,6 +102,20 @@ class PatchSlimming(ModelMethod):
         search.say(kept)
 
 
+def _blocks(view: ModelView, options: PatchSlimming) -> tuple[Sequence[AttentionSite], int, int, bool]:
+    """Return what `ModelView.token_blocks` does, if as many patches can leave the last block as are asked for."""
+    sites, num_prefix, num_tokens, pools_prefix = view.token_blocks()
+    num_patches = num_tokens - num_prefix
+    if options.num_last > num_patches:
+        raise BudgetError(f"options.num_last: {options.num_last} of {num_patches} patches; use 0..{num_patches}.")
+    if not pools_prefix and not options.num_last:
+        raise BudgetError(
+            "options.num_last: this model pools patches, so some must leave the last block; give their number, and "
+            "the kept ones are pooled."
+        )
+    return sites, num_prefix, num_tokens, pools_prefix
+
+
 @dataclass(kw_only=True)
 class _Walk:
     """A way from the last block to the first: the tokens kept behind the current block, and the paths from there on."""
@@ -95,17 +132,10 @@ class _Search:
 
     def __init__(self, view: ModelView, options: PatchSlimming) -> None:
         self.view, self.options = view, options
-        self.sites, self.num_prefix, self.num_tokens, pools_prefix = view.token_blocks()
+        self.sites, self.num_prefix, self.num_tokens, pools_prefix = _blocks(view, options)
         self.tokens = self._activations()
         self.num_patches = self.num_tokens - self.num_prefix
         self.step = options.step or max(1, round(self.num_patches / 20))
-        if options.num_last > self.num_patches:
-            raise BudgetError(f"options.num_last: {options.num_last} of {self.num_patches} patches; use 0..that many.")
-        if not pools_prefix and not options.num_last:
-            raise BudgetError(
-                "options.num_last: this model pools patches, so some must leave the last block; give their number, and "
-                "the kept ones are pooled."
-            )
         self.pools_patches = not pools_prefix
 
     def _activations(self) -> list[list[Tensor]]:
@@ -140,13 +170,9 @@ class _Search:
         Raises:
             BudgetError: the last block alone keeps more than that.
         """
-        total, depth, last = int(share * self.num_patches * len(self.sites)), len(self.sites), self.options.num_last
+        total = self.options.affordable(share, self.sites, self.num_prefix, self.num_tokens)
+        depth, last = len(self.sites), self.options.num_last
         many, few = [*[self.num_patches] * (depth - 1), last], [last] * depth
-        if total < sum(few):
-            least = sum(few) / (depth * self.num_patches)
-            raise BudgetError(
-                f"keep_ratio={share:g}: options.num_last alone keeps {least:.3g} of all patches; use more."
-            )
         low, high = TOLERANCES
         for _ in self.view.track(range(self.options.rounds), "searching for the tolerance"):
             if sum(many) <= total or sum(few) == total:

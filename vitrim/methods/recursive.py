@@ -41,6 +41,7 @@ class Recursive(ModelMethod):
     needs = "weights"
     repairs = False
     edits = (ToRecursive,)
+    checks = True
     takes = "share"
     senseless = ("macs_ratio", "mlp_ratio", "hidden_dim", "widths")  # all blocks run, and MLPs stay as wide as they are
 
@@ -61,6 +62,13 @@ class Recursive(ModelMethod):
     def goes_by(self) -> BudgetUse:
         """Return which part of the budget the method uses: none if both sizes are given."""
         return "nothing" if self.num_blocks is not None and self.rank is not None else self.takes
+
+    def check(self, view: ModelView) -> None:
+        """Refuse blocks that can't be looped as they are asked to, and a share that pays for none."""
+        loop = _Loop.of(view)
+        if self.goes_by() == "share" and view.keep_ratio < 1:
+            self._sizes(loop, view.keep_ratio)
+        self._check(loop)
 
     def loops_blocks(self, view: ModelView) -> bool:
         """Return whether fewer blocks are left than there are; whether the budget pays for them shows in the cut.
@@ -191,9 +199,7 @@ class _Loop:
     def of(cls, view: ModelView) -> _Loop:
         """Look at a model's blocks; note what can't be shared."""
         every = view.blocks()
-        blocks = list(every)
-        if len(blocks) < 2 or not all(blocks) or len({path.rpartition(".")[0] for path in blocks}) > 1:
-            raise SiteNotFoundError("recursive: no row of blocks to loop; use a model whose blocks stand in one list.")
+        blocks = _row(view, list(every))
         first = every[blocks[0]]
         odd = next((path for path in blocks if every[path] != first), None)
         if odd is not None:
@@ -215,6 +221,25 @@ class _Loop:
                 f"each block keeps its own {', '.join(own[:3])}{', …' if len(own) > 3 else ''}: no layer is there."
             )
         return cls(blocks=blocks, layers=layers, others=others)
+
+
+def _row(view: ModelView, paths: Sequence[str]) -> list[str]:
+    """Return the paths that stand in one list; note single ones beside it, such as a pool with an MLP of its own."""
+    rows: dict[str, list[str]] = {}
+    for path in filter(None, paths):
+        rows.setdefault(path.rpartition(".")[0], []).append(path)
+    long = [row for row in rows.values() if len(row) > 1]
+    if len(long) != 1:
+        found = f"{len(long)} lists of blocks" if long else f"{len(paths)} block" + "s" * (len(paths) != 1)
+        raise SiteNotFoundError(
+            f"recursive: {found}, and no one row to loop; use a model whose blocks stand in one list, or low-rank."
+        )
+    [row] = long
+    if alone := [path for path in paths if path not in row]:
+        view.note(
+            f"recursive: {', '.join(alone)} stands outside of the row of {len(row)} blocks, so it was left alone."
+        )
+    return row
 
 
 def _stands_alone(name: str, names: Iterable[str]) -> bool:

@@ -51,6 +51,7 @@ class Method(Checked):
             `nothing`.
         senseless: sizes of a step, by key, that say nothing about what it does; they are refused.
         trial_options: options with which it soon leaves the same sizes, where a share is found by trial.
+        checks: whether `check` looks at a model before images are read.
     """
 
     name: ClassVar[str]
@@ -65,6 +66,7 @@ class Method(Checked):
     takes: ClassVar[BudgetUse]
     senseless: ClassVar[tuple[str, ...]] = ()
     trial_options: ClassVar[Mapping[str, Any]] = {}
+    checks: ClassVar[bool] = False
 
     @classmethod
     def refusal(cls, error: ValidationError) -> str:
@@ -78,6 +80,16 @@ class Method(Checked):
     def goes_by(self) -> BudgetUse:
         """Return which part of a budget the method uses, given these options."""
         return self.takes
+
+    def check(self, view: ModelView) -> None:
+        """Refuse a model that can't be cut with these options; for methods that say `checks`.
+
+        Called before the first image is read. The view has images of noise, where a model's input size is known, and no
+        budget but a share of its own.
+
+        Raises:
+            VitrimError: as `propose`.
+        """
 
     def loops_blocks(self, view: ModelView) -> bool:
         """Return whether blocks of the model will be looped, given these options and the budget."""

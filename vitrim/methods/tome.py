@@ -7,12 +7,12 @@ baseline for whatever drops tokens. Tokens in front of the patches are never mer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vitrim.errors import BudgetError, SiteNotFoundError
 from vitrim.methods.registry import ModelMethod, register
 from vitrim.surgery import MergeTokens
-from vitrim.types import ModelView
+from vitrim.types import AttentionSite, ModelView
 
 
 @register
@@ -26,8 +26,14 @@ class Tome(ModelMethod):
     needs = "images"
     repairs = False
     edits = (MergeTokens,)
+    checks = True
     takes = "share"
-    senseless = ("mlp_ratio", "hidden_dim", "widths")
+    senseless = ("params_ratio", "mlp_ratio", "hidden_dim", "widths")  # all weights stay
+
+    def check(self, view: ModelView) -> None:
+        """Refuse a model whose tokens can't be merged, and a share that halves don't reach."""
+        if view.has_images:
+            _blocks(view)
 
     def propose(self, view: ModelView) -> Iterator[MergeTokens]:
         """Yield an edit for each block.
@@ -39,13 +45,7 @@ class Tome(ModelMethod):
         if view.keep_ratio == 1:
             view.note("all tokens stay, so nothing was merged.")
             return
-        sites, num_prefix, num_tokens, pools_prefix = view.token_blocks()
-        num_patches = num_tokens - num_prefix
-        if not pools_prefix:
-            raise SiteNotFoundError(
-                f"{sites[-1].block}: its patches are pooled, and merged ones would count as one each."
-            )
-        counts = _falling(num_patches, len(sites), view.keep_ratio)
+        sites, num_prefix, num_patches, counts = _blocks(view)
         given = num_patches
         for site, count in zip(sites, counts, strict=True):
             yield MergeTokens(
@@ -59,6 +59,18 @@ class Tome(ModelMethod):
         view.note(
             f"patches behind each block: {', '.join(map(str, counts))} of {num_patches}. Errors compare CLS alone."
         )
+
+
+def _blocks(view: ModelView) -> tuple[Sequence[AttentionSite], int, int, list[int]]:
+    """Return each block's attention, how many tokens precede how many patches, and how many of these each puts out."""
+    sites, num_prefix, num_tokens, pools_prefix = view.token_blocks()
+    num_patches = num_tokens - num_prefix
+    if not pools_prefix:
+        raise SiteNotFoundError(
+            f"{sites[-1].block}: its patches are pooled, and merged ones would count as one each; use patch-slimming "
+            "with num_last."
+        )
+    return sites, num_prefix, num_patches, _falling(num_patches, len(sites), view.keep_ratio)
 
 
 def _falling(num_patches: int, depth: int, share: float) -> list[int]:

@@ -187,6 +187,11 @@ def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
             "convolutions alone, where one feeds another through a function of single units. The method lortsar makes "
             "convolutions smaller, too (--method lortsar)."
         )
+    elif ours := sorted({type(module).__name__ for module in root.modules() if _of_vitrim(module)}):
+        said += (
+            f": an earlier cut has replaced its linear layers ({', '.join(ours)}). Cut widths and tokens before it, with "
+            "both as steps of one recipe."
+        )
     else:
         said += ": no linear layer feeds another, of fitting shape, through a function of single units."
     if not_run:
@@ -194,6 +199,11 @@ def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
         parts = f"{len(not_run)} of its parts with linear layers"
         said += f" {parts} can't be run on noise alone, such as {path} ({reason:.150})."
     return said
+
+
+def _of_vitrim(module: nn.Module) -> bool:
+    """Return whether a module is one that edits of vitrim put in the place of a linear layer."""
+    return type(module).__module__.startswith("vitrim.layers.") and hasattr(module, "in_features")
 
 
 def resolve_scope(model: nn.Module, scope: str | None, encoder: str) -> tuple[str, str]:
