@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import torchvision
 
 import vitrim
 from tests.support.distillation import HELD_OUT, assert_equal, make_images, stopped_at, weights
@@ -15,6 +16,7 @@ from vitrim.config.options import ExitOptions
 from vitrim.config.recipe import Recipe
 from vitrim.config.run_context import RunContext
 from vitrim.errors import BudgetError, Interrupted, ModelError, RecipeError
+from vitrim.methods import Recursive
 from vitrim.metrics.exits import at_confidence
 from vitrim.metrics.judging import FeatureModel, read_features
 from vitrim.models.exits import Loops, UntilSure
@@ -23,6 +25,15 @@ from vitrim.recover.exits import ExitModel, ExitRun
 from vitrim.recover.losses import feature_loss
 
 IMAGES = HELD_OUT[0]
+
+
+def torchvision_vit():
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 4, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
+    model = torchvision.models.VisionTransformer(num_classes=5, **sizes).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def shorter(model, depth):
@@ -55,6 +66,20 @@ def test_an_exit_is_the_model_without_the_blocks_behind_it(run):
         assert len(runs) == 2
     torch.testing.assert_close(run(student, IMAGES), every[-1])
     assert not any("forward" in vars(block) for block in student.blocks)
+
+
+def test_blocks_need_no_numbers_for_names(run):
+    """As in torchvision, whose blocks are `encoder_layer_0` and so on."""
+    model = torchvision_vit()
+    vitrim.prune_(model, Recursive(num_blocks=2, rank=2))
+    loops, images = Loops(model), torch.randn(3, 3, 32, 32)
+    layers = "encoder.layers.encoder_layer"
+    assert loops.blocks == [[f"{layers}_0", f"{layers}_1"], [f"{layers}_2", f"{layers}_3"]]
+    short = copy.deepcopy(model)
+    del short.encoder.layers[2:]
+    torch.testing.assert_close(loops.exits(lambda: run(model, images))[0], run(short, images))
+    with loops.up_to(1):
+        torch.testing.assert_close(run(model, images), run(short, images))
 
 
 def test_there_are_no_exits_without_loops_and_none_beyond():

@@ -33,9 +33,8 @@ class Loops:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         owners, users = _looped(model)
-        every = sorted(owners | users, key=lambda path: int(path.rpartition(".")[2]))
-        numbers = [int(path.rpartition(".")[2]) for path in every]
-        if not owners or len(every) % len(owners) or any(b - a != 1 for a, b in pairwise(numbers)):
+        every = [path for path, _ in model.named_modules() if path in owners | users]
+        if not owners or len(every) % len(owners) or not _stand_together(model, every):
             raise ModelError(
                 f"{type(model).__name__}: its blocks are not looped, so it has no exits; use a model that the method "
                 "recursive has made."
@@ -171,6 +170,14 @@ def returning(model: nn.Module, paths: Sequence[str], output: Callable[[], Any])
         for attributes, own in zip(modules, kept, strict=True):
             del attributes["forward"]
             attributes |= {} if own is None else {"forward": own}
+
+
+def _stand_together(model: nn.Module, paths: Sequence[str]) -> bool:
+    """Return whether modules stand in one container, one behind the other, whatever their names."""
+    containers = {path.rpartition(".")[0] for path in paths}
+    inside = [name for name, _ in model.get_submodule(next(iter(containers))).named_children()]
+    places = [inside.index(path.rpartition(".")[2]) for path in paths] if len(containers) == 1 else [0, 0]
+    return all(b - a == 1 for a, b in pairwise(places))
 
 
 def _looped(model: nn.Module) -> tuple[set[str], set[str]]:

@@ -189,8 +189,8 @@ def _why_none(root: nn.Module, not_run: Mapping[str, str]) -> str:
         )
     elif ours := sorted({type(module).__name__ for module in root.modules() if _of_vitrim(module)}):
         said += (
-            f": an earlier cut has replaced its linear layers ({', '.join(ours)}). Cut widths and tokens before it, with "
-            "both as steps of one recipe."
+            f": an earlier cut has replaced its linear layers ({', '.join(ours)}). Cut widths and tokens before it, "
+            "with both as steps of one recipe."
         )
     else:
         said += ": no linear layer feeds another, of fitting shape, through a function of single units."
