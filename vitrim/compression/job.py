@@ -195,11 +195,21 @@ def _check_training(recipe: Recipe, encoder: nn.Module, scope: str) -> None:
 
 
 def _check_method(recipe: Recipe, encoder: nn.Module, scope: str, noise: Tensor | None) -> None:
-    """Let the first step's method look at the model; later ones see what it has left of it.
+    """Check that there are budgets; let the first step's method see the model, later ones see what it has left of it.
 
     Raises:
         VitrimError: the method can't cut this model as it is asked to.
     """
+    for step in recipe.steps:
+        if (
+            step.budget is None
+            and "params_ratio" in find_method(step.method).senseless
+            and step.make_method().goes_by() != "nothing"
+        ):
+            raise RecipeError(
+                "keep_ratio or macs_ratio: the default budget, half of the parameters, says nothing about what "
+                f"{step.method} cuts; give one of the two."
+            )
     first, method = recipe.steps[0], recipe.steps[0].make_method()
     if not method.checks:
         return

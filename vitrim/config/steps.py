@@ -71,11 +71,6 @@ class Step(Checked):
         if senseless := [name for name in method.senseless if getattr(self, name) is not None]:
             sizes = [name for name in ("keep_ratio", "params_ratio", "macs_ratio") if name not in method.senseless]
             raise ValueError(f"{senseless[0]}: says nothing about what {self.method} cuts; give {' or '.join(sizes)}")
-        if not given and "params_ratio" in method.senseless and method.goes_by() != "nothing":
-            raise ValueError(
-                "keep_ratio or macs_ratio: the default budget, half of the parameters, says nothing about "
-                f"what {self.method} cuts; give one of the two"
-            )
         return self
 
     @property
