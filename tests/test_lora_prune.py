@@ -15,6 +15,7 @@ from torch import nn
 import vitrim
 from tests.support import two_prune
 from tests.support.distillation import assert_equal, make_images, make_teacher
+from tests.support.models import timm_vit
 from tests.support.processes import run_python
 from vitrim.compression import cut as cut_module
 from vitrim.compression.cut import cut_
@@ -256,6 +257,15 @@ def test_two_processes_prune_as_one(tmp_path):
     assert_equal(main["weights"], other["weights"])
     for name, tensor in weights.items():
         torch.testing.assert_close(main["weights"][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_repair_that_was_asked_for_is_said_not_to_follow():
+    model = timm_vit()
+    recipe = Recipe.parse({"method": "lora-prune", "keep_ratio": 0.5, "repair": True, "options": {"steps": 1}})
+    report = cut_(copy.deepcopy(model), model, find_mlps(model), recipe, [torch.randn(8, 3, 32, 32)], quiet=True)
+    assert report.notes[-1] == (
+        "repair: lora-prune gives what it keeps weights of its own, so nothing was repaired."
+    )
 
 
 def test_labels_are_read_only_where_they_were_asked_for():

@@ -56,6 +56,10 @@ def siglip():
     [
         (timm_vit, recursive(keep_ratio=0.01), r"a share of 0\.01 does not pay for 1 of 2 blocks"),
         (timm_vit, recursive(keep_ratio=0.5, num_blocks=2), "does not pay for 2 of 2"),
+        (timm_vit, recursive(keep_ratio=0.5, num_blocks=1, rank=4), r"say already how much stays \(num_blocks, rank\)"),
+        (timm_vit, slimming(keep_ratio=0.5, tolerance=0.1), r"say already how much stays \(tolerance\)"),
+        (timm_vit, {"method": "recursive", "allocate": "auto"}, "decides about the whole model by itself"),
+        (timm_vit, {"method": "lora-prune", "hidden_dim": 9999}, r"9999 of 96 units; use 1\.\.96"),
         (timm_vit, lora_prune(rank=99), r"options\.rank=99: .* use 1\.\.32"),
         (convnext, lora_prune(), "is no plain linear layer, so it can't have factors"),
         (normed, lora_prune(parts="both"), r"options\.parts: this model has no plain attention"),

@@ -160,6 +160,7 @@ def test_what_can_not_be_is_refused_in_a_line():
         ({"num_blocks": 4, "rank": 2}, RecipeError, "4 does not divide 6 blocks; use one of 1, 2, 3, 6"),
         ({"num_blocks": 3, "rank": 33}, BudgetError, r"33 is above the 32 of the blocks' matrices; use 0\.\.32"),
         ({"num_blocks": 3, "keep_ratio": 0.4}, BudgetError, r"does not pay for 3 of 6 blocks.*use 0\.5 or more"),
+        ({"num_blocks": 2, "keep_ratio": 0.333}, BudgetError, r"a share of 0\.333 does not .*use 0\.334 or more"),
     ):
         with pytest.raises(error, match=message):
             cut(model, **options)

@@ -72,13 +72,11 @@ def allocate(
         least_gain: share of equal widths' error that has to be foreseen as saved, or equal ones are the only candidate.
 
     Raises:
-        RecipeError: there are no images, or the method decides for the whole model at once.
+        RecipeError: there are no images.
     """
     step = recipe.steps[0]
     method, options = step.make_method(), step.allocate
-    assert options is not None
-    if not isinstance(method, SiteMethod):
-        raise RecipeError(f"allocate: {method.name} decides about the whole model by itself; use allocate=uniform.")
+    assert options is not None and isinstance(method, SiteMethod)
     if batches is None:
         raise RecipeError("allocate: error curves need calibration images; pass data, or use allocate=uniform.")
     request = Request(method=method, repair=step.repair_options(), seed=recipe.seed)

@@ -229,7 +229,9 @@ class _StepRun:
         if method.needs_mlps and not self.sites and not picked and len(self.edits) == num_before:
             raise _nothing_left(method.name)
         if self.repair is not None and not picked:
-            view.note(f"repair: {method.name} cut no hidden units, so nothing was repaired.")
+            own = any(isinstance(edit, KeepUnits) for edit in self.edits[num_before:])
+            why = "gives what it keeps weights of its own" if own else "cut no hidden units"
+            view.note(f"repair: {method.name} {why}, so nothing was repaired.")
         return view.notes + (self._cut_sites_(picked, quiet) if picked else [])
 
     def _train(self, model: nn.Module, **given: Any) -> Mapping[str, Tensor]:

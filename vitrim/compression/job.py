@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitrim.calibrate import LiveModelView
 from vitrim.clip.embedding_space import embedding_space_of
+from vitrim.compression.budget import solve_widths
 from vitrim.config.published import family_of
 from vitrim.config.recipe import Recipe
 from vitrim.data import ImageSet, ImageStream, Split
@@ -218,6 +219,8 @@ def _check_method(recipe: Recipe, encoder: nn.Module, scope: str, noise: Tensor 
     sites = find_mlps(encoder, scope=scope)
     batches, widths = None if noise is None else [noise], {site.path: site.d_hidden for site in sites}
     method.check(LiveModelView(encoder, sites, widths, batches, seed=recipe.seed, share=first.keep_ratio))
+    if first.budget is not None and not (width := recipe.width()).is_of_the_model:
+        solve_widths(width, sites, encoder, None)
 
 
 def _loops_blocks(recipe: Recipe, encoder: nn.Module, scope: str) -> bool:

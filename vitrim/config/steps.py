@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from vitrim.checked import Checked
 from vitrim.config.options import AllocateOptions, RepairOptions
 from vitrim.config.widths import BUDGETS, BudgetKind, Width
-from vitrim.methods import Method, find_method, make_method
+from vitrim.methods import Method, SiteMethod, find_method, make_method
 
 
 class Step(Checked):
@@ -68,6 +68,13 @@ class Step(Checked):
         method = self.make_method()
         if method.takes == "nothing" and given:
             raise ValueError(f"{given[0]}: {self.method} goes by no budget; drop it")
+        if method.goes_by() == "nothing" and given:
+            raise ValueError(
+                f"{given[0]}: options of {self.method} say already how much stays ({', '.join(self.options)}); drop it "
+                "or those"
+            )
+        if self.allocate is not None and not isinstance(method, SiteMethod):
+            raise ValueError(f"allocate: {self.method} decides about the whole model by itself; use allocate=uniform")
         if senseless := [name for name in method.senseless if getattr(self, name) is not None]:
             sizes = [name for name in ("keep_ratio", "params_ratio", "macs_ratio") if name not in method.senseless]
             raise ValueError(f"{senseless[0]}: says nothing about what {self.method} cuts; give {' or '.join(sizes)}")

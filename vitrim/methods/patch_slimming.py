@@ -183,7 +183,8 @@ class _Search:
                 many, low = counts, tolerance
             else:
                 few, high = counts, tolerance
-        self.view.note(f"patch-slimming: these tokens lie at a tolerance of {low:.2g} to {high:.2g}.")
+        if (low, high) != TOLERANCES:
+            self.view.note(f"patch-slimming: these tokens lie at a tolerance of {low:.2g} to {high:.2g}.")
         return many if sum(many) <= total else _between(few, many, total)
 
     def masks(self, counts: Sequence[int]) -> list[tuple[int, ...]]:

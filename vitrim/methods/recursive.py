@@ -122,10 +122,10 @@ class Recursive(ModelMethod):
             if self.rank is not None and self.rank in paid:
                 return count, self.rank
         count, rank = self.num_blocks or 1, self.rank or 0
-        least = (count * loop.cost + total * loop.factors(rank)) / (total * loop.cost)
+        least = -(-1000 * (count * loop.cost + total * loop.factors(rank)) // (total * loop.cost)) / 1000
         raise BudgetError(
-            f"{loop.blocks[0]}: a share of {share:.3g} does not pay for {count} of {total} blocks with rank {rank}; "
-            f"use {least:.3g} or more."
+            f"{loop.blocks[0]}: a share of {share:g} does not pay for {count} of {total} blocks with rank {rank}; "
+            f"use {least:g} or more."
         )
 
     def _check(self, loop: _Loop) -> None:
