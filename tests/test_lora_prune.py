@@ -263,9 +263,7 @@ def test_a_repair_that_was_asked_for_is_said_not_to_follow():
     model = timm_vit()
     recipe = Recipe.parse({"method": "lora-prune", "keep_ratio": 0.5, "repair": True, "options": {"steps": 1}})
     report = cut_(copy.deepcopy(model), model, find_mlps(model), recipe, [torch.randn(8, 3, 32, 32)], quiet=True)
-    assert report.notes[-1] == (
-        "repair: lora-prune gives what it keeps weights of its own, so nothing was repaired."
-    )
+    assert report.notes[-1] == ("repair: lora-prune gives what it keeps weights of its own, so nothing was repaired.")
 
 
 def test_labels_are_read_only_where_they_were_asked_for():
