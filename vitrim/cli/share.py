@@ -36,6 +36,7 @@ def export(
     out: Path,
     to: Literal["onnx", "openvino", "torch", "executorch", "coreml", "litert", "tensorrt"] = "onnx",
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    layout: Literal["file", "transformers-js"] = "file",
     data: str | None = None,
     tokens: Annotated[bool, Parameter(negative="")] = False,
     opset: int | None = None,
@@ -51,6 +52,8 @@ def export(
             .mlpackage (coreml) or .tflite (litert); it must not exist.
         to: the runtime to write for.
         precision: of the weights, by the runtime's own way.
+        layout: transformers-js makes `out` the folder that Transformers.js loads, with an ONNX file of this precision;
+            a second export adds another precision.
         data: images to compare on, in addition to noise.
         tokens: export the pooled vector and the patch tokens instead of the model's own output.
         opset: ONNX opset; by default the one that torch prefers.
@@ -60,7 +63,8 @@ def export(
     from vitrim.output.export import export as run
     from vitrim.output.runtimes import RUNTIMES
 
-    found = run(model, out, to=to, precision=precision, data=data, tokens=tokens, opset=opset)
+    asked = {"to": to, "precision": precision, "layout": layout, "data": data, "tokens": tokens, "opset": opset}
+    found = run(model, out, **asked)
     if as_json:
         return print_json(found.to_json())
     for name, difference in found.differences.items():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -31,8 +31,9 @@ from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 from vitrim.output.card import licence_of
 from vitrim.output.load import Model, open_model
-from vitrim.output.runtimes import RUNTIMES, Form, Precision, Traced, installed, load, opset_of, trtexec, write
+from vitrim.output.runtimes import INPUT, RUNTIMES, Form, Precision, Traced, installed, load, opset_of, trtexec, write
 from vitrim.output.stage import refuse_existing
+from vitrim.output.transformers_js import DTYPES, INPUT_NAME, file_in, folder_for_js
 from vitrim.storage.documents import write_json
 from vitrim.surgery.edits import replace_
 from vitrim.torch_state import own_torch_state
@@ -41,6 +42,7 @@ from vitrim.torch_state import own_torch_state
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.25}
 # Number of images to trace with, and batch sizes on which the file is compared and timed.
 TRACED, COMPARED, TIMED = 2, (1, 3, 8), (1, 8)
+Layout = Literal["file", "transformers-js"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ def export(
     *,
     to: Form = "onnx",
     precision: Precision = "fp32",
+    layout: Layout = "file",
     data: Any = None,
     tokens: bool = False,
     opset: int | None = None,
@@ -94,6 +97,8 @@ def export(
         to: `onnx`, `openvino`, `torch` (an archive of `torch.export`), `executorch`, `coreml`, `litert`, or `tensorrt`
             (ONNX, and the command that builds an engine of it).
         precision: `fp32`, `fp16` or `int8` (weights), by the runtime's own way.
+        layout: `transformers-js` makes `out` a folder that Transformers.js loads, with an ONNX file of this precision
+            in `onnx/`; a second export adds another precision.
         data: images to compare on, in addition to noise.
         tokens: export the pooled vector and the patch tokens instead of the model's own output.
         opset: ONNX opset; by default the one that torch prefers.
@@ -120,13 +125,17 @@ def export(
         ('digits.pt2', ('output',))
     """
     out = Path(out)
+    for_js = layout == "transformers-js"
     _check_request(out, to, precision, opset)
+    _check_layout(out, layout, to, tokens=tokens)
     whole, origin = open_model(model)
     encoder, live = whole.get_submodule(origin.encoder), isinstance(model, nn.Module)
     inputs = _compared_on(origin, data)
-    wrapped = _Tensors(_multiplied_out(copy.deepcopy(encoder).cpu().float().eval()), tokens=tokens)
-    with _placed(out) as path, evaluating(wrapped):
-        traced = _write(wrapped, inputs["noise"], path, to, precision, opset)
+    wrapped = _Tensors(_multiplied_out(copy.deepcopy(encoder).cpu().float().eval()), tokens=tokens, own_names=for_js)
+    said = with_its_classes(whole, origin) if live else origin
+    place = folder_for_js(out, precision, whole, said) if for_js else _placed(out)
+    with place as path, evaluating(wrapped):
+        traced = _write(wrapped, inputs["noise"], path, to, precision, opset, INPUT_NAME if for_js else INPUT)
         run = load(path, to)
         session = None if run is None else _Session(run)
         differences = _differences(wrapped, session, inputs, out, precision, traced.largest)
@@ -135,11 +144,11 @@ def export(
         models: dict[str, nn.Module] = {"pytorch": wrapped, to: session} if timed else {}  # type: ignore[dict-item]
         times = measure_latency(list(models.values()), inputs["noise"][:1], batch_sizes=sizes) if models else []
         num_bytes = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
-        said = with_its_classes(whole, origin) if live else origin
-        _describe(_about(path), said, wrapped.names, kept_patches(wrapped.encoder))
+        if not for_js:  # its config says it
+            _describe(_about(path), said, wrapped.names, kept_patches(wrapped.encoder))
         version = opset_of(path) if path.suffix == ".onnx" else None
     return Exported(
-        path=out,
+        path=file_in(out, precision) if for_js else out,
         form=to,
         precision=precision,
         outputs=wrapped.names,
@@ -148,8 +157,15 @@ def export(
         largest_batch=traced.largest,
         differences=differences,
         latency=dict(zip(models, times, strict=True)),
-        next_step=trtexec(out, traced.example, precision) if to == "tensorrt" else None,
+        next_step=_next_step(out, to, precision, traced, for_js=for_js),
     )
+
+
+def _next_step(out: Path, to: Form, precision: Precision, traced: Traced, *, for_js: bool) -> str | None:
+    """Return the command, or the argument, that the file is for."""
+    if for_js:
+        return f'give Transformers.js this folder, with {{ dtype: "{DTYPES[precision]}" }}'
+    return trtexec(out, traced.example, precision) if to == "tensorrt" else None
 
 
 def _check_request(out: Path, to: Form, precision: Precision, opset: int | None) -> None:
@@ -164,8 +180,22 @@ def _check_request(out: Path, to: Form, precision: Precision, opset: int | None)
     if opset is not None and runtime.suffix != ".onnx":
         raise RecipeError(f"opset: is of ONNX, and {to} files have none; leave it out.")
     installed(to)
-    if out.suffix != runtime.suffix:
-        raise OutputError(f"{out}: a file of {to} ends in {runtime.suffix}; name it {out.with_suffix(runtime.suffix)}.")
+
+
+def _check_layout(out: Path, layout: Layout, to: Form, *, tokens: bool) -> None:
+    """Refuse a layout that is unknown or of another form, and a file that is not named as its form is."""
+    suffix = RUNTIMES[to].suffix
+    if layout not in get_args(Layout):
+        raise RecipeError(f"layout: {layout!r} is not known; use one of {', '.join(get_args(Layout))}.")
+    if layout == "file":
+        if out.suffix != suffix:
+            raise OutputError(f"{out}: a file of {to} ends in {suffix}; name it {out.with_suffix(suffix)}.")
+    elif to != "onnx":
+        raise RecipeError(f"layout: {layout} is of ONNX files, not of {to}; leave to (--to) out.")
+    elif tokens:
+        raise RecipeError(f"layout: {layout} puts out what transformers does; leave tokens (--tokens) out.")
+    elif out.suffix == suffix:
+        raise OutputError(f"{out}: {layout} is a folder; name it {out.with_suffix('')}.")
 
 
 def _compared_on(origin: Origin, data: Any) -> dict[str, Tensor]:
@@ -181,11 +211,14 @@ def _compared_on(origin: Origin, data: Any) -> dict[str, Tensor]:
     return {"noise": noise, "images": batch.images_BCHW}
 
 
-def _write(model: _Tensors, noise: Tensor, path: Path, to: Form, precision: Precision, opset: int | None) -> Traced:
+def _write(
+    model: _Tensors, noise: Tensor, path: Path, to: Form, precision: Precision, opset: int | None, input_name: str
+) -> Traced:
     """Trace the model, write it, and check what can be checked without running it."""
     model(noise[:TRACED])  # sets the names of the outputs
     runtime = RUNTIMES[to]
-    traced = Traced(model=model, example=noise[:TRACED], names=model.names, largest=runtime.largest, opset=opset)
+    about = {"names": model.names, "input_name": input_name, "largest": runtime.largest, "opset": opset}
+    traced = Traced(model=model, example=noise[:TRACED], **about)
     try:
         write(traced, path, to, precision)
     except OSError:
@@ -251,11 +284,11 @@ def _multiplied_out(model: nn.Module) -> nn.Module:
 
 
 class _Tensors(nn.Module):
-    """An encoder that returns plain tensors, whatever its library's own outputs are."""
+    """An encoder that returns plain tensors, whatever its library's own outputs are; `own_names` of transformers."""
 
-    def __init__(self, encoder: nn.Module, *, tokens: bool) -> None:
+    def __init__(self, encoder: nn.Module, *, tokens: bool, own_names: bool = False) -> None:
         super().__init__()
-        self.encoder, self.tokens = encoder, tokens
+        self.encoder, self.tokens, self.own_names = encoder, tokens, own_names
         self.names: tuple[str, ...] = ("output",)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -264,7 +297,12 @@ class _Tensors(nn.Module):
             names = ("pooled", "patches", *(f"map{number + 1}" for number in range(len(found.maps))))
             self.names = names[: len(found.tensors)]
             return tuple(found.tensors)
-        return (first_tensor(run_on(self.encoder, images)),)
+        output = run_on(self.encoder, images)
+        if self.own_names:
+            known = {name: found for name, found in output.items() if isinstance(found, Tensor)}
+            self.names = tuple(known)
+            return tuple(known.values())
+        return (first_tensor(output),)
 
 
 class _Session(nn.Module):
