@@ -29,7 +29,7 @@ def together(tmp_path_factory):
     for way in WAYS:
         stopped({**SHORT, "ema": 0.8}, folder / f"one-{way}")
     (folder / "taken").mkdir()
-    done = run_python("-m", "tests.support.two_processes", folder, processes=2)
+    done = run_python("-m", "tests.support.two_processes", folder, processes=2, torchrun=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
