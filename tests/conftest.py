@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.checks import in_this_process
+from tests.support.effort import defaults_of_users, quick_by_default
 from tests.support.models import (
     CASES,
     KINDS,
@@ -41,10 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave out what would be most of the time of all tests: repeated timing, fresh processes that load results."""
+    """Leave out what would be most of the time of all tests: timing, fresh processes that load results, long refits."""
     assert measure_latency.__kwdefaults__ is not None
     measure_latency.__kwdefaults__ |= {"rounds": 1, "min_seconds": 0.0}  # no test is about how long something takes
     config.addinivalue_line("markers", "fresh: results are loaded in a fresh process, as for users; else in this one")
+    config.addinivalue_line("markers", "defaults: what users have; else little is done where a test leaves that open")
+    quick_by_default()
     if os.name == "posix":  # workers' sockets lie there from now on, as their paths end at 107 bytes
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(tempfile, "tempdir", "/tmp")
@@ -62,9 +65,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fresh processes for the tests that are marked."""
-    marked = request.node.get_closest_marker("fresh") is not None
-    with checking_with(in_fresh_process) if marked else contextlib.nullcontext():
+    """Fresh processes, and the defaults of users, for the tests that are marked."""
+    with contextlib.ExitStack() as stack:
+        if request.node.get_closest_marker("fresh") is not None:
+            stack.enter_context(checking_with(in_fresh_process))
+        if request.node.get_closest_marker("defaults") is not None:
+            stack.enter_context(defaults_of_users())
         yield
 
 

@@ -1,15 +1,12 @@
 """The documentation keeps its word: recipes load, Python blocks run, command lines parse, make targets exist.
 
 A block is left alone (compiled or parsed, not run) behind a comment `<!-- needs: ... -->` that says what it would need.
-The Python blocks of a page run in order, in one fresh process and an empty folder, as a backend would type them.
+The Python blocks of a page run in order, in a process of their own and an empty folder, as a backend would type them.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import yaml
 from cyclopts import CycloptsError
 
 from tests.support.documents import DOCS, PAGES, ROOT, blocks_of, commands_of, name
+from tests.support.processes import run_python
 from vitrim.cli.app import app
 from vitrim.config.options import (
     AdapterOptions,
@@ -35,23 +33,18 @@ from vitrim.config.steps import Step
 from vitrim.methods import METHODS
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-# As `python PAGE`, but nothing is timed for long, images and refit are few where a page leaves them at their defaults,
-# and results are not loaded in fresh processes, which test_checkpoint.py tries.
+# As `python PAGE`, but nothing is timed for long, images and refit are few where a page leaves them at their defaults
+# (tests/support/effort.py), and results are not loaded in fresh processes, which test_checkpoint.py tries.
 RUN = """
 import runpy, sys
 from vitrim.cost.latency import measure_latency
-from vitrim.config.options import CalibrateOptions, RepairOptions
-from vitrim.config.recipe import Recipe
 from vitrim.output.verify import checking_with
+from tests.support.effort import quick_by_default
 measure_latency.__kwdefaults__ |= {"rounds": 1, "min_seconds": 0.0}
-RepairOptions.model_fields["refit_steps"].default = 10
-Recipe.model_fields["calibrate"].default = CalibrateOptions(num_images=64)
-for options in (RepairOptions, Recipe):
-    options.model_rebuild(force=True)
+quick_by_default(num_images=64)
 with checking_with(lambda check: 0.0):
     runpy.run_path(sys.argv[1], run_name="__main__")
 """
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -71,6 +64,7 @@ def test_yaml_blocks_are_recipes(page: Path):
         Recipe.parse(yaml.safe_load(block.code), where=f"{name(page)}:{block.line}")
 
 
+@pytest.mark.defaults
 def test_the_reference_has_every_key_of_a_recipe_with_its_default():
     data = yaml.safe_load(blocks_of(ROOT / "docs" / "api.md", "yaml")[0].code)
     keys = {*data} | {f"{part}.{key}" for part in data if isinstance(data[part], dict) for key in data[part]}
@@ -97,21 +91,16 @@ def test_python_blocks_compile(page: Path):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.runs for b in blocks_of(page, "python"))], ids=name)
-def test_python_blocks_run(page: Path, tmp_path: Path):
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     script = ""
     for block in blocks_of(page, "python"):
         if block.runs:  # at its own line, so that a traceback points into the page
             script += "\n" * (block.line - 1 - script.count("\n")) + block.code
     (tmp_path / "work").mkdir()
     (tmp_path / page.name).write_text(script, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path / page.name)],
-        cwd=tmp_path / "work",
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (tmp_path / "run.py").write_text(RUN)
+    done = run_python(tmp_path / "run.py", tmp_path / page.name, cwd=tmp_path / "work")
     assert done.returncode == 0, f"{name(page)}:\n{done.stderr[-3000:]}"
 
 

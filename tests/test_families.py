@@ -13,6 +13,8 @@ from tests.support.models_table import BEGIN, END, PAGE, TOLERANCE, difference, 
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 EXACT = [name for name, family in FAMILIES.items() if "norm" not in family.kind]
+# A trace takes seconds: one of each library and kind of MLP. What is cut is what it traces in another width.
+COMPILED = {(family.source, family.kind): name for name, family in FAMILIES.items()}.values()
 NORMED = [name for name in FAMILIES if name not in EXACT]
 
 
@@ -83,7 +85,7 @@ def test_bfloat16_stays_bfloat16(name):
     assert torch.equal(run(loaded, inputs), run(live, inputs))
 
 
-@every_family
+@pytest.mark.parametrize("name", COMPILED)
 def test_torch_compile_takes_it(name):
     assert measured(name).compiled <= TOLERANCE
 

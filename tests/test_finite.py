@@ -28,7 +28,12 @@ from vitrim.repair.refit import improve_
 from vitrim.storage.documents import write_json
 
 IMAGES = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-QUICK = {"fips": {"steps": 2}, "moefication": {"num_experts": 4, "epochs": 1}, "amp": {"trials": 1, "rounds": 1}}
+QUICK = {
+    "fips": {"steps": 2},
+    "moefication": {"num_experts": 4, "epochs": 1},
+    "amp": {"trials": 1, "rounds": 1},
+    "lora-prune": {"steps": 2},
+}
 BROKEN = [(0, math.nan), (11, math.nan), (5, 1e30), (5, -math.inf)]
 
 

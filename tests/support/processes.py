@@ -31,7 +31,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run_python(
-    *words: object, processes: int | None = None, torchrun: bool = False, timeout: float | None = None
+    *words: object,
+    processes: int | None = None,
+    torchrun: bool = False,
+    timeout: float | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script or a module to its end.
 
@@ -40,13 +44,14 @@ def run_python(
         processes: how many make a distributed run; None for one that knows of no other.
         torchrun: start them with torchrun.
         timeout: seconds after which it is stopped, which is an error.
+        cwd: the folder to run in.
 
     Returns:
         Its exit code and what it wrote.
     """
     arguments = [str(word) for word in words]
     if not torchrun:
-        return _forked(arguments, processes, timeout)
+        return _forked(arguments, processes, timeout, cwd or Path.cwd())
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
         [*start, *arguments],
@@ -55,11 +60,14 @@ def run_python(
         text=True,
         errors="replace",
         timeout=timeout,
+        cwd=cwd,
         check=False,
     )
 
 
-def _forked(words: Sequence[str], processes: int | None, timeout: float | None) -> subprocess.CompletedProcess[str]:
+def _forked(
+    words: Sequence[str], processes: int | None, timeout: float | None, cwd: Path
+) -> subprocess.CompletedProcess[str]:
     """Run one or several processes; as under torchrun, where one fails the others are stopped."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
@@ -67,7 +75,8 @@ def _forked(words: Sequence[str], processes: int | None, timeout: float | None) 
     with tempfile.TemporaryDirectory() as scratch:
         started = []
         for rank, known in enumerate(_environments(processes)):
-            started.append(context.Process(target=_run, args=(list(words), known, str(Path(scratch) / str(rank)))))
+            place = str(Path(scratch) / str(rank))
+            started.append(context.Process(target=_run, args=(list(words), known, place, str(cwd))))
             started[-1].start()
         try:
             codes = _wait(started, ends)
@@ -109,8 +118,9 @@ def _wait(started: Sequence[Any], ends: float | None) -> list[int | None]:
         time.sleep(0.02)
 
 
-def _run(words: list[str], known: dict[str, str], place: str) -> None:
+def _run(words: list[str], known: dict[str, str], place: str, cwd: str) -> None:
     """Be one of the processes: run a script or a module as Python does, and write to files."""
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(known)
     for number, end in enumerate(ENDS, start=1):
