@@ -288,6 +288,7 @@ def test_effort_is_an_argument_of_compress(asked):
         asked(effort="hard")
 
 
+@pytest.mark.defaults
 def test_what_ran_is_written_out(tmp_path):
     for asked_for, expected in (
         ({}, {"params_ratio": 0.5, "repair": {"refit": True, "refit_steps": 300}}),

@@ -327,6 +327,7 @@ def test_one_block_of_each_model_is_in_memory_at_a_time(build, tmp_path, monkeyp
 # What a run will need, said before it
 
 
+@pytest.mark.defaults
 def test_inspect_says_what_pruning_will_need(build, tmp_path):
     each = build("timm bf16")
     found = vitrim.inspect(each.source, mlp_ratio=1)

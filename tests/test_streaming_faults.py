@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import IMAGES, SOURCES, bytes_of, snapshot, tensors_of
+from tests.support.effort import quick_by_default
 from vitrim.cli.app import run
 from vitrim.compression import file_to_file, selection
 from vitrim.compression.file_to_file import prune_checkpoint
@@ -267,6 +268,7 @@ def hooks(where):
 
 def killed(where, count, source, out, keywords):
     """Run until the `count`th call of something, then die of SIGKILL in the middle of it."""
+    quick_by_default()  # as in the process that goes on with it
     tensor_writer.SYNC_BYTES = 20_000
     owner, name, share = hooks(where)
     original, calls = getattr(owner, name), itertools.count(1)
