@@ -34,6 +34,7 @@ SUMS = 2 * 5 * (40 * 40 / 2 + 2 * 40 * 10) / 50_000  # of an image, in passes
 NO_FEEDBACK = {"repair": {"refit": False, "feedback": 0}}
 
 
+@pytest.mark.defaults
 @pytest.mark.parametrize(
     ("recipe", "passes"),
     [

@@ -180,6 +180,7 @@ def test_ctrl_c_between_two_states_says_how_to_go_on(monkeypatch, capsys, tmp_pa
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.defaults
 def test_ctrl_c_leaves_a_state_from_which_the_same_result_comes(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     given = [

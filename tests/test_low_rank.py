@@ -66,8 +66,9 @@ def proposed(model: nn.Module, batches=None, *, sites=(), keep=0.5, name="low-ra
 
 
 def cut(case, *, images=True, **values):
-    """A student whose layers are factored, and the report."""
-    student, recipe = case.copy(), Recipe.parse({"method": "low-rank", "keep_ratio": 0.5, **values})
+    """A student whose layers are factored, to half unless options say how much stays, and the report."""
+    budget = {} if {"rank", "energy"} & values.get("options", {}).keys() else {"keep_ratio": 0.5}
+    student, recipe = case.copy(), Recipe.parse({"method": "low-rank", **budget, **values})
     return student, cut_(student, case.model, case.sites, recipe, case.batches if images else None, quiet=True)
 
 

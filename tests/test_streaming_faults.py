@@ -293,9 +293,7 @@ def killed(where, count, source, out, keywords):
 def spawn():
     """Runs `killed` in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "timm", "accelerate", "vitrim.compression.file_to_file", "test_streaming_faults"]
-    )
+    context.set_forkserver_preload(["timm", "vitrim.compression.file_to_file", "test_streaming_faults"])
 
     def spawn(*given):
         process = context.Process(target=killed, args=given)
