@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from importlib.resources import files
 from itertools import pairwise
 from typing import ClassVar
@@ -20,7 +21,8 @@ from tests.support.processes import run_python
 from vitrim.compression import cut as cut_module
 from vitrim.compression.cut import cut_
 from vitrim.config.recipe import Recipe
-from vitrim.errors import Interrupted, RecipeError
+from vitrim.data import open_images
+from vitrim.errors import Interrupted, OutputError, RecipeError
 from vitrim.methods import lora_prune
 from vitrim.methods.registry import FactorTraining
 from vitrim.models.sites import find_mlps
@@ -231,14 +233,37 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
         two_prune.prune(tmp_path, resume=True, rank=2)
 
 
+def test_a_stopped_compress_leaves_its_state_and_goes_on_from_there(tmp_path, monkeypatch):
+    take, steps = factors_module._Loop._take, []
+
+    def counted(self, batches):
+        steps.append(self.step)
+        take(self, batches)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(factors_module._Loop, "_take", counted)
+    given = {"steps": 8, "batch_size": 8, "every": 2}
+    asked = Recipe(method="lora-prune", options=given, keep_ratio=0.5)
+    data = open_images("digits", limit=60)
+    with pytest.raises(Interrupted):
+        vitrim.compress(DIGITS, recipe=asked, data=data, out=tmp_path / "small", quiet=True)
+    assert (tmp_path / ".small.partial" / "factors-0.state").exists()
+    with pytest.raises(OutputError, match="holds the state of a stopped run"):
+        vitrim.compress(DIGITS, recipe=asked, data=data, out=tmp_path / "small", quiet=True)
+    again = vitrim.compress(DIGITS, recipe=asked, data=data, out=tmp_path / "small", resume=True, quiet=True)
+    assert steps == list(range(8)) and not (tmp_path / ".small.partial").exists()
+    whole = vitrim.compress(DIGITS, recipe=asked, data=data, quiet=True)
+    assert again.plan.sha256 == whole.plan.sha256
+    assert_equal(again.model.state_dict(), whole.model.state_dict())
+
+
 def test_ctrl_c_keeps_a_state_and_says_how_to_go_on(tmp_path, monkeypatch):
     take = factors_module._Loop._take
 
     def interrupt(self, batches):
         take(self, batches)
         if self.step == 5:
-            import signal
-
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:

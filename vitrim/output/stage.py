@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 
 from vitrim.errors import OutputError
 from vitrim.output.load import ABOUT
+from vitrim.recover.files import FACTORS_STATE
 from vitrim.storage.places import remove
 
 CUT_STATE, PICKS, TEXT_STATE = "cut.json", "picks.jsonl", "text.state"
-STATES = (CUT_STATE, PICKS, TEXT_STATE)  # a stopped run can be resumed from each of these
+# A stopped run can be resumed from each of these.
+STATES = (CUT_STATE, PICKS, TEXT_STATE, FACTORS_STATE.format("*"))
 # The lock of a run, by which its folder is also known to be ours; and an output that gives way to a new one.
 LOCK, REPLACED = "vitrim-run.lock", "replaced"
 
@@ -52,8 +54,8 @@ def staged_output(out: Path, *, resume: bool = False, overwrite: bool = False) -
                     config.write_text(text.replace(str(folder.resolve()), str(out.resolve())), encoding="utf-8")
                 _settle(folder)
                 _place(folder, out, work, overwrite=overwrite)
-                for state in STATES:
-                    remove(work / state)
+                for state in _states(work):
+                    remove(state)
             except (OSError, SafetensorError) as error:  # safetensors raises the second if the disk is full
                 reason = getattr(error, "strerror", None) or error
                 raise OutputError(f"{out}: could not be written ({reason}).") from error
@@ -121,7 +123,12 @@ def _is_running(work: Path) -> bool:
 
 def has_state(work: Path) -> bool:
     """Return whether a run's folder holds a state to resume from."""
-    return any((work / state).exists() for state in STATES)
+    return bool(_states(work))
+
+
+def _states(work: Path) -> list[Path]:
+    """Return what there is to resume from in a run's folder."""
+    return [found for pattern in STATES for found in work.glob(pattern)]
 
 
 def refuse_existing(out: Path, *, kind: str = "output folder", advice: str = "") -> None:
