@@ -98,6 +98,7 @@ def test_outputs_have_the_names_of_transformers(tmp_path):
         ({"to": "torch"}, RecipeError, "is of ONNX files, not of torch"),
         ({"tokens": True}, RecipeError, "puts out what transformers does"),
         ({"out": "js.onnx"}, OutputError, "is a folder"),
+        ({"out": "gone/js"}, OutputError, "can't be written"),
         ({"model": "timm-vit"}, ModelError, "is of timm, and Transformers.js"),
         ({"model": "hf-bert"}, ModelError, "is a text encoder"),
     ],

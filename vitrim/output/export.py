@@ -9,7 +9,6 @@ licence.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from vitrim.models.origin import Origin
 from vitrim.output.card import licence_of
 from vitrim.output.load import Model, open_model
 from vitrim.output.runtimes import INPUT, RUNTIMES, Form, Precision, Traced, installed, load, opset_of, trtexec, write
-from vitrim.output.stage import refuse_existing
+from vitrim.output.stage import beside, move_into, refuse_existing
 from vitrim.output.transformers_js import DTYPES, INPUT_NAME, file_in, folder_for_js
 from vitrim.storage.documents import write_json
 from vitrim.surgery.edits import replace_
@@ -321,16 +320,9 @@ def _placed(out: Path) -> Iterator[Path]:
     """Yield a path in a temporary folder beside `out`; at the end all files there are moved into place, or none."""
     for path in (out, _about(out)):
         refuse_existing(path, kind="file")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
-            yield Path(folder) / out.name
-            made = sorted(Path(folder).iterdir(), key=lambda file: file.name == out.name)  # weights first
-            for file in made:
-                refuse_existing(out.parent / file.name, kind="file")
-            for file in made:
-                file.rename(out.parent / file.name)
-    except OSError as error:
-        raise OutputError(f"{out}: can't be written ({error.strerror or error}); choose another place.") from error
+    with beside(out) as folder:
+        yield folder / out.name
+        move_into(out.parent, folder, last=out.name)
 
 
 def _difference(model: nn.Module, session: nn.Module, inputs: Tensor, sizes: Sequence[int]) -> float:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -139,6 +140,25 @@ def refuse_existing(out: Path, *, kind: str = "output folder", advice: str = "")
     """
     if os.path.lexists(out):
         raise OutputError(f"{out}: exists already; choose another {kind} or remove this one{advice}.")
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a place; what can't be written there ends in one line."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(f"{out}: can't be written ({error.strerror or error}); choose another place.") from error
+
+
+def move_into(place: Path, folder: Path, *, last: str) -> None:
+    """Move all files of a folder to a place, or none; `last` comes behind the weights that it names."""
+    made = sorted(folder.iterdir(), key=lambda file: file.name == last)
+    for file in made:
+        refuse_existing(place / file.name, kind="file")
+    for file in made:
+        file.rename(place / file.name)
 
 
 def _work(out: Path) -> Path:

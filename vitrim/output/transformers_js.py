@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, copy_companions
 from vitrim.models.stock import stock_origin
 from vitrim.output.runtimes import Precision
-from vitrim.output.stage import refuse_existing
+from vitrim.output.stage import beside, move_into, refuse_existing
 from vitrim.storage.documents import write_json
 from vitrim.storage.hashes import tensor_sha256
 
@@ -54,8 +53,8 @@ def folder_for_js(out: Path, precision: Precision, model: nn.Module, origin: Ori
     """
     _check_kind(origin)
     refuse_existing(file_in(out, precision), kind="folder or precision")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch) / out.name
+    with beside(out) as scratch:
+        folder = scratch / out.name
         (folder / FOLDER).mkdir(parents=True)
         _describe(folder, model, origin)
         _check_same(out, folder)
@@ -63,11 +62,7 @@ def folder_for_js(out: Path, precision: Precision, model: nn.Module, origin: Ori
         if not out.exists():
             folder.rename(out)
             return
-        made = sorted((folder / FOLDER).iterdir(), key=lambda file: file.name == FILES[precision])  # weights first
-        for file in made:
-            refuse_existing(out / FOLDER / file.name, kind="folder")
-        for file in made:
-            file.rename(out / FOLDER / file.name)
+        move_into(out / FOLDER, folder / FOLDER, last=FILES[precision])
 
 
 def _check_kind(origin: Origin) -> None:
