@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = {
     "timm/deit_base_patch16_224": ("cut", 2, "plain", "timm", ""),
     "timm/resnet18": ("no MLP", None, "", None, "no MLP found"),
-    "transformers/Gemma4VisionModel": ("cut without images", 2, "split gated", "transformers", "pixel_position_ids."),
+    "transformers/Gemma4VisionModel": ("cut", 2, "split gated", "transformers", ""),  # pixel_position_ids
     "transformers/Qwen3VLVisionModel": ("cut", 2, "plain", "transformers", ""),  # linear_fc1
     "transformers/Glm4vVisionModel": ("cut", 2, "split gated", "own", ""),  # not its merger
     "open_clip/ViT-B-32": ("cut", 2, "plain", "open_clip", ""),
