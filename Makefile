@@ -34,7 +34,8 @@ demo: $(VENV)/.demo  ## install, then cut a ViT that comes with vitrim to half i
 # One process a core, one thread a process: tiny models gain nothing from more threads.
 test: check  ## install, lint, type-check, build the docs, run a few tests elsewhere, and then every test here
 	$(BIN)/python -m tests.support.anywhere --part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m slipcover --source vitrim --omit 'vitrim/assets/*' --skip-covered \
+		-m pytest -n auto --maxprocesses 8 --dist loadfile
 
 anywhere: $(VENV)/.test  ## the quick tests in a copy at another path, in an environment by a seed: make anywhere SEED=7
 	$(BIN)/python -m tests.support.anywhere $(addprefix --seed=,$(SEED))

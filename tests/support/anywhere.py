@@ -109,7 +109,7 @@ def run(seed: int, drawn: Draw, files: Sequence[str], here: Path, there: Path) -
     words = [*user, "env", *(f"--unset={name}" for name, value in changed.items() if value is None)]
     words += [f"{name}={value}" for name, value in changed.items() if value is not None]
     words += [f"PYTHONPATH={clone}", "OMP_NUM_THREADS=1", sys.executable, "-m", "pytest", "-n", str(drawn["workers"])]
-    words += ["--dist=loadfile", "--no-cov", "-p", "no:cacheprovider", f"--order={seed}"]
+    words += ["--dist=loadfile", "-p", "no:cacheprovider", f"--order={seed}"]
     words += [f"tests/test_{name}.py" for name in files]
     print(f"anywhere: seed {seed}, at a path of {len(str(clone))} letters: {shlex.join(words)}", flush=True)
     return subprocess.run(words, cwd=clone, check=False).returncode
