@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import IMAGES, SOURCES, bytes_of, snapshot, tensors_of
 from tests.support.effort import quick_by_default
+from tests.support.processes import forked
 from vitrim.cli.app import run
 from vitrim.compression import file_to_file, selection
 from vitrim.compression.file_to_file import prune_checkpoint
@@ -292,11 +292,9 @@ def killed(where, count, source, out, keywords):
 @pytest.fixture(scope="module")
 def spawn():
     """Runs `killed` in a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "vitrim.compression.file_to_file", "test_streaming_faults"])
 
     def spawn(*given):
-        process = context.Process(target=killed, args=given)
+        process = forked().Process(target=killed, args=given)
         process.start()
         process.join()
         return process.exitcode

@@ -24,6 +24,10 @@ LayerKind = Literal["linear", "transposed_linear", "conv"]
 RunInputs = Literal["output", "hidden"]  # what stands for a run of blocks is made of: a layer's output, or its input
 # Where features are read: after the final norm, before it, or behind the head, as class scores.
 FeaturesAt = Literal["final", "pre_norm", "logits"]
+# What an export is for, in which precision, and whether it is one file or the folder of Transformers.js.
+Form = Literal["onnx", "openvino", "torch", "executorch", "coreml", "litert", "tensorrt"]
+Precision = Literal["fp32", "fp16", "int8"]
+Layout = Literal["file", "transformers-js"]
 
 
 @dataclass(frozen=True, kw_only=True)

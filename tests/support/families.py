@@ -155,7 +155,7 @@ TRANSFORMERS = (
         "encoder.layers.*.blocks",
     ),
     hf_family(
-        "InternViT in InternVL",
+        "InternViT in InternVL 3 and 3.5",
         "InternVLVisionModel",
         {**HF_VIT, "image_size": [32, 32], "patch_size": [8, 8]},
         "encoder.layer",

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,18 @@ def run_python(
     )
 
 
+def forked() -> ForkServerContext:
+    """What starts processes that are forked from the one that has imported everything; there is one of these."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
 def _forked(
     words: Sequence[str], processes: int | None, timeout: float | None, cwd: Path
 ) -> subprocess.CompletedProcess[str]:
     """Run one or several processes; as under torchrun, where one fails the others are stopped."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context = forked()
     ends = None if timeout is None else time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as scratch:
         started = []

@@ -14,12 +14,41 @@ DAVIT |= {"patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1),
 DEPTH = {"patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
 DETR = {"d_model": 32, "decoder_layers": 1, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4}
 DETR |= {"decoder_ffn_dim": 32, "num_queries": 4, "group_detr": 1}
+STAGES = {"embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 2, 2, 2]}
+STAGES |= {"blocks_per_stage": [1, 1, 1, 2], "window_size_per_stage": [8, 4, 4, 4], "global_attention_blocks": [4]}
+STAGES |= {"image_size": [64, 64], "hidden_size": 8, "num_attention_heads": 1}
+NECK = {"backbone_channel_list": [64, 32, 16, 8], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
+SAM2 = {
+    "vision_config": {
+        "model_type": "sam2_vision_model",
+        "backbone_config": {"model_type": "sam2_hiera_det_model", **STAGES},
+        "fpn_hidden_size": 16,
+        **NECK,
+    },
+    "prompt_encoder_config": {"hidden_size": 16, "image_size": 64, "patch_size": 16},
+    "mask_decoder_config": {
+        "hidden_size": 16,
+        "mlp_dim": 16,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 16,
+    },
+}
+HIERA_DET = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 2), "global_att_blocks": (4,), "num_classes": 0}
+LAST_MAP = {"pre_norm": False, "size": 64, "features": (4, 64, 64)}
 
 RECENT_TIMM = (
     timm_family("RADIO v3", "vit_base_patch16_radio_v3", pre_norm=False),
     timm_family("TIPSv2", "vit_base_patch14_reg1_tipsv2"),
     timm_family("EUPE", "vit_tiny_patch16_dinov3_qkvb"),
     timm_family("Perception Encoder (attention pool)", "vit_pe_core_tiny_patch16_384", sites=POOLED),
+    Family(
+        source="timm",
+        name="SAM 2 trunk",
+        build=partial(from_timm, "sam2_hiera_tiny", HIERA_DET),
+        sites=(("blocks.*.mlp", 5),),
+        stock=False,
+        **LAST_MAP,
+    ),
     Family(source="timm", name="NaFlexViT", build=partial(from_timm, "naflexvit_base_patch16_gap", NAFLEX)),
 )
 RECENT_TRANSFORMERS = (
@@ -39,6 +68,19 @@ RECENT_TRANSFORMERS = (
         sites=(("encoder.layers.*.ffn", 2),),
         pre_norm=False,
     ),
+    hf_family(
+        "SAM image encoder",
+        "SamVisionModel",
+        {
+            **{**HF, "image_size": 64, "patch_size": 16, "mlp_dim": 128},
+            **{"output_channels": 16, "window_size": 2, "global_attn_indexes": [1]},
+        },
+        pre_norm=False,
+        size=64,
+        features=(16, 16, 16),
+    ),
+    hf_family("SAM 2 trunk", "Sam2HieraDetModel", STAGES, sites=(("blocks.*.mlp", 5),), **LAST_MAP),
+    hf_family("SAM 2", "Sam2Model", SAM2, sites=(("backbone.blocks.*.mlp", 5),), **LAST_MAP),
     hf_family(
         "SAM 3 trunk",
         "Sam3ViTModel",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from vitrim.cli.app import Json, app
 from vitrim.cli.console import print_json, print_notes, print_table, say
+from vitrim.types import Form, Layout, Precision
 
 
 @app.command
@@ -34,9 +35,9 @@ def export(
     model: str,
     *,
     out: Path,
-    to: Literal["onnx", "openvino", "torch", "executorch", "coreml", "litert", "tensorrt"] = "onnx",
-    precision: Literal["fp32", "fp16", "int8"] = "fp32",
-    layout: Literal["file", "transformers-js"] = "file",
+    to: Form = "onnx",
+    precision: Precision = "fp32",
+    layout: Layout = "file",
     data: str | None = None,
     tokens: Annotated[bool, Parameter(negative="")] = False,
     opset: int | None = None,

@@ -23,7 +23,7 @@ from vitrim.data.match import match_labels
 from vitrim.data.poses import poses_of
 from vitrim.errors import RecipeError
 from vitrim.inputs import Inputs
-from vitrim.methods import SiteMethod, find_method
+from vitrim.methods import Method, SiteMethod, find_method
 from vitrim.models.features import num_classes
 from vitrim.models.live import as_it_is
 from vitrim.models.origin import Origin
@@ -202,17 +202,13 @@ def _check_method(recipe: Recipe, encoder: nn.Module, scope: str, noise: Tensor 
         VitrimError: the method can't cut this model as it is asked to.
     """
     for step in recipe.steps:
-        if (
-            step.budget is None
-            and "params_ratio" in find_method(step.method).senseless
-            and step.make_method().goes_by() != "nothing"
-        ):
+        if step.has_default_budget and "params_ratio" in find_method(step.method).senseless:
             raise RecipeError(
                 "keep_ratio or macs_ratio: the default budget, half of the parameters, says nothing about what "
                 f"{step.method} cuts; give one of the two."
             )
     first, method = recipe.steps[0], recipe.steps[0].make_method()
-    if not method.checks:
+    if type(method).check is Method.check:
         return
     if any(tensor.dtype != torch.float32 for tensor in encoder.parameters()):
         encoder = copy.deepcopy(encoder).float()  # as it will be cut

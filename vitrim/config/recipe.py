@@ -234,7 +234,7 @@ class Recipe(Checked):
         for number, step in enumerate(self.steps):
             repair = step.repair_options()
             found: dict[str, Any] = {"repair": False if repair is None else repair}
-            if step.budget is None and step.make_method().goes_by() != "nothing":
+            if step.has_default_budget:
                 width = self.width(number)
                 found[width.kind] = width.value
             steps.append(step.model_copy(update=found))

@@ -85,6 +85,11 @@ class Step(Checked):
         """Name of the budget that was given, or None if there was none."""
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
+    @property
+    def has_default_budget(self) -> bool:
+        """Whether the default budget applies: none was given, and the method goes by one."""
+        return self.budget is None and self.make_method().goes_by() != "nothing"
+
     def width(self, *, default: tuple[BudgetKind, float] = ("params_ratio", 0.5)) -> Width:
         """Return how many hidden units of each MLP stay.
 

@@ -46,7 +46,6 @@ class LoraPrune(ModelMethod):
     repairs = False
     takes = "widths"
     edits = (KeepUnits, KeepHeads)
-    checks = True
     trial_options: ClassVar[Mapping[str, Any]] = {"steps": 1}
 
     parts: Parts = "mlp"

@@ -40,7 +40,6 @@ class PatchSlimming(ModelMethod):
     needs = "images"
     repairs = False
     edits = (KeepTokens,)
-    checks = True
     takes = "share"
     senseless = ("params_ratio", "mlp_ratio", "hidden_dim", "widths")  # all weights stay
 

@@ -41,7 +41,6 @@ class Recursive(ModelMethod):
     needs = "weights"
     repairs = False
     edits = (ToRecursive,)
-    checks = True
     takes = "share"
     senseless = ("macs_ratio", "mlp_ratio", "hidden_dim", "widths")  # all blocks run, and MLPs stay as wide as they are
 

@@ -51,7 +51,6 @@ class Method(Checked):
             `nothing`.
         senseless: sizes of a step, by key, that say nothing about what it does; they are refused.
         trial_options: options with which it soon leaves the same sizes, where a share is found by trial.
-        checks: whether `check` looks at a model before images are read.
     """
 
     name: ClassVar[str]
@@ -66,7 +65,6 @@ class Method(Checked):
     takes: ClassVar[BudgetUse]
     senseless: ClassVar[tuple[str, ...]] = ()
     trial_options: ClassVar[Mapping[str, Any]] = {}
-    checks: ClassVar[bool] = False
 
     @classmethod
     def refusal(cls, error: ValidationError) -> str:
@@ -82,7 +80,7 @@ class Method(Checked):
         return self.takes
 
     def check(self, view: ModelView) -> None:
-        """Refuse a model that can't be cut with these options; for methods that say `checks`.
+        """Refuse a model that can't be cut with these options.
 
         Called before the first image is read. The view has images of noise, where a model's input size is known, and no
         budget but a share of its own.

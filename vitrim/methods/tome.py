@@ -26,7 +26,6 @@ class Tome(ModelMethod):
     needs = "images"
     repairs = False
     edits = (MergeTokens,)
-    checks = True
     takes = "share"
     senseless = ("params_ratio", "mlp_ratio", "hidden_dim", "widths")  # all weights stay
 

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ TEXT_LENGTH = 128
 BY_NUMBER = ("out_features", "out_indices", "stage_names")  # of its backbones; follow from the number of blocks
 # What its configs call the number of blocks; a list of them for a model with stages.
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "depths")
+WIDTHS = {"intermediate_size", "mlp_dim", "mlp_ratio"}  # what they call the hidden units of an MLP
 HEADS = ("classifier", "score")  # where its models for classification have their last layer
 
 
@@ -146,13 +147,10 @@ def build(origin: Origin) -> nn.Module:
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-    """Yield an origin for every `intermediate_size` or `mlp_ratio` of the encoder that may give these widths."""
+    """Yield an origin for every key of the encoder's config that may give these widths."""
     edit = edits[0]
-    for key, values in {
-        "intermediate_size": [edit.width],
-        "mlp_ratio": _mlp_ratios(edit),
-    }.items():
-        for value in values if key in _config_of_encoder(origin.model_args, origin.encoder) else []:
+    for key in sorted(WIDTHS & _config_of_encoder(origin.model_args, origin.encoder).keys()):
+        for value in _mlp_ratios(edit) if key == "mlp_ratio" else [edit.width]:
             args = copy.deepcopy(dict(origin.model_args))
             _config_of_encoder(args, origin.encoder)[key] = value
             yield replace(origin, model_args=args)
@@ -209,13 +207,12 @@ def describe_(student: nn.Module, origin: Origin) -> None:
     """Set the new widths in the configs of the model and of its tower, which may be two objects."""
     wanted = _config_of_encoder(origin.model_args, origin.encoder)
     whole: Any = student.config
-    nested = _nested_key(origin.model_args, origin.encoder)
     parts = [
-        getattr(whole, nested) if nested else whole,
+        reduce(getattr, _keys_to_encoder(origin.model_args, origin.encoder), whole),
         getattr(student.get_submodule(origin.encoder), "config", None),
     ]
     for part in parts:
-        for key in ("intermediate_size", "mlp_ratio", *DEPTHS, "layer_types"):
+        for key in (*WIDTHS, *DEPTHS, "layer_types"):
             if key in wanted and hasattr(part, key):
                 setattr(part, key, wanted[key])
     labels = origin.model_args.get("id2label")
@@ -374,15 +371,19 @@ def _mlp_ratios(edit: KeepUnits) -> list[float | int]:
 
 def _config_of_encoder(args: Any, encoder: str) -> dict[str, Any]:
     """Return the part of a config that describes the encoder."""
-    nested = _nested_key(args, encoder)
-    return args[nested] if nested else args
+    for key in _keys_to_encoder(args, encoder):
+        args = args[key]
+    return args
 
 
-def _nested_key(args: Any, encoder: str) -> str | None:
-    """Return the name of the part that describes the encoder, or None if the whole config does."""
+def _keys_to_encoder(args: Any, encoder: str) -> list[str]:
+    """Return the keys of the part that describes the encoder, from the outside in: none if the whole config does."""
     nested = "text_config" if "text" in encoder or "language" in encoder else "vision_config"
     nested = "backbone_config" if encoder.endswith("backbone") else nested
-    return nested if encoder and isinstance(args.get(nested), dict) else None
+    if not encoder or not isinstance(args.get(nested), dict):
+        return []
+    trunk = args[nested].get("backbone_config")  # the trunk below a neck: SAM 2 and 3
+    return [nested] if WIDTHS & args[nested].keys() or not isinstance(trunk, dict) else [nested, "backbone_config"]
 
 
 def _companions_of(source: str) -> str:

@@ -25,6 +25,7 @@ SIZES = {
     "merge_size": "spatial_merge_size",
     "max_num_patches": "num_patches",
     "pooling_kernel_size": "pooling_kernel_size",
+    "max_image_tiles": "max_num_tiles",
 }
 SUFFIXES = ("_vision_model", "_vision")  # behind a model's type, of its tower alone
 
@@ -99,6 +100,7 @@ def _default_settings(tower: nn.Module, model_type: str) -> dict[str, Any]:
     settings = getattr(transformers, name)().to_dict()
     sizes = {key: getattr(config, own, None) for key, own in SIZES.items()}
     settings |= {key: value for key, value in sizes.items() if key in settings and value is not None}
-    if list(settings.get("size") or ()) == ["longest_edge"] and hasattr(config, "image_size"):
-        settings["size"] = {"longest_edge": config.image_size}  # its tower has positions for no more
+    sides = set(settings.get("size") or ())
+    if sides in ({"longest_edge"}, {"height", "width"}) and isinstance(getattr(config, "image_size", None), int):
+        settings["size"] = dict.fromkeys(sides, config.image_size)  # its tower has positions for no more
     return settings

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -30,18 +30,18 @@ from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin
 from vitrim.output.card import licence_of
 from vitrim.output.load import Model, open_model
-from vitrim.output.runtimes import INPUT, RUNTIMES, Form, Precision, Traced, installed, load, opset_of, trtexec, write
+from vitrim.output.runtimes import INPUT, RUNTIMES, Traced, installed, load, opset_of, trtexec, write
 from vitrim.output.stage import beside, move_into, refuse_existing
 from vitrim.output.transformers_js import DTYPES, INPUT_NAME, file_in, folder_for_js
 from vitrim.storage.documents import write_json
 from vitrim.surgery.edits import replace_
 from vitrim.torch_state import own_torch_state
+from vitrim.types import Form, Layout, Precision
 
 # Largest difference from PyTorch, as a share of the largest output, that still counts as equal.
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.25}
 # Number of images to trace with, and batch sizes on which the file is compared and timed.
 TRACED, COMPARED, TIMED = 2, (1, 3, 8), (1, 8)
-Layout = Literal["file", "transformers-js"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,14 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.models.origin import require
+from vitrim.types import Form, Precision
 
-Form = Literal["onnx", "openvino", "torch", "executorch", "coreml", "litert", "tensorrt"]
-Precision = Literal["fp32", "fp16", "int8"]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 INPUT = "images"
 ANY_BATCH, PLANNED_BATCH = 4096, 8

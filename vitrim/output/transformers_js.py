@@ -19,10 +19,10 @@ from vitrim.errors import ModelError, OutputError
 from vitrim.models.load import backend_of
 from vitrim.models.origin import Origin, copy_companions
 from vitrim.models.stock import stock_origin
-from vitrim.output.runtimes import Precision
 from vitrim.output.stage import beside, move_into, refuse_existing
 from vitrim.storage.documents import write_json
 from vitrim.storage.hashes import tensor_sha256
+from vitrim.types import Precision
 
 FOLDER, CONFIG, INPUT_NAME = "onnx", "config.json", "pixel_values"
 WEIGHTS = "vitrim_weights_sha256"  # in the config, so that precisions of two models never meet in a folder
