@@ -1,6 +1,7 @@
 """MLPs under any names are found by what feeds what, and nothing that is not one."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -292,7 +293,13 @@ def test_what_stands_behind_the_encoder_is_cut_if_asked(name):
     assert [site.path for site in find_mlps(nn.ModuleDict({name: Tower(Block())}))] == [f"{name}.layers.0"]
 
 
-@pytest.mark.parametrize("name", ["mobileone_s0", "resnet18"])
+CONVOLUTIONAL = {
+    **{name: partial(timm.create_model, name) for name in ("mobileone_s0", "resnet18")},
+    "EdgeTAM": lambda: transformers.EdgeTamVisionModel(transformers.EdgeTamVisionConfig()),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_a_convolutional_model_is_called_so(name):
     with torch.device("meta"), pytest.raises(SiteNotFoundError, match=r"it is convolutional \(\d+% of its weights\)"):
-        find_mlps(timm.create_model(name))
+        find_mlps(CONVOLUTIONAL[name]())

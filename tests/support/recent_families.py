@@ -34,6 +34,17 @@ SAM2 = {
     },
 }
 HIERA_DET = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 2), "global_att_blocks": (4,), "num_classes": 0}
+OVIS = {  # its tokens come out four in one, and then as shares of visual words
+    "vision_config": {**HF_VIT, "vocab_size": 40, "num_visual_indicator_tokens": 5, "hidden_stride": 2},
+    "text_config": {**HF, "model_type": "qwen2", "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 64},
+    "visual_indicator_token_ids": [1, 2, 3, 4, 5],
+    "image_token_id": 6,
+    "hidden_size": 32,
+    "vocab_size": 64,
+}
+VITAMIN = {"img_size": 32, "num_heads": 6, "depth": 1, "num_classes": 5}  # behind its stages of convolutions
+ONE_BLOCK = (("blocks.*.mlp", 1),)
+GEMMA = {"img_size": 48, "patch_size": 8, "intermediate_size": 128}
 LAST_MAP = {"pre_norm": False, "size": 64, "features": (4, 64, 64)}
 
 RECENT_TIMM = (
@@ -48,6 +59,26 @@ RECENT_TIMM = (
         sites=(("blocks.*.mlp", 5),),
         stock=False,
         **LAST_MAP,
+    ),
+    timm_family("ViTamin", "vitamin_small_224", VITAMIN, kind=SPLIT, sites=ONE_BLOCK, features=(4, 384, 384)),
+    Family(
+        source="timm",
+        name="Gemma 4",
+        build=partial(from_timm, "gemma4_vit_167m_enc", {"embed_dim": 32, "depth": 2, "num_heads": 2, **GEMMA}),
+        kind=SPLIT,
+        size=48,
+        features=(36, 32, 32),
+        pre_norm=False,
+    ),
+    Family(
+        source="timm",
+        name="MobileCLIP2",
+        build=partial(from_timm, "fastvit_mci3", {"layers": (1,) * 5, "embed_dims": (32,) * 5, "num_classes": 5}),
+        sites=(("stages.*.blocks.*.mlp", 5),),
+        size=64,
+        features=(1, 64, 64),
+        pre_norm=False,
+        stock=False,
     ),
     Family(source="timm", name="NaFlexViT", build=partial(from_timm, "naflexvit_base_patch16_gap", NAFLEX)),
 )
@@ -78,6 +109,15 @@ RECENT_TRANSFORMERS = (
         pre_norm=False,
         size=64,
         features=(16, 16, 16),
+    ),
+    hf_family(
+        "Ovis2",
+        "Ovis2Model",
+        OVIS,
+        kind=SPLIT,
+        sites=(("transformer.encoder.layers.*.ffn", 2),),
+        features=(4, 128, 128),
+        pre_norm=False,
     ),
     hf_family("SAM 2 trunk", "Sam2HieraDetModel", STAGES, sites=(("blocks.*.mlp", 5),), **LAST_MAP),
     hf_family("SAM 2", "Sam2Model", SAM2, sites=(("backbone.blocks.*.mlp", 5),), **LAST_MAP),

@@ -371,7 +371,8 @@ def _own_pooled(model: nn.Module, output: Any, tokens: Tensor) -> tuple[Tensor |
         return model.forward_head(tokens, pre_logits=True), "tokens of the joints"  # type: ignore[operator]
     pooled = getattr(output, "pooler_output", None)
     pooled = pooled[-1] if isinstance(pooled, tuple) else pooled
-    return (None, "") if hasattr(getattr(model, "pooler", None), "dense") else (pooled, "pooler_output")
+    several = isinstance(pooled, Tensor) and pooled.ndim > 2  # Ovis2: tokens in the words of its language model
+    return (None, "") if several or hasattr(getattr(model, "pooler", None), "dense") else (pooled, "pooler_output")
 
 
 @contextmanager

@@ -166,12 +166,13 @@ def build(origin: Origin) -> nn.Module:
 
 
 def resized(origin: Origin, edits: Sequence[KeepUnits]) -> Iterator[Origin]:
-    """Yield an origin for every `mlp_ratio` that may give these widths, and every one of a pool that has its own."""
+    """Yield an origin for every argument that may give these widths, a pool with MLPs of its own included."""
     pools = [edit for edit in edits if "attn_pool" in edit.site.path]
     for ratio in mlp_ratios([edit for edit in edits if edit not in pools] or edits):
         yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio})
         for own in mlp_ratios(pools) if pools else ():
             yield replace(origin, model_args={**origin.model_args, "mlp_ratio": ratio, "attn_pool_mlp_ratio": own})
+    yield replace(origin, model_args={**origin.model_args, "intermediate_size": edits[0].width})  # Gemma 4
 
 
 def shortened(origin: Origin, run: BlockRun) -> Iterator[Origin]:
