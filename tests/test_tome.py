@@ -15,6 +15,7 @@ from vitrim.layers.merged_tokens import MergedTokens, merge
 from vitrim.metrics.fidelity import block_fidelity
 from vitrim.models.features import features
 from vitrim.models.sites import find_mlps
+from vitrim.output.export import _difference
 from vitrim.surgery import MergeTokens, apply_
 
 
@@ -116,3 +117,29 @@ def test_what_cant_be_merged_is_refused():
 def made(case, *, num_merged):
     site = merged(case, keep_ratio=0.5)[1].plan.edits[0].site
     return MergeTokens(site=site, num_prefix=1, num_given=16, num_merged=num_merged, num_patches=16)
+
+
+class OneOutput(torch.nn.Module):
+    """A model as `export` compares it; `changed` says of which images of a batch what comes out is another."""
+
+    def __init__(self, model, changed=lambda count: []):
+        super().__init__()
+        self.model, self.changed = model, changed
+
+    def forward(self, batch):
+        output = self.model(batch).clone()
+        output[self.changed(len(batch))] += 1.0
+        return (output,)
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_an_exported_file_may_differ_on_few_images_where_tokens_merge_and_nowhere_else(merges):
+    """Rounding tips matches of noise, where many pairs are nearly as alike; a wrong graph is wrong on every image."""
+    case = build_case("timm-vit-scaled")
+    model, images = merged(case, keep_ratio=0.5)[0] if merges else case.model, torch.cat(list(case.batches))[:8]
+    with torch.inference_mode():
+        last, every = (
+            _difference(OneOutput(model), OneOutput(model, changed), images, (1, 3, 8))
+            for changed in (lambda count: [count - 1], lambda count: [*range(count)])
+        )
+    assert every > 0.01 and (last == 0) == merges
