@@ -27,6 +27,7 @@ SIZES = {
     "pooling_kernel_size": "pooling_kernel_size",
     "max_image_tiles": "max_num_tiles",
 }
+NO_TENSORS = {"task_inputs"}  # words, from OneFormer's
 SUFFIXES = ("_vision_model", "_vision")  # behind a model's type, of its tower alone
 
 
@@ -50,7 +51,7 @@ def processing_of(tower: nn.Module, model_type: str, settings: Mapping[str, Any]
     processor = _built(said)
     if processor is None:
         return {}
-    given = list(processor.model_input_names)
+    given = [name for name in processor.model_input_names if name not in NO_TENSORS]
     takes = {optional[0]: next((name for name in PIXELS if name in given), "")}
     for name in optional[1:]:
         kin = (name, f"image_{name}", name.replace("pixel_", "image_"))
