@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("recursive-cifar10", "docs/methods/recursive.md", "markdown"),
         ("recursive-deep", "docs/methods/recursive.md", "markdown"),
         ("recursive-minilm", "docs/methods/recursive.md", "markdown"),
+        ("lortsar-small", "docs/methods/lortsar.md", "markdown"),
         ("registry", "docs/models.md", "summary"),
         ("registry", "docs/models.md", "families"),
         ("registry", "docs/models.md", "refusals"),
