@@ -337,7 +337,7 @@ def _difference(model: nn.Module, session: nn.Module, inputs: Tensor, sizes: Seq
     for size in sizes:
         batch = inputs[:size]
         for mine, theirs in zip(model(batch), session(batch), strict=True):
-            apart_B = (mine - theirs).abs().flatten(1).amax(1)
+            apart_B = (mine - theirs).abs().reshape(len(mine), -1).amax(1)
             found.append(apart_B / mine.abs().max().clamp(min=1e-30))
     by_image = torch.cat(found).nan_to_num(nan=float("inf"))  # nan is no number to be near
     merges = any(isinstance(module, MergedTokens) for module in model.modules())
