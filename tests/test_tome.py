@@ -15,7 +15,6 @@ from vitrim.layers.merged_tokens import MergedTokens, merge
 from vitrim.metrics.fidelity import block_fidelity
 from vitrim.models.features import features
 from vitrim.models.sites import find_mlps
-from vitrim.output.export import _difference
 from vitrim.surgery import MergeTokens, apply_
 
 
@@ -32,7 +31,7 @@ def slow_merge(tokens, sizes, keys, num_prefix, num_merged):
     keys = keys / keys.norm(dim=-1, keepdim=True)
     best = {a: max(second, key=lambda b: float(keys[a] @ keys[b])) for a in first}
     order = sorted(first, key=lambda a: -float(keys[a] @ keys[best[a]]))
-    gone, left = order[:num_merged], order[num_merged:]
+    gone, left = order[:num_merged], sorted(order[num_merged:])
     groups = {b: [b, *(a for a in gone if best[a] == b)] for b in second}
     rows = [[number] for number in [*range(num_prefix), *left]] + list(groups.values())
     total = [sum(sizes[i] for i in row) for row in rows]
@@ -53,6 +52,19 @@ def test_merging_is_what_it_is_patch_by_patch(num_prefix, num_merged):
         torch.testing.assert_close(found[image], means)
         torch.testing.assert_close(left[image], total)
     torch.testing.assert_close((found * left).sum(1), (tokens * sizes).sum(1))
+
+
+def test_rounding_among_patches_that_are_not_merged_changes_nothing():
+    """The next block's two sides go by the order of what stays, so that must not hang on who is a little more alike."""
+    first = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.6, 0.8, 1e-6], [0.6, 0.8, 2e-6]])
+    second = torch.tensor([[1.0, 0.0, 0.0]]).expand(4, 3)
+    tokens, sizes = torch.arange(9.0).reshape(1, 9, 1), torch.ones(1, 9, 1)
+    for order in ([1, 2, 3], [3, 2, 1], [2, 3, 1]):  # of three that are equally alike but for rounding
+        keys = torch.zeros(1, 9, 3)
+        keys[0, 1::2], keys[0, 2::2] = first[[0, *order]], second
+        found, left = merge(tokens, sizes, keys, 1, 1)
+        assert found.flatten().tolist()[:4] == [0.0, 3.0, 5.0, 7.0]
+        assert left.sum() == 9
 
 
 def test_patches_that_are_equal_can_be_merged_without_loss():
@@ -117,29 +129,3 @@ def test_what_cant_be_merged_is_refused():
 def made(case, *, num_merged):
     site = merged(case, keep_ratio=0.5)[1].plan.edits[0].site
     return MergeTokens(site=site, num_prefix=1, num_given=16, num_merged=num_merged, num_patches=16)
-
-
-class OneOutput(torch.nn.Module):
-    """A model as `export` compares it; `changed` says of which images of a batch what comes out is another."""
-
-    def __init__(self, model, changed=lambda count: []):
-        super().__init__()
-        self.model, self.changed = model, changed
-
-    def forward(self, batch):
-        output = self.model(batch).clone()
-        output[self.changed(len(batch))] += 1.0
-        return (output,)
-
-
-@pytest.mark.parametrize("merges", [True, False])
-def test_an_exported_file_may_differ_on_few_images_where_tokens_merge_and_nowhere_else(merges):
-    """Rounding tips matches of noise, where many pairs are nearly as alike; a wrong graph is wrong on every image."""
-    case = build_case("timm-vit-scaled")
-    model, images = merged(case, keep_ratio=0.5)[0] if merges else case.model, torch.cat(list(case.batches))[:8]
-    with torch.inference_mode():
-        last, every = (
-            _difference(OneOutput(model), OneOutput(model, changed), images, (1, 3, 8))
-            for changed in (lambda count: [count - 1], lambda count: [*range(count)])
-        )
-    assert every > 0.01 and (last == 0) == merges

@@ -85,7 +85,8 @@ def merge(
     alike_BST = unit_BNF[:, ::2] @ unit_BNF[:, 1::2].mT
     best_BS, place_BS = alike_BST.max(-1)
     order_BS = best_BS.topk(best_BS.shape[-1], dim=-1).indices  # ONNX knows no stable sort
-    gone, left = order_BS[:, :num_merged], order_BS[:, num_merged:]
+    # What stays keeps its order: the next block's two sides go by it, and rounding must not deal them anew.
+    gone, left = order_BS[:, :num_merged], order_BS[:, num_merged:].sort(dim=-1).values
     into = place_BS.gather(1, gone)
     both = []
     for values in (tokens_BND * size_BN1, size_BN1):
