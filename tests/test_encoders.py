@@ -5,6 +5,7 @@ import torch
 
 import vitrim
 from tests.support.families import randomised
+from tests.support.recent_families import STAGES
 from tests.support.vlms import VLMS, build_gemma3, build_gemma4, build_vlm, generated, generated_for, seen
 from vitrim.errors import VitrimError
 from vitrim.models.features import features
@@ -53,14 +54,7 @@ def test_a_tower_that_puts_a_batch_into_one_row_is_cut_with_tensors_of_one_size(
 
 
 def test_the_trunk_of_sam_2_is_cut_with_images(tmp_path):
-    stages = {"embed_dim_per_stage": [8, 16, 16, 16], "num_attention_heads_per_stage": [1, 2, 2, 2]}
-    stages |= {
-        "blocks_per_stage": [1, 1, 2, 1],
-        "window_size_per_stage": [4, 4, 4, 4],
-        "global_attention_blocks": [],
-        "num_query_pool_stages": 0,
-    }
-    config = transformers.Sam2HieraDetConfig(hidden_size=8, num_attention_heads=1, image_size=[64, 64], **stages)
+    config = transformers.Sam2HieraDetConfig(**STAGES)
     model = transformers.Sam2HieraDetModel(config).eval()
     images = [torch.nn.functional.interpolate(image[None], 64)[0] for image in IMAGES]
     result = vitrim.compress(

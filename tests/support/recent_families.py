@@ -14,6 +14,8 @@ DAVIT |= {"patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1),
 DEPTH = {"patch_size": 8, "reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
 DETR = {"d_model": 32, "decoder_layers": 1, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4}
 DETR |= {"decoder_ffn_dim": 32, "num_queries": 4, "group_detr": 1}
+SAM = {**HF, "image_size": 64, "patch_size": 16, "mlp_dim": 128}
+SAM |= {"output_channels": 16, "window_size": 2, "global_attn_indexes": [1]}
 STAGES = {"embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 2, 2, 2]}
 STAGES |= {"blocks_per_stage": [1, 1, 1, 2], "window_size_per_stage": [8, 4, 4, 4], "global_attention_blocks": [4]}
 STAGES |= {"image_size": [64, 64], "hidden_size": 8, "num_attention_heads": 1}
@@ -26,12 +28,7 @@ SAM2 = {
         **NECK,
     },
     "prompt_encoder_config": {"hidden_size": 16, "image_size": 64, "patch_size": 16},
-    "mask_decoder_config": {
-        "hidden_size": 16,
-        "mlp_dim": 16,
-        "num_attention_heads": 2,
-        "iou_head_hidden_dim": 16,
-    },
+    "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
 }
 HIERA_DET = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 2), "global_att_blocks": (4,), "num_classes": 0}
 OVIS = {  # its tokens come out four in one, and then as shares of visual words
@@ -102,10 +99,7 @@ RECENT_TRANSFORMERS = (
     hf_family(
         "SAM image encoder",
         "SamVisionModel",
-        {
-            **{**HF, "image_size": 64, "patch_size": 16, "mlp_dim": 128},
-            **{"output_channels": 16, "window_size": 2, "global_attn_indexes": [1]},
-        },
+        SAM,
         pre_norm=False,
         size=64,
         features=(16, 16, 16),
